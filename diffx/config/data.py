@@ -1,0 +1,160 @@
+"""Where training text comes from, and how it becomes tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+from diffx.config.checks import count, require
+from diffx.config.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """What every source shares.
+
+    Attributes:
+        kind: the source (set by ``data=``, not by hand).
+        val_fraction: share of the documents held out, chosen by a hash of each document's text.
+        val_tokens: at most so many held-out tokens are measured (whole documents).
+    """
+
+    kind: str = MISSING
+    val_fraction: float = 0.05
+    val_tokens: int | str = 131072
+
+    def __post_init__(self) -> None:
+        require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
+        self.val_tokens = count("data.val_tokens", self.val_tokens)
+
+
+@dataclass(kw_only=True, slots=True)
+class StdlibData(DataConfig):
+    """The Python standard library's own source, without its tests: code and English docstrings on every machine."""
+
+    kind: str = "stdlib"
+
+
+@dataclass(kw_only=True, slots=True)
+class TextData(DataConfig):
+    """Local files.
+
+    Attributes:
+        path: a file, directory or glob, or a list of them (.txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet).
+        text_key: the field of a JSON line or parquet row that holds the text.
+        prompt_key: a field whose text precedes the text and carries no loss; ``null`` if there is none.
+    """
+
+    kind: str = "text"
+    path: Any = MISSING
+    text_key: str = "text"
+    prompt_key: str | None = None
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
+            raise UserError(f"data.path={self.path} cannot be used: it must be a path or a list of paths")
+        self.path = paths
+
+
+@dataclass(kw_only=True, slots=True)
+class HubData(DataConfig):
+    """A data set of the Hugging Face hub (or a local folder in its layout), streamed through ``datasets``.
+
+    Attributes:
+        name: as ``datasets.load_dataset`` takes it.
+        subset: the data set's configuration, if it has several.
+        split: the split to train on; held-out documents are taken from it by ``val_fraction``.
+        revision: a git revision, for reproducibility.
+        text_key: the column that holds the text.
+        prompt_key: a column whose text precedes the text and carries no loss; ``null`` if there is none.
+        shuffle_buffer: documents held to shuffle the stream; 0 keeps its order.
+        tokenizer_documents: documents read to train a ``bpe`` tokenizer and to hold out for validation.
+    """
+
+    kind: str = "hub"
+    name: str = MISSING
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_key: str = "text"
+    prompt_key: str | None = None
+    shuffle_buffer: int = 1000
+    tokenizer_documents: int = 10000
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardsData(DataConfig):
+    """Memory-mapped token shards written by ``diffx data prepare``; they bring their own tokenizer.
+
+    Attributes:
+        path: the folder.
+    """
+
+    kind: str = "shards"
+    path: str = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerConfig:
+    """How text becomes tokens; ``kind`` is set by ``tokenizer=``."""
+
+    kind: str = MISSING
+
+
+@dataclass(kw_only=True, slots=True)
+class BpeTokenizer(TokenizerConfig):
+    """Byte-level BPE trained on the training split.
+
+    Attributes:
+        vocab_size: entries, the 256 bytes and the end-of-text token included.
+    """
+
+    kind: str = "bpe"
+    vocab_size: int = 2048
+
+    def __post_init__(self) -> None:
+        require(257 <= self.vocab_size <= 2**20, "tokenizer.vocab_size", self.vocab_size, "from 257 (all bytes and end of text) to 1048576")
+
+
+@dataclass(kw_only=True, slots=True)
+class BytesTokenizer(TokenizerConfig):
+    """One token a byte, and the end-of-text token."""
+
+    kind: str = "bytes"
+
+
+@dataclass(kw_only=True, slots=True)
+class HfTokenizer(TokenizerConfig):
+    """A Hugging Face tokenizer.
+
+    Attributes:
+        name: hub name or local folder.
+        revision: a git revision, for reproducibility.
+    """
+
+    kind: str = "hf"
+    name: str = MISSING
+    revision: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class TiktokenTokenizer(TokenizerConfig):
+    """A tiktoken encoding.
+
+    Attributes:
+        name: the encoding's name; the papers' 3B models use ``cl100k_base``.
+    """
+
+    kind: str = "tiktoken"
+    name: str = "cl100k_base"
+
+
+DATA_CONFIGS: dict[str, type[DataConfig]] = {"stdlib": StdlibData, "text": TextData, "hub": HubData, "shards": ShardsData}
+TOKENIZER_CONFIGS: dict[str, type[TokenizerConfig]] = {
+    "bpe": BpeTokenizer,
+    "bytes": BytesTokenizer,
+    "hf": HfTokenizer,
+    "tiktoken": TiktokenTokenizer,
+}

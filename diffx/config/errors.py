@@ -1,0 +1,9 @@
+"""The two ways in which a command ends badly. The door turns each into one line and an exit code."""
+
+
+class UserError(ValueError):
+    """Input that cannot be used: the message names the value, the reason and what would be accepted (exit code 2)."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on though its input was good: a full disk, a loss that is not finite (exit code 1)."""

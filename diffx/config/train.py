@@ -1,0 +1,279 @@
+"""The training recipe, the tracker, the run folder; and the jobs, one a command, that gather them."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+from diffx.config.checks import count, require
+from diffx.config.data import DataConfig, TokenizerConfig
+from diffx.config.errors import UserError
+from diffx.config.model import ModelConfig
+
+
+DEFAULT_STEPS = 1500  # about five minutes of the default run on two cores
+
+
+class Schedule(str, Enum):
+    """The learning rate's course after warmup."""
+
+    linear = "linear"
+    cosine = "cosine"
+    wsd = "wsd"
+    constant = "constant"
+
+
+class Precision(str, Enum):
+    """The type of matrix products; weights and optimizer state stay fp32. ``auto`` is bf16 on a GPU that has it, else fp32."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(str, Enum):
+    """Where to compute. ``auto`` takes CUDA, then MPS, then the CPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class WandbMode(str, Enum):
+    """W&B modes; ``offline`` writes beside the run and needs no account and no network."""
+
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """One recipe for every architecture.
+
+    Attributes:
+        steps: optimizer steps; ``null`` with ``tokens`` null too is the default run's length.
+        tokens: training tokens (100M, 1.5B …), rounded up to whole steps, in place of ``steps``.
+        batch_tokens: tokens an optimizer step, over all devices; a multiple of ``seq_len``.
+        seq_len: context length T in tokens.
+        micro_batch_size: sequences a device takes at once; ``null`` is the whole batch. Gradients accumulate over the rest.
+        lr: peak learning rate of AdamW.
+        min_lr_ratio: final learning rate as a share of ``lr``.
+        warmup: linear warmup; in steps if 1 or more, as a share of the run if below 1.
+        schedule: ``linear``, ``cosine``, ``wsd`` (constant, then linear over ``decay_ratio`` of the run) or ``constant``.
+        decay_ratio: share of the run that ``wsd`` spends in decay.
+        beta1: AdamW's decay of the first moment.
+        beta2: AdamW's decay of the second moment.
+        eps: AdamW's epsilon.
+        weight_decay: on matrices only; never on norms, biases or lambda vectors.
+        grad_clip: bound on the global gradient norm; 0 turns clipping off.
+        precision: ``auto``, ``fp32`` or ``bf16`` autocast.
+        compile: ``torch.compile`` each block.
+        activation_checkpointing: recompute each block's activations in the backward pass.
+        mask_documents: attention stays within a document.
+        log_every: steps between lines of ``metrics.jsonl``.
+        eval_every: steps between validations; the first is at step 0, the last at the end.
+        save_every: steps between checkpoints; the last step always has one.
+        keep_last: newest checkpoints kept, besides the best.
+        resume: ``auto`` (the newest checkpoint in ``run.dir``, or a fresh start), a run folder, or ``null``.
+        init_from: a run whose weights start this one (``runs/x``, ``runs/x@best``, ``runs/x@1000``).
+        sample_prompt: text that the samples at the end continue; empty starts from the end-of-text token.
+        sample_tokens: length of a sample in tokens; 0 draws none.
+    """
+
+    steps: int | str | None = None
+    tokens: int | str | None = None
+    batch_tokens: int | str = 2048
+    seq_len: int = 256
+    micro_batch_size: int | None = None
+    lr: float = 3e-3
+    min_lr_ratio: float = 0.0
+    warmup: float = 0.02
+    schedule: Schedule = Schedule.linear
+    decay_ratio: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    grad_clip: float = 1.0
+    precision: Precision = Precision.auto
+    compile: bool = False
+    activation_checkpointing: bool = False
+    mask_documents: bool = False
+    log_every: int = 10
+    eval_every: int = 500
+    save_every: int = 500
+    keep_last: int = 2
+    resume: str | None = None
+    init_from: str | None = None
+    sample_prompt: str = ""
+    sample_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.tokens is not None:
+            raise UserError(f"train.steps={self.steps} with train.tokens={self.tokens} cannot be used: give one of the two")
+        self.batch_tokens = count("train.batch_tokens", self.batch_tokens)
+        if self.steps is not None:
+            self.steps = count("train.steps", self.steps)
+        if self.tokens is not None:
+            self.tokens = count("train.tokens", self.tokens)
+        for key in ("seq_len", "micro_batch_size", "log_every", "eval_every", "save_every", "keep_last"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"train.{key}", value, "a positive whole number")
+        require(
+            self.batch_tokens % self.seq_len == 0, "train.batch_tokens", self.batch_tokens, f"a multiple of train.seq_len={self.seq_len}"
+        )
+        for key in ("lr", "eps"):
+            require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "positive")
+        for key in ("weight_decay", "grad_clip", "warmup", "sample_tokens"):
+            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "zero or more")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "in [0, 1)")
+        require(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        require(0 < self.decay_ratio <= 1, "train.decay_ratio", self.decay_ratio, "in (0, 1]")
+        require(self.warmup <= self.num_steps, "train.warmup", self.warmup, f"at most the run's {self.num_steps} steps")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run, from ``steps``, ``tokens`` or the default."""
+        if self.tokens is not None:
+            return -(-int(self.tokens) // int(self.batch_tokens))
+        return int(self.steps or DEFAULT_STEPS)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Warmup in optimizer steps."""
+        return round(self.warmup if self.warmup >= 1 else self.warmup * self.num_steps)
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbConfig:
+    """Weights & Biases.
+
+    Attributes:
+        mode: ``offline``, ``online`` or ``disabled``.
+        project: the project's name.
+        entity: user or team; ``null`` is the account's default.
+        group: groups runs in the interface; a multirun sets it to the sweep's name.
+    """
+
+    mode: WandbMode = WandbMode.offline
+    project: str = "diffx"
+    entity: str | None = None
+    group: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """The run folder.
+
+    Attributes:
+        dir: its path; ``null`` is ``runs/<date-time>-<name>``. In a multirun it is ``<hydra.sweep.dir>/<job number>``.
+        name: the run's name; ``null`` is made of the architecture, the data and the seed.
+    """
+
+    dir: str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("dir", "name"):
+            value = getattr(self, key)
+            bad = value is not None and (not value or "=" in value or "," in value)
+            require(
+                not bad and not (key == "name" and "/" in (value or "")),
+                f"run.{key}",
+                value,
+                "a non-empty name without '=' and ','" + (" and '/'" if key == "name" else ""),
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainJob:
+    """``diffx train``.
+
+    Attributes:
+        kind: tells a saved config's schema.
+        model: the architecture and its shape.
+        data: the text.
+        tokenizer: text to tokens.
+        train: the recipe.
+        wandb: the tracker.
+        run: the run folder.
+        device: where to compute.
+        seed: of the initial weights, the data order and the samples.
+    """
+
+    kind: str = "train"
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    tokenizer: TokenizerConfig = MISSING
+    train: TrainConfig = field(default_factory=TrainConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    device: Device = Device.auto
+    seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class PrepareJob:
+    """``diffx data prepare``.
+
+    Attributes:
+        kind: tells a saved config's schema.
+        data: the text.
+        tokenizer: text to tokens.
+        out: the folder to write; an unfinished one is taken up where it stopped.
+        workers: processes that tokenize; 0 is one a core.
+        shard_tokens: tokens a shard file.
+    """
+
+    kind: str = "prepare"
+    data: DataConfig = MISSING
+    tokenizer: TokenizerConfig = MISSING
+    out: str = MISSING
+    workers: int = 0
+    shard_tokens: int | str = "100M"
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, "workers", self.workers, "zero (one a core) or more")
+        self.shard_tokens = count("shard_tokens", self.shard_tokens)
+        if self.data.kind == "shards":
+            raise UserError("data=shards cannot be prepared: it is what `diffx data prepare` writes; choose data=text, hub or stdlib")
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateJob:
+    """``diffx generate``.
+
+    Attributes:
+        kind: tells a saved config's schema.
+        checkpoint: a run folder, ``@best`` or ``@STEP`` after it.
+        prompt: text to continue; ``-`` reads it from standard input.
+        prompt_file: a UTF-8 file to continue instead.
+        max_tokens: tokens to draw.
+        temperature: 0 is greedy.
+        top_k: draw among the k likeliest; 0 is all.
+        top_p: draw among the likeliest whose probabilities reach p; 1 is all.
+        device: where to compute.
+        seed: of the draws.
+    """
+
+    kind: str = "generate"
+    checkpoint: str = MISSING
+    prompt: str = ""
+    prompt_file: str | None = None
+    max_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    device: Device = Device.auto
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "a positive whole number")
+        require(self.temperature >= 0, "temperature", self.temperature, "zero (greedy) or more")
+        require(self.top_k >= 0, "top_k", self.top_k, "zero (all) or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        if self.prompt and self.prompt_file:
+            raise UserError(f"prompt={self.prompt!r} with prompt_file={self.prompt_file} cannot be used: give one of the two")
