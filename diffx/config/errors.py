@@ -1,4 +1,4 @@
-"""The two ways in which a command ends badly. The door turns each into one line and an exit code."""
+"""The ways in which a command ends early. The door turns each into one line and an exit code."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on though its input was good: a full disk, a loss that is not finite (exit code 1)."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM asked a run to stop, and it saved a checkpoint first: a clean end (exit code 0)."""

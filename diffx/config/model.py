@@ -6,6 +6,8 @@ One dataclass an architecture, told apart by ``kind``; ``models/`` has one atten
 from dataclasses import dataclass
 from enum import Enum
 
+from omegaconf import MISSING
+
 from diffx.config.checks import require
 from diffx.config.errors import UserError
 
@@ -43,7 +45,7 @@ class ModelConfig:
         scale_residual_init: divide the initial ``o_proj`` and ``down_proj`` by sqrt(2·num_layers).
     """
 
-    kind: str = "transformer"
+    kind: str = MISSING
     hidden_size: int = 256
     num_layers: int = 4
     num_heads: int = 8
@@ -183,4 +185,4 @@ MODEL_CONFIGS: dict[str, type[ModelConfig]] = {
     "diff_v1": DiffV1Config,
     "diff_v2": DiffV2Config,
 }
-_KIND_OF: dict[type[ModelConfig], str] = {cls: kind for kind, cls in MODEL_CONFIGS.items()} | {ModelConfig: "transformer"}
+_KIND_OF: dict[type[ModelConfig], str] = {cls: kind for kind, cls in MODEL_CONFIGS.items()} | {ModelConfig: MISSING}

@@ -10,7 +10,6 @@ from diffx.config.data import DataConfig, TokenizerConfig
 from diffx.config.errors import UserError
 from diffx.config.model import ModelConfig
 
-
 DEFAULT_STEPS = 1500  # about five minutes of the default run on two cores
 
 
@@ -205,9 +204,9 @@ class TrainJob:
     """
 
     kind: str = "train"
-    model: ModelConfig = MISSING
-    data: DataConfig = MISSING
-    tokenizer: TokenizerConfig = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -229,8 +228,8 @@ class PrepareJob:
     """
 
     kind: str = "prepare"
-    data: DataConfig = MISSING
-    tokenizer: TokenizerConfig = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     out: str = MISSING
     workers: int = 0
     shard_tokens: int | str = "100M"

@@ -1,0 +1,105 @@
+"""Between the typed dataclasses and YAML: schemas, conversion, and the `config.yaml` of a run folder.
+
+OmegaConf cannot tell which subclass of a group's dataclass a saved config meant, so every group carries a ``kind``.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffx.config.data import DATA_CONFIGS, TOKENIZER_CONFIGS
+from diffx.config.errors import UserError
+from diffx.config.messages import explain
+from diffx.config.model import MODEL_CONFIGS
+from diffx.config.train import GenerateJob, PrepareJob, TrainJob
+
+JOBS: dict[str, type] = {"train": TrainJob, "prepare": PrepareJob, "generate": GenerateJob}
+GROUPS: dict[str, Mapping[str, type]] = {"model": MODEL_CONFIGS, "data": DATA_CONFIGS, "tokenizer": TOKENIZER_CONFIGS}
+
+Job = TypeVar("Job")
+
+
+def register_schemas() -> None:
+    """Store each dataclass as ``schema/<job>`` or ``schema/<group>/<kind>``, out of the way of the groups' own options."""
+    store = ConfigStore.instance()
+    for name, job in JOBS.items():
+        store.store(group="schema", name=name, node=job)
+    for group, kinds in GROUPS.items():
+        for name, config in kinds.items():
+            store.store(group=f"schema/{group}", name=name, node=config)
+
+
+def to_typed(cfg: DictConfig, cls: type[Job]) -> Job:
+    """Turn a composed config into its job, which runs every check.
+
+    Raises:
+        UserError: a value is missing, cannot be interpolated, or fails a check.
+    """
+    try:
+        job = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    if not isinstance(job, cls):
+        raise TypeError(f"the config composes to {type(job).__name__}, not to {cls.__name__}")
+    return job
+
+
+def save_config(job: Any, path: Path) -> None:
+    """Write a job as YAML that ``load_config`` reads back to an equal job."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(job)), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_config(path: Path) -> Any:
+    """Read a job that ``save_config`` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged, or it was written by a version with other keys.
+    """
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as a saved config: {' '.join(str(error).split())}") from error
+    schema = _schema(saved, path)
+    _same_keys(saved, OmegaConf.to_container(schema), path)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(schema, saved))
+    except (OmegaConfBaseException, UserError) as error:
+        reason = error if isinstance(error, UserError) else explain(error)
+        raise UserError(f"{path} cannot be used: {reason}") from error
+
+
+def _schema(saved: Any, path: Path) -> DictConfig:
+    """The structured config that the ``kind`` of a saved config, and of each of its groups, names."""
+
+    def of(kinds: Mapping[str, type], node: Any, key: str) -> type:
+        kind = node.get("kind") if isinstance(node, dict) else None
+        if kind not in kinds:
+            raise UserError(f"{path} cannot be used: {key}={kind} must be one of {', '.join(kinds)}")
+        return kinds[kind]
+
+    schema = OmegaConf.structured(of(JOBS, saved, "kind"))
+    for group in GROUPS.keys() & schema.keys():
+        schema[group] = OmegaConf.structured(of(GROUPS[group], saved.get(group), f"{group}.kind"))
+    return schema
+
+
+def _same_keys(saved: Any, schema: Any, path: Path, prefix: str = "") -> None:
+    """Refuse keys that this version does not have, and keys that it needs and an older one did not write."""
+    if not isinstance(schema, dict):
+        return
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} cannot be used: {prefix.rstrip('.')} must be a group of keys")
+    for key in [*saved, *schema]:
+        if key not in schema or key not in saved:
+            problem = "is unknown to" if key not in schema else "is missing, which is needed by"
+            raise UserError(f"{path} cannot be used: {prefix}{key} {problem} this version of diffx; it was written by another one")
+    for key, value in schema.items():
+        _same_keys(saved[key], value, path, f"{prefix}{key}.")

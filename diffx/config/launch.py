@@ -1,0 +1,210 @@
+"""Hydra under the door: compose a command's config, hand its job to Hydra's launchers, keep count of a sweep's failures."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import hydra
+import yaml
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from diffx.config.bridge import register_schemas, to_typed
+from diffx.config.errors import RunError, UserError
+from diffx.config.messages import explain
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+CONFIGS = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())  # a wheel's, or a checkout's
+
+
+class UserConfigsFirst(SearchPathPlugin):
+    """Puts ``--config-dir`` before everything else; Hydra's own flag would put it last."""
+
+    folder: ClassVar[Path | None] = None
+
+    @classmethod
+    def use(cls, folder: Path | None) -> None:
+        """Set the folder for the compositions that follow; ``None`` is none.
+
+        Raises:
+            UserError: it is no folder.
+        """
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"--config-dir={folder} cannot be used: it must be a folder of configs")
+        cls.folder = folder
+        Plugins.instance().register(cls)
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Prepend the user's folder."""
+        if self.folder is not None:
+            search_path.prepend("user", f"file://{self.folder.resolve()}")
+
+
+@dataclass
+class Task:
+    """What Hydra runs for each job, in this process or in a launcher's.
+
+    An exception never reaches Hydra, which would print it in its own words: that of a single run is kept
+    for ``launch`` to raise, that of a sweep's job is told at once and written to the sweep's folder.
+    """
+
+    job_class: type
+    work: Callable[[Any, list[str]], Any]
+    argv: list[str]
+    error: Exception | None = None
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        """Convert and check the config, then work; returns what ``work`` returns (an objective, for sweepers that want one)."""
+        sys.argv = self.argv
+        settings = HydraConfig.get()
+        words = list(settings.overrides.task)
+        sweep = Path(settings.sweep.dir) if settings.mode is RunMode.MULTIRUN else None
+        try:
+            if sweep and "run" in cfg:
+                if cfg.run.dir is not None:
+                    raise UserError(_RUN_DIR.format(cfg.run.dir))
+                cfg.run.dir = str(sweep / str(settings.job.num))
+                cfg.wandb.group = cfg.wandb.group or sweep.name
+            return self.work(to_typed(cfg, self.job_class), words)
+        except Exception as error:
+            if sweep:
+                _record(sweep, settings.job.num, words, error)
+            else:
+                self.error = error
+            return None
+
+
+def config_groups(app: Any) -> dict[str, list[str]]:
+    """The groups a user can choose from, and the options of each (``model`` has ``ablation/…`` among its own)."""
+    loader = app.config_loader
+
+    def options(group: str) -> list[str]:
+        nested = [f"{sub}/{name}" for sub in loader.get_group_options(group, ObjectType.GROUP) for name in options(f"{group}/{sub}")]
+        return [*loader.get_group_options(group, ObjectType.CONFIG), *nested]
+
+    return {group: options(group) for group in loader.list_groups("") if group not in ("hydra", "schema")}
+
+
+_RUN_DIR = "run.dir={} cannot be used in a multirun: each job's folder is <hydra.sweep.dir>/<job number>; set hydra.sweep.dir instead"
+_FAILED = "failed.jsonl"
+
+
+def _record(sweep: Path, number: int, words: list[str], error: Exception) -> None:
+    """Tell of a failed job at once, and append it to the sweep's list (one write, so jobs side by side do not mix)."""
+    if isinstance(error, UserError | RunError):
+        reason = str(error)
+    else:
+        traceback.print_exception(error)
+        reason = f"{type(error).__name__}: {error}"
+    entry = {"job": number, "overrides": words, "error": reason, "exit_code": 2 if isinstance(error, UserError) else 1}
+    with open(sweep / _FAILED, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+    _tell(entry)
+
+
+def _tell(entry: dict[str, Any]) -> None:
+    print(f"error: job {entry['job']} ({' '.join(entry['overrides'])}): {entry['error']}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def composer(config_dir: Path | None = None) -> Iterator[Any]:
+    """Hydra itself on our configs, with the user's folder before them; for looking before the leap."""
+    UserConfigsFirst.use(config_dir)
+    register_schemas()
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield GlobalHydra.instance().hydra
+
+
+def launch(
+    name: str,
+    job_class: type,
+    work: Callable[[Any, list[str]], Any],
+    words: list[str],
+    *,
+    multirun: bool = False,
+    show: list[str] | None = None,
+    config_dir: Path | None = None,
+) -> int:
+    """Run one command's job, or its sweep, through Hydra.
+
+    Args:
+        name: the primary config.
+        job_class: the dataclass that the config becomes.
+        work: gets the job and the words that shaped it; importable by name, since launchers pickle it.
+        words: in Hydra's grammar: ``key=value``, ``~key``, ``+key=value``.
+        multirun: run every combination of values.
+        show: Hydra's flags that print instead of running (``--cfg job``, ``--info searchpath``).
+        config_dir: a folder of configs that come before ours.
+
+    Returns:
+        0, or a sweep's exit code: 2 if all of its failed jobs were user errors, else 1.
+
+    Raises:
+        UserError: the words do not compose to a valid config.
+    """
+    with composer(config_dir) as app:
+        groups = config_groups(app)
+        with _one_line(groups):
+            cfg = app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
+    task = Task(job_class, work, sys.argv)
+    if show or not (multirun or cfg.hydra.mode is RunMode.MULTIRUN):
+        with _one_line(groups):
+            _hydra_main(task, name, [*(show or []), "--", *words])
+        if task.error:
+            raise task.error
+        return 0
+
+    if "run" in cfg and cfg.run.dir is not None:
+        raise UserError(_RUN_DIR.format(cfg.run.dir))
+    sweep = Path(cfg.hydra.sweep.dir)
+    (sweep / _FAILED).unlink(missing_ok=True)
+    # The folder's name holds the time: resolved once, here, it is the same for every job, process and machine.
+    words = [*words, f"hydra.sweep.dir='{sweep}'"]
+    try:
+        with _one_line(groups):
+            _hydra_main(task, name, ["--multirun", "--", *words])
+    finally:
+        failed = _failed(sweep)
+        for entry in failed:
+            _tell(entry)
+        if [path.name for path in sweep.glob("*")] == ["multirun.yaml"]:  # refused before its first job
+            (sweep / "multirun.yaml").unlink()
+            sweep.rmdir()
+    return min((entry["exit_code"] for entry in failed), default=0)
+
+
+def _hydra_main(task: Task, name: str, argv: list[str]) -> None:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out as they are
+    own, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")(task)()
+    finally:
+        sys.argv = own
+
+
+@contextmanager
+def _one_line(groups: dict[str, list[str]]) -> Iterator[None]:
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        raise UserError(explain(error, groups)) from error
+
+
+def _failed(sweep: Path) -> list[dict[str, Any]]:
+    path = sweep / _FAILED
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return sorted((json.loads(line) for line in lines), key=lambda entry: entry["job"])
