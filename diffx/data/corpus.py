@@ -1,0 +1,112 @@
+"""``open_data``: from a config to training batches and held-out text, through a cache of tokens."""
+
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from diffx.config import RunError, UserError
+from diffx.config.data import DataConfig, HubData, ShardsData, TokenizerConfig
+from diffx.data.prepare import Progress, build, digest, settings
+from diffx.data.shards import HeldOut, Shards, TokenArray
+from diffx.data.sources import documents, file_hashes, source_files
+from diffx.data.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from diffx.data.batches import Batch, WindowBatches
+
+_SHARD_TOKENS = 10**8
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Corpus:
+    """Text as tokens.
+
+    Attributes:
+        tokenizer: text to tokens and back.
+        train: training tokens; of a stream, those of its first documents.
+        val: held-out tokens.
+        info: what the run folder records: the sources with their hashes, documents, tokens and bytes of each split.
+    """
+
+    tokenizer: Tokenizer
+    train: TokenArray
+    val: HeldOut
+    info: dict[str, Any]
+
+    def batches(self, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> "WindowBatches":
+        """Endless training batches of ``batch_size`` sequences of ``seq_len`` tokens over all processes.
+
+        Raises:
+            UserError: the training text is shorter than one sequence, or the rows do not divide among the processes.
+        """
+        from diffx.data.batches import WindowBatches  # torch, which a process that only tokenizes does not need
+
+        return WindowBatches(self.train, self.info["sha256"], seq_len, batch_size, seed, rank, world_size)
+
+    def val_batches(self, seq_len: int, batch_size: int, rank: int = 0, world_size: int = 1) -> "Iterator[Batch]":
+        """Batches in which every held-out token is predicted once."""
+        from diffx.data.batches import val_batches
+
+        return val_batches(self.val, seq_len, batch_size, self.tokenizer.eot_id, rank, world_size)
+
+
+def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progress: Progress | None = None) -> Corpus:
+    """Open a corpus, tokenizing it into the cache (``$DIFFX_CACHE`` or ``~/.cache/diffx``) if it is not there.
+
+    Args:
+        data: the source.
+        tokenizer: the tokenizer to make, or one that a run already has. Shards bring their own.
+        progress: called as the corpus is read.
+
+    Raises:
+        UserError: the text or the tokenizer cannot be used.
+        RunError: the cache cannot be written.
+    """
+    info: dict[str, Any] = {"kind": data.kind}
+    if isinstance(data, ShardsData):
+        shards = Shards(Path(data.path).expanduser())
+    else:
+        shards, info["files"] = _cached(data, tokenizer, progress)
+    val = shards.held_out(int(data.val_tokens))
+    meta = shards.meta
+    info |= {key: meta[key] for key in ("sha256", "tokenizer", "train")}
+    info["val"] = meta["val"] | {"measured": {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}}
+    return Corpus(load_tokenizer(shards.folder / "tokenizer"), shards.train, val, info)
+
+
+def cache_folder() -> Path:
+    """Where tokens are cached."""
+    return Path(os.environ.get("DIFFX_CACHE") or "~/.cache/diffx").expanduser()
+
+
+def _cached(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, progress: Progress | None) -> tuple[Shards, Any]:
+    files = source_files(data)
+    hashes = file_hashes(files)
+    wanted = settings(data, tokenizer, digest(list(hashes.values())))
+    folder = cache_folder() / digest(wanted)[:32]
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    listing = [{"name": name, "bytes": sizes[name], "sha256": hashes[name]} for name in files]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # of several processes that start together, one builds
+            try:
+                return Shards(folder), listing
+            except UserError as error:
+                if folder.exists():
+                    _log.warning("the cache is built again: %s", error)
+            temporary = folder.with_suffix(".tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            build(temporary, lambda: documents(data), data, tokenizer, wanted, _SHARD_TOKENS, total=sum(sizes.values()), progress=progress)
+            os.replace(temporary, folder)
+    except OSError as error:
+        raise RunError(f"the cache {folder.parent} cannot be written: {error.strerror or error}; DIFFX_CACHE names another") from error
+    return Shards(folder), listing

@@ -1,0 +1,261 @@
+"""Where documents come from: the standard library's source, local files, the Hugging Face hub."""
+
+import glob
+import gzip
+import hashlib
+import io
+import json
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import zstandard
+
+from diffx.config import RunError, UserError
+from diffx.config.data import DataConfig, HubData, StdlibData, TextData
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+_NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_PIECES, _PIECE_MIN, _PIECE_MAX = 100, 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text of a corpus.
+
+    Attributes:
+        text: what is learnt.
+        prompt: what stands before it and carries no loss; empty if there is none.
+        name: the file it comes from, or the data set.
+        digest: SHA-256 of prompt and text.
+        n_bytes: UTF-8 bytes of ``text``.
+        read: bytes of the source's files read up to its end, for a progress display; 0 where unknown.
+    """
+
+    text: str
+    prompt: str
+    name: str
+    digest: bytes
+    n_bytes: int
+    read: int = 0
+
+    @property
+    def key(self) -> int:
+        """The first 64 bits of the digest: they decide on which side of the split the document falls."""
+        return int.from_bytes(self.digest[:8], "big")
+
+
+def documents(data: DataConfig) -> Iterator[Document]:
+    """Read a source's documents in their fixed order, leaving out empty ones; one at a time, so that a corpus of any size can be read.
+
+    Raises:
+        UserError: a file or data set that cannot be read, text that is not UTF-8, a JSON line or a field that is wrong.
+    """
+    if isinstance(data, HubData):
+        for row in hub_dataset(data):
+            yield hub_document(data, row)
+        return
+    files = source_files(data)
+    before = 0
+    for name, path in files.items():
+        try:
+            for text, prompt, where, read in _read(path, data, alone=len(files) == 1):
+                if text:
+                    yield _document(text, prompt, name, where, before + read)
+            before += path.stat().st_size
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise UserError(f"{_cannot(path)}: it cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def source_files(data: DataConfig) -> dict[str, Path]:
+    """List a local source's files in the order in which they are read, by the name that a run folder records.
+
+    Raises:
+        UserError: a path that does not exist or holds nothing usable, or a suffix that cannot be read.
+    """
+    if isinstance(data, StdlibData):
+        root = Path(sysconfig.get_paths()["stdlib"])
+        names = (path.relative_to(root) for path in root.rglob("*.py"))
+        found = {name.as_posix(): root / name for name in sorted(names) if not _NOT_STDLIB & set(name.parts)}
+        if not found:
+            raise UserError(f"data=stdlib cannot be used: {root} holds no Python source; choose data=text data.path=FOLDER")
+        return found
+    assert isinstance(data, TextData)
+    found = {}
+    for path in (path for entry in data.path for path in _expand(entry)):
+        found.setdefault(path.resolve(), path)
+    return {path.as_posix(): path for path in found.values()}
+
+
+def file_hashes(files: dict[str, Path]) -> dict[str, str]:
+    """SHA-256 of each file's bytes, several files at a time."""
+
+    def sha256(path: Path) -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    try:
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(files, pool.map(sha256, files.values()), strict=True))
+    except OSError as error:
+        raise UserError(f"{_cannot(error.filename)}: it cannot be read: {error.strerror}") from error
+
+
+def _cannot(path: Any) -> str:
+    return f"data.path={path} cannot be used"
+
+
+def _document(text: str, prompt: str, name: str, where: str, read: int = 0) -> Document:
+    try:
+        data, head = text.encode(), prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: character {error.start} is half of a surrogate pair, which is no text") from error
+    return Document(text, prompt, name, hashlib.sha256(head + b"\0" + data).digest(), len(data), read)
+
+
+def _supported(path: Path) -> bool:
+    return path.name.endswith(SUFFIXES) and path.is_file()
+
+
+def _expand(entry: str) -> list[Path]:
+    accepted = f"accepted are {', '.join(SUFFIXES)}"
+    path = Path(entry).expanduser()
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise UserError(f"{_cannot(entry)}: its suffix is not supported; {accepted}")
+        return [path]
+    if path.is_dir():
+        candidates = [child for child in path.rglob("*") if not any(part.startswith(".") for part in child.relative_to(path).parts)]
+    elif glob.has_magic(entry):
+        candidates = [Path(match) for match in glob.glob(str(path), recursive=True)]
+    else:
+        raise UserError(f"{_cannot(entry)}: there is no such file or directory")
+    found = sorted(filter(_supported, candidates))
+    if not found:
+        raise UserError(f"{_cannot(entry)}: it {'holds' if path.is_dir() else 'matches'} no file that can be read; {accepted}")
+    return found
+
+
+def _read(path: Path, data: DataConfig, alone: bool) -> Iterator[tuple[str, str, str, int]]:
+    """Yield text, prompt, a description of the place for error messages, and bytes of the file read so far."""
+    if isinstance(data, TextData) and path.suffix == ".parquet":
+        return _read_parquet(path, data)
+    if isinstance(data, TextData) and ".jsonl" in path.suffixes:
+        return _read_jsonl(path, data)
+    if isinstance(data, TextData) and alone:
+        return _read_pieces(path)
+    content = path.read_bytes()
+    return iter([(_decode(content, path), "", _cannot(path), len(content))])
+
+
+def _decode(content: bytes, path: Path, start: int = 0) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_cannot(path)}: it is not UTF-8 at byte {start + error.start}; convert it to UTF-8") from error
+
+
+def _read_pieces(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    """Cut a text file that is the whole corpus into about a hundred documents, at blank lines where it has them.
+
+    As one document it could not be split into training and held-out text.
+    """
+    size = min(max(path.stat().st_size // _PIECES, _PIECE_MIN), _PIECE_MAX)
+    start, lines, length = 0, [], 0
+    with path.open("rb") as file:
+        for line in file:
+            lines.append(_decode(line, path, start + length))
+            length += len(line)
+            if length >= 2 * size or (length >= size and not line.strip()):
+                yield "".join(lines), "", _cannot(path), start + length
+                start, lines, length = start + length, [], 0
+    yield "".join(lines), "", _cannot(path), start + length
+
+
+def _read_jsonl(path: Path, data: TextData) -> Iterator[tuple[str, str, str, int]]:
+    with path.open("rb") as raw:
+        stream: BinaryIO = raw
+        if path.suffix == ".gz":
+            stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+        elif path.suffix == ".zst":
+            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            stream = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 16))
+        start = 0
+        for number, line in enumerate(stream, 1):
+            text = _decode(line, path, start)
+            start += len(line)
+            where = f"{_cannot(path)}: line {number}"
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise UserError(f"{where} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where} is not a JSON object with a field {data.text_key!r}")
+            yield *_fields(row, data, where), where, raw.tell()
+
+
+def _read_parquet(path: Path, data: TextData) -> Iterator[tuple[str, str, str, int]]:
+    import pyarrow.parquet as pq  # heavy, and most runs need no parquet
+    from pyarrow import ArrowInvalid
+
+    try:
+        file = pq.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise UserError(f"{_cannot(path)}: it is not a parquet file: {str(error).splitlines()[0]}") from error
+    columns = [key for key in (data.text_key, data.prompt_key) if key is not None]
+    missing = set(columns) - set(file.schema_arrow.names)
+    if missing:
+        _fields(dict.fromkeys(file.schema_arrow.names), data, _cannot(path))
+    rows, total, size = 0, max(file.metadata.num_rows, 1), path.stat().st_size
+    for batch in file.iter_batches(columns=columns, batch_size=1024):
+        for row in batch.to_pylist():
+            rows += 1
+            where = f"{_cannot(path)}: row {rows}"
+            yield *_fields(row, data, where), where, size * rows // total
+
+
+def _fields(row: dict[str, Any], data: TextData | HubData, where: str) -> tuple[str, str]:
+    """Take text and prompt out of a row; a prompt that is null is empty."""
+    values = []
+    for setting, key in (("text_key", data.text_key), ("prompt_key", data.prompt_key)):
+        if key is not None and key not in row:
+            raise UserError(f"{where} has no field {key!r} (data.{setting}); it has {', '.join(map(repr, row)) or 'none'}")
+        value = "" if key is None or (setting == "prompt_key" and row[key] is None) else row[key]
+        if not isinstance(value, str):
+            raise UserError(f"{where} has a field {key!r} (data.{setting}) that is not text but {type(value).__name__}")
+        values.append(value)
+    return values[0], values[1]
+
+
+def hub_dataset(data: HubData) -> Any:
+    """Open a data set as a ``datasets.IterableDataset``.
+
+    Raises:
+        UserError: it does not exist, cannot be reached, or lacks the split.
+    """
+    import datasets  # slow to import, and most runs need no hub
+
+    try:
+        dataset = datasets.load_dataset(data.name, data.subset, split=data.split, revision=data.revision, streaming=True)
+    except Exception as error:  # any library below may fail here, each with an exception of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"data.name={data.name} (data.subset={data.subset}, data.split={data.split}) cannot be used: {reason}; "
+            "it must be a data set of the Hugging Face hub that can be reached, or a local folder"
+        ) from error
+    return dataset
+
+
+def hub_document(data: HubData, row: dict[str, Any]) -> Document:
+    """Make a document of a data set's row."""
+    where = f"data.name={data.name} cannot be used: a row"
+    return _document(*_fields(row, data, where), data.name, where)

@@ -1,0 +1,216 @@
+"""Text to tokens and back. Special tokens that stand in a text are encoded as the text they are."""
+
+import base64
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from diffx.config import UserError
+from diffx.config.data import BpeTokenizer, BytesTokenizer, HfTokenizer, TiktokenTokenizer, TokenizerConfig
+
+END_OF_TEXT = "<|endoftext|>"
+_FILE = "diffx_tokenizer.json"
+_log = logging.getLogger(__name__)
+
+
+class FastTokenizer:
+    """A tokenizer of the ``tokenizers`` library: kinds ``bpe``, ``bytes`` and ``hf``.
+
+    Attributes:
+        kind: which of the three.
+        eot_id: the end-of-text token.
+        vocab_size: one more than the highest token.
+        fingerprint: SHA-256 of what decides how it encodes.
+    """
+
+    def __init__(self, kind: str, backend: tokenizers.Tokenizer, eot: str, pretrained: Any = None) -> None:
+        backend.encode_special_tokens = True  # "<|endoftext|>" in a text is five words, not the end of the text
+        backend.no_truncation()
+        backend.no_padding()
+        self.kind = kind
+        self.eot_id: int = backend.token_to_id(eot)
+        self.vocab_size: int = max(backend.get_vocab().values()) + 1
+        self._backend, self._eot, self._pretrained = backend, eot, pretrained
+        definition = json.loads(backend.to_str())
+        del definition["post_processor"]  # never used, and rewritten by transformers when it saves
+        self.fingerprint = hashlib.sha256(json.dumps([definition, self.eot_id], sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Encode one text, without an end-of-text token."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Encode several texts at once."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn tokens into text, special tokens included."""
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Write files that ``load_tokenizer`` and ``transformers.AutoTokenizer`` both read."""
+        from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
+
+        pretrained = self._pretrained or PreTrainedTokenizerFast(tokenizer_object=self._backend, eos_token=self._eot)
+        pretrained.save_pretrained(folder)
+        _write_json(Path(folder) / _FILE, {"kind": self.kind, "eot": self._eot, "fingerprint": self.fingerprint})
+
+
+class TiktokenEncoding:
+    """A tokenizer of the optional ``tiktoken`` library; the attributes are those of ``FastTokenizer``."""
+
+    def __init__(self, encoding: Any) -> None:
+        self.kind = "tiktoken"
+        self.eot_id: int = encoding.eot_token
+        self.vocab_size: int = encoding.n_vocab
+        self._encoding = encoding
+        ranks = hashlib.sha256(self._ranks()).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps([ranks, encoding._pat_str, encoding._special_tokens]).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Encode one text, without an end-of-text token."""
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Encode several texts at once."""
+        return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn tokens into text, special tokens included."""
+        return self._encoding.decode(ids)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the vocabulary, so that a run's tokenizer loads without the network."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ranks.tiktoken").write_bytes(self._ranks())
+        encoding = self._encoding
+        definition = {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens}
+        _write_json(folder / _FILE, {"kind": self.kind, "fingerprint": self.fingerprint} | definition)
+
+    def _ranks(self) -> bytes:
+        ranks = sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
+
+
+Tokenizer = FastTokenizer | TiktokenEncoding
+
+
+def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Make the tokenizer that a config asks for; ``texts`` (read by ``bpe`` alone) is what it is trained on.
+
+    Raises:
+        UserError: a tokenizer that does not exist, cannot be reached, or has no end-of-text token.
+    """
+    if isinstance(config, BpeTokenizer):
+        return _train_bpe(config.vocab_size, texts)
+    if isinstance(config, BytesTokenizer):
+        vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        backend.add_special_tokens([END_OF_TEXT])
+        return FastTokenizer("bytes", _byte_level(backend, use_regex=False), END_OF_TEXT)
+    if isinstance(config, HfTokenizer):
+        return _from_hf(config.name, config.revision)
+    assert isinstance(config, TiktokenTokenizer)
+    return _from_tiktoken(config.name)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Load what ``save`` wrote, without the network.
+
+    Raises:
+        UserError: the folder holds no tokenizer of ours, or a damaged one.
+    """
+    folder = Path(folder)
+    try:
+        saved = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        tokenizer: Tokenizer
+        if saved["kind"] == "tiktoken":
+            lines = (line.split() for line in (folder / "ranks.tiktoken").read_bytes().splitlines())
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+            options = {"pat_str": saved["pat_str"], "special_tokens": saved["special_tokens"]}
+            tokenizer = TiktokenEncoding(_tiktoken().Encoding(saved["name"], mergeable_ranks=ranks, **options))
+        elif saved["kind"] == "hf":
+            tokenizer = _from_hf(str(folder), None)
+        else:
+            tokenizer = FastTokenizer(saved["kind"], tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), saved["eot"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder} cannot be used as a tokenizer: {_first_line(error)}") from error
+    if tokenizer.fingerprint != saved["fingerprint"]:
+        raise UserError(f"{folder} cannot be used as a tokenizer: its files are not those that were saved (fingerprint differs)")
+    return tokenizer
+
+
+def _byte_level(backend: tokenizers.Tokenizer, use_regex: bool = True) -> tokenizers.Tokenizer:
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _train_bpe(vocab_size: int, texts: Iterable[str]) -> FastTokenizer:
+    backend = _byte_level(tokenizers.Tokenizer(models.BPE()))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, min_frequency=2, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = FastTokenizer("bpe", backend, END_OF_TEXT)
+    if tokenizer.vocab_size < vocab_size:
+        _log.warning("tokenizer.vocab_size=%d is more than the text gives: the vocabulary has %d", vocab_size, tokenizer.vocab_size)
+    return tokenizer
+
+
+def _from_hf(name: str, revision: str | None) -> FastTokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        pretrained = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # any library below may fail here, each with an exception of its own
+        raise UserError(
+            f"tokenizer.name={name} cannot be used: {_first_line(error)}; it must be a local folder or a hub name that can be reached"
+        ) from error
+    if not pretrained.is_fast:
+        raise UserError(f"tokenizer.name={name} cannot be used: it has no tokenizer.json; choose one of the `tokenizers` library")
+    if pretrained.eos_token is None:
+        raise UserError(f"tokenizer.name={name} cannot be used: it has no end-of-text token (eos_token)")
+    return FastTokenizer("hf", pretrained.backend_tokenizer, pretrained.eos_token, pretrained)
+
+
+def _tiktoken() -> Any:
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise UserError("tokenizer=tiktoken cannot be used: tiktoken is not installed; run pip install 'diffx[tiktoken]'") from error
+    return tiktoken
+
+
+def _from_tiktoken(name: str) -> TiktokenEncoding:
+    tiktoken = _tiktoken()
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        raise UserError(f"tokenizer.name={name} cannot be used: it must be one of {', '.join(names)}")
+    try:
+        encoding = tiktoken.get_encoding(name)
+        encoding.eot_token  # noqa: B018  # a property that raises where there is none
+    except KeyError as error:
+        raise UserError(f"tokenizer.name={name} cannot be used: it has no end-of-text token") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer.name={name} cannot be used: its vocabulary has to be fetched once from the network: {_first_line(error)}"
+        ) from error
+    return TiktokenEncoding(encoding)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
