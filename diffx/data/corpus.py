@@ -4,8 +4,8 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ from diffx.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from diffx.data.batches import Batch, WindowBatches
+    from diffx.data.stream import StreamBatches
+
+    Batches = WindowBatches | StreamBatches
 
 _SHARD_TOKENS = 10**8
 _log = logging.getLogger(__name__)
@@ -31,25 +34,37 @@ class Corpus:
 
     Attributes:
         tokenizer: text to tokens and back.
-        train: training tokens; of a stream, those of its first documents.
+        shards: its tokens on disk; of a stream, those of its first documents.
         val: held-out tokens.
         info: what the run folder records: the sources with their hashes, documents, tokens and bytes of each split.
+        stream: the data set that training reads, if it is a stream.
     """
 
     tokenizer: Tokenizer
-    train: TokenArray
+    shards: Shards
     val: HeldOut
     info: dict[str, Any]
+    stream: HubData | None = None
 
-    def batches(self, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> "WindowBatches":
+    @property
+    def train(self) -> TokenArray:
+        """Training tokens; of a stream, those of its first documents."""
+        return self.shards.train
+
+    def batches(self, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> "Batches":
         """Endless training batches of ``batch_size`` sequences of ``seq_len`` tokens over all processes.
 
         Raises:
             UserError: the training text is shorter than one sequence, or the rows do not divide among the processes.
         """
-        from diffx.data.batches import WindowBatches  # torch, which a process that only tokenizes does not need
+        from diffx.data.batches import WindowBatches  # with torch, which a process that only tokenizes does not need
+        from diffx.data.stream import StreamBatches
 
-        return WindowBatches(self.train, self.info["sha256"], seq_len, batch_size, seed, rank, world_size)
+        corpus = digest([self.info["sha256"], self.tokenizer.fingerprint])
+        if self.stream is None:
+            return WindowBatches(self.train, corpus, seq_len, batch_size, seed, rank, world_size)
+        threshold = self.shards.meta["threshold"]
+        return StreamBatches(self.stream, self.tokenizer, threshold, corpus, seq_len, batch_size, seed, rank, world_size)
 
     def val_batches(self, seq_len: int, batch_size: int, rank: int = 0, world_size: int = 1) -> "Iterator[Batch]":
         """Batches in which every held-out token is predicted once."""
@@ -73,13 +88,27 @@ def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progr
     info: dict[str, Any] = {"kind": data.kind}
     if isinstance(data, ShardsData):
         shards = Shards(Path(data.path).expanduser())
+    elif isinstance(data, HubData):
+        first = list(itertools.islice(documents(data), data.tokenizer_documents))
+        wanted = settings(data, tokenizer, digest([document.digest.hex() for document in first]))
+        shards = _cached(wanted, lambda folder: build(folder, lambda: first, data, tokenizer, wanted, _SHARD_TOKENS, progress=progress))
     else:
-        shards, info["files"] = _cached(data, tokenizer, progress)
+        files = source_files(data)
+        hashes = file_hashes(files)
+        wanted = settings(data, tokenizer, digest(list(hashes.values())))
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        info["files"] = [{"name": name, "bytes": sizes[name], "sha256": hashes[name]} for name in files]
+        total = sum(sizes.values())
+        shards = _cached(
+            wanted,
+            lambda folder: build(folder, lambda: documents(data), data, tokenizer, wanted, _SHARD_TOKENS, total=total, progress=progress),
+        )
     val = shards.held_out(int(data.val_tokens))
     meta = shards.meta
     info |= {key: meta[key] for key in ("sha256", "tokenizer", "train")}
     info["val"] = meta["val"] | {"measured": {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}}
-    return Corpus(load_tokenizer(shards.folder / "tokenizer"), shards.train, val, info)
+    stream = data if isinstance(data, HubData) else None
+    return Corpus(load_tokenizer(shards.folder / "tokenizer"), shards, val, info, stream)
 
 
 def cache_folder() -> Path:
@@ -87,26 +116,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DIFFX_CACHE") or "~/.cache/diffx").expanduser()
 
 
-def _cached(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, progress: Progress | None) -> tuple[Shards, Any]:
-    files = source_files(data)
-    hashes = file_hashes(files)
-    wanted = settings(data, tokenizer, digest(list(hashes.values())))
+def _cached(wanted: dict[str, Any], build_in: Callable[[Path], None]) -> Shards:
+    """Open the shards made with these settings, building them first if there are none or if they are damaged."""
     folder = cache_folder() / digest(wanted)[:32]
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    listing = [{"name": name, "bytes": sizes[name], "sha256": hashes[name]} for name in files]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # of several processes that start together, one builds
             try:
-                return Shards(folder), listing
+                return Shards(folder)
             except UserError as error:
                 if folder.exists():
                     _log.warning("the cache is built again: %s", error)
             temporary = folder.with_suffix(".tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
-            build(temporary, lambda: documents(data), data, tokenizer, wanted, _SHARD_TOKENS, total=sum(sizes.values()), progress=progress)
+            build_in(temporary)
             os.replace(temporary, folder)
     except OSError as error:
         raise RunError(f"the cache {folder.parent} cannot be written: {error.strerror or error}; DIFFX_CACHE names another") from error
-    return Shards(folder), listing
+    return Shards(folder)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from diffx.config import RunError, UserError
-from diffx.config.data import DataConfig, HubData, StdlibData, TextData, TokenizerConfig
+from diffx.config.data import DataConfig, HubData, TokenizerConfig
 from diffx.config.train import PrepareJob
 from diffx.data.shards import FORMAT, ShardWriter, read_meta, write_meta
 from diffx.data.sources import Document, documents, source_files

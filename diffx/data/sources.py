@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from diffx.config import RunError, UserError
+from diffx.config import UserError
 from diffx.config.data import DataConfig, HubData, StdlibData, TextData
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -56,8 +56,7 @@ def documents(data: DataConfig) -> Iterator[Document]:
         UserError: a file or data set that cannot be read, text that is not UTF-8, a JSON line or a field that is wrong.
     """
     if isinstance(data, HubData):
-        for row in hub_dataset(data):
-            yield hub_document(data, row)
+        yield from (document for row in hub_dataset(data) if (document := hub_document(data, row)).text)
         return
     files = source_files(data)
     before = 0
@@ -85,10 +84,11 @@ def source_files(data: DataConfig) -> dict[str, Path]:
             raise UserError(f"data=stdlib cannot be used: {root} holds no Python source; choose data=text data.path=FOLDER")
         return found
     assert isinstance(data, TextData)
-    found = {}
-    for path in (path for entry in data.path for path in _expand(entry)):
-        found.setdefault(path.resolve(), path)
-    return {path.as_posix(): path for path in found.values()}
+    paths: dict[Path, Path] = {}
+    for entry in data.path:
+        for path in _expand(entry):
+            paths.setdefault(path.resolve(), path)  # a file that two entries name is read once
+    return {path.as_posix(): path for path in paths.values()}
 
 
 def file_hashes(files: dict[str, Path]) -> dict[str, str]:

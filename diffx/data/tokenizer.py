@@ -35,7 +35,10 @@ class FastTokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.kind = kind
-        self.eot_id: int = backend.token_to_id(eot)
+        eot_id = backend.token_to_id(eot)
+        if eot_id is None:
+            raise ValueError(f"the vocabulary has no {eot}")
+        self.eot_id: int = eot_id
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
         self._backend, self._eot, self._pretrained = backend, eot, pretrained
         definition = json.loads(backend.to_str())
