@@ -1,7 +1,8 @@
 """Text sources, tokenizers, token shards and batches."""
 
-from diffx.data.corpus import Corpus, open_data
+from diffx.data.batches import Batch, cu_seqlens
+from diffx.data.corpus import Batches, Corpus, open_data
 from diffx.data.prepare import prepare
-from diffx.data.tokenizer import Tokenizer, load_tokenizer
+from diffx.data.tokenizers import Tokenizer, load_tokenizer
 
-__all__ = ["Corpus", "Tokenizer", "load_tokenizer", "open_data", "prepare"]
+__all__ = ["Batch", "Batches", "Corpus", "Tokenizer", "cu_seqlens", "load_tokenizer", "open_data", "prepare"]

@@ -1,4 +1,4 @@
-"""Batches of token windows, the same for every architecture and for any number of processes. Torch stays out of the other files."""
+"""Batches of token windows, the same for every architecture and for any number of processes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

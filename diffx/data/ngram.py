@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from diffx.config.data import BpeTokenizer, DataConfig
+from diffx.config.data import BpeTokenizer
 from diffx.data.corpus import Corpus, open_data
 from diffx.data.prepare import Progress
 from diffx.data.shards import HeldOut, TokenArray
@@ -12,7 +12,7 @@ from diffx.data.shards import HeldOut, TokenArray
 TRAIN_TOKENS = 20_000_000  # counted at most; a bigram gains little from more
 
 
-def baselines(corpus: Corpus, data: DataConfig, progress: Progress | None = None) -> dict[str, dict[str, float]]:
+def baselines(corpus: Corpus, progress: Progress | None = None) -> dict[str, dict[str, float]]:
     """Nats a token and bits a byte of the unigram and bigram models of a corpus.
 
     The bigram is measured over a byte-level BPE of 4,096 tokens of the same text too (bits a byte alone, on the same
@@ -25,8 +25,8 @@ def baselines(corpus: Corpus, data: DataConfig, progress: Progress | None = None
         ("bigram_kneser_ney", bigram_kneser_ney(corpus.train, corpus.val, vocab_size)),
     ):
         found[name] = {"nats": nats, "bpb": bits_per_byte(nats, corpus.val)}
-    if data.kind != "shards":
-        other = open_data(data, BpeTokenizer(vocab_size=4096), progress=progress)
+    if corpus.data.kind != "shards":
+        other = open_data(corpus.data, BpeTokenizer(vocab_size=4096), progress=progress)
         val = other.shards.held_out(keys=corpus.val.keys)
         found["bigram_kneser_ney_4096"] = {"bpb": bits_per_byte(bigram_kneser_ney(other.train, val, other.tokenizer.vocab_size), val)}
     return found

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from diffx.config import RunError, UserError
-from diffx.config.data import DataConfig, HubData, TokenizerConfig
+from diffx.config.data import BpeTokenizer, DataConfig, HubData, TokenizerConfig
 from diffx.config.train import PrepareJob
 from diffx.data.shards import FORMAT, ShardWriter, read_meta, write_meta
-from diffx.data.sources import Document, documents, source_files
-from diffx.data.tokenizer import FastTokenizer, TiktokenEncoding, Tokenizer, load_tokenizer, make_tokenizer
+from diffx.data.sources import Document, documents, label, reason, source_files
+from diffx.data.tokenizers import FastTokenizer, TiktokenEncoding, Tokenizer, load_tokenizer, make_tokenizer
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage (``training the tokenizer``, ``tokenizing``), bytes done, and bytes in all (``None`` if unknown)."""
@@ -44,30 +45,39 @@ def prepare(job: PrepareJob, progress: Progress | None = None) -> Path:
         stats = {name: path.stat() for name, path in source_files(job.data).items()}
         state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
         total = sum(stat.st_size for stat in stats.values())
-    wanted = settings(job.data, job.tokenizer, digest(state)) | {"shard_tokens": job.shard_tokens}
-    if out.exists():
-        meta = read_meta(out)
-        if meta is None and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"out={out} cannot be used: it exists and holds no token shards; choose a new folder")
-        differing = [key for key in wanted if meta and meta["settings"].get(key) != wanted[key]]
-        if differing:
-            raise UserError(f"out={out} cannot be used: it was made with another {differing[0]}; choose a new folder")
-        if meta and meta["complete"]:
-            return out
-    workers = job.workers or os.cpu_count() or 1
-    build(out, lambda: documents(job.data), job.data, job.tokenizer, wanted, int(job.shard_tokens), workers, total, progress)
+    tokenizer = ready(job.tokenizer)
+    wanted = settings(job.data, tokenizer, digest(state)) | {"shard_tokens": job.shard_tokens}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(out.parent / f".{out.name}.lock", timeout=0):
+            meta = read_meta(out)
+            if meta is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise UserError(f"out={out} cannot be used: it exists and holds no token shards; choose a new folder")
+            differing = [key for key in wanted if meta and meta["settings"].get(key) != wanted[key]]
+            if differing:
+                raise UserError(f"out={out} cannot be used: it was made with another {differing[0]}; choose a new folder or delete it")
+            if meta is None or not meta["complete"]:
+                workers = job.workers or os.cpu_count() or 1
+                build(out, lambda: documents(job.data), job.data, tokenizer, wanted, int(job.shard_tokens), workers, total, progress)
+    except Timeout as error:
+        raise UserError(f"out={out} cannot be used: another process is writing it") from error
+    except OSError as error:
+        raise RunError(f"out={out} cannot be written: {reason(error)}") from error
     return out
 
 
-def settings(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, contents: str) -> dict[str, Any]:
+def ready(tokenizer: TokenizerConfig | Tokenizer) -> BpeTokenizer | Tokenizer:
+    """Make the tokenizer unless it has yet to be trained, so that what it is, not what it is called, decides about a cache."""
+    if isinstance(tokenizer, BpeTokenizer | FastTokenizer | TiktokenEncoding):
+        return tokenizer
+    return make_tokenizer(tokenizer, ())
+
+
+def settings(data: DataConfig, tokenizer: BpeTokenizer | Tokenizer, contents: str) -> dict[str, Any]:
     """Everything that decides what the shards of a corpus hold, by the names that a message shows."""
-    chosen = {key: value for key, value in asdict(data).items() if key not in ("path", "val_tokens", "shuffle_buffer")}
-    made = {"fingerprint": tokenizer.fingerprint} if isinstance(tokenizer, FastTokenizer | TiktokenEncoding) else asdict(tokenizer)
-    return {
-        **{f"data.{key}": value for key, value in chosen.items()},
-        **{f"tokenizer.{key}": value for key, value in made.items()},
-        "state of the files": contents,
-    }
+    chosen = {f"data.{key}": value for key, value in asdict(data).items() if key not in ("path", "val_tokens", "shuffle_buffer")}
+    made = asdict(tokenizer) if isinstance(tokenizer, BpeTokenizer) else {"fingerprint": tokenizer.fingerprint}
+    return chosen | {f"tokenizer.{key}": value for key, value in made.items()} | {"state of the files": contents}
 
 
 def digest(value: Any) -> str:
@@ -79,7 +89,7 @@ def build(
     folder: Path,
     source: Callable[[], Iterable[Document]],
     data: DataConfig,
-    tokenizer: TokenizerConfig | Tokenizer,
+    tokenizer: BpeTokenizer | Tokenizer,
     settings: dict[str, Any],
     shard_tokens: int,
     workers: int = 1,
@@ -88,50 +98,47 @@ def build(
 ) -> None:
     """Write a folder of shards, or finish it; ``source`` gives the same documents each time it is called."""
     report = progress or (lambda stage, done, total: None)
+    meta = read_meta(folder)
+    if meta is None:
+        threshold = holdout_threshold(source(), data)
+        if isinstance(tokenizer, BpeTokenizer):
+            tokenizer = make_tokenizer(tokenizer, _training_texts(source(), data, threshold, report))
+        meta = _empty_meta(tokenizer, threshold, getattr(data, "prompt_key", None) is not None, settings)
+        start = folder.with_name(f".{folder.name}.{os.getpid()}")  # renamed, so that the folder never lacks its meta.json
+        tokenizer.save(start / "tokenizer")
+        write_meta(start, meta)
+        os.replace(start, folder)
+    writer = ShardWriter(folder, meta, shard_tokens)
+    read = 0
+    rest = itertools.islice(source(), meta["train"]["documents"] + meta["val"]["documents"], None)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        meta = read_meta(folder) or {"format": FORMAT, "complete": False, "settings": settings}
-        write_meta(folder, meta)
-        if "tokenizer" not in meta:
-            threshold = holdout_threshold(source(), data.val_fraction)
-            made = tokenizer
-            if not isinstance(made, FastTokenizer | TiktokenEncoding):
-                made = make_tokenizer(made, _training_texts(source(), data, threshold, report))
-            made.save(folder / "tokenizer")
-            meta |= _empty_meta(made, threshold, masked=getattr(data, "prompt_key", None) is not None)
-            write_meta(folder, meta)
-        writer = ShardWriter(folder, meta, shard_tokens)
-        done = meta["train"]["documents"] + meta["val"]["documents"]
-        read = 0
-        try:
-            for document, tokens, n_prompt in _tokenize(itertools.islice(source(), done, None), folder / "tokenizer", workers):
+        for group in _tokenize(rest, folder / "tokenizer", workers):
+            for document, tokens, n_prompt in group:
                 writer.add(document, tokens, n_prompt)
                 read = document.read or read + document.n_bytes
-                report("tokenizing", read, total)
-            writer.finish()
-        finally:
-            writer.close()
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
+            report("tokenizing", read, total)
+        writer.finish()
+    finally:
+        writer.close()
 
 
-def holdout_threshold(documents: Iterable[Document], fraction: float) -> int:
-    """The highest key that is held out: ``fraction`` of all keys, but in a small corpus at least one document, and not all.
+def holdout_threshold(documents: Iterable[Document], data: DataConfig) -> int:
+    """The highest key that is held out: ``data.val_fraction`` of all keys, but in a small corpus at least one document, and not all.
 
     Reads no further than it has to, which is a few dozen documents.
 
     Raises:
         UserError: the corpus holds no text, or no two different documents.
     """
-    wanted, low, high = int(fraction * 2**64), 2**64, -1
+    wanted, low, high = int(data.val_fraction * 2**64), 2**64, -1
     for document in documents:
         low, high = min(low, document.key), max(high, document.key)
         if low <= wanted < high:
             return wanted
     if high < 0:
-        raise UserError("data cannot be used: it holds no text")
+        raise UserError(f"{label(data)} cannot be used: it holds no text")
     if low == high:
-        raise UserError("data cannot be used: it holds one document, and a part has to be held out; give two or more")
+        raise UserError(f"{label(data)} cannot be used: it holds one document, and one more has to be held out")
     return low
 
 
@@ -143,9 +150,12 @@ def encode_documents(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> list
     return [(np.array([tokenizer.eot_id, *prompt, *body], dtype), len(prompt)) for prompt, body in zip(prompts, bodies, strict=True)]
 
 
-def _empty_meta(tokenizer: Tokenizer, threshold: int, masked: bool) -> dict[str, Any]:
+def _empty_meta(tokenizer: Tokenizer, threshold: int, masked: bool, settings: dict[str, Any]) -> dict[str, Any]:
     names = ("kind", "vocab_size", "eot_id", "fingerprint")
     return {
+        "format": FORMAT,
+        "complete": False,
+        "settings": settings,
         "tokenizer": {name: getattr(tokenizer, name) for name in names},
         "dtype": "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4",
         "masked": masked,
@@ -183,13 +193,13 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _tokenize(documents: Iterable[Document], folder: Path, workers: int) -> Iterator[tuple[Document, np.ndarray, int]]:
-    """Tokenize documents in their order, with a few groups a process in flight."""
+def _tokenize(documents: Iterable[Document], folder: Path, workers: int) -> Iterator[list[tuple[Document, np.ndarray, int]]]:
+    """Tokenize documents in their order, a group at a time, with a few groups a process in flight."""
     if workers == 1:
         tokenizer = load_tokenizer(folder)
         for group in _groups(documents):
             pairs = [(document.prompt, document.text) for document in group]
-            yield from ((d, *result) for d, result in zip(group, encode_documents(tokenizer, pairs), strict=True))
+            yield [(d, *result) for d, result in zip(group, encode_documents(tokenizer, pairs), strict=True)]
         return
     # A forked process would inherit locked threads of the libraries, so each starts afresh.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (folder,))
@@ -200,7 +210,7 @@ def _tokenize(documents: Iterable[Document], folder: Path, workers: int) -> Iter
             flight.append((group, pool.submit(_encode_in_worker, pairs)))
             if len(flight) > 2 * workers:
                 finished, future = flight.popleft()
-                yield from ((d, *result) for d, result in zip(finished, future.result(), strict=True))
+                yield [(d, *result) for d, result in zip(finished, future.result(), strict=True)]
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from diffx.config import UserError
 from diffx.data.sources import Document
+from diffx.data.tokenizers import load_tokenizer
 
 FORMAT = 1
 
@@ -77,6 +78,7 @@ class Shards:
     Attributes:
         folder: where it lies.
         meta: its ``meta.json``.
+        tokenizer: what made them.
         train: the training tokens.
     """
 
@@ -84,7 +86,7 @@ class Shards:
         """Open a folder.
 
         Raises:
-            UserError: it holds no shards, unfinished ones, or a file that has not the size it was written with.
+            UserError: it holds no shards, unfinished ones, or a damaged file.
         """
         self.folder = folder
         meta = read_meta(folder)
@@ -98,6 +100,7 @@ class Shards:
             if size != file["bytes"]:
                 raise UserError(f"data.path={folder} cannot be used: {name} has {size} bytes in place of {file['bytes']}")
         self.meta = meta
+        self.tokenizer = load_tokenizer(folder / "tokenizer")
         self.train = self._tokens("train")
 
     def held_out(self, limit: int | None = None, keys: np.ndarray | None = None) -> HeldOut:
@@ -112,7 +115,8 @@ class Shards:
         starts = np.cumsum([0, *index[:, 1].tolist()])
         order = np.argsort(index[:, 0], kind="stable").tolist()
         if keys is not None:
-            chosen = [i for i in order if index[i, 0] in keys]
+            wanted = np.isin(index[:, 0], keys)
+            chosen = [i for i in order if wanted[i]]
         else:
             chosen, total = [], 0
             for i in order:
@@ -121,7 +125,7 @@ class Shards:
                     total += int(index[i, 1])
             chosen = chosen or [int(np.argmin(index[:, 1]))]
         pieces = [every.read(int(starts[i]), int(starts[i + 1])) for i in chosen]
-        end = np.array([self.meta["tokenizer"]["eot_id"]], pieces[0][0].dtype)
+        end = np.array([self.tokenizer.eot_id], pieces[0][0].dtype)
         tokens = np.concatenate([*(tokens for tokens, _ in pieces), end])
         masks = [mask for _, mask in pieces if mask is not None]
         mask = np.concatenate([*masks, np.ones(1, np.uint8)]) if masks else None

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from diffx.config import UserError
+from diffx.config import RunError, UserError
 from diffx.config.data import DataConfig, HubData, StdlibData, TextData
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -56,7 +57,7 @@ def documents(data: DataConfig) -> Iterator[Document]:
         UserError: a file or data set that cannot be read, text that is not UTF-8, a JSON line or a field that is wrong.
     """
     if isinstance(data, HubData):
-        yield from (document for row in hub_dataset(data) if (document := hub_document(data, row)).text)
+        yield from hub_documents(data, hub_dataset(data))
         return
     files = source_files(data)
     before = 0
@@ -67,7 +68,7 @@ def documents(data: DataConfig) -> Iterator[Document]:
                     yield _document(text, prompt, name, where, before + read)
             before += path.stat().st_size
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise UserError(f"{_cannot(path)}: it cannot be read: {getattr(error, 'strerror', None) or error}") from error
+            raise UserError(f"{_cannot(path)}: it cannot be read: {reason(error)}") from error
 
 
 def source_files(data: DataConfig) -> dict[str, Path]:
@@ -78,11 +79,13 @@ def source_files(data: DataConfig) -> dict[str, Path]:
     """
     if isinstance(data, StdlibData):
         root = Path(sysconfig.get_paths()["stdlib"])
-        names = (path.relative_to(root) for path in root.rglob("*.py"))
-        found = {name.as_posix(): root / name for name in sorted(names) if not _NOT_STDLIB & set(name.parts)}
-        if not found:
+        sources = []
+        for folder, folders, names in os.walk(root):
+            folders[:] = [name for name in folders if name not in _NOT_STDLIB]
+            sources += [Path(folder, name) for name in names if name.endswith(".py")]
+        if not sources:
             raise UserError(f"data=stdlib cannot be used: {root} holds no Python source; choose data=text data.path=FOLDER")
-        return found
+        return {path.relative_to(root).as_posix(): path for path in sorted(sources)}
     assert isinstance(data, TextData)
     paths: dict[Path, Path] = {}
     for entry in data.path:
@@ -105,7 +108,20 @@ def file_hashes(files: dict[str, Path]) -> dict[str, str]:
         with ThreadPoolExecutor() as pool:
             return dict(zip(files, pool.map(sha256, files.values()), strict=True))
     except OSError as error:
-        raise UserError(f"{_cannot(error.filename)}: it cannot be read: {error.strerror}") from error
+        raise UserError(f"{_cannot(error.filename)}: it cannot be read: {reason(error)}") from error
+
+
+def label(data: DataConfig) -> str:
+    """Name a source in a message, as a user would type it."""
+    if isinstance(data, TextData):
+        return f"data.path={','.join(data.path)}"
+    return f"data.name={data.name}" if isinstance(data, HubData) else f"data={data.kind}"
+
+
+def reason(error: Exception) -> str:
+    """Make one line, not too long, of an exception of another library."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:200].rstrip(".: ")
 
 
 def _cannot(path: Any) -> str:
@@ -210,7 +226,7 @@ def _read_parquet(path: Path, data: TextData) -> Iterator[tuple[str, str, str, i
     try:
         file = pq.ParquetFile(path)
     except ArrowInvalid as error:
-        raise UserError(f"{_cannot(path)}: it is not a parquet file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{_cannot(path)}: it is not a parquet file: {reason(error)}") from error
     columns = [key for key in (data.text_key, data.prompt_key) if key is not None]
     missing = set(columns) - set(file.schema_arrow.names)
     if missing:
@@ -247,15 +263,27 @@ def hub_dataset(data: HubData) -> Any:
     try:
         dataset = datasets.load_dataset(data.name, data.subset, split=data.split, revision=data.revision, streaming=True)
     except Exception as error:  # any library below may fail here, each with an exception of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"data.name={data.name} (data.subset={data.subset}, data.split={data.split}) cannot be used: {reason}; "
+            f"data.name={data.name} (data.subset={data.subset}, data.split={data.split}) cannot be used: {reason(error)}; "
             "it must be a data set of the Hugging Face hub that can be reached, or a local folder"
         ) from error
     return dataset
 
 
-def hub_document(data: HubData, row: dict[str, Any]) -> Document:
-    """Make a document of a data set's row."""
-    where = f"data.name={data.name} cannot be used: a row"
-    return _document(*_fields(row, data, where), data.name, where)
+def hub_documents(data: HubData, dataset: Any) -> Iterator[Document]:
+    """Read a data set's documents, leaving out empty ones.
+
+    Raises:
+        UserError: a row lacks a field.
+        RunError: the stream broke off.
+    """
+    where = f"{label(data)} cannot be used: a row"
+    try:
+        for row in dataset:
+            text, prompt = _fields(row, data, where)
+            if text:
+                yield _document(text, prompt, data.name, where)
+    except UserError:
+        raise
+    except Exception as error:  # any library below may fail here, each with an exception of its own
+        raise RunError(f"{label(data)} could not be read to its end: {reason(error)}") from error

@@ -11,8 +11,8 @@ from diffx.config.data import HubData
 from diffx.data.batches import Batch, check_corpus, check_rows, make_batch
 from diffx.data.prepare import encode_documents
 from diffx.data.shards import TokenArray
-from diffx.data.sources import hub_dataset, hub_document
-from diffx.data.tokenizer import Tokenizer
+from diffx.data.sources import hub_dataset, hub_documents
+from diffx.data.tokenizers import Tokenizer
 
 _BLOCK = 1000  # documents read at once where none are shuffled
 _GROUP = 64  # documents tokenized at once
@@ -91,12 +91,12 @@ class StreamBatches:
             dataset = hub_dataset(data)
             if state is not None:
                 dataset.load_state_dict(state)
-            rows = iter(dataset)
-            while found := [hub_document(data, row) for row in itertools.islice(rows, data.shuffle_buffer or _BLOCK)]:
+            documents = hub_documents(data, dataset)
+            while found := list(itertools.islice(documents, data.shuffle_buffer or _BLOCK)):
                 order = (
                     np.random.default_rng([self._seed, epoch, block]).permutation(len(found)) if data.shuffle_buffer else range(len(found))
                 )
-                kept = [found[i] for i in order if found[i].text and found[i].key > self._threshold]
+                kept = [found[i] for i in order if found[i].key > self._threshold]
                 for first in range(index, len(kept), _GROUP):
                     pairs = [(document.prompt, document.text) for document in kept[first : first + _GROUP]]
                     for number, (tokens, n_prompt) in enumerate(encode_documents(self._tokenizer, pairs), first):

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from diffx.config import UserError
 from diffx.config.data import BpeTokenizer, BytesTokenizer, HfTokenizer, TiktokenTokenizer, TokenizerConfig
+from diffx.data.sources import reason
 
 END_OF_TEXT = "<|endoftext|>"
 _FILE = "diffx_tokenizer.json"
@@ -144,8 +145,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             tokenizer = _from_hf(str(folder), None)
         else:
             tokenizer = FastTokenizer(saved["kind"], tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), saved["eot"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} cannot be used as a tokenizer: {_first_line(error)}") from error
+    except Exception as error:  # a damaged file makes `tokenizers` raise no narrower one
+        raise UserError(f"{folder} cannot be used as a tokenizer: {reason(error)}") from error
     if tokenizer.fingerprint != saved["fingerprint"]:
         raise UserError(f"{folder} cannot be used as a tokenizer: its files are not those that were saved (fingerprint differs)")
     return tokenizer
@@ -177,7 +178,7 @@ def _from_hf(name: str, revision: str | None) -> FastTokenizer:
         pretrained = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # any library below may fail here, each with an exception of its own
         raise UserError(
-            f"tokenizer.name={name} cannot be used: {_first_line(error)}; it must be a local folder or a hub name that can be reached"
+            f"tokenizer.name={name} cannot be used: {reason(error)}; it must be a local folder or a hub name that can be reached"
         ) from error
     if not pretrained.is_fast:
         raise UserError(f"tokenizer.name={name} cannot be used: it has no tokenizer.json; choose one of the `tokenizers` library")
@@ -206,13 +207,9 @@ def _from_tiktoken(name: str) -> TiktokenEncoding:
         raise UserError(f"tokenizer.name={name} cannot be used: it has no end-of-text token") from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"tokenizer.name={name} cannot be used: its vocabulary has to be fetched once from the network: {_first_line(error)}"
+            f"tokenizer.name={name} cannot be used: its vocabulary has to be fetched once from the network: {reason(error)}"
         ) from error
     return TiktokenEncoding(encoding)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
