@@ -1,53 +1,252 @@
-"""The doors: one command each. Nothing heavy is imported before a command runs."""
+"""The doors: one Typer command each, a few lines long. Nothing heavy is imported before a command runs."""
 
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.exceptions import TyperException
 
+from diffx import __version__
 from diffx.config.errors import RunError, Stopped, UserError
 
-app = typer.Typer(no_args_is_help=True)
+_SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
+app = typer.Typer(name="diffx", **_SETTINGS)
+data = typer.Typer(help="Prepare training data.", **_SETTINGS)
+bench = typer.Typer(help="Measure side by side.", **_SETTINGS)
+app.add_typer(data, name="data")
+app.add_typer(bench, name="bench")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"diffx {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _diffx() -> None:
-    """Train models."""
+def _diffx(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    r"""Train, sample and compare language models with differential attention.
+
+    \b
+    Examples:
+      diffx train
+      diffx train model=diff_v2 size=micro data=text data.path=books/
+      diffx generate checkpoint=runs/x prompt="def main("
+
+    `diffx COMMAND --help` shows each command's own.
+    """
 
 
-def _train(job: Any, words: list[str]) -> None:
+def _train(job: Any, words: list[str]) -> float | None:
+    """Train; returns the held-out loss, which a sweeper such as optuna minimises."""
+    import json
+
     from diffx.train.run import train
 
-    train(job, words)
+    summary = train(job, words) / "summary.json"
+    return float(json.loads(summary.read_text(encoding="utf-8"))["val/loss"]) if summary.exists() else None
+
+
+def _generate(job: Any, words: list[str]) -> None:
+    from diffx.loading import generate_text
+
+    generate_text(job)
+
+
+def _params(job: Any, words: list[str]) -> None:
+    from rich.console import Console
+
+    from diffx.train.params import parameter_table
+
+    Console().print(parameter_table(job))
+
+
+def _prepare(job: Any, words: list[str]) -> None:
+    from diffx.console import Reporter
+    from diffx.data.prepare import prepare
+
+    prepare(job, progress=Reporter())
+
+
+def _composed(config: str, work: Callable[[Any, list[str]], Any], text: str) -> Callable[..., None]:
+    """Make the command that composes ``config`` from its words and does ``work`` with the job."""
+
+    def candidates(ctx: typer.Context, incomplete: str) -> list[str]:
+        from diffx.config.completion import complete
+
+        return complete(config, ctx.params.get("words") or [], incomplete, ctx.params.get("config_dir"))
+
+    def command(
+        words: Annotated[
+            list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config groups and keys.", autocompletion=candidates)
+        ] = None,
+        multirun: Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of a=1,2 b=x,y.")] = False,
+        cfg: Annotated[Literal["job", "hydra", "all"] | None, typer.Option(help="Print the composed config; run nothing.")] = None,
+        resolve: Annotated[bool, typer.Option("--resolve", help="With --cfg: resolve interpolations.")] = False,
+        package: Annotated[str | None, typer.Option("--package", "-p", help="With --cfg: print this part only, such as train.")] = None,
+        info: Annotated[
+            Literal["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"] | None,
+            typer.Option(help="Print what Hydra knows; run nothing."),
+        ] = None,
+        config_dir: Annotated[Path | None, typer.Option(help="A folder of your own configs; it comes before ours.")] = None,
+    ) -> None:
+        from diffx.config.launch import launch
+
+        show = [*(["--cfg", cfg] if cfg else []), *(["--resolve"] if resolve else []), *(["--package", package] if package else [])]
+        show += ["--info", info] if info else []
+        try:
+            code = launch(config, work, words or [], multirun=multirun, show=show, config_dir=config_dir)
+        except Stopped:  # Typer would make 130 of it
+            code = 0
+        raise typer.Exit(code)
+
+    command.__doc__ = text
+    return command
+
+
+app.command("train")(
+    _composed(
+        "train",
+        _train,
+        r"""Train a model.
+
+        With no words at all: a small DIFF V1 on Python's own source, in about five minutes on two cores.
+
+        \b
+        Groups: model= size= data= tokenizer= experiment=
+        Keys:   train.steps= train.lr= train.seq_len= data.path= seed= device= run.dir= and more: --cfg job prints all
+
+        \b
+        Examples:
+          diffx train
+          diffx train model=transformer data=text 'data.path=books/*.txt' train.tokens=20M
+          diffx train -m model=transformer,diff_v1,diff_v2 seed=0,1
+          diffx train train.resume=auto run.dir=runs/x
+        """,
+    )
+)
+app.command("generate")(
+    _composed(
+        "generate",
+        _generate,
+        r"""Continue a prompt with a trained model.
+
+        The text goes to standard output as it is drawn.
+
+        \b
+        Keys: checkpoint= prompt= prompt_file= max_tokens= temperature= top_k= top_p= seed= device=
+
+        \b
+        Examples:
+          diffx generate checkpoint=runs/x prompt="import os"
+          diffx generate checkpoint=runs/x@best temperature=0 max_tokens=64
+          cat story.txt | diffx generate checkpoint=runs/x prompt=-
+        """,
+    )
+)
+app.command("params")(
+    _composed(
+        "train",
+        _params,
+        r"""Count parameters at one shape.
+
+        All architectures side by side, split into the embedding and the rest; no weights are made.
+
+        \b
+        Examples:
+          diffx params
+          diffx params size=25m model.num_kv_heads=8
+          diffx params size=1.4b model.vocab_size=100288
+        """,
+    )
+)
+data.command("prepare")(
+    _composed(
+        "prepare",
+        _prepare,
+        r"""Tokenize text once, for data=shards.
+
+        Writes memory-mapped shards, in parallel; an unfinished folder is taken up where it stopped.
+
+        \b
+        Groups: data= tokenizer=
+        Keys:   out= data.path= workers= shard_tokens=
+
+        \b
+        Examples:
+          diffx data prepare data=text data.path=books/ out=shards/books
+          diffx data prepare data=text 'data.path=crawl/*.jsonl.zst' tokenizer=tiktoken out=shards/crawl workers=16
+          diffx data prepare tokenizer=bytes out=shards/stdlib
+        """,
+    )
+)
 
 
 @app.command()
-def train(
-    words: Annotated[list[str] | None, typer.Argument()] = None,
-    multirun: Annotated[bool, typer.Option("--multirun", "-m")] = False,
-    cfg: Annotated[str | None, typer.Option("--cfg")] = None,
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or the folder of a sweep.")],
+    out: Annotated[Path | None, typer.Option(help="Where to draw the loss curves (PNG).")] = None,
 ) -> None:
-    """Train."""
-    from diffx.config.launch import launch
-    from diffx.config.train import TrainJob
+    r"""Compare runs in a table and a picture.
 
-    raise typer.Exit(launch("train", TrainJob, _train, words or [], multirun=multirun, show=["--cfg", cfg] if cfg else None))
+    Means over seeds, parameters, tokens, and the token ratio at equal loss; the picture shows the loss curves.
+
+    \b
+    Examples:
+      diffx compare runs/a runs/b
+      diffx compare runs/2026-01-01_12-00-00-sweep --out curves.png
+      diffx compare runs/*-seed0
+    """
+    from diffx.report.compare import compare_runs
+
+    compare_runs(runs, out)
+
+
+@bench.command("train")
+def bench_train(
+    out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
+    size: Annotated[list[str], typer.Option(help="A size of diffx train; may be given several times.")] = ["nano", "25m"],  # noqa: B006 - Typer's way
+    seq_len: Annotated[list[int], typer.Option(help="A context length in tokens; may be given several times.")] = [512, 2048],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="How often each model takes its turn.")] = 5,
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    r"""Measure training speed and peak memory.
+
+    Every architecture beside transformers' Llama and DiffLlama, taking turns on the same data.
+
+    \b
+    Examples:
+      diffx bench train
+      diffx bench train --size nano --seq-len 512 --rounds 3
+      diffx bench train --out bench.json
+    """
+    from diffx.bench.train import bench_train
+
+    bench_train(out=out, sizes=size, seq_lens=seq_len, rounds=rounds, device=device)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code, and turns bad input into one line."""
+    """Run one command.
+
+    Args:
+        argv: the words after ``diffx``; those of the command line if ``None``.
+
+    Returns:
+        The exit code: 0, 1 for a run that failed, 2 for input that cannot be used, 130 for an interrupt. The latter three come
+        with one line on standard error. Any other exception is a bug, and keeps its traceback.
+    """
     try:
-        return app(argv, standalone_mode=False) or 0
-    except UserError as error:
-        code, line = 2, str(error)
-    except RunError as error:
-        code, line = 1, str(error)
+        return app(argv, prog_name="diffx", standalone_mode=False) or 0
+    except (UserError, RunError) as error:
+        code, line = 2 if isinstance(error, UserError) else 1, str(error)
     except TyperException as error:
-        code, line = 2, error.format_message()
-    except Stopped:
-        return 0
-    except KeyboardInterrupt:
-        return 130
+        if "Usage:" in (text := error.format_message()):  # a group without a command: its help
+            print(text)
+            return 0
+        code, line = 2, " ".join(text.split())
     print(f"error: {line}", file=sys.stderr)
     return code

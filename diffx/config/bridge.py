@@ -6,7 +6,7 @@ OmegaConf cannot tell which subclass of a group's dataclass a saved config meant
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.data import DATA_CONFIGS, TOKENIZER_CONFIGS
 from diffx.config.errors import UserError
-from diffx.config.messages import explain
+from diffx.config.messages import explain, unknown
 from diffx.config.model import MODEL_CONFIGS
 from diffx.config.train import GenerateJob, PrepareJob, TrainJob
 
@@ -39,15 +39,26 @@ def to_typed(cfg: DictConfig, cls: type[Job]) -> Job:
     """Turn a composed config into its job, which runs every check.
 
     Raises:
-        UserError: a value is missing, cannot be interpolated, or fails a check.
+        UserError: a key is unknown, or a value is missing, cannot be interpolated, or fails a check.
     """
     try:
+        _no_additions(cfg)
         job = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     if not isinstance(job, cls):
         raise TypeError(f"the config composes to {type(job).__name__}, not to {cls.__name__}")
     return job
+
+
+def _no_additions(cfg: DictConfig, prefix: str = "") -> None:
+    """Refuse keys that ``+key=value`` put past the dataclasses."""
+    known = list(get_type_hints(OmegaConf.get_type(cfg)))
+    for key in map(str, cfg):
+        if key not in known:
+            raise UserError(unknown(f"{prefix}{key}", [f"{prefix}{name}" for name in known]))
+        if not OmegaConf.is_missing(cfg, key) and OmegaConf.is_dict(cfg[key]):
+            _no_additions(cfg[key], f"{prefix}{key}.")
 
 
 def save_config(job: Any, path: Path) -> None:
@@ -80,7 +91,7 @@ def _schema(saved: Any, path: Path) -> DictConfig:
     """The structured config that the ``kind`` of a saved config, and of each of its groups, names."""
 
     def of(kinds: Mapping[str, type], node: Any, key: str) -> type:
-        kind = node.get("kind") if isinstance(node, dict) else None
+        kind = str(node.get("kind") if isinstance(node, dict) else None)
         if kind not in kinds:
             raise UserError(f"{path} cannot be used: {key}={kind} must be one of {', '.join(kinds)}")
         return kinds[kind]

@@ -5,10 +5,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import hydra
 import yaml
@@ -20,12 +20,12 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffx.config.bridge import register_schemas, to_typed
+from diffx.config.bridge import JOBS, register_schemas, to_typed
 from diffx.config.errors import RunError, UserError
-from diffx.config.messages import explain
+from diffx.config.messages import explain, keys, unknown
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIGS = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())  # a wheel's, or a checkout's
@@ -71,7 +71,7 @@ class Task:
         """Convert and check the config, then work; returns what ``work`` returns (an objective, for sweepers that want one)."""
         sys.argv = self.argv
         settings = HydraConfig.get()
-        words = list(settings.overrides.task)
+        words = cast(list[str], OmegaConf.to_container(settings.overrides.task, resolve=False))  # a word may hold an interpolation
         sweep = Path(settings.sweep.dir) if settings.mode is RunMode.MULTIRUN else None
         try:
             if sweep and "run" in cfg:
@@ -88,15 +88,16 @@ class Task:
             return None
 
 
-def config_groups(app: Any) -> dict[str, list[str]]:
-    """The groups a user can choose from, and the options of each (``model`` has ``ablation/…`` among its own)."""
+def config_groups(app: Any, name: str) -> dict[str, list[str]]:
+    """The groups that the primary config ``name`` chooses from, and the options of each (``model`` has ``ablation/…`` among its own)."""
     loader = app.config_loader
 
     def options(group: str) -> list[str]:
         nested = [f"{sub}/{name}" for sub in loader.get_group_options(group, ObjectType.GROUP) for name in options(f"{group}/{sub}")]
         return [*loader.get_group_options(group, ObjectType.CONFIG), *nested]
 
-    return {group: options(group) for group in loader.list_groups("") if group not in ("hydra", "schema")}
+    choices = loader.compute_defaults_list(name, [], RunMode.RUN).overrides.known_choices
+    return {group: options(group) for group in choices if not group.startswith("hydra/")}
 
 
 _RUN_DIR = "run.dir={} cannot be used in a multirun: each job's folder is <hydra.sweep.dir>/<job number>; set hydra.sweep.dir instead"
@@ -131,7 +132,6 @@ def composer(config_dir: Path | None = None) -> Iterator[Any]:
 
 def launch(
     name: str,
-    job_class: type,
     work: Callable[[Any, list[str]], Any],
     words: list[str],
     *,
@@ -142,8 +142,7 @@ def launch(
     """Run one command's job, or its sweep, through Hydra.
 
     Args:
-        name: the primary config.
-        job_class: the dataclass that the config becomes.
+        name: the primary config, and the job it becomes.
         work: gets the job and the words that shaped it; importable by name, since launchers pickle it.
         words: in Hydra's grammar: ``key=value``, ``~key``, ``+key=value``.
         multirun: run every combination of values.
@@ -156,13 +155,13 @@ def launch(
     Raises:
         UserError: the words do not compose to a valid config.
     """
-    with composer(config_dir) as app:
-        groups = config_groups(app)
-        with _one_line(groups):
-            cfg = app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
-    task = Task(job_class, work, sys.argv)
+    with composer(config_dir) as app, _one_line(app, name, words):
+        cfg = app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
+    if show and "--package" in show and OmegaConf.select(cfg, package := show[show.index("--package") + 1]) is None:
+        raise UserError(unknown(package, list(keys(cfg))))  # Hydra would end the process
+    task = Task(JOBS[name], work, sys.argv)
     if show or not (multirun or cfg.hydra.mode is RunMode.MULTIRUN):
-        with _one_line(groups):
+        with _one_line(app, name, words):
             _hydra_main(task, name, [*(show or []), "--", *words])
         if task.error:
             raise task.error
@@ -171,11 +170,12 @@ def launch(
     if "run" in cfg and cfg.run.dir is not None:
         raise UserError(_RUN_DIR.format(cfg.run.dir))
     sweep = Path(cfg.hydra.sweep.dir)
+    made = [folder for folder in (sweep, *sweep.parents) if not folder.exists()]
     (sweep / _FAILED).unlink(missing_ok=True)
     # The folder's name holds the time: resolved once, here, it is the same for every job, process and machine.
-    words = [*words, f"hydra.sweep.dir='{sweep}'"]
+    words = [*words, "hydra.sweep.dir='" + str(sweep).replace("'", "\\'") + "'"]
     try:
-        with _one_line(groups):
+        with _one_line(app, name, words):
             _hydra_main(task, name, ["--multirun", "--", *words])
     finally:
         failed = _failed(sweep)
@@ -183,7 +183,9 @@ def launch(
             _tell(entry)
         if [path.name for path in sweep.glob("*")] == ["multirun.yaml"]:  # refused before its first job
             (sweep / "multirun.yaml").unlink()
-            sweep.rmdir()
+            with suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
     return min((entry["exit_code"] for entry in failed), default=0)
 
 
@@ -197,11 +199,16 @@ def _hydra_main(task: Task, name: str, argv: list[str]) -> None:
 
 
 @contextmanager
-def _one_line(groups: dict[str, list[str]]) -> Iterator[None]:
+def _one_line(app: Any, name: str, words: list[str]) -> Iterator[None]:
+    """Turn what Hydra raises while it composes into a ``UserError``."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
-        raise UserError(explain(error, groups)) from error
+        try:
+            groups = config_groups(app, name)
+        except HydraException:  # the user's own configs break the primary one
+            groups = {}
+        raise UserError(explain(error, words, groups)) from error
 
 
 def _failed(sweep: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,116 @@
 """Hydra's and OmegaConf's errors as one line that names the word, the reason and the nearest valid names."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from enum import Enum
+from types import MappingProxyType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-def explain(error: Exception, groups: dict[str, list[str]] | None = None) -> str:
-    return repr(error)
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null", list: "a list"}
+
+
+def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, list[str]] = MappingProxyType({})) -> str:
+    """Say in one line what is wrong with the words or the YAML behind a composition error.
+
+    Args:
+        error: what Hydra or OmegaConf raised.
+        words: what the user gave.
+        groups: the config groups and their options, to choose the nearest from.
+    """
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    where = str(error).split(": ", 1)[0] + ": " if str(error).startswith("In '") else ""
+    if isinstance(error, MissingConfigException):
+        return _unknown_choice(error.missing_cfg_file or "", list(error.options or []), groups) or _first_line(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read: it must be key=value, with quotes around values that hold spaces, brackets or '='"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return where + unknown(str(cause.full_key), [*groups, *keys(cause.parent_node)])
+    if isinstance(cause, MissingMandatoryValue):
+        return missing(str(cause.full_key))
+    if isinstance(cause, ValidationError) and cause.object_type is not None:
+        accepted = get_type_hints(cause.object_type).get(str(cause.key))
+        value = "null" if cause.value is None else cause.value
+        if accepted is not None:
+            return f"{where}{cause.full_key}={value} cannot be used: it must be {_accepted(accepted, value)}"
+    if isinstance(cause, InterpolationResolutionError):
+        return f"{cause.full_key} cannot be used: {_first_line(cause)}"
+    if "--multirun" in str(error):
+        word = str(error).split("'")[1]
+        return f"{word} has several values: add -m to run each of them, or write a list as key=[a,b]"
+    if str(error).startswith("Config group override must be"):
+        chosen = " ".join(word for word in words if word.partition("=")[0] in ("", *groups))
+        return f"{chosen} cannot be used: a group takes the name of one of its options, as model=diff_v1 does"
+    return _first_line(error) + (f": {_first_line(cause)}" if isinstance(cause, OmegaConfBaseException) and cause is not error else "")
+
+
+def missing(key: str) -> str:
+    """The line for a mandatory value that was not given."""
+    key = key.removesuffix(".kind")
+    return f"{key} is missing: give it as {key}=…"
+
+
+def unknown(key: str, names: list[str]) -> str:
+    """The line for a key that is none, with the nearest of ``names``."""
+    return f"{key} is not a key{_nearest(key, names)}"
+
+
+def _unknown_choice(missing_file: str, options: list[str], groups: Mapping[str, list[str]]) -> str:
+    """``model/ablation/foo`` is no option of the group ``model``, or of ``hydra/launcher`` and the like."""
+    group = next((group for group in groups if missing_file.startswith(f"{group}/")), missing_file.rpartition("/")[0])
+    choice = missing_file[len(group) + 1 :]
+    options = groups.get(group, options)
+    if not group or not options:
+        return ""
+    return f"{group}={choice} cannot be used: it must be one of {', '.join(options)}{_nearest(choice, options)}"
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    """``: did you mean a or b?``, or nothing; a key's last part counts alone too (``lr`` is near ``train.lr``)."""
+    names = list(dict.fromkeys(names))
+    near = get_close_matches(name, names, n=3)
+    near += [full for full in names if full.endswith(f".{name}") and full not in near]
+    return f": did you mean {' or '.join(near)}?" if near else ""
+
+
+def keys(node: Any) -> Iterator[str]:
+    """Every dotted key with a value in the config that ``node`` is a part of, Hydra's own excepted."""
+
+    def below(part: DictConfig, prefix: str) -> Iterator[str]:
+        for key in map(str, part):
+            child = part._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+                yield from below(child, f"{prefix}{key}.") if f"{prefix}{key}" != "hydra" else ()
+            else:
+                yield f"{prefix}{key}"
+
+    return below(node._get_root(), "") if node is not None else iter(())
+
+
+def _accepted(hint: Any, value: Any) -> str:
+    """A type in a user's words."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_accepted(part, value) for part in get_args(hint))
+    if names := names_of(hint):
+        return f"one of {', '.join(names)}{_nearest(str(value), names)}"
+    return _TYPE_NAMES.get(hint, "a group of keys, set one by one")
+
+
+def names_of(hint: Any) -> list[str]:
+    """The names of an enum; none for any other type."""
+    return [member.name for member in hint] if isinstance(hint, type) and issubclass(hint, Enum) else []
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].partition(". value:")[0].rstrip(":") if lines else type(error).__name__

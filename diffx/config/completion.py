@@ -1,0 +1,67 @@
+"""Shell completion of the words of a command: config groups, their options, keys and the values of a choice."""
+
+import re
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffx.config.errors import UserError
+from diffx.config.launch import composer, config_groups
+from diffx.config.messages import keys, names_of
+
+
+def complete(name: str, before: list[str], incomplete: str, config_dir: Path | None = None) -> list[str]:
+    """Words that could stand where ``incomplete`` does.
+
+    Args:
+        name: the primary config.
+        before: the words before it; they decide which keys exist. Bash hands ``a=b`` over as ``a``, ``=``, ``b``.
+        incomplete: the beginning of the word.
+        config_dir: a folder of configs that come before ours.
+    """
+    words = re.sub(r" ?= ?", "=", " ".join(before)).split()
+    split = f"{words.pop().rstrip('=')}=" if words and (words[-1].endswith("=") or "=" not in words[-1]) else ""
+    try:
+        with composer(config_dir) as app:
+            try:
+                cfg = app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
+            except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError):
+                cfg = app.compose_config(name, [], RunMode.RUN)
+            found = _candidates(cfg, config_groups(app, name), split + incomplete)
+    except (UserError, HydraException, yaml.YAMLError):  # a folder of the user's that does not compose
+        return []
+    return [word[len(split) :] for word in found]
+
+
+def _candidates(cfg: Any, groups: dict[str, list[str]], word: str) -> list[str]:
+    key, equals, value = word.partition("=")
+    names = [name for name in dict.fromkeys([*groups, *keys(cfg)]) if name.startswith(key) and name.rpartition(".")[2] != "kind"]
+    if not equals and len(names) != 1:
+        return [f"{name}=" for name in names]
+    # One key is left: its values too, which also keeps the shell from putting a space after "key=".
+    key = key if equals else names[0]
+    several = value.rpartition(",")[0]  # -m model=diff_v1,…
+    prefix = f"{key}={several}," if several else f"{key}="
+    options = groups[key] if key in groups else _values(cfg, key)
+    found = [f"{prefix}{option}" for option in options]
+    return [option for option in found if option.startswith(word)] if equals else found
+
+
+def _values(cfg: Any, key: str) -> list[str]:
+    """What a key may be if that is a choice, else what it is."""
+    group, _, name = key.rpartition(".")
+    parent = OmegaConf.select(cfg, group) if group else cfg
+    hint = get_type_hints(OmegaConf.get_type(parent)).get(name) if OmegaConf.is_dict(parent) else None
+    if hint is None:
+        return []
+    if OmegaConf.is_missing(parent, name):
+        return [""]
+    if hint is bool:
+        return ["true", "false"]
+    current = parent._get_node(name)._value()
+    return names_of(hint) or ["", "null" if current is None else str(current)]
