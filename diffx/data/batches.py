@@ -50,7 +50,8 @@ class WindowBatches:
         self, tokens: TokenArray, corpus: str, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         check_rows(batch_size, world_size)
-        check_length(tokens, seq_len, "training")
+        if len(tokens) <= seq_len:
+            raise UserError(f"train.seq_len={seq_len} cannot be used: it must be below the {len(tokens)} tokens of the training text")
         self._tokens, self._corpus, self._seq_len, self._batch_size = tokens, corpus, seq_len, batch_size
         self._seed, self._rank, self._world_size = seed % 2**64, rank, world_size
         self._per_epoch = (len(tokens) - 1) // seq_len
@@ -130,13 +131,7 @@ def cu_seqlens(inputs: Tensor, eot_id: int) -> Tensor:
 def check_rows(batch_size: int, world_size: int) -> None:
     """Each process must get as many rows as the others."""
     if batch_size % world_size:
-        raise UserError(f"train.batch_tokens cannot be used: {batch_size} sequences a step do not divide among {world_size} processes")
-
-
-def check_length(tokens: TokenArray, seq_len: int, split: str) -> None:
-    """A split must hold one window and the token that follows it."""
-    if len(tokens) <= seq_len:
-        raise UserError(f"train.seq_len={seq_len} cannot be used: it must be below the {len(tokens)} tokens of the {split} text")
+        raise ValueError(f"{batch_size} sequences a step do not divide among {world_size} processes")
 
 
 def check_corpus(state: dict[str, Any], corpus: str) -> None:

@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from filelock import FileLock
 from diffx.config import RunError, UserError
 from diffx.config.data import DataConfig, HubData, ShardsData, TokenizerConfig
 from diffx.data.batches import Batch, WindowBatches, val_batches
-from diffx.data.prepare import Progress, build, digest, ready, settings
+from diffx.data.prepare import Progress, Source, build, digest, no_progress, ready, settings
 from diffx.data.shards import HeldOut, Shards, TokenArray
-from diffx.data.sources import Document, documents, file_hashes, reason, source_files
+from diffx.data.sources import documents, file_hashes, reason, source_files
 from diffx.data.stream import StreamBatches
 from diffx.data.tokenizers import Tokenizer
 
@@ -60,8 +60,7 @@ class Corpus:
         corpus = digest([self.info["sha256"], self.tokenizer.fingerprint])
         if not isinstance(self.data, HubData):
             return WindowBatches(self.train, corpus, seq_len, batch_size, seed, rank, world_size)
-        threshold = self.shards.meta["threshold"]
-        return StreamBatches(self.data, self.tokenizer, threshold, corpus, seq_len, batch_size, seed, rank, world_size)
+        return StreamBatches(self.data, self.shards, corpus, seq_len, batch_size, seed, rank, world_size)
 
     def val_batches(self, seq_len: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Batches in which every held-out token is predicted once."""
@@ -86,30 +85,24 @@ def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progr
     elif isinstance(data, HubData):
         first = list(itertools.islice(documents(data), data.tokenizer_documents))
         contents = digest([document.digest.hex() for document in first])
-        shards = _cached(data, tokenizer, contents, lambda: first, None, progress)
+        shards = _cached(Source(data, lambda: first, progress=progress or no_progress), tokenizer, contents)
     else:
         files = source_files(data)
         hashes = file_hashes(files)
         sizes = {name: path.stat().st_size for name, path in files.items()}
         info["files"] = [{"name": name, "bytes": sizes[name], "sha256": hashes[name]} for name in files]
-        shards = _cached(data, tokenizer, digest(list(hashes.values())), lambda: documents(data), sum(sizes.values()), progress)
+        source = Source(data, lambda: documents(data), sum(sizes.values()), progress or no_progress)
+        shards = _cached(source, tokenizer, digest(list(hashes.values())))
     val = shards.held_out(int(data.val_tokens))
     info |= {key: shards.meta[key] for key in ("sha256", "tokenizer", "train", "val")}
     info["val"]["measured"] = {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}
     return Corpus(data, shards, val, info)
 
 
-def _cached(
-    data: DataConfig,
-    tokenizer: TokenizerConfig | Tokenizer,
-    contents: str,
-    source: Callable[[], Iterable[Document]],
-    total: int | None,
-    progress: Progress | None,
-) -> Shards:
+def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: str) -> Shards:
     """Open the shards of a corpus whose files have the hash ``contents``, building them if there are none or they are damaged."""
     made = ready(tokenizer)
-    wanted = settings(data, made, contents)
+    wanted = settings(source.data, made, contents)
     folder = Path(os.environ.get("DIFFX_CACHE") or "~/.cache/diffx").expanduser() / digest(wanted)[:32]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +114,7 @@ def _cached(
                     _log.warning("the cache is built again: %s", error)
             shutil.rmtree(folder, ignore_errors=True)
             temporary = folder.with_suffix(".tmp")
-            build(temporary, source, data, made, wanted, _SHARD_TOKENS, total=total, progress=progress)
+            build(temporary, source, made, wanted, _SHARD_TOKENS, workers=1)
             os.replace(temporary, folder)
     except OSError as error:
         raise RunError(f"the cache {folder.parent} cannot be written: {reason(error)}; DIFFX_CACHE can name another") from error

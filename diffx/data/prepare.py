@@ -1,5 +1,6 @@
 """Write token shards: for the cache, and for ``diffx data prepare``. A killed one goes on behind its last finished shard."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -8,8 +9,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 from diffx.config import RunError, UserError
 from diffx.config.data import BpeTokenizer, DataConfig, HubData, TokenizerConfig
 from diffx.config.train import PrepareJob
-from diffx.data.shards import FORMAT, ShardWriter, read_meta, write_meta
+from diffx.data.shards import FORMAT, ShardWriter, read_meta, token_dtype, write_meta
 from diffx.data.sources import Document, documents, label, reason, source_files
 from diffx.data.tokenizers import FastTokenizer, TiktokenEncoding, Tokenizer, load_tokenizer, make_tokenizer
 
@@ -40,11 +41,10 @@ def prepare(job: PrepareJob, progress: Progress | None = None) -> Path:
         RunError: the disk is full or cannot be written.
     """
     out = Path(job.out).expanduser()
-    state, total = None, None
-    if not isinstance(job.data, HubData):
-        stats = {name: path.stat() for name, path in source_files(job.data).items()}
-        state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
-        total = sum(stat.st_size for stat in stats.values())
+    files = {} if isinstance(job.data, HubData) else source_files(job.data)
+    state = [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()]
+    total = sum(path.stat().st_size for path in files.values()) or None
+    source = Source(job.data, lambda: documents(job.data), total, progress or no_progress)
     tokenizer = ready(job.tokenizer)
     wanted = settings(job.data, tokenizer, digest(state)) | {"shard_tokens": job.shard_tokens}
     try:
@@ -57,8 +57,7 @@ def prepare(job: PrepareJob, progress: Progress | None = None) -> Path:
             if differing:
                 raise UserError(f"out={out} cannot be used: it was made with another {differing[0]}; choose a new folder or delete it")
             if meta is None or not meta["complete"]:
-                workers = job.workers or os.cpu_count() or 1
-                build(out, lambda: documents(job.data), job.data, tokenizer, wanted, int(job.shard_tokens), workers, total, progress)
+                build(out, source, tokenizer, wanted, int(job.shard_tokens), job.workers or os.cpu_count() or 1)
     except Timeout as error:
         raise UserError(f"out={out} cannot be used: another process is writing it") from error
     except OSError as error:
@@ -85,44 +84,60 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def no_progress(stage: str, done: int, total: int | None) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents to tokenize.
+
+    Attributes:
+        data: the config.
+        read: gives the documents, the same each time it is called.
+        total: bytes of its files; ``None`` if unknown.
+        progress: called as they are read.
+    """
+
+    data: DataConfig
+    read: Callable[[], Iterable[Document]]
+    total: int | None = None
+    progress: Progress = no_progress
+
+
 def build(
-    folder: Path,
-    source: Callable[[], Iterable[Document]],
-    data: DataConfig,
-    tokenizer: BpeTokenizer | Tokenizer,
-    settings: dict[str, Any],
-    shard_tokens: int,
-    workers: int = 1,
-    total: int | None = None,
-    progress: Progress | None = None,
+    folder: Path, source: Source, tokenizer: BpeTokenizer | Tokenizer, settings: dict[str, Any], shard_tokens: int, workers: int
 ) -> None:
-    """Write a folder of shards, or finish it; ``source`` gives the same documents each time it is called."""
-    report = progress or (lambda stage, done, total: None)
+    """Write a folder of shards, or finish it."""
     meta = read_meta(folder)
     if meta is None:
-        threshold = holdout_threshold(source(), data)
+        threshold = holdout_threshold(source)
         if isinstance(tokenizer, BpeTokenizer):
-            tokenizer = make_tokenizer(tokenizer, _training_texts(source(), data, threshold, report))
-        meta = _empty_meta(tokenizer, threshold, getattr(data, "prompt_key", None) is not None, settings)
+            tokenizer = make_tokenizer(tokenizer, _training_texts(source, threshold))
+        meta = {"format": FORMAT, "complete": False, "settings": settings, "threshold": threshold}
+        meta |= {"tokenizer": {name: getattr(tokenizer, name) for name in ("kind", "vocab_size", "eot_id", "fingerprint")}}
+        meta |= {"dtype": token_dtype(tokenizer.vocab_size), "masked": getattr(source.data, "prompt_key", None) is not None}
+        meta |= {"sha256": "", "shards": 0, "files": {}}
+        meta |= {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
         start = folder.with_name(f".{folder.name}.{os.getpid()}")  # renamed, so that the folder never lacks its meta.json
         tokenizer.save(start / "tokenizer")
         write_meta(start, meta)
         os.replace(start, folder)
     writer = ShardWriter(folder, meta, shard_tokens)
     read = 0
-    rest = itertools.islice(source(), meta["train"]["documents"] + meta["val"]["documents"], None)
+    rest = itertools.islice(source.read(), meta["train"]["documents"] + meta["val"]["documents"], None)
     try:
-        for group in _tokenize(rest, folder / "tokenizer", workers):
-            for document, tokens, n_prompt in group:
-                writer.add(document, tokens, n_prompt)
+        for group in _tokenize(rest, folder / "tokenizer", meta["masked"], workers):
+            for document, tokens, mask in group:
+                writer.add(document, tokens, mask)
                 read = document.read or read + document.n_bytes
-            report("tokenizing", read, total)
+            source.progress("tokenizing", read, source.total)
         writer.finish()
     finally:
         writer.close()
 
 
-def holdout_threshold(documents: Iterable[Document], data: DataConfig) -> int:
+def holdout_threshold(source: Source) -> int:
     """The highest key that is held out: ``data.val_fraction`` of all keys, but in a small corpus at least one document, and not all.
 
     Reads no further than it has to, which is a few dozen documents.
@@ -130,53 +145,38 @@ def holdout_threshold(documents: Iterable[Document], data: DataConfig) -> int:
     Raises:
         UserError: the corpus holds no text, or no two different documents.
     """
-    wanted, low, high = int(data.val_fraction * 2**64), 2**64, -1
-    for document in documents:
+    wanted, low, high = int(source.data.val_fraction * 2**64), 2**64, -1
+    for document in source.read():
         low, high = min(low, document.key), max(high, document.key)
         if low <= wanted < high:
             return wanted
     if high < 0:
-        raise UserError(f"{label(data)} cannot be used: it holds no text")
+        raise UserError(f"{label(source.data)} cannot be used: it holds no text")
     if low == high:
-        raise UserError(f"{label(data)} cannot be used: it holds one document, and one more has to be held out")
+        raise UserError(f"{label(source.data)} cannot be used: it holds one document, and one more has to be held out")
     return low
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> list[tuple[np.ndarray, int]]:
-    """Tokenize (prompt, text) pairs: end of text, prompt and text in one array, and the number of prompt tokens."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    bodies = tokenizer.encode_batch([text for _, text in texts])
-    prompts = tokenizer.encode_batch([prompt for prompt, _ in texts]) if any(prompt for prompt, _ in texts) else [[]] * len(texts)
-    return [(np.array([tokenizer.eot_id, *prompt, *body], dtype), len(prompt)) for prompt, body in zip(prompts, bodies, strict=True)]
+def encode_documents(tokenizer: Tokenizer, texts: list[tuple[str, str]], masked: bool) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Tokenize (prompt, text) pairs: end of text, prompt and text in one array, and the loss mask if one is wanted."""
+    prompts = tokenizer.encode_batch([prompt for prompt, _ in texts]) if masked else [[]] * len(texts)
+    encoded = []
+    for prompt, text in zip(prompts, tokenizer.encode_batch([text for _, text in texts]), strict=True):
+        tokens = np.array([tokenizer.eot_id, *prompt, *text], token_dtype(tokenizer.vocab_size))
+        mask = np.ones(len(tokens), np.uint8) if masked else None
+        if mask is not None:
+            mask[1 : 1 + len(prompt)] = 0
+        encoded.append((tokens, mask))
+    return encoded
 
 
-def _empty_meta(tokenizer: Tokenizer, threshold: int, masked: bool, settings: dict[str, Any]) -> dict[str, Any]:
-    names = ("kind", "vocab_size", "eot_id", "fingerprint")
-    return {
-        "format": FORMAT,
-        "complete": False,
-        "settings": settings,
-        "tokenizer": {name: getattr(tokenizer, name) for name in names},
-        "dtype": "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4",
-        "masked": masked,
-        "threshold": threshold,
-        "sha256": "",
-        "shards": 0,
-        "files": {},
-        "train": {"documents": 0, "tokens": 0, "bytes": 0},
-        "val": {"documents": 0, "tokens": 0, "bytes": 0},
-    }
-
-
-def _training_texts(documents: Iterable[Document], data: DataConfig, threshold: int, report: Progress) -> Iterator[str]:
-    if isinstance(data, HubData):
-        documents = itertools.islice(documents, data.tokenizer_documents)
+def _training_texts(source: Source, threshold: int) -> Iterator[str]:
     done = 0
-    for document in documents:
+    for document in itertools.islice(source.read(), source.data.tokenizer_documents if isinstance(source.data, HubData) else None):
         if document.key > threshold:
             yield document.prompt + document.text
             done += document.n_bytes
-            report("training the tokenizer", done, None)
+            source.progress("training the tokenizer", done, None)
         if done > BPE_BYTES:
             return
 
@@ -193,35 +193,34 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _tokenize(documents: Iterable[Document], folder: Path, workers: int) -> Iterator[list[tuple[Document, np.ndarray, int]]]:
-    """Tokenize documents in their order, a group at a time, with a few groups a process in flight."""
-    if workers == 1:
-        tokenizer = load_tokenizer(folder)
-        for group in _groups(documents):
-            pairs = [(document.prompt, document.text) for document in group]
-            yield [(d, *result) for d, result in zip(group, encode_documents(tokenizer, pairs), strict=True)]
-        return
-    # A forked process would inherit locked threads of the libraries, so each starts afresh.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (folder,))
+def _tokenize(documents: Iterable[Document], folder: Path, masked: bool, workers: int) -> Iterator[list[tuple[Document, Any, Any]]]:
+    """Tokenize documents in their order, a group at a time, with a few groups a worker in flight."""
+    spawn = multiprocessing.get_context("spawn")  # a forked process would inherit locks that the libraries' threads hold
+    pool: Executor = ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, spawn, _start_worker)
+    fingerprint = load_tokenizer(folder).fingerprint
     flight: deque[tuple[list[Document], Future]] = deque()
     try:
         for group in itertools.chain(_groups(documents), itertools.repeat([], 2 * workers)):  # the empty ones drain the flight
-            pairs = [(document.prompt, document.text) for document in group]
-            flight.append((group, pool.submit(_encode_in_worker, pairs)))
+            texts = [(document.prompt, document.text) for document in group]
+            flight.append((group, pool.submit(_encode, folder, fingerprint, texts, masked)))
             if len(flight) > 2 * workers:
                 finished, future = flight.popleft()
-                yield [(d, *result) for d, result in zip(finished, future.result(), strict=True)]
+                yield [(document, *encoded) for document, encoded in zip(finished, future.result(), strict=True)]
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_worker_tokenizer: Tokenizer
+def _encode(folder: Path, fingerprint: str, texts: list[tuple[str, str]], masked: bool) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    return encode_documents(_loaded(folder, fingerprint), texts, masked)
 
 
-def _start_worker(folder: Path) -> None:
-    global _worker_tokenizer
+@functools.lru_cache(1)
+def _loaded(folder: Path, fingerprint: str) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_tokenizer = load_tokenizer(folder)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -230,7 +229,3 @@ def _start_worker(folder: Path) -> None:
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()  # else a killed parent leaves its workers behind
-
-
-def _encode_in_worker(texts: list[tuple[str, str]]) -> list[tuple[np.ndarray, int]]:
-    return encode_documents(_worker_tokenizer, texts)

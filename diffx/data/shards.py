@@ -26,6 +26,11 @@ from diffx.data.tokenizers import load_tokenizer
 FORMAT = 1
 
 
+def token_dtype(vocab_size: int) -> str:
+    """The narrowest type that holds every token."""
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
 class TokenArray:
     """A long row of tokens that lies in several arrays, mapped from files or in memory.
 
@@ -108,25 +113,20 @@ class Shards:
 
         Args:
             limit: take each document that leaves the total at or under this many tokens; at least the shortest.
-            keys: take the documents with these keys instead.
+            keys: take only documents with these keys.
         """
         every = self._tokens("val")
         index = np.concatenate([np.array(part).reshape(-1, 3) for part in self._arrays("val", ".docs.bin", "<u8")])
         starts = np.cumsum([0, *index[:, 1].tolist()])
-        order = np.argsort(index[:, 0], kind="stable").tolist()
-        if keys is not None:
-            wanted = np.isin(index[:, 0], keys)
-            chosen = [i for i in order if wanted[i]]
-        else:
-            chosen, total = [], 0
-            for i in order:
-                if limit is None or total + int(index[i, 1]) <= limit:
-                    chosen.append(i)
-                    total += int(index[i, 1])
-            chosen = chosen or [int(np.argmin(index[:, 1]))]
+        wanted = np.isin(index[:, 0], index[:, 0] if keys is None else keys)
+        chosen, total = [], 0
+        for i in np.argsort(index[:, 0], kind="stable").tolist():
+            if wanted[i] and (limit is None or total + int(index[i, 1]) <= limit):
+                chosen.append(i)
+                total += int(index[i, 1])
+        chosen = chosen or [int(np.argmin(index[:, 1]))]
         pieces = [every.read(int(starts[i]), int(starts[i + 1])) for i in chosen]
-        end = np.array([self.tokenizer.eot_id], pieces[0][0].dtype)
-        tokens = np.concatenate([*(tokens for tokens, _ in pieces), end])
+        tokens = np.concatenate([*(tokens for tokens, _ in pieces), np.array([self.tokenizer.eot_id], pieces[0][0].dtype)])
         masks = [mask for _, mask in pieces if mask is not None]
         mask = np.concatenate([*masks, np.ones(1, np.uint8)]) if masks else None
         return HeldOut(tokens, mask, int(index[chosen, 2].sum()), index[chosen, 0])
@@ -136,7 +136,7 @@ class Shards:
         return TokenArray(self._arrays(split, ".bin", self.meta["dtype"]), masks)
 
     def _arrays(self, split: str, suffix: str, dtype: str) -> list[np.ndarray]:
-        names = [f"{split}-{shard:05d}{suffix}" for shard in range(self.meta["shards"])]
+        names = [_shard_name(split, shard, suffix) for shard in range(self.meta["shards"])]
         present = [name for name in names if self.meta["files"][name]["bytes"]]  # an empty file cannot be mapped
         return [np.memmap(self.folder / name, dtype, "r") for name in present] or [np.empty(0, dtype)]
 
@@ -158,7 +158,7 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 
 class ShardWriter:
-    """Appends documents to a folder's shards, going on behind the last finished shard.
+    """Appends documents to a folder's shards, behind its last finished one.
 
     Args:
         folder: where to write.
@@ -167,24 +167,20 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, meta: dict[str, Any], shard_tokens: int) -> None:
-        self.folder, self.meta, self._shard_tokens = folder, meta, shard_tokens
+        self._folder, self._meta, self._shard_tokens = folder, meta, shard_tokens
         self._open: dict[str, tuple[BinaryIO, Any]] = {}
-        self._in_shard = 0
         for path in folder.glob("*.bin"):
             if path.name not in meta["files"]:
                 path.unlink()  # of a shard that was not finished
+        self._start_shard()
 
-    def add(self, document: Document, tokens: np.ndarray, n_unscored: int) -> None:
-        """Append a document's tokens, end of text in front; ``n_unscored`` tokens behind that are its prompt."""
-        meta = self.meta
+    def add(self, document: Document, tokens: np.ndarray, mask: np.ndarray | None) -> None:
+        """Append a document's tokens, end of text in front, and their loss mask if the folder has one."""
+        meta = self._meta
         split = "val" if document.key <= meta["threshold"] else "train"
-        self._append(split, ".bin", tokens.astype(meta["dtype"]))
-        if meta["masked"]:
-            mask = np.ones(len(tokens), np.uint8)
-            mask[1 : 1 + n_unscored] = 0
-            self._append(split, ".mask.bin", mask)
+        self._append(split, tokens, mask)
         if split == "val":
-            self._append(split, ".docs.bin", np.array([document.key, len(tokens), document.n_bytes], "<u8"))
+            self._write("val", ".docs.bin", np.array([document.key, len(tokens), document.n_bytes], "<u8"))
         else:
             self._in_shard += len(tokens)
         for key, more in (("documents", 1), ("tokens", len(tokens)), ("bytes", document.n_bytes)):
@@ -192,14 +188,14 @@ class ShardWriter:
         meta["sha256"] = hashlib.sha256(bytes.fromhex(meta["sha256"]) + document.digest).hexdigest()
         if self._in_shard >= self._shard_tokens:
             self._finish_shard()
+            self._start_shard()
 
     def finish(self) -> None:
         """Write the last shard, with an end-of-text token behind the last training document."""
-        self._append("train", ".bin", np.array([self.meta["tokenizer"]["eot_id"]], self.meta["dtype"]))
-        if self.meta["masked"]:
-            self._append("train", ".mask.bin", np.ones(1, np.uint8))
-        self.meta["train"]["tokens"] += 1
-        self.meta["complete"] = True
+        end = np.array([self._meta["tokenizer"]["eot_id"]], self._meta["dtype"])
+        self._append("train", end, np.ones(1, np.uint8) if self._meta["masked"] else None)
+        self._meta["train"]["tokens"] += 1
+        self._meta["complete"] = True
         self._finish_shard()
 
     def close(self) -> None:
@@ -208,26 +204,34 @@ class ShardWriter:
             file.close()
         self._open.clear()
 
-    def _append(self, split: str, suffix: str, array: np.ndarray) -> None:
-        name = f"{split}-{self.meta['shards']:05d}{suffix}"
-        if name not in self._open:
-            self._open[name] = ((self.folder / name).open("wb"), hashlib.sha256())
-        file, digest = self._open[name]
+    def _append(self, split: str, tokens: np.ndarray, mask: np.ndarray | None) -> None:
+        self._write(split, ".bin", tokens)
+        if mask is not None:
+            self._write(split, ".mask.bin", mask)
+
+    def _write(self, split: str, suffix: str, array: np.ndarray) -> None:
+        file, digest = self._open[_shard_name(split, self._meta["shards"], suffix)]
         content = array.tobytes()
         file.write(content)
         digest.update(content)
 
+    def _start_shard(self) -> None:
+        self._in_shard = 0
+        suffixes = {"train": [".bin"], "val": [".bin", ".docs.bin"]}
+        for split, names in suffixes.items():
+            for suffix in [*names, ".mask.bin"] if self._meta["masked"] else names:
+                name = _shard_name(split, self._meta["shards"], suffix)
+                self._open[name] = ((self._folder / name).open("wb"), hashlib.sha256())
+
     def _finish_shard(self) -> None:
-        empty = np.empty(0, np.uint8)
-        for split in ("train", "val"):
-            suffixes = [".bin", *([".mask.bin"] if self.meta["masked"] else []), *([".docs.bin"] if split == "val" else [])]
-            for suffix in suffixes:
-                self._append(split, suffix, empty)  # a shard has all its files, if only empty ones
         for name, (file, digest) in self._open.items():
-            self.meta["files"][name] = {"bytes": file.tell(), "sha256": digest.hexdigest()}
             file.flush()
             os.fsync(file.fileno())
+            self._meta["files"][name] = {"bytes": file.tell(), "sha256": digest.hexdigest()}
         self.close()
-        self.meta["shards"] += 1
-        self._in_shard = 0
-        write_meta(self.folder, self.meta)
+        self._meta["shards"] += 1
+        write_meta(self._folder, self._meta)
+
+
+def _shard_name(split: str, shard: int, suffix: str) -> str:
+    return f"{split}-{shard:05d}{suffix}"

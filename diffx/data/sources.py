@@ -136,10 +136,6 @@ def _document(text: str, prompt: str, name: str, where: str, read: int = 0) -> D
     return Document(text, prompt, name, hashlib.sha256(head + b"\0" + data).digest(), len(data), read)
 
 
-def _supported(path: Path) -> bool:
-    return path.name.endswith(SUFFIXES) and path.is_file()
-
-
 def _expand(entry: str) -> list[Path]:
     accepted = f"accepted are {', '.join(SUFFIXES)}"
     path = Path(entry).expanduser()
@@ -153,7 +149,7 @@ def _expand(entry: str) -> list[Path]:
         candidates = [Path(match) for match in glob.glob(str(path), recursive=True)]
     else:
         raise UserError(f"{_cannot(entry)}: there is no such file or directory")
-    found = sorted(filter(_supported, candidates))
+    found = sorted(child for child in candidates if child.name.endswith(SUFFIXES) and child.is_file())
     if not found:
         raise UserError(f"{_cannot(entry)}: it {'holds' if path.is_dir() else 'matches'} no file that can be read; {accepted}")
     return found
@@ -162,13 +158,14 @@ def _expand(entry: str) -> list[Path]:
 def _read(path: Path, data: DataConfig, alone: bool) -> Iterator[tuple[str, str, str, int]]:
     """Yield text, prompt, a description of the place for error messages, and bytes of the file read so far."""
     if isinstance(data, TextData) and path.suffix == ".parquet":
-        return _read_parquet(path, data)
-    if isinstance(data, TextData) and ".jsonl" in path.suffixes:
-        return _read_jsonl(path, data)
-    if isinstance(data, TextData) and alone:
-        return _read_pieces(path)
-    content = path.read_bytes()
-    return iter([(_decode(content, path), "", _cannot(path), len(content))])
+        yield from _read_parquet(path, data)
+    elif isinstance(data, TextData) and path.suffix in (".jsonl", ".gz", ".zst"):
+        yield from _read_jsonl(path, data)
+    elif alone:
+        yield from _read_pieces(path)
+    else:
+        content = path.read_bytes()
+        yield _decode(content, path), "", _cannot(path), len(content)
 
 
 def _decode(content: bytes, path: Path, start: int = 0) -> str:
@@ -220,23 +217,19 @@ def _read_jsonl(path: Path, data: TextData) -> Iterator[tuple[str, str, str, int
 
 
 def _read_parquet(path: Path, data: TextData) -> Iterator[tuple[str, str, str, int]]:
-    import pyarrow.parquet as pq  # heavy, and most runs need no parquet
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException  # slow to import, and most runs need no parquet
+    from pyarrow.parquet import ParquetFile
 
     try:
-        file = pq.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise UserError(f"{_cannot(path)}: it is not a parquet file: {reason(error)}") from error
-    columns = [key for key in (data.text_key, data.prompt_key) if key is not None]
-    missing = set(columns) - set(file.schema_arrow.names)
-    if missing:
-        _fields(dict.fromkeys(file.schema_arrow.names), data, _cannot(path))
-    rows, total, size = 0, max(file.metadata.num_rows, 1), path.stat().st_size
-    for batch in file.iter_batches(columns=columns, batch_size=1024):
-        for row in batch.to_pylist():
-            rows += 1
-            where = f"{_cannot(path)}: row {rows}"
-            yield *_fields(row, data, where), where, size * rows // total
+        file = ParquetFile(path)
+        names, total, size, rows = file.schema_arrow.names, file.metadata.num_rows, path.stat().st_size, 0
+        for batch in file.iter_batches(columns=[name for name in names if name in (data.text_key, data.prompt_key)], batch_size=1024):
+            for row in batch.to_pylist() if batch.num_columns else [dict.fromkeys(names)]:
+                rows += 1
+                where = f"{_cannot(path)}: row {rows}"
+                yield *_fields(row, data, where), where, size * rows // total
+    except ArrowException as error:
+        raise UserError(f"{_cannot(path)}: it cannot be read as parquet: {reason(error)}") from error
 
 
 def _fields(row: dict[str, Any], data: TextData | HubData, where: str) -> tuple[str, str]:
@@ -261,13 +254,11 @@ def hub_dataset(data: HubData) -> Any:
     import datasets  # slow to import, and most runs need no hub
 
     try:
-        dataset = datasets.load_dataset(data.name, data.subset, split=data.split, revision=data.revision, streaming=True)
+        return datasets.load_dataset(data.name, data.subset, split=data.split, revision=data.revision, streaming=True)
     except Exception as error:  # any library below may fail here, each with an exception of its own
-        raise UserError(
-            f"data.name={data.name} (data.subset={data.subset}, data.split={data.split}) cannot be used: {reason(error)}; "
-            "it must be a data set of the Hugging Face hub that can be reached, or a local folder"
-        ) from error
-    return dataset
+        asked = f"data.name={data.name} with data.subset={data.subset} and data.split={data.split} cannot be used"
+        accepted = "it must be a data set of the Hugging Face hub that can be reached, or a local folder"
+        raise UserError(f"{asked}: {reason(error)}; {accepted}") from error
 
 
 def hub_documents(data: HubData, dataset: Any) -> Iterator[Document]:

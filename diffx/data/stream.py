@@ -10,9 +10,8 @@ import numpy as np
 from diffx.config.data import HubData
 from diffx.data.batches import Batch, check_corpus, check_rows, make_batch
 from diffx.data.prepare import encode_documents
-from diffx.data.shards import TokenArray
+from diffx.data.shards import Shards, TokenArray
 from diffx.data.sources import hub_dataset, hub_documents
-from diffx.data.tokenizers import Tokenizer
 
 _BLOCK = 1000  # documents read at once where none are shuffled
 _GROUP = 64  # documents tokenized at once
@@ -27,21 +26,11 @@ class StreamBatches:
     """
 
     def __init__(
-        self,
-        data: HubData,
-        tokenizer: Tokenizer,
-        threshold: int,
-        corpus: str,
-        seq_len: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, data: HubData, shards: Shards, corpus: str, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         check_rows(batch_size, world_size)
-        self._data, self._tokenizer, self._threshold, self._corpus = data, tokenizer, threshold, corpus
-        self._seq_len, self._rows = seq_len, range(rank, batch_size, world_size)
-        self._batch_tokens = seq_len * batch_size
+        self._data, self._tokenizer, self._threshold, self._corpus = data, shards.tokenizer, shards.meta["threshold"], corpus
+        self._seq_len, self._batch_tokens, self._rows = seq_len, seq_len * batch_size, range(rank, batch_size, world_size)
         self._seed = seed % 2**64
         self._go_to({"step": 0, "offset": 0, "document": {"epoch": 0, "block": 0, "index": 0, "dataset": None}})
 
@@ -77,13 +66,14 @@ class StreamBatches:
 
     def _go_to(self, state: dict[str, Any]) -> None:
         self._step, self._offset, self._start = state["step"], state["offset"], state["document"]
-        self._pending: deque[tuple[dict[str, Any], np.ndarray, np.ndarray]] = deque()
+        self._pending: deque[tuple[dict[str, Any], np.ndarray, np.ndarray | None]] = deque()
         self._documents = self._read(self._start)
 
     def _pending_tokens(self) -> TokenArray:
-        return TokenArray([tokens for _, tokens, _ in self._pending], [mask for _, _, mask in self._pending])
+        masks = [mask for _, _, mask in self._pending if mask is not None]
+        return TokenArray([tokens for _, tokens, _ in self._pending], masks or None)
 
-    def _read(self, place: dict[str, Any]) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+    def _read(self, place: dict[str, Any]) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray | None]]:
         """Yield the training documents from a place on: the place of each, its tokens and its loss mask."""
         data = self._data
         epoch, block, index, state = (place[key] for key in ("epoch", "block", "index", "dataset"))
@@ -93,15 +83,12 @@ class StreamBatches:
                 dataset.load_state_dict(state)
             documents = hub_documents(data, dataset)
             while found := list(itertools.islice(documents, data.shuffle_buffer or _BLOCK)):
-                order = (
-                    np.random.default_rng([self._seed, epoch, block]).permutation(len(found)) if data.shuffle_buffer else range(len(found))
-                )
-                kept = [found[i] for i in order if found[i].key > self._threshold]
+                random = np.random.default_rng([self._seed, epoch, block])
+                order = random.permutation(len(found)) if data.shuffle_buffer else range(len(found))
+                kept = [(found[i].prompt, found[i].text) for i in order if found[i].key > self._threshold]
                 for first in range(index, len(kept), _GROUP):
-                    pairs = [(document.prompt, document.text) for document in kept[first : first + _GROUP]]
-                    for number, (tokens, n_prompt) in enumerate(encode_documents(self._tokenizer, pairs), first):
-                        mask = np.ones(len(tokens), np.uint8)
-                        mask[1 : 1 + n_prompt] = 0
+                    encoded = encode_documents(self._tokenizer, kept[first : first + _GROUP], data.prompt_key is not None)
+                    for number, (tokens, mask) in enumerate(encoded, first):
                         yield {"epoch": epoch, "block": block, "index": number, "dataset": state}, tokens, mask
                 state, block, index = dataset.state_dict(), block + 1, 0
             epoch, block, state = epoch + 1, 0, None
