@@ -1,0 +1,117 @@
+"""What every bench shares: alternating rounds, ratios within a round, peak memory, and the machine they were taken on."""
+
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from diffx.train.folder import environment
+from diffx.train.throughput import synchronize
+
+ROUND_SECONDS = 0.2  # a contestant's turn lasts at least about so long, so that the clock and the queue do not count
+
+
+def alternate(contestants: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Time contestants in turn, so that the machine's drift hits them alike.
+
+    Each is called twice before it counts. Every second round goes in reverse order, so that none always follows the same one.
+
+    Args:
+        contestants: by name, a call that does the same work each time.
+        rounds: turns of each.
+        device: whose queue is waited for.
+
+    Returns:
+        Seconds a call, by name, one for each round.
+    """
+
+    def turn(call: Callable[[], Any], calls: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(device)
+        return (time.perf_counter() - start) / calls
+
+    calls = {}
+    for name, call in contestants.items():
+        turn(call, 1)
+        calls[name] = max(1, round(ROUND_SECONDS / turn(call, 1)))
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name in contestants if number % 2 == 0 else reversed(list(contestants)):
+            seconds[name].append(turn(contestants[name], calls[name]))
+    return seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ratio:
+    """How much faster one contestant is than another, round by round: above 1 is faster.
+
+    Attributes:
+        median: over the rounds.
+        low: the lowest round.
+        high: the highest round.
+    """
+
+    median: float
+    low: float
+    high: float
+
+
+def speed_ratio(seconds: Mapping[str, list[float]], of: str, to: str) -> Ratio:
+    """Compare the speed ``of`` one contestant ``to`` another's, from what ``alternate`` returned."""
+    rounds = [theirs / ours for ours, theirs in zip(seconds[of], seconds[to], strict=True)]
+    return Ratio(median=statistics.median(rounds), low=min(rounds), high=max(rounds))
+
+
+def peak_memory(build: Callable[[], Callable[[], Any]], device: torch.device) -> int | None:
+    """Measure the most bytes of tensors that live at once while a contestant is built and called twice.
+
+    On CUDA the allocator counts them, on the CPU the profiler; None elsewhere, where nothing counts. It is what tensors and operators
+    allocate, and less than what the process holds.
+
+    Args:
+        build: makes the contestant, from nothing.
+        device: where it works.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        _build_and_call(build)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints a line when it starts and one when it stops
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        _build_and_call(build)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"] if event.get("name") == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
+
+
+def _build_and_call(build: Callable[[], Callable[[], Any]]) -> None:
+    call = build()
+    call()
+    call()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Describe versions, hardware and threads."""
+    return environment(seed=0) | {"device": str(device), "cpu_capability": torch.backends.cpu.get_cpu_capability()}

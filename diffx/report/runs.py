@@ -1,0 +1,247 @@
+"""Run folders as plain objects, and the groups of runs that differ in nothing but their seed."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffx.config import UserError
+from diffx.config.bridge import load_config
+from diffx.config.model import MODEL_CONFIGS, ModelConfig
+from diffx.config.train import TrainJob
+
+SHAPE_KEYS = tuple(
+    f"model.{name}" for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
+)
+
+# Where a run was kept, how often it was looked at and where it ran do not make it another experiment.
+_BOOKKEEPING = {"seed", "device", "train.tokens"} | {
+    f"train.{name}" for name in ("resume", "log_every", "eval_every", "save_every", "keep_last", "sample_prompt", "sample_tokens")
+}
+_BASE_MODEL_KEYS = {f"model.{f.name}" for f in fields(ModelConfig)} - {"model.kind"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        path: the folder.
+        job: its config.
+        metrics: the lines of ``metrics.jsonl``, in order.
+        summary: ``summary.json``; empty while the run goes, or if it was killed.
+        data: ``data.json``, what the run was trained on; empty if the run died before it was known.
+    """
+
+    path: Path
+    job: TrainJob
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+    data: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """The run went to its last step, which a later resumption may have moved on."""
+        return bool(self.summary.get("finished")) and self.summary["step"] >= self.job.train.num_steps
+
+    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens seen and the metric's values, both (n,), for the lines that carry the metric; one value a token count."""
+        values = {line["tokens"]: line[name] for line in self.metrics if isinstance(line.get(name), (int, float))}
+        tokens = sorted(values)
+        return np.array(tokens, dtype=float), np.array([values[t] for t in tokens], dtype=float)
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run folder; one that is still going, or was killed, reads as far as it got.
+
+    Raises:
+        UserError: it is no run folder of ``diffx train``, or one of its files is damaged.
+    """
+    path = Path(path)
+    if not (path / "config.yaml").is_file():
+        reason = "it has no config.yaml" if path.is_dir() else "there is no such folder"
+        raise UserError(
+            f"RUN={path} cannot be used: {reason}; give run folders of `diffx train`, or a sweep folder that holds numbered ones"
+        )
+    job = load_config(path / "config.yaml")
+    if not isinstance(job, TrainJob):
+        raise UserError(f"RUN={path} cannot be used: its config.yaml is not of `diffx train`; give run folders of `diffx train`")
+    return Run(
+        path=path,
+        job=job,
+        metrics=_read_metrics(path / "metrics.jsonl"),
+        summary=_read_json(path / "summary.json"),
+        data=_read_json(path / "data.json"),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} cannot be used: it is not a JSON object; leave this run out, or remove the file")
+    return value
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    metrics = []
+    for number, text in enumerate(lines, 1):
+        if not text:
+            continue
+        try:
+            line = json.loads(text)
+            float(line["tokens"])
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):  # no newline after it: the run was killed while it wrote
+                break
+            raise UserError(f"{path} line {number} cannot be used: it is not a JSON object with `tokens`; leave this run out") from None
+        metrics.append(line)
+    return metrics
+
+
+def read_runs(paths: Iterable[str | Path]) -> list[Run]:
+    """Read run folders; a sweep folder stands for the numbered job folders in it, in their order.
+
+    Raises:
+        UserError: as ``read_run``.
+    """
+    found: dict[Path, Path] = {}  # a run named twice counts once
+    for path in map(Path, paths):
+        for folder in sweep_jobs(path) or [path]:
+            found.setdefault(folder.resolve(), folder)
+    return [read_run(folder) for folder in found.values()]
+
+
+def sweep_jobs(path: Path) -> list[Path]:
+    """The job folders of a sweep folder, by number; empty if ``path`` is a run folder or something else."""
+    if not path.is_dir() or (path / "config.yaml").exists():
+        return []
+    jobs = [p for p in path.iterdir() if p.name.isdecimal() and (p / "config.yaml").is_file()]
+    return sorted(jobs, key=lambda p: int(p.name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        label: the architecture, and the settings in which the compared groups differ.
+        settings: the config that the runs share, flat: ``model.hidden_size`` and so on.
+        runs: at least one, each with a validation.
+    """
+
+    label: str
+    settings: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def kind(self) -> str:
+        """The architecture."""
+        return self.settings["model.kind"]
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Shape and recipe: the settings that every architecture has."""
+        return {key: value for key, value in self.settings.items() if not _is_own(key)}
+
+    @property
+    def variant(self) -> dict[str, Any]:
+        """The architecture and its own options."""
+        return {key: value for key, value in self.settings.items() if _is_own(key)}
+
+    @property
+    def parameters(self) -> dict[str, int] | None:
+        """Parameter counts (embedding, rest, total), or None while no run of the group has a summary."""
+        return next((run.summary["parameters"] for run in self.runs if "parameters" in run.summary), None)
+
+    def final(self, name: str) -> dict[int, float]:
+        """The metric's last value for each seed (the mean if a seed was run twice)."""
+        values: dict[int, list[float]] = {}
+        for run in self.runs:
+            curve = run.curve(name)[1]
+            if curve.size:
+                values.setdefault(run.job.seed, []).append(float(curve[-1]))
+        return {seed: float(np.mean(v)) for seed, v in sorted(values.items())}
+
+    def curves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Validation loss on one grid of tokens.
+
+        Returns:
+            tokens (n,) up to the shortest run's last validation, and losses (runs, n), linearly interpolated where a run has no
+            validation at a grid point.
+        """
+        each = [run.curve("val/loss") for run in self.runs]
+        first, last = max(tokens[0] for tokens, _ in each), min(tokens[-1] for tokens, _ in each)
+        grid = np.unique(np.concatenate([tokens for tokens, _ in each]))
+        grid = grid[(grid >= first) & (grid <= last)]
+        return grid, np.stack([np.interp(grid, tokens, losses) for tokens, losses in each])
+
+
+def _is_own(key: str) -> bool:
+    return key.startswith("model.") and key not in _BASE_MODEL_KEYS
+
+
+def group_runs(runs: list[Run]) -> list[Group]:
+    """Gather runs that differ only in their seed, in the order given, and label each group by what sets it apart."""
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        members.setdefault(json.dumps(_settings(run.job), sort_keys=True), []).append(run)
+    settings = [_settings(group[0].job) for group in members.values()]
+    labels = _labels(settings)
+    return [Group(label=label, settings=s, runs=group) for label, s, group in zip(labels, settings, members.values(), strict=True)]
+
+
+def _settings(job: TrainJob) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, item)
+        elif not prefix.startswith(("run.", "wandb.")) and prefix not in _BOOKKEEPING:
+            flat[prefix] = value.value if isinstance(value, Enum) else value
+
+    walk("", asdict(job))
+    flat["train.steps"] = job.train.num_steps  # however the length was given
+    return flat
+
+
+def _labels(settings: list[dict[str, Any]]) -> list[str]:
+    """The architecture, then ``key=value`` for each key in which groups differ.
+
+    Two things keep labels short: an architecture's own option is left out where it has its default, and of the keys of the shape, which a
+    size sets all at once, only those are named that tell apart what the ones before do not.
+    """
+    labels = [s["model.kind"] for s in settings]
+    for key in dict.fromkeys(key for s in settings for key in s if key != "model.kind"):
+        if len({repr(s[key]) for s in settings if key in s}) < 2:
+            continue
+        name = key.removeprefix("model.").removeprefix("train.").removesuffix(".kind")
+        named = [
+            f"{label} {name}={as_word(s[key])}" if key in s and not _is_default(s["model.kind"], key, s[key]) else label
+            for label, s in zip(labels, settings, strict=True)
+        ]
+        if key not in SHAPE_KEYS or len(set(named)) > len(set(labels)):
+            labels = named
+    return labels
+
+
+def as_word(value: Any) -> str:
+    """Write a value as the command line takes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _is_default(kind: str, key: str, value: Any) -> bool:
+    if not _is_own(key):
+        return False
+    option = key.removeprefix("model.")
+    return any(f.name == option and f.default == value for f in fields(MODEL_CONFIGS[kind]))
