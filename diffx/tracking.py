@@ -1,0 +1,147 @@
+"""Where a run's figures go: ``metrics.jsonl`` always, Weights & Biases as well if it works. W&B never stops a run."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffx.config.train import WandbConfig, WandbMode
+
+
+class Tracker:
+    """Writes one JSON object a line to ``<run>/metrics.jsonl`` and mirrors it to W&B.
+
+    A resumed run cuts ``metrics.jsonl`` back to its checkpoint's step first, so no line is there twice.
+
+    Args:
+        run_dir: the run folder.
+        wandb: the tracker's settings.
+        name: the run's name in W&B.
+        config: the resolved configuration, shown in W&B.
+        warn: called with one line when W&B fails.
+        resume_step: the checkpoint's step in a resumed run, else ``None``.
+        seconds: training seconds already spent before this process.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        wandb: WandbConfig,
+        name: str,
+        config: dict[str, Any],
+        warn: Callable[[str], None],
+        resume_step: int | None = None,
+        seconds: float = 0.0,
+    ):
+        self._path = run_dir / "metrics.jsonl"
+        if resume_step is not None:
+            cut_back(self._path, resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._start = time.monotonic() - seconds
+        self._warn = warn
+        self._run: Any = None
+        if wandb.mode is not WandbMode.disabled:
+            self._safely(lambda: self._open_wandb(run_dir, wandb, name, config))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the run started, those before a resume included."""
+        return time.monotonic() - self._start
+
+    def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
+        """Write one line.
+
+        Args:
+            step: optimizer steps done.
+            tokens: training tokens seen.
+            metrics: flat names (``train/loss``) and figures.
+        """
+        row = {"step": step, "tokens": tokens, "time": round(self.seconds, 3), **metrics}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._run is not None:
+            self._safely(lambda: self._run.log({"tokens": tokens, **metrics}, step=step))
+
+    def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
+        """Show (prompt, continuation) pairs as a W&B table."""
+        if self._run is not None:
+
+            def send() -> None:
+                import wandb
+
+                table = wandb.Table(columns=["step", "prompt", "continuation"], data=[[step, *row] for row in rows])
+                self._run.log({"samples": table}, step=step)
+
+            self._safely(send)
+
+    def summary(self, figures: dict[str, Any]) -> None:
+        """Give W&B the run's final figures."""
+        if self._run is not None:
+            self._safely(lambda: self._run.summary.update(figures))
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if self._run is not None:
+            self._safely(lambda: self._run.finish(exit_code=int(kind is not None)))  # waits for an upload, two minutes at most
+
+    def _open_wandb(self, run_dir: Path, config: WandbConfig, name: str, resolved: dict[str, Any]) -> None:
+        import wandb
+
+        # One id a run folder, so that a resumed run goes on in the same W&B run.
+        id_file = run_dir / "wandb_id.txt"
+        if config.mode is WandbMode.online and not wandb.login(prompt=False):  # else init would wait at a prompt
+            raise RuntimeError("no API key: `wandb login`, or set WANDB_API_KEY")
+        self._run = wandb.init(
+            id=id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None,
+            resume="allow",
+            project=config.project,
+            entity=config.entity,
+            group=config.group,
+            name=name,
+            dir=str(run_dir),
+            mode=config.mode.value,
+            config=resolved,
+            settings=wandb.Settings(
+                silent=True, console="off", disable_code=True, init_timeout=30, finish_timeout=120, finish_timeout_raises=False
+            ),
+        )
+        id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
+
+    def _safely(self, call: Callable[[], None]) -> None:
+        """Run a W&B call; on any failure say so once and go on without W&B."""
+        try:
+            call()
+        except Exception as error:  # W&B raises many kinds; none is worth a run
+            self._run = None
+            self._warn(f"W&B stopped ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); metrics.jsonl goes on")
+
+
+class NullTracker(Tracker):
+    """Takes the figures and keeps none: what every process but the main one has."""
+
+    def __init__(self) -> None:
+        self._file = Path(os.devnull).open("w", encoding="utf-8")
+        self._start = time.monotonic()
+        self._run = None
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the lines after ``step``, and a last line that was torn by a kill, from a metrics file."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # only the line being written at a kill can be torn; what follows it is later still
+            break
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,235 @@
+"""The run folder: which one, made when, and what a resumed or continued run takes from the earlier one.
+
+<run>/  config.yaml  overrides.yaml  environment.json  data.json  tokenizer/  metrics.jsonl  train.log
+        checkpoints/step_00001000/  summary.json
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import diffx
+from diffx.config import UserError
+from diffx.config.bridge import load_config, save_config
+from diffx.config.data import HfTokenizer
+from diffx.config.train import TrainJob
+from diffx.train.checkpoint import find_checkpoint
+
+# What may differ between a run and its resumption: how long, how often, where, and the tracker.
+_FREE = (
+    "train.steps",
+    "train.tokens",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.resume",
+    "device",
+)
+_SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
+
+
+def settle(job: TrainJob, words: list[str]) -> tuple[TrainJob, Path | None]:
+    """Decide what runs: the job as composed, or an earlier run's with the words given for this one.
+
+    Args:
+        job: as composed from the command line.
+        words: the overrides given on the command line.
+
+    Returns:
+        The job to run, and the folder to resume in (``None``: start in a new one).
+
+    Raises:
+        UserError: the folder exists, there is nothing to resume, or a word conflicts with the earlier run.
+    """
+    resume = job.train.resume
+    if resume is None or (resume == "auto" and (job.run.dir is None or not _begun(Path(job.run.dir)))):
+        if (
+            job.run.dir is not None
+            and (folder := Path(job.run.dir)).exists()
+            and not (resume and folder.is_dir() and not any(folder.iterdir()))
+        ):
+            raise UserError(f"run.dir={folder} cannot be used: it exists; choose another, or continue that run with train.resume={folder}")
+        return _continued(job, words), None
+    folder = Path(job.run.dir if resume == "auto" and job.run.dir is not None else resume)
+    if not folder.is_dir():
+        raise UserError(f"train.resume={folder} cannot be used: there is no such folder; accepted: auto, or a run folder")
+    if not _begun(folder):
+        raise UserError(f"train.resume={folder} cannot be used: it is not a run folder (it has no config.yaml)")
+    if resume != "auto" and job.run.dir is not None and Path(job.run.dir).resolve() != folder.resolve():
+        raise UserError(f"run.dir={job.run.dir} cannot be used with train.resume={folder}: a resumed run stays in its folder")
+    saved = load_config(folder / "config.yaml")
+    if saved.kind != job.kind:
+        raise UserError(f"train.resume={folder} cannot be used: it holds a {saved.kind} run, not a {job.kind} run")
+    for key in given(words, job, saved):
+        if key == "train.steps":
+            saved.train.tokens = None
+        if key == "train.tokens":
+            saved.train.steps = None
+        if key in _FREE or key.split(".")[0] in ("wandb", "run"):
+            _put(saved, key, _get(job, key))
+        elif _get(saved, key) != _get(job, key):
+            raise UserError(
+                f"{key}={_plain(_get(job, key))} conflicts with the run in {folder}, which has {key}={_plain(_get(saved, key))}; "
+                "a resumed run keeps its settings, save for steps, cadence, device and wandb"
+            )
+    saved.run.dir = str(folder)
+    saved.train = dataclasses.replace(saved.train)  # runs its checks again
+    return saved, folder
+
+
+def given(words: list[str], job: TrainJob, saved: TrainJob) -> list[str]:
+    """List the config keys that the words on the command line set.
+
+    A word that picks a group (``model=diff_v1``) sets its ``kind``, ``size=`` the shape, ``experiment=`` everything that differs.
+    """
+    keys = _flat(job)
+    found: list[str] = []
+    for word in words:
+        name = word.lstrip("+~").split("=")[0].split("@")[0]
+        if name in ("model", "data", "tokenizer"):
+            found.append(f"{name}.kind")
+        elif name == "size":
+            found += [f"model.{key}" for key in _SHAPE]
+        elif name == "experiment":
+            found += [key for key in keys if key not in _flat(saved) or _get(saved, key) != _get(job, key)]
+        else:
+            found += [key for key in keys if key == name or key.startswith(f"{name}.")]
+    # A key that the other architecture or source does not have comes with its kind, which is compared first.
+    return [key for key in dict.fromkeys(found) if key in _flat(saved) or key.endswith(".kind")]
+
+
+def _continued(job: TrainJob, words: list[str]) -> TrainJob:
+    """With ``train.init_from``, take the model and the tokenizer from that run; ``model.rope_theta`` alone may change."""
+    if job.train.init_from is None:
+        return job
+    source, _ = find_checkpoint(job.train.init_from, "train.init_from")
+    saved = load_config(source / "config.yaml")
+    keys = given(words, job, saved)
+    for key in keys:
+        if key.split(".")[0] in ("model", "tokenizer") and key != "model.rope_theta" and _get(job, key) != _get(saved, key):
+            raise UserError(
+                f"{key}={_plain(_get(job, key))} conflicts with train.init_from={job.train.init_from}, which has "
+                f"{key}={_plain(_get(saved, key))}; the model and the tokenizer come from that run, and only model.rope_theta may change"
+            )
+    theta = job.model.rope_theta if "model.rope_theta" in keys else saved.model.rope_theta
+    model = dataclasses.replace(saved.model, rope_theta=theta)
+    # A tokenizer trained on the earlier corpus is read from the earlier run, not trained anew on this one.
+    tokenizer = HfTokenizer(name=str(source / "tokenizer")) if saved.tokenizer.kind in ("bpe", "bytes") else saved.tokenizer
+    return dataclasses.replace(job, model=model, tokenizer=tokenizer)
+
+
+def new_folder(job: TrainJob) -> Path:
+    """Give the path of a run that starts: ``run.dir``, or ``runs/<date-time>-<name>``. Nothing is made yet."""
+    if job.run.dir is not None:
+        return Path(job.run.dir)
+    return Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{run_name(job)}"
+
+
+def run_name(job: TrainJob) -> str:
+    """Give ``run.name``, or a name made of the architecture, the data and the seed."""
+    return job.run.name or f"{job.model.kind}-{job.data.kind}-seed{job.seed}"
+
+
+def make_folder(folder: Path, job: TrainJob, words: list[str]) -> None:
+    """Make a new run folder with its ``config.yaml``, ``overrides.yaml`` and ``environment.json``.
+
+    Raises:
+        UserError: another run made the folder in the meantime.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError as error:
+        if any(folder.iterdir()):
+            raise UserError(f"run.dir={folder} cannot be used: it exists; choose another") from error
+    write_json(folder / "environment.json", environment(job.seed))
+    (folder / "overrides.yaml").write_text(yaml.safe_dump(words), encoding="utf-8")
+    save_config(job, folder / "config.yaml")  # last: with it, the folder is a run that can be resumed
+
+
+def note_resume(folder: Path, job: TrainJob, words: list[str]) -> None:
+    """Keep what a resumption changed: the config as it runs now, the words and the machine."""
+    path = folder / "environment.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record.setdefault("resumed", []).append({"overrides": words, **environment(job.seed)})
+    write_json(path, record)
+    save_config(job, folder / "config.yaml")
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Describe versions, commit, command, hardware and seed. No environment variables: they hold secrets."""
+    packages = ("torch", "transformers", "tokenizers", "datasets", "hydra-core", "lm_eval", "wandb", "numpy")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "diffx": diffx.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "argv": sys.argv,
+        "platform": platform.platform(),
+        "hostname": platform.node(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "seed": seed,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _commit() -> str | None:
+    """The checkout's commit, ``+changes`` if it has any; ``None`` when installed from a wheel."""
+    root = Path(diffx.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "diffx", "conf", "experiments") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _begun(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def _flat(config: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        keys += _flat(value, f"{prefix}{field.name}.") if dataclasses.is_dataclass(value) else [prefix + field.name]
+    return keys
+
+
+def _get(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _put(config: Any, key: str, value: Any) -> None:
+    group, _, name = key.rpartition(".")
+    setattr(_get(config, group) if group else config, name, value)
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)

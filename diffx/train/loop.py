@@ -1,0 +1,321 @@
+"""The training loop. One ``fit`` for training and adaptation; it reads top to bottom in the order in which things happen."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffx.config import RunError
+from diffx.config.errors import Stopped
+from diffx.config.train import TrainConfig
+from diffx.console import Reporter, figure
+from diffx.data import Batch, Batches, Corpus, cu_seqlens
+from diffx.tracking import Tracker
+from diffx.train.checkpoint import load_training_state, newest_intact, prune, save_checkpoint
+from diffx.train.optimizer import build_optimizer, learning_rate
+from diffx.train.parallel import World, accumulate, autocast, clip_gradients, parallelize
+from diffx.train.probes import diff_statistics
+from diffx.train.throughput import matmul_ceiling, peak_memory, synchronize
+
+
+@dataclass
+class Progress:
+    """What the loop carries from step to step and a checkpoint keeps.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: training tokens seen.
+        seconds: seconds since the run started, those before a resume included.
+        train_seconds: those of them spent in steps rather than in evaluation and saving.
+        pending: losses since the last logged line.
+        val_loss: the validation loss at this step, if it was measured here.
+        best_loss: the lowest validation loss so far.
+        best_step: where it was measured.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    pending: list[float] = field(default_factory=list)
+    val_loss: float | None = None
+    best_loss: float = math.inf
+    best_step: int = 0
+
+
+@dataclass
+class Fit:
+    """What ``fit`` gives back.
+
+    Attributes:
+        progress: where the run ended.
+        validation: the last validation's figures.
+        checkpoint: the last checkpoint.
+        tokens_per_second: over the steps of the whole run, evaluation and saving left out.
+    """
+
+    progress: Progress
+    validation: dict[str, float]
+    checkpoint: Path
+    tokens_per_second: float
+
+
+def token_losses(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, boundaries: torch.Tensor | None) -> torch.Tensor:
+    """Sum of the cross-entropies in nats of the targets that are not -100.
+
+    Args:
+        model: gives logits.
+        inputs: (B, T) token ids.
+        targets: (B, T) next tokens, -100 where there is no loss.
+        boundaries: (n+1,) document boundaries in the flattened batch, or ``None`` to attend across documents.
+    """
+    logits = model(inputs, cu_seqlens=boundaries)  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, corpus: Corpus, config: TrainConfig, world: World) -> dict[str, float]:
+    """Measure the held-out loss; every held-out token is predicted once.
+
+    Returns:
+        ``val/loss`` in nats a token, ``val/perplexity``, ``val/bpb`` in bits per byte of the held-out text.
+    """
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")
+    rows = config.micro_batch_size or max(1, int(config.batch_tokens) // config.seq_len // world.size)
+    for batch in corpus.val_batches(config.seq_len, rows * world.size, world.rank, world.size):
+        inputs, targets = batch.inputs.to(world.device), batch.targets.to(world.device)
+        boundaries = cu_seqlens(inputs, corpus.tokenizer.eot_id) if config.mask_documents else None
+        with autocast(world.device, config.precision):
+            nats = token_losses(model, inputs, targets, boundaries)
+        total += torch.tensor([float(nats), float((targets >= 0).sum())], dtype=torch.float64)  # device sync: once a batch, not in training
+    model.train()
+    nats_total, tokens = world.total(total.float().to(world.device) if world.size > 1 else total).tolist()
+    loss = nats_total / tokens
+    return {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0)), "val/bpb": nats_total / corpus.val.n_bytes / math.log(2)}
+
+
+def fit(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    corpus: Corpus,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    flops_per_token: float,
+    world: World,
+    run_dir: Path,
+    track: Tracker,
+    reporter: Reporter,
+    resume: tuple[Path, dict[str, Any]] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Fit:
+    """Train a model to ``config.num_steps`` optimizer steps, from ``resume`` if it is given.
+
+    Args:
+        model: on its device, with weights; parameters that require no gradient stay as they are.
+        blocks: its decoder blocks, a list inside ``model``.
+        corpus: held-out tokens and their tokenizer.
+        batches: this process's training batches, from the start.
+        config: the recipe.
+        flops_per_token: model FLOPs of a training token, for the utilisation.
+        world: the processes.
+        run_dir: the run folder, made already.
+        track: takes the figures.
+        reporter: says what happens.
+        resume: a checkpoint's folder and state, as ``newest_intact`` found them.
+        on_step: told the number of steps done before each step, and before each evaluation (DEX sets lambda(t) by it).
+
+    Raises:
+        RunError: the loss is not finite, or the disk is full.
+        Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
+    """
+    parallelize(model, blocks, config, world)
+    optimizer = build_optimizer(model, config)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    now = Progress()
+    validation: dict[str, float] = {}
+
+    checkpoint = run_dir
+    if resume is not None:
+        checkpoint, state = resume
+        load_training_state(checkpoint, model, optimizer)
+        batches.load_state_dict(state["data"])
+        now, validation = Progress(**state["progress"]), state["validation"]
+        reporter.line(f"resumed from step {now.step} ({checkpoint})")
+
+    ceiling = matmul_ceiling(world.device, config.precision) * world.size
+    eot = corpus.tokenizer.eot_id
+    last, batch_tokens = config.num_steps, int(config.batch_tokens)
+
+    def measure() -> str:
+        nonlocal validation
+        if on_step is not None:
+            on_step(now.step)
+        validation = evaluate(model, corpus, config, world)
+        now.val_loss = validation["val/loss"]
+        if now.val_loss < now.best_loss:
+            now.best_loss, now.best_step = now.val_loss, now.step
+        return f"val/loss {now.val_loss:.4f}  val/bpb {validation['val/bpb']:.4f}"
+
+    def save() -> Path:
+        now.seconds = track.seconds
+        state = {"progress": vars(now), "val_loss": now.val_loss, "validation": validation, "data": batches.state_dict()}
+        folder = save_checkpoint(run_dir, now.step, model, optimizer, state, world.main)
+        world.barrier()
+        if world.main:
+            prune(run_dir, config.keep_last)
+        return folder
+
+    if resume is None:
+        note = measure()
+        track.log(0, 0, validation)
+        reporter.line(f"step 0  {note}")
+    unread: list[tuple[int, torch.Tensor, str]] = []  # (step, loss on the device, the batch's position)
+    mark_step, mark_time = now.step, time.perf_counter()
+
+    with _stop_signals() as stop, reporter.progress("step", last, now.step) as bar:
+        while now.step < last:
+            # Data
+            batch = next(batches)
+            if on_step is not None:
+                on_step(now.step)
+            rate = learning_rate(now.step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            # Forward and backward
+            loss = _accumulate_gradients(model, batch, config, eot, world)
+
+            # Clip, step
+            norm = clip_gradients(parameters, config.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            now.step += 1
+            now.tokens += batch_tokens
+            now.val_loss = None
+            unread.append((now.step, loss, batch.position))
+
+            stopping = world.any(stop.name is not None)
+            logs, evals, saves = (
+                now.step == last or now.step % every == 0 for every in (config.log_every, config.eval_every, config.save_every)
+            )
+            if not (logs or evals or saves or stopping):
+                continue
+            synchronize(world.device)  # device sync: what is timed, logged or saved is finished work
+            elapsed = time.perf_counter() - mark_time
+            now.train_seconds += elapsed
+            now.pending += _finite_losses(unread, run_dir, reporter)
+            unread = []
+            row: dict[str, float] = {}
+
+            # Log
+            if logs:
+                speed = (now.step - mark_step) * batch_tokens / elapsed
+                mean = sum(now.pending) / len(now.pending)
+                now.pending = []
+                row = {
+                    "train/loss": mean,
+                    "train/perplexity": math.exp(min(mean, 700.0)),
+                    "train/lr": rate,
+                    "train/grad_norm": float(norm),
+                    "train/tokens_per_second": speed,
+                    "train/mfu": speed * flops_per_token / ceiling,
+                    "train/peak_memory_bytes": peak_memory(world.device),
+                }
+                row |= diff_statistics(model, blocks, partial(_look, model, batch, config, eot, world))
+                bar.at(now.step, f"loss {mean:.4f}  lr {rate:.2e}  {figure(speed)} tokens/s")
+
+            # Evaluate
+            if evals:
+                note = measure()
+                row |= validation
+                bar.at(now.step, note, always=True)
+            if row:
+                track.log(now.step, now.tokens, row)
+
+            # Save
+            if saves or stopping or (evals and now.best_step == now.step):
+                checkpoint = save()
+            if stopping and now.step < last:
+                raise Stopped(
+                    f"stopped by {stop.name or 'another process'} after step {now.step}; go on with: diffx train train.resume={run_dir}"
+                )
+            mark_step, mark_time = now.step, time.perf_counter()
+
+    return Fit(now, validation, checkpoint, now.tokens / max(now.train_seconds, 1e-9))
+
+
+def _accumulate_gradients(model: nn.Module, batch: Batch, config: TrainConfig, eot: int, world: World) -> torch.Tensor:
+    """Add up a step's gradients, micro-batch by micro-batch, and return its mean loss (on the device, every process's the same)."""
+    rows = batch.inputs.shape[0]
+    size = config.micro_batch_size or rows
+    scored = world.total((batch.targets >= 0).sum().float().to(world.device)).clamp(min=1)
+    total = torch.zeros((), device=world.device)
+    for start in range(0, rows, size):
+        accumulate(model, last=start + size >= rows)
+        inputs = batch.inputs[start : start + size].to(world.device, non_blocking=True)  # (b, T)
+        targets = batch.targets[start : start + size].to(world.device, non_blocking=True)  # (b, T)
+        boundaries = cu_seqlens(inputs, eot) if config.mask_documents else None
+        with autocast(world.device, config.precision):
+            nats = token_losses(model, inputs, targets, boundaries)
+        (nats * (world.size / scored)).backward()  # sharded gradients are averaged over the processes
+        total += nats.detach()
+    return world.total(total) / scored
+
+
+def _look(model: nn.Module, batch: Batch, config: TrainConfig, eot: int, world: World) -> None:
+    """Run the model on a batch's first sequence, for the probes."""
+    inputs = batch.inputs[:1].to(world.device)
+    boundaries = cu_seqlens(inputs, eot) if config.mask_documents else None
+    with autocast(world.device, config.precision):
+        model(inputs, cu_seqlens=boundaries)
+
+
+def _finite_losses(unread: list[tuple[int, torch.Tensor, str]], run_dir: Path, reporter: Reporter) -> list[float]:
+    """Read the losses of the last steps from the device; stop the run at one that is not finite."""
+    values = torch.stack([loss for _, loss, _ in unread]).tolist()  # device sync: once for all of them
+    for (step, _, position), value in zip(unread, values, strict=True):
+        if not math.isfinite(value):
+            good = newest_intact(run_dir, reporter.warn)
+            where = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
+            raise RunError(f"the loss is {value} at step {step} (batch at {position}); {where}")
+    return values
+
+
+@dataclass
+class _Stop:
+    name: str | None = None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Note SIGINT and SIGTERM for the loop to act on after the step in hand; a second one ends the process at once."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        stop.name = signal.Signals(number).name
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,157 @@
+"""Devices and distribution. The only file that knows of either; models, data and the loop do not.
+
+Order: activation checkpointing, then compile each block, then ``fully_shard`` each block, then the root.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from diffx.config import UserError
+from diffx.config.train import Device, Precision, TrainConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run.
+
+    Attributes:
+        device: this process's device.
+        rank: this process's number.
+        size: how many there are.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over the processes."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return flag if self.size == 1 else bool(self.total(torch.tensor(float(flag), device=self.device)))
+
+    def share(self, value: str) -> str:
+        """Give every process the main one's text."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def pick_device(device: Device) -> torch.device:
+    """Turn ``device=`` into a device.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    available = {Device.cuda: torch.cuda.is_available(), Device.mps: torch.backends.mps.is_available(), Device.cpu: True}
+    if device is Device.auto:
+        device = next(kind for kind, here in available.items() if here)
+    if not available[device]:
+        there = ", ".join(kind.value for kind, here in available.items() if here)
+        raise UserError(f"device={device.value} cannot be used: this machine has none that torch can see; it has {there}")
+    return torch.device(device.value)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free, for the next ones, rather than hand it back to the system. Other C libraries are left alone.
+
+    A training step frees and takes the same large blocks again and again. By default each is mapped afresh, and its pages
+    fault in one by one: a step of the default run took five times as long that way on a virtual machine of two cores.
+    """
+    mallopt = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # as <malloc.h> numbers them
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def join_world(device: Device) -> World:
+    """Join the other processes if ``torchrun`` started this one; alone otherwise."""
+    chosen = pick_device(device)
+    if chosen.type == "cpu":
+        keep_freed_memory()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(chosen)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(chosen, dist.get_rank(), size)
+
+
+def leave_world() -> None:
+    """Take leave of the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def parallelize(model: nn.Module, blocks: nn.ModuleList, config: TrainConfig, world: World) -> None:
+    """Prepare a model on its device for training, in place.
+
+    Args:
+        model: the whole model.
+        blocks: its decoder blocks, a list inside ``model``.
+        config: says whether to checkpoint activations and to compile.
+        world: the processes to shard over; one process shards nothing.
+    """
+    if config.activation_checkpointing:
+        for index, block in enumerate(blocks):
+            blocks[index] = checkpoint_wrapper(block)
+    if config.compile:
+        for block in blocks:
+            block.compile()
+    if world.size > 1:
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+
+def accumulate(model: nn.Module, last: bool) -> None:
+    """Reduce gradients over the processes only in the last micro-batch of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], bound: float) -> torch.Tensor:
+    """Clip the global gradient norm to ``bound`` (0: measure only) and return the norm before it."""
+    norm = nn.utils.clip_grad_norm_(parameters, bound or float("inf"))
+    full = getattr(norm, "full_tensor", None)
+    return full() if full is not None else norm
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """Give the context for forward passes: bf16 autocast over fp32 weights, or nothing."""
+    if precision is Precision.auto:
+        precision = Precision.bf16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else Precision.fp32
+    if precision is Precision.fp32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,0 +1,209 @@
+"""``diffx train``: from a job to a finished run folder."""
+
+import dataclasses
+import itertools
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from diffx.config import UserError
+from diffx.config.train import TrainJob
+from diffx.console import Bar, Reporter, duration, figure, make_table
+from diffx.data import Batches, Corpus, open_data
+from diffx.data.ngram import baselines
+from diffx.data.tokenizers import load_tokenizer
+from diffx.models import Decoder, build_model, generate, init_weights
+from diffx.tracking import NullTracker, Tracker
+from diffx.train.checkpoint import WEIGHTS, find_checkpoint, newest_intact
+from diffx.train.folder import make_folder, new_folder, note_resume, run_name, settle, write_json
+from diffx.train.loop import Fit, fit
+from diffx.train.parallel import World, join_world, leave_world
+from diffx.train.params import counts_table
+
+
+def train(job: TrainJob, words: list[str]) -> Path:
+    """Train a model from scratch, or go on with a run, and return its folder.
+
+    Args:
+        job: the composed job.
+        words: the overrides given on the command line; a resumed run refuses those that conflict with it.
+
+    Raises:
+        UserError: the job cannot be run as it is; nothing was made.
+        RunError: the loss is not finite or the disk is full.
+        Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
+    """
+    world = join_world(job.device)
+    try:
+        return _train(job, words, world, Reporter(quiet=not world.main))
+    finally:
+        leave_world()
+
+
+def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter) -> Path:
+    job, resumed = settle(job, words)
+    # Everything that can be refused is tried before the folder is made. The main process fills the caches, the others find them.
+    if world.main:
+        with reporter.progress("corpus", None, unit="MB") as bar:
+            corpus = open_data(job.data, job.tokenizer, progress=partial(_say_read, bar))
+    world.barrier()
+    if not world.main:
+        corpus = open_data(job.data, job.tokenizer)
+    sequences = int(job.train.batch_tokens) // job.train.seq_len
+    batches = corpus.batches(job.train.seq_len, sequences, job.seed, world.rank, world.size)
+    model = _build(job, corpus, world)
+    folder = resumed or Path(world.share(str(new_folder(job))))
+    if world.main:
+        if resumed is None:
+            make_folder(folder, job, words)
+        else:
+            note_resume(folder, job, words)
+        corpus.tokenizer.save(folder / "tokenizer")
+        write_json(folder / "data.json", corpus.info)
+        reporter.open_log(folder / "train.log")
+    world.barrier()
+    try:
+        return _run(job, corpus, batches, model, folder, world, reporter, resumed is not None)
+    finally:
+        reporter.close_log()
+
+
+def _run(
+    job: TrainJob, corpus: Corpus, batches: Batches, model: Decoder, folder: Path, world: World, reporter: Reporter, resumed: bool
+) -> Path:
+    reporter.line(f"run folder {folder}")
+    reporter.table(counts_table(model.config))
+    rivals: dict[str, dict[str, float]] = {}
+    if world.main:
+        with reporter.progress("n-gram baselines", None, unit="MB") as bar:
+            rivals = baselines(corpus, progress=partial(_say_read, bar))
+    for name, values in rivals.items():
+        reporter.line(f"{name}: " + ", ".join(f"{value:.4f} {unit}" for unit, value in values.items()))
+    reporter.line(
+        f"{job.train.num_steps} steps of {job.train.batch_tokens} tokens, T={job.train.seq_len}, on {world.size} x {world.device}"
+    )
+    parameters = model.num_parameters()
+    found = newest_intact(folder, reporter.warn) if resumed else None
+    with _tracker(job, folder, world, reporter, resumed, found) as track:
+        result = fit(
+            model,
+            model.layers,
+            corpus,
+            batches,
+            job.train,
+            flops_per_token=model.flops_per_token(job.train.seq_len),
+            world=world,
+            run_dir=folder,
+            track=track,
+            reporter=reporter,
+            resume=found,
+        )
+        sample = _sample(model, corpus, job, world)
+        if world.main:
+            summary = _summary(job, folder, result, parameters, rivals, sample)
+            write_json(folder / "summary.json", summary)
+            track.samples(result.progress.step, [(job.train.sample_prompt, sample)] if sample else [])
+            track.summary({key: value for key, value in summary.items() if isinstance(value, int | float)})
+            _report(summary, folder, reporter)
+    return folder
+
+
+def _tracker(
+    job: TrainJob, folder: Path, world: World, reporter: Reporter, resumed: bool, found: tuple[Path, dict[str, Any]] | None
+) -> Tracker:
+    if not world.main:
+        return NullTracker()
+    # A run that was killed before its first checkpoint starts again, in the same folder, from step 0.
+    spent = found[1]["progress"] if found else {"step": -1, "seconds": 0.0}
+    step = int(spent["step"]) if resumed else None
+    return Tracker(folder, job.wandb, run_name(job), dataclasses.asdict(job), reporter.warn, step, float(spent["seconds"]))
+
+
+def _say_read(bar: Bar, stage: str, done: int, total: int | None) -> None:
+    bar.at(done // 10**6, stage + (f" of {figure(total)} bytes" if total else ""))
+
+
+def _build(job: TrainJob, corpus: Corpus, world: World) -> Decoder:
+    """Build the model on its device, with initial weights or those of ``train.init_from``."""
+    entries = corpus.tokenizer.vocab_size
+    size = job.model.vocab_size or entries
+    if size < entries:
+        raise UserError(f"model.vocab_size={size} cannot be used: the tokenizer has {entries} entries; leave it null, or give more")
+    config = dataclasses.replace(job.model, vocab_size=size)
+    model = build_model(config)
+    init_weights(model, job.seed)
+    if job.train.init_from is not None:
+        source, folder = find_checkpoint(job.train.init_from, "train.init_from")
+        theirs = load_tokenizer(source / "tokenizer")
+        if theirs.fingerprint != corpus.tokenizer.fingerprint:
+            raise UserError(
+                f"data={job.data.kind} cannot be used with train.init_from={job.train.init_from}: its tokens come from another tokenizer"
+            )
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    return model.to(world.device)
+
+
+def _sample(model: Decoder, corpus: Corpus, job: TrainJob, world: World) -> str:
+    """Draw one continuation of ``train.sample_prompt``; every process takes part, since the weights may be sharded."""
+    if job.train.sample_tokens == 0:
+        return ""
+    tokenizer = corpus.tokenizer
+    prompt = [tokenizer.eot_id, *tokenizer.encode(job.train.sample_prompt)]
+    inputs = torch.tensor([prompt], device=world.device)
+    drawn = generate(
+        model, inputs, max_tokens=job.train.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=job.seed, eot_id=tokenizer.eot_id
+    )
+    return tokenizer.decode(list(itertools.takewhile(lambda token: token != tokenizer.eot_id, drawn)))
+
+
+def _summary(
+    job: TrainJob, folder: Path, result: Fit, parameters: dict[str, int], rivals: dict[str, dict[str, float]], sample: str
+) -> dict[str, Any]:
+    now = result.progress
+    return {
+        "name": run_name(job),
+        "kind": job.model.kind,
+        "seed": job.seed,
+        "step": now.step,
+        "tokens": now.tokens,
+        **result.validation,
+        "best/val/loss": now.best_loss,
+        "best/step": now.best_step,
+        "baselines": rivals,
+        "parameters": parameters,
+        "seconds": round(now.seconds, 1),
+        "tokens_per_second": result.tokens_per_second,
+        "checkpoint": str(result.checkpoint),
+        "sample": sample,
+        "finished": True,
+    }
+
+
+def _report(summary: dict[str, Any], folder: Path, reporter: Reporter) -> None:
+    rows = [[summary["kind"], f"{summary['val/loss']:.4f}", f"{summary['val/bpb']:.4f}"]]
+    rows += [[name, f"{r['nats']:.4f}" if "nats" in r else "-", f"{r['bpb']:.4f}"] for name, r in summary["baselines"].items()]
+    if summary["sample"]:
+        reporter.line("\nsampled continuation:\n" + summary["sample"] + "\n")
+    reporter.table(make_table("Held-out loss", ["model", "nats a token", "bits per byte"], rows))
+    counts = summary["parameters"]
+    reporter.table(
+        make_table(
+            "Run",
+            ["", ""],
+            [
+                ["steps", f"{summary['step']:,}"],
+                ["training tokens", f"{summary['tokens']:,}"],
+                ["perplexity", f"{math.exp(min(summary['val/loss'], 700.0)):.2f}"],
+                ["best loss", f"{summary['best/val/loss']:.4f} at step {summary['best/step']}"],
+                ["parameters", f"{counts['total']:,} ({counts['embedding']:,} embedding, {counts['rest']:,} rest)"],
+                ["time", duration(summary["seconds"])],
+                ["tokens a second", f"{summary['tokens_per_second']:,.0f}"],
+                ["checkpoint", summary["checkpoint"]],
+            ],
+        )
+    )
+    reporter.line(f"run folder: {folder}")

@@ -1,0 +1,80 @@
+import json
+import sys
+import types
+
+from diffx.config.train import WandbConfig, WandbMode
+from diffx.tracking import NullTracker, Tracker, cut_back
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(folder, said, mode=WandbMode.disabled, **more):
+    return Tracker(folder, WandbConfig(mode=mode), "name", {"a": 1}, said.append, **more)
+
+
+def test_one_object_a_line(tmp_path):
+    with run(tmp_path, []) as track:
+        track.log(0, 0, {"val/loss": 2.0})
+        track.log(10, 640, {"train/loss": 1.5})
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["tokens"]) for row in rows] == [(0, 0), (10, 640)]
+    assert rows[1]["train/loss"] == 1.5
+    assert rows[1]["time"] >= 0
+
+
+def test_a_resumed_run_cuts_back_to_its_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 10, 20, 30)) + '{"step": 4')
+    with run(tmp_path, [], resume_step=20, seconds=100.0) as track:
+        track.log(30, 0, {})
+        assert track.seconds >= 100
+    assert [row["step"] for row in lines(path)] == [0, 10, 20, 30]
+    cut_back(path, -1)
+    assert path.read_text() == ""
+
+
+def test_wandb_offline_writes_beside_the_run_and_resumes_its_id(tmp_path):
+    for step in (0, 1):
+        with run(tmp_path, said := [], WandbMode.offline) as track:
+            track.log(step, step, {"train/loss": 1.0})
+            track.samples(step, [("a", "b")])
+            track.summary({"val/loss": 1.0})
+        assert said == []
+    ids = {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert ids == {(tmp_path / "wandb_id.txt").read_text().strip()}
+
+
+def test_a_wandb_failure_is_said_once_and_stops_nothing(tmp_path, monkeypatch):
+    class Run:
+        id = "x"
+
+        def log(self, *_, **__):
+            raise ConnectionError("gone")
+
+    broken = types.SimpleNamespace(init=lambda **_: Run(), Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", broken)
+    with run(tmp_path, said := [], WandbMode.offline) as track:
+        for step in range(3):
+            track.log(step, step, {"train/loss": 1.0})
+    assert len(said) == 1
+    assert "gone" in said[0]
+    assert len(lines(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_online_without_a_key_goes_on(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with run(tmp_path, said := [], WandbMode.online) as track:
+        track.log(0, 0, {"train/loss": 1.0})
+    assert len(said) == 1
+    assert "API key" in said[0]
+
+
+def test_the_null_tracker_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with NullTracker() as track:
+        track.log(0, 0, {"train/loss": 1.0})
+    assert list(tmp_path.iterdir()) == []

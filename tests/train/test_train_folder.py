@@ -1,0 +1,112 @@
+import dataclasses
+
+import pytest
+
+from diffx.config import UserError
+from diffx.config.bridge import load_config
+from diffx.config.data import BpeTokenizer, StdlibData
+from diffx.config.model import DiffV1Config, TransformerConfig
+from diffx.config.train import RunConfig, TrainConfig, TrainJob, WandbConfig
+from diffx.train.folder import given, make_folder, new_folder, note_resume, run_name, settle
+
+
+def job(model=None, run=None, seed=0, wandb=None, **train):
+    return TrainJob(
+        model=model or DiffV1Config(),
+        data=StdlibData(),
+        tokenizer=BpeTokenizer(),
+        train=TrainConfig(**train),
+        run=RunConfig(dir=run),
+        wandb=wandb or WandbConfig(),
+        seed=seed,
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    make_folder(folder, job(run=str(folder), steps=100, lr=1e-3), ["train.steps=100", "train.lr=0.001"])
+    return folder
+
+
+def test_a_new_run_takes_the_folder_it_is_given_or_one_of_its_own():
+    assert str(new_folder(job(run="a/b"))) == "a/b"
+    assert new_folder(job(seed=3)).parent.name == "runs"
+    assert run_name(job(seed=3)) == "diff_v1-stdlib-seed3"
+
+
+def test_a_folder_that_exists_is_refused(run):
+    with pytest.raises(UserError, match=r"run\.dir=.*it exists"):
+        settle(job(run=str(run)), [])
+
+
+def test_auto_starts_afresh_without_a_run_and_resumes_with_one(run, tmp_path):
+    fresh = job(run=str(tmp_path / "other"), resume="auto")
+    assert settle(fresh, []) == (fresh, None)
+    assert settle(job(resume="auto"), []) == (job(resume="auto"), None)
+    (tmp_path / "empty").mkdir()
+    assert settle(job(run=str(tmp_path / "empty"), resume="auto"), [])[1] is None
+    again, folder = settle(job(run=str(run), resume="auto", steps=100, lr=1e-3), ["train.steps=100", "train.lr=0.001"])
+    assert folder == run
+    assert again.train.lr == 1e-3
+
+
+def test_the_saved_config_wins_over_what_was_not_said(run):
+    again, folder = settle(job(resume=str(run)), [f"train.resume={run}"])
+    assert folder == run
+    assert (again.train.steps, again.train.lr, again.run.dir) == (100, 1e-3, str(run))
+
+
+@pytest.mark.parametrize(
+    "word, given_job, key",
+    [
+        ("train.lr=0.002", dict(lr=2e-3), "train.lr"),
+        ("seed=1", dict(seed=1), "seed"),
+        ("model=transformer", dict(model=TransformerConfig()), "model.kind"),
+        ("model.lambda_init=0.8", dict(model=DiffV1Config(lambda_init=0.8)), "model.lambda_init"),
+        ("size=mini", dict(model=DiffV1Config(hidden_size=512)), "model.hidden_size"),
+        ("experiment=x", dict(seed=7, lr=1e-3, steps=100), "seed"),
+    ],
+)
+def test_a_word_that_conflicts_is_refused_by_name(run, word, given_job, key):
+    with pytest.raises(UserError, match=f"^{key}="):
+        settle(job(resume=str(run), **given_job), [word])
+
+
+def test_steps_cadence_and_tracker_may_change(run):
+    words = ["train.tokens=1M", "train.eval_every=7", "wandb.project=p"]
+    again, _ = settle(job(resume=str(run), tokens="1M", eval_every=7, wandb=WandbConfig(project="p")), words)
+    assert (again.train.steps, again.train.tokens, again.train.eval_every, again.wandb.project) == (None, 10**6, 7, "p")
+    assert again.train.lr == 1e-3
+
+
+def test_resume_of_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        settle(job(resume=str(tmp_path / "nowhere")), [])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(UserError, match="not a run folder"):
+        settle(job(resume=str(tmp_path / "other")), [])
+    with pytest.raises(UserError, match="it exists"):
+        settle(job(resume="auto", run=str(tmp_path / "other")), [])
+
+
+def test_the_folder_holds_what_shaped_the_run(run):
+    assert load_config(run / "config.yaml") == job(run=str(run), steps=100, lr=1e-3)
+    assert (run / "overrides.yaml").read_text() == "- train.steps=100\n- train.lr=0.001\n"
+    again = job(run=str(run), steps=200, lr=1e-3)
+    note_resume(run, again, ["train.steps=200"])
+    assert load_config(run / "config.yaml") == again
+    assert '"overrides": [' in (run / "environment.json").read_text()
+
+
+def test_the_environment_holds_no_secrets(run, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    make_folder(run.parent / "secret", job(), [])
+    for path in (run.parent / "secret").iterdir():
+        assert "0123456789abcdef" not in path.read_text()
+
+
+def test_given_ignores_keys_the_other_architecture_lacks():
+    mine, saved = job(), dataclasses.replace(job(), model=TransformerConfig())
+    assert given(["model=diff_v1", "model.lambda_init=depth"], mine, saved) == ["model.kind"]
