@@ -64,6 +64,7 @@ class Task:
 
     job_class: type
     work: Callable[[Any, list[str]], Any]
+    given: list[str]
     argv: list[str]
     error: Exception | None = None
 
@@ -82,7 +83,7 @@ class Task:
             return self.work(to_typed(cfg, self.job_class), words)
         except Exception as error:
             if sweep:
-                _record(sweep, settings.job.num, words, error)
+                _tell(_record(sweep, settings.job.num, words, error), self.given)
             else:
                 self.error = error
             return None
@@ -104,8 +105,8 @@ _RUN_DIR = "run.dir={} cannot be used in a multirun: each job's folder is <hydra
 _FAILED = "failed.jsonl"
 
 
-def _record(sweep: Path, number: int, words: list[str], error: Exception) -> None:
-    """Tell of a failed job at once, and append it to the sweep's list (one write, so jobs side by side do not mix)."""
+def _record(sweep: Path, number: int, words: list[str], error: Exception) -> dict[str, Any]:
+    """Append a failed job to the sweep's list, in one write so that jobs side by side do not mix."""
     if isinstance(error, UserError | RunError):
         reason = str(error)
     else:
@@ -114,11 +115,13 @@ def _record(sweep: Path, number: int, words: list[str], error: Exception) -> Non
     entry = {"job": number, "overrides": words, "error": reason, "exit_code": 2 if isinstance(error, UserError) else 1}
     with open(sweep / _FAILED, "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
-    _tell(entry)
+    return entry
 
 
-def _tell(entry: dict[str, Any]) -> None:
-    print(f"error: job {entry['job']} ({' '.join(entry['overrides'])}): {entry['error']}", file=sys.stderr, flush=True)
+def _tell(entry: dict[str, Any], given: list[str]) -> None:
+    """Print a failed job's line, with the words that set it apart from the sweep's other jobs."""
+    own = " ".join(word for word in entry["overrides"] if word not in given)
+    print(f"error: job {entry['job']} ({own}): {entry['error']}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -128,6 +131,17 @@ def composer(config_dir: Path | None = None) -> Iterator[Any]:
     register_schemas()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         yield GlobalHydra.instance().hydra
+
+
+def compose(name: str, words: list[str]) -> Any:
+    """Compose the job that ``diffx <name>`` would run for these words, and run nothing.
+
+    Raises:
+        UserError: the words do not compose to a valid config.
+    """
+    with composer() as app, _one_line(app, name, words):
+        cfg = hydra.compose(name, words)
+    return to_typed(cfg, JOBS[name])
 
 
 def launch(
@@ -159,7 +173,7 @@ def launch(
         cfg = app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
     if show and "--package" in show and OmegaConf.select(cfg, package := show[show.index("--package") + 1]) is None:
         raise UserError(unknown(package, list(keys(cfg))))  # Hydra would end the process
-    task = Task(JOBS[name], work, sys.argv)
+    task = Task(JOBS[name], work, words, sys.argv)
     if show or not (multirun or cfg.hydra.mode is RunMode.MULTIRUN):
         with _one_line(app, name, words):
             _hydra_main(task, name, [*(show or []), "--", *words])
@@ -180,7 +194,7 @@ def launch(
     finally:
         failed = _failed(sweep)
         for entry in failed:
-            _tell(entry)
+            _tell(entry, words)
         if [path.name for path in sweep.glob("*")] == ["multirun.yaml"]:  # refused before its first job
             (sweep / "multirun.yaml").unlink()
             with suppress(OSError):

@@ -63,12 +63,14 @@ def _loss_panel(axes: Axes, groups: list[dict[str, Any]], looks: list[dict[str, 
         loss = group["val/loss"]
         spread = f" ± {loss['std']:.3f}" if loss["std"] is not None else ""
         _band(axes, group["curve"], look, f"{group['label']}: {loss['mean']:.3f}{spread}")
-    # The first steps fall from ln(vocabulary) and would flatten all that follows, so the view starts below them.
+    # The first steps fall from ln(vocabulary) and would flatten all that follows, so the view starts at a tenth of the way.
     curves = [group["curve"] for group in groups]
-    early = 0.15 * max(curve["tokens"][-1] for curve in curves)
-    top, bottom = max(np.interp(early, c["tokens"], c["high"]) for c in curves), min(min(c["low"]) for c in curves)
-    if top > bottom:
-        axes.set_ylim(bottom - 0.05 * (top - bottom), top)
+    early = 0.1 * max(curve["tokens"][-1] for curve in curves)
+    top = max(max((y for t, y in zip(c["tokens"], c["high"], strict=True) if t >= early), default=c["high"][-1]) for c in curves)
+    bottom = min(min(c["low"]) for c in curves)
+    margin = 0.05 * (top - bottom)
+    if margin:
+        axes.set_ylim(bottom - margin, top + margin)
     axes.set_title("Validation loss", **_TITLE)
     axes.set(xlabel="training tokens", ylabel="nats per token")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: figure(tokens)))
