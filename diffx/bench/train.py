@@ -47,10 +47,10 @@ def bench_train(out: Path | None, sizes: list[str], seq_lens: list[int], rounds:
         What is written: the machine, and for each size and T the seconds of every round, medians, memory and ratios.
 
     Raises:
-        UserError: an unknown size, one that an architecture cannot have, a device that is not there, or ``out`` is a folder.
+        UserError: an unknown size, one that an architecture cannot have, a device that is not there, or ``out`` is no file's name.
     """
-    if out is not None and out.is_dir():
-        raise UserError(f"out={out} cannot be used: it is a folder; give the name of a JSON file")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):  # said now, and not after the measurement
+        raise UserError(f"out={out} cannot be used: it must be the name of a JSON file in a folder that exists")
     for seq_len in seq_lens:
         require(seq_len >= 1, "seq_len", seq_len, "a positive whole number")
     configs = {size: {kind: compose("train", [f"model={kind}", f"size={size}"]).model for kind in MODEL_CONFIGS} for size in sizes}
@@ -67,7 +67,6 @@ def bench_train(out: Path | None, sizes: list[str], seq_lens: list[int], rounds:
     title = f"Speed ratios, round by round (Llama and DiffLlama of transformers {report['machine']['packages']['transformers']})"
     reporter.table(make_table(title, columns, [row for case in report["cases"] for row in _ratio_rows(case)]))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, report)
         reporter.line(f"figures: {out}")
     return report

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffx.config import UserError
+from diffx.config import RunError, UserError
 from diffx.console import Reporter, figure, make_table
 from diffx.report.findings import analyse
 from diffx.report.picture import FORMATS, draw
@@ -35,6 +35,7 @@ def compare_runs(paths: list[Path], out: Path | None = None) -> None:
 
     Raises:
         UserError: a folder is no run, a file in it is damaged, none of the runs has a validation, or ``out`` is no picture's name.
+        RunError: the picture cannot be written.
     """
     if out is None:
         out = (paths[0] if len(paths) == 1 and sweep_jobs(paths[0]) else Path()) / "compare.png"
@@ -56,11 +57,14 @@ def compare_runs(paths: list[Path], out: Path | None = None) -> None:
     for line in report["sentences"]:
         reporter.line(line)
     figures = out.with_suffix(".json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for path, write in ((out, lambda temporary: draw(report, temporary)), (figures, lambda temporary: _write_json(report, temporary))):
-        temporary = path.with_name(f".{os.getpid()}-{path.name}")
-        write(temporary)
-        os.replace(temporary, path)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for path, write in ((out, draw), (figures, _write_json)):
+            temporary = path.with_name(f".{os.getpid()}-{path.name}")
+            write(report, temporary)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {error.strerror or error}") from error
     reporter.line(f"picture: {out}   figures: {figures}")
 
 

@@ -25,7 +25,7 @@ def tiny(monkeypatch):
 
 
 def test_figures_and_table(tiny, tmp_path, capsys):
-    out = tmp_path / "new" / "bench.json"
+    out = tmp_path / "bench.json"
     report = train.bench_train(out, ["25m"], [512], rounds=2, device="cpu")
     assert json.loads(out.read_text()) == report
     (case,) = report["cases"]
@@ -62,8 +62,9 @@ def test_a_step_trains():
 
 
 def test_input_that_cannot_be_used(tmp_path):
-    with pytest.raises(UserError, match=r"out=.* cannot be used: it is a folder"):
-        train.bench_train(tmp_path, ["pico"], [64], rounds=1, device="cpu")
+    for out in (tmp_path, tmp_path / "nowhere" / "bench.json"):
+        with pytest.raises(UserError, match=r"out=.* cannot be used: it must be the name"):
+            train.bench_train(out, ["pico"], [64], rounds=1, device="cpu")
     with pytest.raises(UserError, match="seq_len=0 cannot be used"):
         train.bench_train(None, ["pico"], [0], rounds=1, device="cpu")
     with pytest.raises(UserError, match="size=pic"):

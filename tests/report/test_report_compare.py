@@ -3,7 +3,7 @@ import json
 import pytest
 from matplotlib.image import imread
 
-from diffx.config import UserError
+from diffx.config import RunError, UserError
 from diffx.report.compare import compare_runs
 from diffx.report.findings import analyse
 from diffx.report.runs import group_runs, read_runs
@@ -124,3 +124,9 @@ def test_the_picture_goes_where_it_is_asked_to(make_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     compare_runs([run])
     assert (tmp_path / "compare.png").exists() and not (run / "compare.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(make_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"x\.png cannot be written: "):
+        compare_runs([make_run("a", curve=line(4.0))], tmp_path / "file" / "x.png")
