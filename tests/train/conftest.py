@@ -6,7 +6,7 @@ from diffx.config.data import BytesTokenizer, TextData
 from diffx.config.model import MODEL_CONFIGS
 from diffx.config.train import Device, RunConfig, TrainConfig, TrainJob, WandbConfig, WandbMode
 
-SHAPE = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64)
+SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 64}
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,16 @@ def make_job(text, tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFX_CACHE", str(text.parent / "cache"))
 
     def make(name="run", kind="diff_v1", model=None, seed=0, **train):
-        settings = dict(steps=12, batch_tokens=128, seq_len=32, log_every=1, eval_every=4, save_every=4, sample_tokens=0, warmup=2) | train
+        settings = {
+            "steps": 12,
+            "batch_tokens": 128,
+            "seq_len": 32,
+            "log_every": 1,
+            "eval_every": 4,
+            "save_every": 4,
+            "sample_tokens": 0,
+            "warmup": 2,
+        } | train
         return TrainJob(
             model=MODEL_CONFIGS[kind](**SHAPE, **(model or {})),
             data=TextData(path=str(text), val_tokens=1000),

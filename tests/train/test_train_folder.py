@@ -60,12 +60,12 @@ def test_the_saved_config_wins_over_what_was_not_said(run):
 @pytest.mark.parametrize(
     "word, given_job, key",
     [
-        ("train.lr=0.002", dict(lr=2e-3), "train.lr"),
-        ("seed=1", dict(seed=1), "seed"),
-        ("model=transformer", dict(model=TransformerConfig()), "model.kind"),
-        ("model.lambda_init=0.8", dict(model=DiffV1Config(lambda_init=0.8)), "model.lambda_init"),
-        ("size=mini", dict(model=DiffV1Config(hidden_size=512)), "model.hidden_size"),
-        ("experiment=x", dict(seed=7, lr=1e-3, steps=100), "seed"),
+        ("train.lr=0.002", {"lr": 2e-3}, "train.lr"),
+        ("seed=1", {"seed": 1}, "seed"),
+        ("model=transformer", {"model": TransformerConfig()}, "model.kind"),
+        ("model.lambda_init=0.8", {"model": DiffV1Config(lambda_init=0.8)}, "model.lambda_init"),
+        ("size=mini", {"model": DiffV1Config(hidden_size=512)}, "model.hidden_size"),
+        ("experiment=x", {"seed": 7, "lr": 1e-3, "steps": 100}, "seed"),
     ],
 )
 def test_a_word_that_conflicts_is_refused_by_name(run, word, given_job, key):
