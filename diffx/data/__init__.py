@@ -2,7 +2,6 @@
 
 from diffx.data.batches import Batch, cu_seqlens
 from diffx.data.corpus import Batches, Corpus, open_data
-from diffx.data.prepare import prepare
 from diffx.data.tokenizers import Tokenizer, load_tokenizer
 
-__all__ = ["Batch", "Batches", "Corpus", "Tokenizer", "cu_seqlens", "load_tokenizer", "open_data", "prepare"]
+__all__ = ["Batch", "Batches", "Corpus", "Tokenizer", "cu_seqlens", "load_tokenizer", "open_data"]

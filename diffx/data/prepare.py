@@ -75,7 +75,7 @@ def ready(tokenizer: TokenizerConfig | Tokenizer) -> BpeTokenizer | Tokenizer:
 def settings(data: DataConfig, tokenizer: BpeTokenizer | Tokenizer, contents: str) -> dict[str, Any]:
     """Everything that decides what the shards of a corpus hold, by the names that a message shows."""
     chosen = {f"data.{key}": value for key, value in asdict(data).items() if key not in ("path", "val_tokens", "shuffle_buffer")}
-    made = asdict(tokenizer) if isinstance(tokenizer, BpeTokenizer) else {"fingerprint": tokenizer.fingerprint}
+    made = asdict(tokenizer) if isinstance(tokenizer, BpeTokenizer) else {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
     return chosen | {f"tokenizer.{key}": value for key, value in made.items()} | {"state of the files": contents}
 
 
