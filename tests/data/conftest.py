@@ -19,9 +19,6 @@ def rows():
     """120 small documents with prompts, some of them twice, with characters of one to four bytes."""
     choose = random.Random(0)
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "naïve", "東京", "🙂", "<|endoftext|>", "return", "x\n"]
-        *["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "naïve", "東京", "🙂", "<|endoftext|>", "return"],
-        "x\n",
-    ]
     made = [{"prompt": f"question {i}: ", "text": f"{i} " + " ".join(choose.choices(words, k=choose.randint(3, 40)))} for i in range(100)]
     return made + made[:20]
 
