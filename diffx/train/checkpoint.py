@@ -75,16 +75,10 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step, passed over at the resume
         os.replace(temporary, folder)
         _sync(folder.parent)
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
-            raise RunError(
-                f"no space left on the device for the checkpoint of step {step} in {run_dir}; earlier checkpoints are intact"
-            ) from error
-        raise
-    except Exception as error:  # safetensors reports a full disk in an error of its own
-        shutil.rmtree(temporary, ignore_errors=True)
-        if "No space left" in str(error):
+        # safetensors reports a full disk in an error of its own, by its text alone
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise RunError(
                 f"no space left on the device for the checkpoint of step {step} in {run_dir}; earlier checkpoints are intact"
             ) from error

@@ -1,6 +1,7 @@
 """``diffx train``: from a job to a finished run folder."""
 
 import dataclasses
+import errno
 import itertools
 import math
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from diffx.config import UserError
+from diffx.config import RunError, UserError
 from diffx.config.train import TrainJob
 from diffx.console import Bar, Reporter, duration, figure, make_table
 from diffx.data import Batches, Corpus, open_data
@@ -40,6 +41,12 @@ def train(job: TrainJob, words: list[str]) -> Path:
     world = join_world(job.device)
     try:
         return _train(job, words, world, Reporter(quiet=not world.main))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise RunError(
+            f"no space left on the device while writing {error.filename or job.run.dir or 'the run folder'}; checkpoints are intact"
+        ) from error
     finally:
         leave_world()
 
