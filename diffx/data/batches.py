@@ -49,7 +49,7 @@ class WindowBatches:
     def __init__(
         self, tokens: TokenArray, corpus: str, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        check_rows(batch_size, world_size)
+        check_rows(seq_len, batch_size, world_size)
         if len(tokens) <= seq_len:
             raise UserError(f"train.seq_len={seq_len} cannot be used: it must be below the {len(tokens)} tokens of the training text")
         self._tokens, self._corpus, self._seq_len, self._batch_size = tokens, corpus, seq_len, batch_size
@@ -67,7 +67,7 @@ class WindowBatches:
         starts = [int(self._starts(number // self._per_epoch)[number % self._per_epoch]) for number in numbers]
         epoch = first // self._per_epoch
         self._orders = {key: order for key, order in self._orders.items() if key >= epoch}
-        position = f"batch {self._step} (epoch {epoch}), training tokens from {', '.join(map(str, starts))}"
+        position = f"batch {self._step} (epoch {epoch}), training tokens from {_places(starts)}"
         self._step += 1
         return make_batch([self._tokens.read(start, start + self._seq_len + 1) for start in starts], position)
 
@@ -94,14 +94,18 @@ class WindowBatches:
 
 def val_batches(held_out: HeldOut, seq_len: int, batch_size: int, eot_id: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """Predict every held-out token once; what is short of a window, and of a row for each process, is padded without loss."""
-    check_rows(batch_size, world_size)
+    check_rows(seq_len, batch_size, world_size)
     n_windows = -(-(len(held_out) - 1) // seq_len)
     for first in range(0, n_windows, batch_size):
         last = min(first + batch_size, n_windows)
         last += (first - last) % world_size  # every process has the same number of rows: they may have to meet in each
         starts = [window * seq_len for window in range(first + rank, last, world_size)]
         rows = [_padded(*held_out.read(start, start + seq_len + 1), seq_len + 1, eot_id) for start in starts]
-        yield make_batch(rows, f"held-out tokens from {', '.join(map(str, starts))}")
+        yield make_batch(rows, f"held-out tokens from {_places(starts)}")
+
+
+def _places(starts: list[int]) -> str:
+    return ", ".join(map(str, starts[:8])) + (" …" if len(starts) > 8 else "")
 
 
 def _padded(tokens: np.ndarray, mask: np.ndarray | None, length: int, eot_id: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -128,10 +132,11 @@ def cu_seqlens(inputs: Tensor, eot_id: int) -> Tensor:
     return torch.cat([starts.flatten().nonzero().flatten(), end]).to(torch.int32)
 
 
-def check_rows(batch_size: int, world_size: int) -> None:
+def check_rows(seq_len: int, batch_size: int, world_size: int) -> None:
     """Each process must get as many rows as the others."""
     if batch_size % world_size:
-        raise ValueError(f"{batch_size} sequences a step do not divide among {world_size} processes")
+        accepted = f"a multiple of train.seq_len={seq_len} times {world_size} processes"
+        raise UserError(f"train.batch_tokens={seq_len * batch_size} cannot be used: it must be {accepted}")
 
 
 def check_corpus(state: dict[str, Any], corpus: str) -> None:

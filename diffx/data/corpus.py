@@ -67,7 +67,7 @@ class Corpus:
         return val_batches(self.val, seq_len, batch_size, self.tokenizer.eot_id, rank, world_size)
 
 
-def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progress: Progress | None = None) -> Corpus:
+def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progress: Progress = no_progress) -> Corpus:
     """Open a corpus, tokenizing it into the cache (``$DIFFX_CACHE`` or ``~/.cache/diffx``) if it is not there.
 
     Args:
@@ -85,13 +85,13 @@ def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progr
     elif isinstance(data, HubData):
         first = list(itertools.islice(documents(data), data.tokenizer_documents))
         contents = digest([document.digest.hex() for document in first])
-        shards = _cached(Source(data, lambda: first, progress=progress or no_progress), tokenizer, contents)
+        shards = _cached(Source(data, lambda: first, progress=progress), tokenizer, contents)
     else:
         files = source_files(data)
         hashes = file_hashes(files)
         sizes = {name: path.stat().st_size for name, path in files.items()}
         info["files"] = [{"name": name, "bytes": sizes[name], "sha256": hashes[name]} for name in files]
-        source = Source(data, lambda: documents(data), sum(sizes.values()), progress or no_progress)
+        source = Source(data, lambda: documents(data), sum(sizes.values()), progress)
         shards = _cached(source, tokenizer, digest(list(hashes.values())))
     val = shards.held_out(int(data.val_tokens))
     info |= {key: shards.meta[key] for key in ("sha256", "tokenizer", "train", "val")}

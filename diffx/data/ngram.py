@@ -6,13 +6,13 @@ import numpy as np
 
 from diffx.config.data import BpeTokenizer
 from diffx.data.corpus import Corpus, open_data
-from diffx.data.prepare import Progress
+from diffx.data.prepare import Progress, no_progress
 from diffx.data.shards import HeldOut, TokenArray
 
 TRAIN_TOKENS = 20_000_000  # counted at most; a bigram gains little from more
 
 
-def baselines(corpus: Corpus, progress: Progress | None = None) -> dict[str, dict[str, float]]:
+def baselines(corpus: Corpus, progress: Progress = no_progress) -> dict[str, dict[str, float]]:
     """Nats a token and bits a byte of the unigram and bigram models of a corpus.
 
     The bigram is measured over a byte-level BPE of 4,096 tokens of the same text too (bits a byte alone, on the same

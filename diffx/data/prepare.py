@@ -31,7 +31,11 @@ BPE_BYTES = 200 * 10**6  # a vocabulary of some thousands is settled long before
 _GROUP_BYTES, _GROUP_DOCUMENTS = 1 << 20, 512  # what a process tokenizes at once
 
 
-def prepare(job: PrepareJob, progress: Progress | None = None) -> Path:
+def no_progress(stage: str, done: int, total: int | None) -> None:
+    """Report nothing."""
+
+
+def prepare(job: PrepareJob, progress: Progress = no_progress) -> Path:
     """Tokenize a corpus into ``job.out``, for ``data=shards``. The result does not depend on the number of processes.
 
     An unfinished folder is taken up behind its last finished shard: the documents before are read again, but not tokenized.
@@ -44,7 +48,7 @@ def prepare(job: PrepareJob, progress: Progress | None = None) -> Path:
     files = {} if isinstance(job.data, HubData) else source_files(job.data)
     state = [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()]
     total = sum(path.stat().st_size for path in files.values()) or None
-    source = Source(job.data, lambda: documents(job.data), total, progress or no_progress)
+    source = Source(job.data, lambda: documents(job.data), total, progress)
     tokenizer = ready(job.tokenizer)
     wanted = settings(job.data, tokenizer, digest(state)) | {"shard_tokens": job.shard_tokens}
     try:
@@ -76,16 +80,12 @@ def settings(data: DataConfig, tokenizer: BpeTokenizer | Tokenizer, contents: st
     """Everything that decides what the shards of a corpus hold, by the names that a message shows."""
     chosen = {f"data.{key}": value for key, value in asdict(data).items() if key not in ("path", "val_tokens", "shuffle_buffer")}
     made = asdict(tokenizer) if isinstance(tokenizer, BpeTokenizer) else {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
-    return chosen | {f"tokenizer.{key}": value for key, value in made.items()} | {"state of the files": contents}
+    return {"format": FORMAT} | chosen | {f"tokenizer.{key}": value for key, value in made.items()} | {"state of the files": contents}
 
 
 def digest(value: Any) -> str:
     """SHA-256 of a value's JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def no_progress(stage: str, done: int, total: int | None) -> None:
-    """Report nothing."""
 
 
 @dataclass(frozen=True)

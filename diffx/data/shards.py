@@ -49,17 +49,14 @@ class TokenArray:
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Tokens ``start`` to ``stop`` and their loss mask (``None`` if all carry loss)."""
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        spans = []
-        while start < stop and first < len(self._parts):
-            end = min(stop, int(self._starts[first + 1]))
-            spans.append((first, start - self._starts[first], end - self._starts[first]))
-            start, first = end, first + 1
+        last = min(int(np.searchsorted(self._starts, stop, side="left")), len(self._parts))
+        spans = [(part, slice(max(start - self._starts[part], 0), stop - self._starts[part])) for part in range(first, last)]
         return _gather(self._parts, spans), None if self._masks is None else _gather(self._masks, spans)
 
 
-def _gather(parts: Sequence[np.ndarray], spans: list[tuple[int, int, int]]) -> np.ndarray:
-    slices = [parts[index][start:stop] for index, start, stop in spans]
-    return slices[0] if len(slices) == 1 else np.concatenate(slices or [np.empty(0, np.uint16)])
+def _gather(parts: Sequence[np.ndarray], spans: list[tuple[int, slice]]) -> np.ndarray:
+    pieces = [parts[part][span] for part, span in spans]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, np.uint16)])
 
 
 class HeldOut(TokenArray):

@@ -28,7 +28,7 @@ class StreamBatches:
     def __init__(
         self, data: HubData, shards: Shards, corpus: str, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        check_rows(batch_size, world_size)
+        check_rows(seq_len, batch_size, world_size)
         self._data, self._tokenizer, self._threshold, self._corpus = data, shards.tokenizer, shards.meta["threshold"], corpus
         self._seq_len, self._batch_tokens, self._rows = seq_len, seq_len * batch_size, range(rank, batch_size, world_size)
         self._seed = seed % 2**64

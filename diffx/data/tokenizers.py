@@ -64,7 +64,8 @@ class FastTokenizer:
 
         pretrained = self._pretrained or PreTrainedTokenizerFast(tokenizer_object=self._backend, eos_token=self._eot)
         pretrained.save_pretrained(folder)
-        _write_json(Path(folder) / _FILE, {"kind": self.kind, "eot": self._eot, "fingerprint": self.fingerprint})
+        saved = {"kind": self.kind, "eot": self._eot, "fingerprint": self.fingerprint}
+        (Path(folder) / _FILE).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
 
 
 class TiktokenEncoding:
@@ -96,8 +97,8 @@ class TiktokenEncoding:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "ranks.tiktoken").write_bytes(self._ranks())
         encoding = self._encoding
-        definition = {"name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens}
-        _write_json(folder / _FILE, {"kind": self.kind, "fingerprint": self.fingerprint} | definition)
+        saved = {"kind": self.kind, "name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens}
+        (folder / _FILE).write_text(json.dumps(saved | {"fingerprint": self.fingerprint}, indent=1) + "\n", encoding="utf-8")
 
     def _ranks(self) -> bytes:
         ranks = sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1])
@@ -210,7 +211,3 @@ def _from_tiktoken(name: str) -> TiktokenEncoding:
             f"tokenizer.name={name} cannot be used: its vocabulary has to be fetched once from the network: {reason(error)}"
         ) from error
     return TiktokenEncoding(encoding)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -73,7 +73,7 @@ def test_ranks_share_the_same_batch(corpus):
         batch, parts = next(whole), [next(rank) for rank in ranks]
         for rank, part in enumerate(parts):
             assert torch.equal(part.inputs, batch.inputs[rank::2]) and torch.equal(part.targets, batch.targets[rank::2])
-    with pytest.raises(ValueError, match="divide"):
+    with pytest.raises(UserError, match=r"train.batch_tokens=64 .*3 processes"):
         corpus.batches(T, B, seed=2, rank=0, world_size=3)
 
 
