@@ -1,0 +1,107 @@
+"""The entry points: they check shapes and pick an implementation.
+
+Notation, one layout everywhere, (B, T, H, D):
+    B       batch
+    Tq, Tk  queries and keys; with a KV cache Tq < Tk
+    H       query heads (or maps); H_kv key heads (or maps)
+    h       differential heads; 2h query maps, of which 2j and 2j+1 make head j
+    d       width of a query or key; dv width of a value
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from diffx.ops import blocks, reference, sdpa
+
+_IMPLEMENTATIONS = {"reference": reference, "sdpa": sdpa, "blocks": blocks}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None, impl: str | None = None) -> Tensor:
+    """Softmax attention with grouped queries: query head i reads key/value head i // (H / H_kv).
+
+    Args:
+        q: queries (B, Tq, H, d).
+        k: keys (B, Tk, H_kv, d).
+        v: values (B, Tk, H_kv, dv).
+        causal: query i stands at position Tk - Tq + i and sees no later key.
+        scale: factor on the logits; None is 1/sqrt(d).
+        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), or None to pick.
+
+    Returns:
+        (B, Tq, H, dv), in the type of ``v``.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown ``impl``.
+    """
+    _check_shapes(q, k, v, causal)
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"k has {k.shape[2]} heads and v has {v.shape[2]}: they must be equal")
+    # beyond about a thousand rows PyTorch's kernel is as fast as our blocks for a single map
+    default = blocks if _eager_cpu(q) and q.shape[1] <= 1024 else sdpa
+    return _pick(impl, default).attention(q, k, v, causal, scale)
+
+
+def differential_attention(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor | float, causal: bool = True, scale: float | None = None, impl: str | None = None
+) -> Tensor:
+    """Differential attention (arXiv 2410.05258, equation 1): head j is (A1 - lambda A2) v.
+
+    A1 and A2 are the softmax maps of query maps 2j and 2j+1. Head j belongs to group g = j // (h / (H_kv/2)),
+    whose keys are key maps 2g and 2g+1 and whose value is value head g. Neither the norm after the difference nor
+    the factor 1 - lambda_init is part of this operation.
+
+    Args:
+        q: query maps (B, Tq, 2h, d).
+        k: key maps (B, Tk, H_kv, d).
+        v: values (B, Tk, H_kv/2, 2d).
+        lam: lambda, a number, a scalar tensor, or one for each head (h,).
+        causal: query i stands at position Tk - Tq + i and sees no later key.
+        scale: factor on the logits; None is 1/sqrt(d).
+        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), or None to pick.
+
+    Returns:
+        (B, Tq, h, 2d), in the type of ``v``.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown ``impl``.
+    """
+    _check_shapes(q, k, v, causal)
+    maps, key_maps, width = q.shape[2], k.shape[2], q.shape[3]
+    if maps % 2 or key_maps != 2 * v.shape[2]:
+        raise ValueError(f"q has {maps} maps, k has {key_maps}, v has {v.shape[2]} heads: q and k need two maps a head")
+    if v.shape[3] != 2 * width:
+        raise ValueError(f"v is {v.shape[3]} wide: it must be twice the maps' width {width}")
+    lam = torch.as_tensor(lam, device=q.device)
+    if lam.shape not in ((), (maps // 2,)):
+        raise ValueError(f"lam has shape {tuple(lam.shape)}: it must be a scalar or ({maps // 2},)")
+    return _pick(impl, blocks if _eager_cpu(q) else sdpa).differential_attention(q, k, v, lam, causal, scale)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be (B, T, H, D)")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"q, k and v have batches {q.shape[0]}, {k.shape[0]} and {v.shape[0]}: they must be equal")
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"k has length {k.shape[1]} and v has {v.shape[1]}: they must be equal")
+    if causal and q.shape[1] > k.shape[1]:
+        raise ValueError(f"causal attention of {q.shape[1]} queries to {k.shape[1]} keys: there must be a key for each query")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q is {q.shape[3]} wide and k is {k.shape[3]}: they must be equal")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads and k has {k.shape[2]}: the latter must divide the former")
+
+
+def _eager_cpu(q: Tensor) -> bool:
+    return q.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _pick(impl: str | None, default: ModuleType) -> ModuleType:
+    if impl is None:
+        return default
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(_IMPLEMENTATIONS)}, or None")
+    return _IMPLEMENTATIONS[impl]

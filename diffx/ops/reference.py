@@ -1,0 +1,46 @@
+"""Attention with explicit maps: the definition that faster implementations are held to, and the source of statistics.
+
+Everything is computed in fp32 at least, under autocast too. Memory grows with Tq x Tk.
+
+Notation: B batch, Tq queries, Tk keys, H query heads, H_kv key heads, h differential heads, d query width, dv value width.
+"""
+
+import torch
+from torch import Tensor
+
+
+def attention_maps(q: Tensor, k: Tensor, causal: bool = True, scale: float | None = None) -> Tensor:
+    """Softmax maps of q (B, Tq, H, d) against k (B, Tk, H_kv, d), as (B, H, Tq, Tk)."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)  # (B, Tk, H, d)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if causal:
+        tq, tk = logits.shape[2:]
+        past = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)
+        logits = logits.masked_fill(~past, -torch.inf)
+    return logits.softmax(-1)
+
+
+def differential_attention_maps(q: Tensor, k: Tensor, causal: bool = True, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Both maps of every head, A1 and A2, of q (B, Tq, 2h, d) against k (B, Tk, H_kv, d), each (B, h, Tq, Tk)."""
+    first = attention_maps(q[:, :, 0::2], k[:, :, 0::2], causal, scale)
+    second = attention_maps(q[:, :, 1::2], k[:, :, 1::2], causal, scale)
+    return first, second
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    """See ``diffx.ops.attention``."""
+    return _weigh(attention_maps(q, k, causal, scale), v)
+
+
+def differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float | None) -> Tensor:
+    """See ``diffx.ops.differential_attention``."""
+    first, second = differential_attention_maps(q, k, causal, scale)
+    return _weigh(first - lam.view(-1, 1, 1) * second, v)
+
+
+def _weigh(maps: Tensor, v: Tensor) -> Tensor:
+    values = v.repeat_interleave(maps.shape[1] // v.shape[2], dim=2)  # (B, Tk, H, dv)
+    with torch.autocast(v.device.type, enabled=False):
+        return torch.einsum("bhqk,bkhd->bqhd", maps, values.to(maps.dtype)).to(v.dtype)

@@ -1,0 +1,45 @@
+"""Attention through ``torch.nn.functional.scaled_dot_product_attention``, kept on its memory-efficient kernels.
+
+Those kernels ask for queries, keys and values of one width; anything else falls to a path that stores Tq x Tk maps and
+takes twice the time on a CPU. So the narrower tensors are padded with zeros, which changes no logit and no output.
+Grouped keys and values are repeated by hand, because not every kernel takes them as they are; it costs about 2%.
+
+Notation: B batch, Tq queries, Tk keys, H query heads, H_kv key heads, h differential heads, d query width, dv value width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+    """See ``diffx.ops.attention``."""
+    tq, tk, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    width = max(q.shape[3], v.shape[3])
+    out = F.scaled_dot_product_attention(
+        _widen(q, width).transpose(1, 2),
+        _repeat(_widen(k, width), groups).transpose(1, 2),
+        _repeat(_widen(v, width), groups).transpose(1, 2),
+        # PyTorch counts positions from the first key, so that its own causal mask serves only Tq == Tk; one query sees all keys.
+        attn_mask=torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq) if causal and 1 < tq < tk else None,
+        is_causal=causal and tq == tk,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+    )
+    return out.transpose(1, 2)[..., : v.shape[3]]  # (B, Tq, H, dv)
+
+
+def differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float | None) -> Tensor:
+    """See ``diffx.ops.differential_attention``."""
+    q1, q2 = q.unflatten(2, (-1, 2)).unbind(3)  # (B, Tq, h, d) each
+    k1, k2 = k.unflatten(2, (-1, 2)).unbind(3)  # (B, Tk, H_kv/2, d) each
+    first = attention(q1, k1, v, causal, scale)  # (B, Tq, h, 2d)
+    second = attention(q2, k2, v, causal, scale)
+    return torch.addcmul(first, lam.to(first.dtype).view(-1, 1), second, value=-1)
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[3] == width else F.pad(x, (0, width - x.shape[3]))
+
+
+def _repeat(x: Tensor, groups: int) -> Tensor:
+    return x if groups == 1 else x.repeat_interleave(groups, dim=2)
