@@ -1,0 +1,8 @@
+"""One decoder for all architectures; an attention module for each."""
+
+from diffx.models.cache import KVCache
+from diffx.models.decoder import Decoder, build_model
+from diffx.models.generation import generate
+from diffx.models.init import init_weights
+
+__all__ = ["Decoder", "KVCache", "build_model", "generate", "init_weights"]

@@ -1,0 +1,77 @@
+"""What the attention modules have in common: four projections, RoPE, the cache, and documents that are kept apart.
+
+Notation: B batch, T tokens, Tk keys (more than T with a cache), D model width, H and H_kv the baseline's heads, d = D/H.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from diffx.config.model import ModelConfig
+from diffx.models.cache import KVCache
+from diffx.models.layers import apply_rope
+
+
+class Attention(nn.Module):
+    """Base of the attention modules; each defines ``forward(x, cos, sin, cache=None, documents=None)``.
+
+    Args:
+        config: the decoder's.
+        layer: index of the layer, from 0.
+        queries: query heads (or maps) and their width.
+        keys: key heads (or maps) and their width.
+        values: value heads and their width.
+        context: features that enter ``o_proj``.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, queries: tuple[int, int], keys: tuple[int, int], values: tuple[int, int], context: int
+    ):
+        super().__init__()
+        self.layer = layer
+        self.queries, self.keys, self.values = queries, keys, values
+        self.q_proj = nn.Linear(config.hidden_size, queries[0] * queries[1], bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys[0] * keys[1], bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, values[0] * values[1], bias=False)
+        self.o_proj = nn.Linear(context, config.hidden_size, bias=False)
+
+    @property
+    def rope_width(self) -> int:
+        """Width of a query, which RoPE rotates."""
+        return self.queries[1]
+
+    @property
+    def macs_per_pair(self) -> int:
+        """Forward multiply-adds for each query-key pair: a logit and a weighted value for each query map."""
+        return self.queries[0] * (self.queries[1] + self.values[1])
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, T, D), rotated; with a cache, the keys and values of all tokens so far.
+
+        Returns:
+            q (B, T, *queries), k (B, Tk, *keys), v (B, Tk, *values).
+        """
+        q = apply_rope(self.q_proj(x).unflatten(-1, self.queries), cos, sin)
+        k = apply_rope(self.k_proj(x).unflatten(-1, self.keys), cos, sin)
+        v = self.v_proj(x).unflatten(-1, self.values)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        return q, k, v
+
+
+def attend(op: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: list[int] | None) -> Tensor:
+    """Apply ``op(q, k, v)``; with ``documents``, the lengths in tokens that cut the flattened batch, once to each of them.
+
+    Args:
+        op: maps q (B, T, H, d), k and v to (B, T, heads, width).
+        q: queries.
+        k: keys.
+        v: values.
+        documents: lengths whose sum is B·T; none may cross the end of a row.
+    """
+    if documents is None:
+        return op(q, k, v)
+    # split, unlike slices, has a backward pass that is one concatenation
+    parts = zip(*(x.flatten(0, 1)[None].split(documents, dim=1) for x in (q, k, v)), strict=True)
+    return torch.cat([op(*part) for part in parts], dim=1).reshape(*q.shape[:2], -1, v.shape[-1])

@@ -1,0 +1,145 @@
+"""The decoder: one for all architectures, pre-norm, RoPE, SwiGLU, no biases. The attention module is all that differs.
+
+Notation: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffx.config.model import ModelConfig
+from diffx.models.attention import Attention
+from diffx.models.cache import KVCache
+from diffx.models.diff_v1 import DiffV1Attention
+from diffx.models.diff_v2 import DiffV2Attention
+from diffx.models.layers import MLP, rope_tables
+from diffx.models.transformer import TransformerAttention
+from diffx.models.transformer_1p5h import Transformer1p5hAttention
+from diffx.models.transformer_wide_head import TransformerWideHeadAttention
+
+ATTENTION: dict[str, Callable[[Any, int], Attention]] = {
+    "transformer": TransformerAttention,
+    "transformer_wide_head": TransformerWideHeadAttention,
+    "transformer_1p5h": Transformer1p5hAttention,
+    "diff_v1": DiffV1Attention,
+    "diff_v2": DiffV2Attention,
+}
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward layer, each after a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = ATTENTION[config.kind](config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config.hidden_size, config.ffn_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, documents)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model; make it with ``build_model``.
+
+    Attributes:
+        config: the architecture and its shape.
+        lm_head: the output projection; None where it is the embedding (``tie_embeddings``), see ``output_weight``.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is not set: a model can be built only for a known vocabulary")
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        blocks = [Block(config, layer) for layer in range(config.num_layers)]
+        self.layers = nn.ModuleList(blocks)
+        self.rope_width = blocks[0].self_attn.rope_width
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix (V, D) that turns hidden states into logits."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            input_ids: tokens (B, T).
+            cache: keys and values of the tokens before these, which it then takes in; inference only.
+            cu_seqlens: boundaries of the documents in the flattened batch (n + 1,), from 0 to B·T, the ends of rows among
+                them; attention then stays within each document, at the cost of one call a document.
+
+        Returns:
+            (B, T, V).
+
+        Raises:
+            ValueError: a cache that is full, boundaries that do not fit the batch, or both given.
+        """
+        return F.linear(self.forward_hidden(input_ids, cache=cache, cu_seqlens=cu_seqlens), self.output_weight)
+
+    def forward_hidden(self, input_ids: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """As ``forward``, up to the final norm: (B, T, D)."""
+        documents = None if cu_seqlens is None else _document_lengths(cu_seqlens, *input_ids.shape)
+        if documents is not None and cache is not None:
+            raise ValueError("cache and cu_seqlens cannot be used together")
+        start, length = cache.length if cache is not None else 0, input_ids.shape[1]
+        cos, sin = rope_tables(start, length, self.rope_width, self.config.rope_theta, input_ids.device)  # (T, width/2)
+        x = self.embed_tokens(input_ids)  # (B, T, D)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache, documents)
+        if cache is not None:
+            cache.length += length
+        return self.norm(x)
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters, split into the embedding (an untied output projection included) and the rest."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        embedding = self.embed_tokens.weight.numel() * (1 if self.lm_head is None else 2)
+        return {"embedding": embedding, "rest": total - embedding, "total": total}
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Model FLOPs a token of forward and backward, at context length ``seq_len``; a multiply-add is two.
+
+        6 for each parameter of a matrix product (the output projection included, the embedding lookup not), and
+        6 for each multiply-add of attention, over the seq_len/2 keys that a token sees on average. A query map costs its
+        width (logits) and its value's width (output) a key, which makes 4d for two heads of the baseline and 6d for one of DIFF V1.
+        Backward counts as twice forward, and neither recomputation nor padding counts.
+        """
+        matrices = sum(module.weight.numel() for module in self.layers.modules() if isinstance(module, nn.Linear))
+        attention = sum(module.macs_per_pair for module in self.layers.modules() if isinstance(module, Attention))
+        return 6.0 * (matrices + self.output_weight.numel()) + 6.0 * attention * seq_len / 2
+
+
+def build_model(config: ModelConfig, *, device: torch.device | str | None = None) -> Decoder:
+    """Allocate a decoder without setting its parameters: call ``init_weights``, or load a state dict.
+
+    Args:
+        config: the architecture; ``vocab_size`` must be set.
+        device: where to allocate; None is PyTorch's default device (``torch.device("meta")`` allocates nothing).
+
+    Raises:
+        ValueError: ``config.vocab_size`` is None.
+    """
+    with torch.device("meta"):  # so that no layer draws random numbers of its own
+        model = Decoder(config)
+    return model.to_empty(device=torch.get_default_device() if device is None else device)
+
+
+def _document_lengths(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
+    bounds = cu_seqlens.tolist()  # device sync
+    lengths = [end - start for start, end in pairwise(bounds)]
+    rows = set(range(0, batch * length + 1, length))
+    if bounds[0] != 0 or bounds[-1] != batch * length or min(lengths) < 1 or not rows <= set(bounds):
+        raise ValueError(f"cu_seqlens={bounds} must rise from 0 to B·T={batch * length} through every row's end (T={length})")
+    return lengths

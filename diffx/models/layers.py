@@ -1,0 +1,50 @@
+"""Rotary position embedding and the SwiGLU feed-forward layer, which every architecture shares.
+
+Notation: B batch, T tokens, H heads (or maps), d their width, D model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def rope_tables(start: int, length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding at positions ``start`` to ``start + length - 1``, fp32, (length, width/2) each."""
+    frequencies = theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+    angles = torch.outer(torch.arange(start, start + length, device=device, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate features 2i and 2i+1 of every head by the angle of their position (RoFormer, arXiv 2104.09864).
+
+    Args:
+        x: (B, T, H, d); rotated in fp32 at least, returned in its own type.
+        cos: (T, d/2).
+        sin: (T, d/2).
+
+    Returns:
+        (B, T, H, d).
+    """
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, T, H, d/2, 2)
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, d/2)
+    if torch.compiler.is_compiling():  # complex products cannot be fused
+        even, odd = pairs.unbind(-1)
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:  # one kernel in place of seven: a quarter of the time
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return rotated.flatten(-2).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward layer (arXiv 2002.05202): D to ``width`` and back, no biases."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

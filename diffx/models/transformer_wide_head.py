@@ -1,0 +1,27 @@
+"""The wide-head Transformer of the DIFF V1 ablations: H/2 heads of width 2d, with V1's headwise norm as an option.
+
+Notation: B batch, T tokens, Tk keys, D model width, H and H_kv the baseline's heads, d = D/H.
+"""
+
+from torch import Tensor, nn
+
+from diffx.config.model import TransformerWideHeadConfig
+from diffx.models.attention import Attention, attend
+from diffx.models.cache import KVCache
+from diffx.ops import attention
+
+
+class TransformerWideHeadAttention(Attention):
+    """Ordinary causal attention of H/2 heads, each twice as wide."""
+
+    def __init__(self, config: TransformerWideHeadConfig, layer: int):
+        heads, kv_heads, width = config.num_heads // 2, config.num_kv_heads // 2, 2 * config.head_dim
+        super().__init__(config, layer, queries=(heads, width), keys=(kv_heads, width), values=(kv_heads, width), context=heads * width)
+        self.sublayer_norm = (
+            nn.RMSNorm(width, eps=config.norm_eps, elementwise_affine=config.sublayer_norm_gain) if config.sublayer_norm else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D); see ``Attention.project`` and ``attend`` for the arguments."""
+        q, k, v = self.project(x, cos, sin, cache)  # (B, T, H/2, 2d), (B, Tk, H_kv/2, 2d), (B, Tk, H_kv/2, 2d)
+        return self.o_proj(self.sublayer_norm(attend(attention, q, k, v, documents)).flatten(2))
