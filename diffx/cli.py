@@ -29,7 +29,7 @@ def _show_version(asked: bool) -> None:
 def _diffx(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
-    r"""Train, sample and compare language models with differential attention.
+    """Train, sample and compare language models with differential attention.
 
     \b
     Examples:
@@ -112,7 +112,7 @@ app.command("train")(
     _composed(
         "train",
         _train,
-        r"""Train a model.
+        """Train a model.
 
         With no words at all: a small DIFF V1 on Python's own source, in about five minutes on two cores.
 
@@ -133,7 +133,7 @@ app.command("generate")(
     _composed(
         "generate",
         _generate,
-        r"""Continue a prompt with a trained model.
+        """Continue a prompt with a trained model.
 
         The text goes to standard output as it is drawn.
 
@@ -152,7 +152,7 @@ app.command("params")(
     _composed(
         "train",
         _params,
-        r"""Count parameters at one shape.
+        """Count parameters at one shape.
 
         All architectures side by side, split into the embedding and the rest; no weights are made.
 
@@ -168,7 +168,7 @@ data.command("prepare")(
     _composed(
         "prepare",
         _prepare,
-        r"""Tokenize text once, for data=shards.
+        """Tokenize text once, for data=shards.
 
         Writes memory-mapped shards, in parallel; an unfinished folder is taken up where it stopped.
 
@@ -191,7 +191,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or the folder of a sweep.")],
     out: Annotated[Path | None, typer.Option(help="Where to draw the loss curves (PNG).")] = None,
 ) -> None:
-    r"""Compare runs in a table and a picture.
+    """Compare runs in a table and a picture.
 
     Means over seeds, parameters, tokens, and the token ratio at equal loss; the picture shows the loss curves.
 
@@ -214,7 +214,7 @@ def bench_train(
     rounds: Annotated[int, typer.Option(min=1, help="How often each model takes its turn.")] = 5,
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
 ) -> None:
-    r"""Measure training speed and peak memory.
+    """Measure training speed and peak memory.
 
     Every architecture beside transformers' Llama and DiffLlama, taking turns on the same data.
 

@@ -1,0 +1,90 @@
+"""A saved config is read back as it was, or refused in one line that says why."""
+
+import pytest
+import yaml
+
+from diffx.config import UserError
+from diffx.config.bridge import load_config, save_config
+from diffx.config.data import BytesTokenizer, TextData
+from diffx.config.model import DiffV1Config, LambdaScope
+from diffx.config.train import Schedule, TrainConfig, TrainJob
+
+
+@pytest.fixture
+def saved(tmp_path):
+    job = TrainJob(
+        model=DiffV1Config(lambda_init=0.5, lambda_scope=LambdaScope.head),
+        data=TextData(path=["a b", "c=d,e"], prompt_key="question"),
+        tokenizer=BytesTokenizer(),
+        train=TrainConfig(tokens="1.5B", schedule=Schedule.wsd),
+    )
+    save_config(job, tmp_path / "config.yaml")
+    return job, tmp_path / "config.yaml"
+
+
+def test_round_trip_through_plain_yaml(saved):
+    job, path = saved
+    assert load_config(path) == job
+    plain = yaml.safe_load(path.read_text())
+    assert plain["train"]["schedule"] == "wsd"
+    assert plain["model"]["lambda_scope"] == "head"
+    assert plain["data"]["path"] == ["a b", "c=d,e"]
+
+
+def put(config, key, value):
+    *groups, name = key.split(".")
+    for group in groups:
+        config = config[group]
+    config[name] = value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.stepz", 3, "train.stepz is unknown to this version"),
+        ("model.flavour", "odd", "model.flavour is unknown to this version"),
+        ("kind", "cook", "kind=cook must be one of train, prepare, generate"),
+        ("model.kind", "diff_v9", "model.kind=diff_v9 must be one of transformer"),
+        ("model", "diff_v1", "model.kind=None must be one of"),
+        ("train", 5, "train must be a group of keys"),
+        ("train.lr", "fast", "train.lr=fast cannot be used: it must be a number"),
+        ("train.schedule", "wavy", "train.schedule=wavy cannot be used: it must be one of linear"),
+        ("model.num_heads", 7, "model.num_heads=7 cannot be used"),
+    ],
+)
+def test_what_another_version_or_a_slip_wrote_is_named(saved, key, value, message):
+    _, path = saved
+    config = yaml.safe_load(path.read_text())
+    put(config, key, value)
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError) as refused:
+        load_config(path)
+    assert message in str(refused.value)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["seed", "train.lr", "model.lambda_init", "data.path"])
+def test_a_key_that_an_older_version_did_not_write_is_named(saved, key):
+    _, path = saved
+    config = yaml.safe_load(path.read_text())
+    *groups, name = key.split(".")
+    del (config[groups[0]] if groups else config)[name]
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=f"{key} is missing, which is needed by this version"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("content", [b"train: [", b"\xff\xfe", b"", b"- 1\n- 2\n", b"kind: !!python/object:os.system {}\n"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        load_config(path)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        load_config(tmp_path / "nowhere" / "config.yaml")

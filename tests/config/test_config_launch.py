@@ -1,0 +1,150 @@
+"""Words reach the job as they were written, a user's own configs come first, and sweeps keep count of their failures."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffx.config import RunError, UserError
+from diffx.config.launch import launch
+
+
+class Work:
+    """Stands in for training: keeps what it was given, makes the run folder, and fails for the seeds it was told to."""
+
+    def __init__(self, failures=None):
+        self.jobs, self.words, self.argv, self.failures = [], [], [], failures or {}
+
+    def __call__(self, job, words):
+        self.jobs.append(job)
+        self.words.append(words)
+        self.argv.append(sys.argv)
+        if job.seed in self.failures:
+            raise self.failures[job.seed]
+        if job.run.dir is not None:
+            Path(job.run.dir).mkdir()
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_words_reach_the_job_as_written(here, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["diffx", "train", "as typed"])
+    work = Work()
+    words = ["train.lr=1e-4", "train.sample_prompt='a, b = c'", "data=text", "data.path=[a,'b c']", "run.name=${model.kind}"]
+    assert launch("train", work, words) == 0
+    (job,) = work.jobs
+    assert (job.train.lr, job.train.sample_prompt, job.data.path, job.run.name) == (1e-4, "a, b = c", ["a", "b c"], "diff_v1")
+    assert work.words == [words]
+    assert work.argv == [["diffx", "train", "as typed"]] and sys.argv == work.argv[0]
+    assert list(here.iterdir()) == [], "Hydra wrote something"
+
+
+def test_a_deleted_group_is_asked_for():
+    with pytest.raises(UserError, match="tokenizer is missing: give it as tokenizer=…"):
+        launch("train", Work(), ["~tokenizer"])
+
+
+def test_what_work_raises_comes_out_as_it_is(capfd):
+    bug = KeyError("a bug")
+    with pytest.raises(KeyError) as raised:
+        launch("train", Work({0: bug}), [])
+    assert raised.value is bug
+    assert capfd.readouterr() == ("", ""), "Hydra had something to say"
+
+
+def test_a_users_own_configs_come_first(here):
+    for path, text in {
+        "mine/size/nano.yaml": "# @package model\nhidden_size: 64\nnum_heads: 4\n",
+        "mine/model/small.yaml": "defaults:\n  - diff_v2\n  - _self_\nhidden_size: 32\n",
+        "mine/experiment/quick.yaml": "# @package _global_\ntrain:\n  steps: 5\n",
+    }.items():
+        (here / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / path).write_text(text)
+    work = Work()
+    launch("train", work, ["model=small", "experiment=quick"], config_dir=Path("mine"))
+    launch("train", work, [])
+    with_mine, without = work.jobs
+    assert (with_mine.model.kind, with_mine.model.hidden_size, with_mine.train.steps) == ("diff_v2", 64, 5)
+    assert without.model.hidden_size == 256, "the folder outlived its command"
+
+
+def test_a_sweep_gives_each_job_its_folder_and_one_group(here):
+    work = Work()
+    assert launch("train", work, ["model=transformer,diff_v1", "seed=3,4"], multirun=True) == 0
+    (sweep,) = (here / "runs").iterdir()
+    assert [(job.model.kind, job.seed) for job in work.jobs] == [(m, s) for m in ("transformer", "diff_v1") for s in (3, 4)]
+    assert [job.run.dir for job in work.jobs] == [f"runs/{sweep.name}/{number}" for number in range(4)]
+    assert {job.wandb.group for job in work.jobs} == {sweep.name}
+    assert not set("=,") & set(sweep.name)
+    assert work.words[1] == ["model=transformer", "seed=4"]
+    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "2", "3", "multirun.yaml"]
+
+
+def test_a_group_of_ones_own_is_kept():
+    work = Work()
+    launch("train", work, ["seed=0,1", "wandb.group=mine", "hydra.sweep.dir=s"], multirun=True)
+    assert [(job.wandb.group, job.run.dir) for job in work.jobs] == [("mine", "s/0"), ("mine", "s/1")]
+
+
+def test_an_experiment_with_a_sweep_needs_no_flag(here):
+    work = Work()
+    assert launch("train", work, ["experiment=diff/architectures", "seed=7"]) == 0
+    assert [job.seed for job in work.jobs] == [7] * 5
+    assert len({job.model.kind for job in work.jobs}) == 5
+
+
+@pytest.mark.parametrize(
+    ("failures", "code"),
+    [
+        ({1: UserError("bad input")}, 2),
+        ({1: UserError("bad input"), 2: RunError("no disk")}, 1),
+        ({2: ZeroDivisionError("a bug")}, 1),
+    ],
+)
+def test_a_failed_job_is_recorded_and_the_others_go_on(here, capfd, failures, code):
+    work = Work(failures)
+    assert launch("train", work, ["train.steps=5", "seed=0,1,2,3", "hydra.sweep.dir=s"], multirun=True) == code
+    assert [job.seed for job in work.jobs] == [0, 1, 2, 3]
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: job ")]
+    expected = [
+        f"error: job {seed} (seed={seed}): {'' if isinstance(e, UserError | RunError) else 'ZeroDivisionError: '}{e}"
+        for seed, e in failures.items()
+    ]
+    assert told == expected * 2, "each is told at once, and all of them again at the end"
+    records = [json.loads(line) for line in (here / "s" / "failed.jsonl").read_text().splitlines()]
+    assert [(record["job"], record["overrides"]) for record in records] == [(seed, ["train.steps=5", f"seed={seed}"]) for seed in failures]
+    # The same sweep again, the failures mended: its record is a new one.
+    for number in (0, 1, 2, 3):
+        if number not in failures:
+            (here / "s" / str(number)).rmdir()
+    assert launch("train", Work(), ["train.steps=5", "seed=0,1,2,3", "hydra.sweep.dir=s"], multirun=True) == 0
+    assert not (here / "s" / "failed.jsonl").exists()
+
+
+def test_a_check_that_fails_in_one_job_is_that_jobs_failure(here, capfd):
+    work = Work()
+    assert launch("train", work, ["model.num_heads=8,7", "hydra.sweep.dir=s"], multirun=True) == 2
+    assert len(work.jobs) == 1
+    assert "error: job 1 (model.num_heads=7): model.num_heads=7 cannot be used" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["model=diff_v1,diff_v9", "train.stepz=1,2", "train.lr=1,fast", "run.dir=x"])
+def test_a_sweep_that_cannot_be_composed_leaves_nothing(here, word):
+    work = Work()
+    with pytest.raises(UserError):
+        launch("train", work, [word], multirun=True)
+    assert work.jobs == []
+    assert list(here.iterdir()) == []
+
+
+def test_an_interrupt_ends_the_sweep(here, capfd):
+    work = Work({0: UserError("bad input"), 1: KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        launch("train", work, ["seed=0,1,2", "hydra.sweep.dir=s"], multirun=True)
+    assert [job.seed for job in work.jobs] == [0, 1]
+    assert capfd.readouterr().err.count("bad input") == 2
