@@ -109,7 +109,7 @@ class Bar:
         Args:
             done: units done.
             note: figures to show beside it.
-            always: without a terminal, print a line now rather than at most one every ten seconds.
+            always: print a line that stays, now; without a terminal one is printed every ten seconds at most otherwise.
         """
         now = time.monotonic()
         line = f"{self._what} {done}" + (f"/{self._total}" if self._total else "") + (f"  {note}" if note else "")
@@ -117,9 +117,7 @@ class Bar:
             line += f"  ETA {duration((now - self._start) / (done - self._first) * (self._total - done))}"
         if self._update is not None:
             self._update(done, note)
-            if always:
-                self._reporter._write_log(line)
-        elif always or now - self._printed > 10:
+        if always or (self._update is None and now - self._printed > 10):
             self._printed = now
             self._reporter.line(line)
 
