@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffx.config.model import DiffV1Config, Halve, LambdaScope
 from diffx.models.attention import Attention, attend
 from diffx.models.cache import KVCache
+from diffx.models.layers import sublayer_norm
 from diffx.ops import differential_attention
 
 
@@ -45,11 +46,7 @@ class DiffV1Attention(Attention):
         self.lambda_k1 = nn.Parameter(torch.empty(shape))
         self.lambda_q2 = nn.Parameter(torch.empty(shape))
         self.lambda_k2 = nn.Parameter(torch.empty(shape))
-        self.sublayer_norm = (
-            nn.RMSNorm(2 * width, eps=config.norm_eps, elementwise_affine=config.sublayer_norm_gain)
-            if config.sublayer_norm
-            else nn.Identity()
-        )
+        self.sublayer_norm = sublayer_norm(config, 2 * width)
 
     def lambda_value(self) -> Tensor:
         """Lambda = exp(lq1·lk1) - exp(lq2·lk2) + lambda_init (equation 2), in fp32: a scalar, or (h,) with a lambda for each head."""

@@ -1,4 +1,4 @@
-"""Rotary position embedding and the SwiGLU feed-forward layer, which every architecture shares.
+"""Layers that architectures share: rotary position embedding, the norm of each head's output, the SwiGLU feed-forward layer.
 
 Notation: B batch, T tokens, H heads (or maps), d their width, D model width.
 """
@@ -6,6 +6,8 @@ Notation: B batch, T tokens, H heads (or maps), d their width, D model width.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from diffx.config.model import DiffV1Config, TransformerWideHeadConfig
 
 
 def rope_tables(start: int, length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -34,6 +36,21 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     else:  # one kernel in place of seven: a quarter of the time
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
     return rotated.flatten(-2).to(x.dtype)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over the features of each head, (B, T, heads, width); one gain of size ``width`` for all heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, heads, width) to the same, in the gain's type: autocast leaves that in fp32, and the two must agree."""
+        return super().forward(x if self.weight is None else x.to(self.weight.dtype))
+
+
+def sublayer_norm(config: DiffV1Config | TransformerWideHeadConfig, width: int) -> nn.Module:
+    """The norm of each head's output that the config asks for; ``nn.Identity`` for none."""
+    if not config.sublayer_norm:
+        return nn.Identity()
+    return HeadNorm(width, eps=config.norm_eps, elementwise_affine=config.sublayer_norm_gain)
 
 
 class MLP(nn.Module):

@@ -3,11 +3,12 @@
 Notation: B batch, T tokens, Tk keys, D model width, H and H_kv the baseline's heads, d = D/H.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffx.config.model import TransformerWideHeadConfig
 from diffx.models.attention import Attention, attend
 from diffx.models.cache import KVCache
+from diffx.models.layers import sublayer_norm
 from diffx.ops import attention
 
 
@@ -17,9 +18,7 @@ class TransformerWideHeadAttention(Attention):
     def __init__(self, config: TransformerWideHeadConfig, layer: int):
         heads, kv_heads, width = config.num_heads // 2, config.num_kv_heads // 2, 2 * config.head_dim
         super().__init__(config, layer, queries=(heads, width), keys=(kv_heads, width), values=(kv_heads, width), context=heads * width)
-        self.sublayer_norm = (
-            nn.RMSNorm(width, eps=config.norm_eps, elementwise_affine=config.sublayer_norm_gain) if config.sublayer_norm else nn.Identity()
-        )
+        self.sublayer_norm = sublayer_norm(config, width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D); see ``Attention.project`` and ``attend`` for the arguments."""
