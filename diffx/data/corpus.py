@@ -94,8 +94,8 @@ def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progr
         source = Source(data, lambda: documents(data), sum(sizes.values()), progress)
         shards = _cached(source, tokenizer, digest(list(hashes.values())))
     val = shards.held_out(int(data.val_tokens))
-    info |= {key: shards.meta[key] for key in ("sha256", "tokenizer", "train", "val")}
-    info["val"]["measured"] = {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}
+    info |= {key: shards.meta[key] for key in ("sha256", "tokenizer", "train")}
+    info["val"] = shards.meta["val"] | {"measured": {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}}
     return Corpus(data, shards, val, info)
 
 
