@@ -69,7 +69,10 @@ def _prepare(job: Any, words: list[str]) -> None:
     from diffx.console import Reporter
     from diffx.data.prepare import prepare
 
-    prepare(job, progress=Reporter())
+    reporter = Reporter()
+    with reporter.progress("corpus", None, unit="MB") as bar:
+        folder = prepare(job, lambda stage, done, total: bar.at(done // 10**6, f"{stage}, {done / total:.0%}" if total else stage))
+    reporter.line(f"token shards in {folder}")
 
 
 def _composed(config: str, work: Callable[[Any, list[str]], Any], text: str) -> Callable[..., None]:

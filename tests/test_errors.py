@@ -1,0 +1,205 @@
+"""Bad input, by the table: each is one line that starts with ``error:`` and names the culprit, with exit code 2; nothing is made."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from diffx.cli import main
+
+TEXT = "data=text data.path=text/good.jsonl"
+TINY = (
+    "tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 train.steps=2 train.seq_len=16 "
+    "train.batch_tokens=32 train.sample_tokens=0 wandb.mode=disabled device=cpu data.val_tokens=500"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a trained run, text of several kinds of badness, and things that look like what they are not."""
+    folder = tmp_path_factory.mktemp("place")
+    text = folder / "text"
+    text.mkdir()
+    rows = [{"text": f"Document {n} says that {n} times {n} is {n * n}, no more. " * 3} for n in range(120)]
+    (text / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (text / "latin1.txt").write_bytes("déjà vu ".encode("latin-1") * 20)
+    (text / "broken.jsonl").write_text('{"text": "fine"}\n{"text": "cut of\n')
+    (text / "other_key.jsonl").write_text('{"body": "no text here"}\n')
+    (text / "empty.txt").write_text("")
+    (text / "damaged.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' * 50)[:-20])
+    (folder / "nothing").mkdir()
+    (folder / "notes").mkdir()
+    (folder / "notes" / "todo.md").write_text("not a run, not shards")
+    (folder / "picture.bmp").write_bytes(b"BM")
+    before = os.getcwd()
+    os.chdir(folder)
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DIFFX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    try:
+        assert main(["train", "run.dir=trained", *TEXT.split(), *TINY.split()]) == 0
+        yield folder
+    finally:
+        os.chdir(before)
+        patch.undo()
+
+
+def everything(folder):
+    return sorted(str(path) for path in folder.rglob("*") if path.suffix != ".lock")  # a lock may stay beside an output
+
+
+TABLE = [
+    # The words themselves.
+    ("train train.stepz=3", ["train.stepz", "train.steps"]),
+    ("train lr=1", ["lr", "train.lr"]),
+    ("train modle=diff_v1", ["modle", "did you mean model"]),
+    ("train model=diff_v3", ["model=diff_v3", "diff_v1", "transformer_1p5h"]),
+    ("train model=ablation/no_nrom", ["ablation/no_nrom", "ablation/diff_v1_no_norm"]),
+    ("train size=1.5b", ["size=1.5b", "1.4b"]),
+    ("train size=25", ["size=25"]),
+    ("train data=txt", ["data=txt", "text"]),
+    ("train tokenizer=bpee", ["tokenizer=bpee", "bpe"]),
+    ("train experiment=architectures", ["experiment=architectures", "diff/architectures"]),
+    ("train hydra/launcher=job_lib", ["hydra/launcher=job_lib", "joblib"]),
+    ("train +foo=1", ["foo is not a key"]),
+    ("train ++train.foo=1", ["train.foo is not a key"]),
+    ("train ~train.lr", ["train.lr"]),
+    ("train ~model", ["model is missing"]),
+    ("train model=null", ["model=null"]),
+    ("train train.steps=[1", ["train.steps=[1", "key=value"]),
+    ("train steps", ["'steps'", "key=value"]),
+    ("train model=diff_v1,diff_v2", ["model=diff_v1,diff_v2", "-m"]),
+    ("train train.lr=range(1,3)", ["train.lr=range(1,3)", "-m"]),
+    ("train train.lr=${nowhere}", ["train.lr", "nowhere"]),
+    ("train data.path=x", ["data.path is not a key"]),
+    ("train data=text", ["data.path is missing", "data.path=…"]),
+    ("train data=hub", ["data.name is missing"]),
+    ("train tokenizer=hf", ["tokenizer.name is missing"]),
+    ("data prepare", ["out is missing"]),
+    ("generate", ["checkpoint is missing"]),
+    # The door.
+    ("trian", ["trian", "train"]),
+    ("train --multirn", ["--multirn", "--multirun"]),
+    ("train --cfg jobs", ["jobs", "job"]),
+    ("train --cfg job -p trian", ["trian"]),
+    ("train -m --cfg job seed=0,1", ["--multirun", "--cfg"]),
+    ("train --config-dir nowhere", ["--config-dir=nowhere"]),
+    ("compare", ["RUN"]),
+    ("bench train --rounds 0", ["--rounds"]),
+    # Types and choices.
+    ("train train.lr=fast", ["train.lr=fast", "a number"]),
+    ("train train.eval_every=1.5", ["train.eval_every=1.5", "a whole number"]),
+    ("train train.compile=maybe", ["train.compile=maybe", "true or false"]),
+    ("train seed=null", ["seed=null"]),
+    ("train train=3", ["train=3"]),
+    ("train train.schedule=cosin", ["train.schedule=cosin", "cosine"]),
+    ("train wandb.mode=offlin", ["wandb.mode=offlin", "offline"]),
+    ("train device=gpu", ["device=gpu", "cuda"]),
+    ("train model.lambda_scope=heads", ["model.lambda_scope=heads", "layer"]),
+    # Numbers that cannot be.
+    ("train train.lr=-1", ["train.lr=-1"]),
+    ("train train.steps=0", ["train.steps=0"]),
+    ("train train.tokens=many", ["train.tokens=many", "100M"]),
+    ("train train.steps=5 train.tokens=1M", ["train.steps=5", "train.tokens=1M"]),
+    ("train train.batch_tokens=1000", ["train.batch_tokens=1000", "train.seq_len=256"]),
+    ("train train.warmup=5000", ["train.warmup=5000", "steps"]),
+    ("train train.beta2=1", ["train.beta2=1"]),
+    ("train data.val_fraction=1", ["data.val_fraction=1"]),
+    ("train tokenizer.vocab_size=100", ["tokenizer.vocab_size=100", "257"]),
+    ("train run.name=a=b", ["a=b"]),
+    ("train 'run.dir=\"a,b\"'", ["run.dir=a,b"]),
+    ("generate checkpoint=trained temperature=-1", ["temperature=-1"]),
+    ("generate checkpoint=trained top_p=2", ["top_p=2"]),
+    ("generate checkpoint=trained prompt=a prompt_file=b", ["prompt='a'", "prompt_file=b"]),
+    ("data prepare data=shards data.path=trained out=x", ["data=shards"]),
+    # Head counts.
+    ("train model.num_heads=7", ["model.num_heads=7", "model.hidden_size=256"]),
+    ("train model.num_heads=256", ["model.num_heads=256", "even head dimension"]),
+    ("train model.num_kv_heads=3", ["model.num_kv_heads=3", "model.num_heads=8"]),
+    ("train model=transformer_wide_head model.num_kv_heads=1", ["model.num_kv_heads=1", "even"]),
+    ("train model=diff_v1 model.num_heads=1 model.num_kv_heads=1", ["model.num_heads=1", "even"]),
+    ("train model=transformer_1p5h model.num_kv_heads=8", ["model.num_kv_heads=8", "12"]),
+    ("train model=ablation/diff_v1_half_head_dim model.hidden_size=80", ["model.num_heads=8", "multiple of 4"]),
+    ("train model.kind=diff_v2", ["model.kind=diff_v2", "model=diff_v2"]),
+    ("train model.lambda_init=1.5", ["model.lambda_init=1.5"]),
+    # Data.
+    (f"train {TINY} data=text data.path=nowhere.txt", ["nowhere.txt"]),
+    (f"train {TINY} data=text data.path=text/*.parquet", ["text/*.parquet"]),
+    (f"train {TINY} data=text data.path=nothing", ["nothing"]),
+    (f"train {TINY} data=text data.path=picture.bmp", ["picture.bmp", ".jsonl"]),
+    (f"train {TINY} data=text data.path=text/empty.txt", ["text/empty.txt"]),
+    (f"train {TINY} data=text data.path=text/latin1.txt", ["text/latin1.txt", "UTF-8"]),
+    (f"train {TINY} data=text data.path=text/broken.jsonl", ["text/broken.jsonl", "2"]),
+    (f"train {TINY} data=text data.path=text/other_key.jsonl", ["text/other_key.jsonl", "text"]),
+    (f"train {TINY} data=text data.path=text/damaged.jsonl.gz", ["text/damaged.jsonl.gz"]),
+    (f"train {TINY} {TEXT} data.prompt_key=question", ["question"]),
+    (f"train {TINY} data=shards data.path=notes", ["notes"]),
+    (f"train {TINY} data=shards data.path=nowhere", ["nowhere"]),
+    (f"train {TINY} {TEXT} train.seq_len=65536 train.batch_tokens=65536", ["train.seq_len=65536"]),
+    (f"train {TINY} {TEXT} tokenizer=hf tokenizer.name=nobody/nothing", ["tokenizer.name=nobody/nothing"]),
+    (f"train {TINY} {TEXT} tokenizer=tiktoken tokenizer.name=cl200k", ["tokenizer.name=cl200k"]),
+    (f"train {TINY} {TEXT} model.vocab_size=10", ["model.vocab_size=10", "257"]),
+    (f"data prepare {TEXT} out=notes", ["out=notes"]),
+    # Runs.
+    (f"train {TINY} {TEXT} run.dir=trained", ["run.dir=trained", "exists"]),
+    (f"train -m {TINY} {TEXT} run.dir=x seed=0,1", ["run.dir=x", "hydra.sweep.dir"]),
+    (f"train {TINY} {TEXT} train.resume=nowhere", ["train.resume=nowhere"]),
+    (f"train {TINY} {TEXT} train.resume=notes", ["train.resume=notes"]),
+    (f"train {TINY} {TEXT} train.resume=trained train.lr=1e-5", ["train.lr=1e-05", "train.lr=0.003"]),
+    (f"train {TINY} {TEXT} train.resume=trained model=transformer", ["model", "transformer", "diff_v1"]),
+    (f"train {TINY} {TEXT} train.init_from=nowhere", ["train.init_from=nowhere"]),
+    (f"train {TINY} {TEXT} train.init_from=trained model=transformer", ["transformer", "diff_v1"]),
+    ("generate checkpoint=nowhere", ["checkpoint=nowhere"]),
+    ("generate checkpoint=notes", ["checkpoint=notes"]),
+    ("generate checkpoint=trained@7", ["checkpoint=trained@7", "2"]),
+    ("generate checkpoint=trained prompt_file=nowhere", ["prompt_file=nowhere"]),
+    ("generate checkpoint=trained prompt_file=text/latin1.txt", ["prompt_file=text/latin1.txt", "UTF-8"]),
+    ("compare nowhere", ["nowhere"]),
+    ("compare notes", ["notes"]),
+    ("params tokenizer=tiktoken", ["model.vocab_size"]),
+    pytest.param(
+        f"train {TINY} {TEXT} device=cuda", ["device=cuda"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+    ),
+]
+
+
+def check(code, out, mentions):
+    assert code == 2, out
+    lines = out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), out
+    for mention in mentions:
+        assert mention in lines[0]
+
+
+@pytest.mark.parametrize(("command", "mentions"), TABLE)
+def test_bad_input_is_one_line(place, capfd, command, mentions):
+    before = everything(place)
+    code = main(words(command))
+    check(code, capfd.readouterr().err, mentions)
+    assert everything(place) == before, "something was made"
+
+
+@pytest.mark.parametrize(
+    ("command", "mentions"),
+    [
+        ("train train.stepz=3", ["train.stepz", "train.steps"]),
+        (f"train {TINY} data=text data.path=text/latin1.txt", ["text/latin1.txt", "UTF-8"]),
+        ("generate checkpoint=nowhere", ["checkpoint=nowhere"]),
+        ("trian", ["trian"]),
+    ],
+)
+def test_the_program_says_the_same(place, command, mentions):
+    done = subprocess.run([sys.executable, "-m", "diffx", *words(command)], capture_output=True, text=True, timeout=120)
+    check(done.returncode, done.stderr, mentions)
+
+
+def words(command):
+    return [word.strip("'") for word in command.split()]
+
+
+def test_the_table_is_long_enough():
+    assert len(TABLE) >= 40
