@@ -41,7 +41,8 @@ class ModelConfig:
         rope_theta: base of the rotary position embedding.
         norm_eps: epsilon of every RMSNorm.
         tie_embeddings: share one matrix between the input embedding and the output projection.
-        init_std: standard deviation of the normal initialisation of every matrix.
+        init_std: standard deviation of the normal initialisation of every matrix; ``null`` is 1/sqrt(hidden_size), which is
+            about the usual 0.02 at the papers' sizes and keeps small models from starting too close to zero.
         scale_residual_init: divide the initial ``o_proj`` and ``down_proj`` by sqrt(2·num_layers).
     """
 
@@ -55,7 +56,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
-    init_std: float = 0.02
+    init_std: float | None = None
     scale_residual_init: bool = False
 
     def __post_init__(self) -> None:
@@ -67,7 +68,7 @@ class ModelConfig:
             require(value is None or value >= 1, f"model.{key}", value, "a positive whole number")
         require(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "positive")
         require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "positive")
-        require(self.init_std > 0, "model.init_std", self.init_std, "positive")
+        require(self.init_std is None or self.init_std > 0, "model.init_std", self.init_std, "positive")
         shape = f"a divisor of model.hidden_size={self.hidden_size}"
         require(self.hidden_size % self.num_heads == 0, "model.num_heads", self.num_heads, shape)
         require(
@@ -87,6 +88,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """The baseline's head dimension d = D / H."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def weight_std(self) -> float:
+        """Standard deviation of the initial matrices: ``init_std``, or 1/sqrt(D)."""
+        return self.init_std or self.hidden_size**-0.5
 
     @property
     def ffn_size(self) -> int:

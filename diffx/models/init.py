@@ -13,12 +13,14 @@ LAMBDA_STD = 0.1
 def init_weights(model: Decoder, seed: int) -> None:
     """Set every parameter. All matrices and vectors are drawn from normal distributions with mean 0 and these deviations.
 
+    s is the config's init_std, or 1/sqrt(hidden_size) if that is null.
+
     | parameter                                            | standard deviation                                       |
     |------------------------------------------------------|----------------------------------------------------------|
-    | embed_tokens, lm_head                                | init_std                                                 |
-    | q_proj, k_proj, v_proj, gate_proj, up_proj           | init_std                                                 |
-    | lambda_proj (DIFF V2)                                | init_std                                                 |
-    | o_proj, down_proj                                    | init_std, over sqrt(2·num_layers) if scale_residual_init |
+    | embed_tokens, lm_head                                | s                                                        |
+    | q_proj, k_proj, v_proj, gate_proj, up_proj           | s                                                        |
+    | lambda_proj (DIFF V2)                                | s                                                        |
+    | o_proj, down_proj                                    | s, over sqrt(2·num_layers) if scale_residual_init        |
     | lambda_q1, lambda_k1, lambda_q2, lambda_k2 (DIFF V1) | 0.1                                                      |
     | gains of all norms                                   | set to 1                                                 |
 
@@ -26,7 +28,7 @@ def init_weights(model: Decoder, seed: int) -> None:
     So a seed gives the same weights on every device, and tensors that two architectures share in name and shape are equal.
     """
     config = model.config
-    residual_std = config.init_std / (2 * config.num_layers) ** 0.5 if config.scale_residual_init else config.init_std
+    residual_std = config.weight_std / (2 * config.num_layers) ** 0.5 if config.scale_residual_init else config.weight_std
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
@@ -36,7 +38,7 @@ def init_weights(model: Decoder, seed: int) -> None:
         elif name.endswith(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")):
             std = LAMBDA_STD
         else:
-            std = config.init_std
+            std = config.weight_std
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

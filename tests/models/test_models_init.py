@@ -38,6 +38,11 @@ def test_standard_deviations(kind, scaled):
         assert abs(parameter.std() / std - 1) < bound, name
 
 
+def test_the_default_deviation_follows_the_width():
+    weight = make("diff_v1").layers[0].mlp.gate_proj.weight
+    assert abs(weight.std() * 128**0.5 - 1) < 4 / weight.numel() ** 0.5
+
+
 def test_lambda_deviation_over_many():
     model = build_model(DiffV1Config(**SHAPE | {"num_layers": 40}), device="cpu")
     init_weights(model, 0)
