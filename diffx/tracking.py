@@ -125,9 +125,14 @@ class NullTracker(Tracker):
     """Takes the figures and keeps none: what every process but the main one has."""
 
     def __init__(self) -> None:
-        self._file = Path(os.devnull).open("w", encoding="utf-8")
         self._start = time.monotonic()
         self._run = None
+
+    def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
+        """Keep nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        """Close nothing."""
 
 
 def cut_back(path: Path, step: int) -> None:
