@@ -1,11 +1,13 @@
 """Hydra's and OmegaConf's errors as one line that names the word, the reason and the nearest valid names."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from enum import Enum
 from types import MappingProxyType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import (
@@ -29,9 +31,13 @@ def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, li
         groups: the config groups and their options, to choose the nearest from.
     """
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
-    where = str(error).split(": ", 1)[0] + ": " if str(error).startswith("In '") else ""
+    origin = re.match(r"In '(?!hydra/)\S+/\S+': ", str(error))  # a file of a group, not the words
+    where = origin[0] if origin else ""
+    if isinstance(error, yaml.YAMLError | UnicodeDecodeError):
+        return f"a config file cannot be read: {' '.join(str(error).split())}"
     if isinstance(error, MissingConfigException):
-        return _unknown_choice(error.missing_cfg_file or "", list(error.options or []), groups) or _first_line(error)
+        choice = _unknown_choice(error.missing_cfg_file or "", list(error.options or []), groups)
+        return where + choice if choice else _first_line(error)
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: it must be key=value, with quotes around values that hold spaces, brackets or '='"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):

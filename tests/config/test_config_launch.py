@@ -73,6 +73,30 @@ def test_a_users_own_configs_come_first(here):
     assert without.model.hidden_size == 256, "the folder outlived its command"
 
 
+@pytest.mark.parametrize(
+    ("text", "mentions"),
+    [
+        ("train:\n  steps: [5\n", ["experiment/odd.yaml", "line 3"]),
+        ("train:\n  stepz: 5\n", ["experiment/odd", "train.stepz", "train.steps"]),
+        ("train:\n  lr: fast\n", ["experiment/odd", "train.lr=fast", "a number"]),
+        ("train:\n  lr: ${nowhere}\n", ["train.lr", "nowhere"]),
+        ("defaults:\n  - override /model: diff_v9\n", ["model=diff_v9", "diff_v1"]),
+        ("defaults:\n  - nowhere\n", ["experiment/odd", "experiment=nowhere"]),
+        ("extra: 1\n", ["experiment/odd", "extra is not a key"]),
+        ("\udcff", ["a config file cannot be read"]),
+    ],
+)
+def test_a_slip_in_a_users_config_is_one_line(here, text, mentions):
+    folder = here / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "odd.yaml").write_text("# @package _global_\n" + text, errors="surrogateescape")
+    with pytest.raises(UserError) as refused:
+        launch("train", Work(), ["experiment=odd"], config_dir=here / "mine")
+    assert "\n" not in str(refused.value)
+    for mention in mentions:
+        assert mention in str(refused.value)
+
+
 def test_a_sweep_gives_each_job_its_folder_and_one_group(here):
     work = Work()
     assert launch("train", work, ["model=transformer,diff_v1", "seed=3,4"], multirun=True) == 0
