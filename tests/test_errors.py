@@ -76,7 +76,7 @@ TABLE = [
     ("train train.lr=range(1,3)", ["train.lr=range(1,3)", "-m"]),
     ("train train.lr=${nowhere}", ["train.lr", "nowhere"]),
     ("train data.path=x", ["data.path is not a key"]),
-    ("train data=text", ["data.path is missing", "data.path=…"]),
+    ("train data=text", ["data.path is missing", "data.path=..."]),
     ("train data=hub", ["data.name is missing"]),
     ("train tokenizer=hf", ["tokenizer.name is missing"]),
     ("data prepare", ["out is missing"]),

@@ -43,7 +43,8 @@ def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, li
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return where + unknown(str(cause.full_key), [*groups, *keys(cause.parent_node)])
     if isinstance(cause, MissingMandatoryValue):
-        return missing(str(cause.full_key))
+        key = str(cause.full_key).removesuffix(".kind")
+        return f"{key} is missing: give it as {key}=..."
     if isinstance(cause, ValidationError) and cause.object_type is not None:
         accepted = get_type_hints(cause.object_type).get(str(cause.key))
         value = "null" if cause.value is None else cause.value
@@ -58,12 +59,6 @@ def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, li
         chosen = " ".join(word for word in words if word.partition("=")[0] in ("", *groups))
         return f"{chosen} cannot be used: a group takes the name of one of its options, as model=diff_v1 does"
     return _first_line(error) + (f": {_first_line(cause)}" if isinstance(cause, OmegaConfBaseException) and cause is not error else "")
-
-
-def missing(key: str) -> str:
-    """The line for a mandatory value that was not given."""
-    key = key.removesuffix(".kind")
-    return f"{key} is missing: give it as {key}=…"
 
 
 def unknown(key: str, names: list[str]) -> str:

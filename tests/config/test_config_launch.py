@@ -45,7 +45,7 @@ def test_words_reach_the_job_as_written(here, monkeypatch):
 
 
 def test_a_deleted_group_is_asked_for():
-    with pytest.raises(UserError, match="tokenizer is missing: give it as tokenizer=…"):
+    with pytest.raises(UserError, match="tokenizer is missing: give it as tokenizer="):
         launch("train", Work(), ["~tokenizer"])
 
 
