@@ -89,8 +89,8 @@ def _composed(config: str, work: Callable[[Any, list[str]], Any], text: str) -> 
         ] = None,
         multirun: Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of a=1,2 b=x,y.")] = False,
         cfg: Annotated[Literal["job", "hydra", "all"] | None, typer.Option(help="Print the composed config; run nothing.")] = None,
-        resolve: Annotated[bool, typer.Option("--resolve", help="With --cfg: resolve interpolations.")] = False,
-        package: Annotated[str | None, typer.Option("--package", "-p", help="With --cfg: print this part only, such as train.")] = None,
+        resolve: Annotated[bool, typer.Option("--resolve", help="Print it with interpolations resolved.")] = False,
+        package: Annotated[str | None, typer.Option("--package", "-p", help="Print only this part of it, such as train.")] = None,
         info: Annotated[
             Literal["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"] | None,
             typer.Option(help="Print what Hydra knows; run nothing."),
@@ -99,6 +99,8 @@ def _composed(config: str, work: Callable[[Any, list[str]], Any], text: str) -> 
     ) -> None:
         from diffx.config.launch import launch
 
+        if resolve or package:
+            cfg = cfg or "job"
         show = [*(["--cfg", cfg] if cfg else []), *(["--resolve"] if resolve else []), *(["--package", package] if package else [])]
         show += ["--info", info] if info else []
         try:

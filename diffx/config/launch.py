@@ -29,6 +29,8 @@ from diffx.config.messages import explain, keys, unknown
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIGS = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())  # a wheel's, or a checkout's
+_RUN_DIR = "run.dir={} cannot be used in a multirun: each job's folder is <hydra.sweep.dir>/<job number>; set hydra.sweep.dir instead"
+_FAILED = "failed.jsonl"
 
 
 class UserConfigsFirst(SearchPathPlugin):
@@ -60,6 +62,13 @@ class Task:
 
     An exception never reaches Hydra, which would print it in its own words: that of a single run is kept
     for ``launch`` to raise, that of a sweep's job is told at once and written to the sweep's folder.
+
+    Attributes:
+        job_class: the dataclass that the config becomes.
+        work: what is done with the job.
+        given: the words of the command line, a sweep's several values among them.
+        argv: the command line.
+        error: what a single run raised.
     """
 
     job_class: type
@@ -99,10 +108,6 @@ def config_groups(app: Any, name: str) -> dict[str, list[str]]:
 
     choices = loader.compute_defaults_list(name, [], RunMode.RUN).overrides.known_choices
     return {group: options(group) for group in choices if not group.startswith("hydra/")}
-
-
-_RUN_DIR = "run.dir={} cannot be used in a multirun: each job's folder is <hydra.sweep.dir>/<job number>; set hydra.sweep.dir instead"
-_FAILED = "failed.jsonl"
 
 
 def _record(sweep: Path, number: int, words: list[str], error: Exception) -> dict[str, Any]:
