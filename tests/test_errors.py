@@ -64,7 +64,7 @@ TABLE = [
     ("train data=txt", ["data=txt", "text"]),
     ("train tokenizer=bpee", ["tokenizer=bpee", "bpe"]),
     ("train experiment=architectures", ["experiment=architectures", "diff/architectures"]),
-    ("train hydra/launcher=job_lib", ["hydra/launcher=job_lib", "joblib"]),
+    ("train hydra/launcher=basik", ["hydra/launcher=basik", "basic"]),
     ("train +foo=1", ["foo is not a key"]),
     ("train ++train.foo=1", ["train.foo is not a key"]),
     ("train ~train.lr", ["train.lr"]),

@@ -1,6 +1,7 @@
 """Words reach the job as they were written, a user's own configs come first, and sweeps keep count of their failures."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def test_words_reach_the_job_as_written(here, monkeypatch):
     assert work.words == [words]
     assert work.argv == [["diffx", "train", "as typed"]] and sys.argv == work.argv[0]
     assert list(here.iterdir()) == [], "Hydra wrote something"
+
+
+def test_logging_is_left_alone(caplog):
+    log = logging.getLogger("diffx.somewhere")
+    launch("train", lambda job, words: log.warning("heard"), [])
+    assert "heard" in caplog.text
 
 
 def test_a_deleted_group_is_asked_for():
