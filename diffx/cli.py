@@ -105,7 +105,8 @@ def _composed(config: str, work: Callable[[Any, list[str]], Any], text: str) -> 
         show += ["--info", info] if info else []
         try:
             code = launch(config, work, words or [], multirun=multirun, show=show, config_dir=config_dir)
-        except Stopped:  # Typer would make 130 of it
+        except Stopped as stop:  # Typer would make 130 of it
+            print(stop, file=sys.stderr)
             code = 0
         raise typer.Exit(code)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIGS = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())  # a wheel's, or a checkout's
 _RUN_DIR = "run.dir={} cannot be used in a multirun: each job's folder is <hydra.sweep.dir>/<job number>; set hydra.sweep.dir instead"
 _FAILED = "failed.jsonl"
+_TEXT_KEYS = ("prompt", "train.sample_prompt")
 
 
 class UserConfigsFirst(SearchPathPlugin):
@@ -208,6 +210,16 @@ def launch(
                 for folder in made:
                     folder.rmdir()
     return min((entry["exit_code"] for entry in failed), default=0)
+
+
+def _plain_text(word: str) -> str:
+    """Quote the value of a key that holds free text, which Hydra's grammar would take apart; what is quoted already stays."""
+    key, _, value = word.partition("=")
+    if key not in _TEXT_KEYS or value[:1] in ("'", '"'):
+        return word
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # an interpolation
+    value = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return f"{key}='" + re.sub(r"(\\+)$", r"\1\1", value) + "'"
 
 
 def _hydra_main(task: Task, name: str, argv: list[str]) -> None:

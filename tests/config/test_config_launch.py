@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffx.config import RunError, UserError
-from diffx.config.launch import launch
+from diffx.config.launch import _plain_text, compose, launch
 
 
 class Work:
@@ -179,3 +179,31 @@ def test_an_interrupt_ends_the_sweep(here, capfd):
         launch("train", work, ["seed=0,1,2", "hydra.sweep.dir=s"], multirun=True)
     assert [job.seed for job in work.jobs] == [0, 1]
     assert capfd.readouterr().err.count("bad input") == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def main(",
+        "a=b, c",
+        "it's",
+        "x\\'y",
+        "end\\",
+        "${foo} bar",
+        "\\n",
+        "{'a': [1]}",
+        "tab\there",
+        "two\nlines",
+        "",
+        "\\${x}",
+        "a: 1",
+        "-",
+    ],
+)
+def test_a_prompt_is_plain_text(text):
+    assert compose("generate", [_plain_text(f"prompt={text}"), "checkpoint=x"]).prompt == text
+
+
+def test_a_quoted_prompt_is_left_to_hydra():
+    assert compose("generate", [_plain_text("prompt='a, b'"), "checkpoint=x"]).prompt == "a, b"
+    assert _plain_text("train.lr=1e-3") == "train.lr=1e-3"
