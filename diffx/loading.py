@@ -84,8 +84,6 @@ def stream(loaded: Loaded, prompt: str, job: GenerateJob) -> Iterator[str]:
         seed=job.seed,
         eot_id=tokenizer.eot_id,
     ):
-        if token == tokenizer.eot_id:
-            break
         drawn.append(token)
         text = tokenizer.decode(drawn)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):

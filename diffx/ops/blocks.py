@@ -3,7 +3,7 @@
 A block's rows see all their keys at once, so that the two softmax maps of a differential head are subtracted before
 they meet the value, and backward needs dV and dP once for both: 4d forward and 10d backward (in multiply-adds for each
 query-key pair and head), which is what two ordinary heads cost. PyTorch's own CPU kernel must be called once a map with a
-padded query, and is slower at equal work as well: 2.4 times this time for a differential layer. Memory grows with
+padded query, and is slower at equal work too: a differential layer takes it 2 to 3 times as long at T = 256 to 2048. Memory grows with
 block x Tk; nothing of Tq x Tk is kept, backward computes the maps again.
 
 Notation: B batch, Tq queries, Tk keys, H query heads, h differential heads, d query width, dv value width,
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 64  # query rows; the fastest of 32, 64 and 128
+BLOCK = 64  # rows of a matrix product, over the R heads of a group; the fastest of 16 to 256
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
@@ -47,7 +47,7 @@ class _BlockAttention(torch.autograd.Function):
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, causal: bool) -> Tensor:
         out = q.new_empty(*q.shape[1:-1], v.shape[-1])
-        for rows, keys in _blocks(q.shape[4], k.shape[3], causal):
+        for rows, keys in _blocks(q, k, causal):
             maps = _softmax(q[..., rows, :], k[..., keys, :], causal)
             out[..., rows, :] = _product(_difference(maps, lam), v[..., keys, :])
         ctx.save_for_backward(q, k, v, lam)
@@ -60,7 +60,7 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v, lam = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         dlam = None if lam is None else lam.new_zeros(lam.shape)
-        for rows, keys in _blocks(q.shape[4], k.shape[3], ctx.causal):
+        for rows, keys in _blocks(q, k, ctx.causal):
             block = d_out[..., rows, :].contiguous()
             maps = _softmax(q[..., rows, :], k[..., keys, :], ctx.causal)
             dv[..., keys, :] += _difference(maps, lam).flatten(2, 3).mT @ block.flatten(2, 3)
@@ -76,9 +76,12 @@ class _BlockAttention(torch.autograd.Function):
         return dq, dk, dv, dlam, None
 
 
-def _blocks(tq: int, tk: int, causal: bool) -> Iterator[tuple[slice, slice]]:
-    for start in range(0, tq, BLOCK):
-        end = min(start + BLOCK, tq)
+def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Slices of the queries of (m, B, G, R, Tq, d), each with a slice of the keys that it may see."""
+    heads, tq, tk = q.shape[3], q.shape[4], k.shape[3]
+    rows = max(16, BLOCK // heads)
+    for start in range(0, tq, rows):
+        end = min(start + rows, tq)
         yield slice(start, end), slice(0, tk - tq + end if causal else tk)
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from diffx.config import UserError
 from diffx.config.train import Device, Precision, TrainConfig
@@ -133,6 +133,8 @@ def parallelize(model: nn.Module, blocks: nn.ModuleList, config: TrainConfig, wo
         for block in blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        if hasattr(model, "forward_hidden"):  # sampling enters here, and needs the weights whole as forward does
+            register_fsdp_forward_method(model, "forward_hidden")
 
 
 def accumulate(model: nn.Module, last: bool) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import itertools
 import math
 from functools import partial
 from pathlib import Path
@@ -161,10 +160,8 @@ def _sample(model: Decoder, corpus: Corpus, job: TrainJob, world: World) -> str:
     tokenizer = corpus.tokenizer
     prompt = [tokenizer.eot_id, *tokenizer.encode(job.train.sample_prompt)]
     inputs = torch.tensor([prompt], device=world.device)
-    drawn = generate(
-        model, inputs, max_tokens=job.train.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=job.seed, eot_id=tokenizer.eot_id
-    )
-    return tokenizer.decode(list(itertools.takewhile(lambda token: token != tokenizer.eot_id, drawn)))
+    drawn = generate(model, inputs, max_tokens=job.train.sample_tokens, temperature=0.8, top_p=0.95, seed=job.seed, eot_id=tokenizer.eot_id)
+    return tokenizer.decode(list(drawn))
 
 
 def _summary(
