@@ -16,6 +16,7 @@ from diffx.config.model import (
     TransformerWideHeadConfig,
 )
 from diffx.models import KVCache, build_model, init_weights
+from diffx.models.layers import apply_rope, rope_tables
 
 SHAPE = {"hidden_size": 64, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 96, "vocab_size": 50, "init_std": 0.15}
 VARIANTS = {
@@ -27,6 +28,7 @@ VARIANTS = {
     "diff_v1_no_gain": DiffV1Config(**SHAPE, sublayer_norm_gain=False),
     "untied": TransformerConfig(**SHAPE, tie_embeddings=False),
 }
+pytestmark = pytest.mark.filterwarnings("error:Mismatch dtype")  # of a norm's input and gain, which takes it off its fused kernel
 each_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -217,6 +219,20 @@ def test_autocast_is_close_to_fp32(kind):
         rounded = model(ids)
         rounded.float().square().sum().backward()
     assert (rounded.float() - exact).norm() < 2e-2 * exact.norm()
+
+
+def test_rope_has_one_meaning(monkeypatch):
+    """The form that compiles, the eager one, and the rotation of one pair written out."""
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cos, sin = rope_tables(2, 5, 8, 100.0, torch.device("cpu"))
+    eager = apply_rope(x, cos, sin)
+    angle = 6 * 100 ** (-4 / 8)  # position 2 + 4, pair 2
+    even, odd = x[1, 4, 2, 4].item(), x[1, 4, 2, 5].item()
+    assert eager[1, 4, 2, 4].item() == pytest.approx(even * math.cos(angle) - odd * math.sin(angle), abs=1e-6)
+    assert eager[1, 4, 2, 5].item() == pytest.approx(even * math.sin(angle) + odd * math.cos(angle), abs=1e-6)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(apply_rope(x, cos, sin), eager, rtol=1e-12, atol=1e-12)
+    assert apply_rope(x.bfloat16(), cos, sin).dtype == torch.bfloat16
 
 
 @pytest.mark.slow  # compiling takes half a minute
