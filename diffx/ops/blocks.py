@@ -1,10 +1,10 @@
 """Attention on the CPU in blocks of query rows, forward and backward, as matrix products.
 
-A block's rows see all their keys at once, so that the two softmax maps of a differential head are subtracted before
-they meet the value, and backward needs dV and dP once for both: 4d forward and 10d backward (in multiply-adds for each
-query-key pair and head), which is what two ordinary heads cost. PyTorch's own CPU kernel must be called once a map with a
-padded query, and is slower at equal work too: a differential layer takes it 2 to 3 times as long at T = 256 to 2048. Memory grows with
-block x Tk; nothing of Tq x Tk is kept, backward computes the maps again.
+A block's rows see all their keys at once, so that the two softmax maps of a differential head are subtracted before they
+meet the value, and backward needs dV and dP once for both: 4d forward and 10d backward (multiply-adds for each query-key
+pair and differential head), which is what two ordinary heads cost. PyTorch's own CPU kernel must be called once for each
+map with padded queries, and takes 2 to 3 times as long for a differential layer at T = 256 to 2048. Memory grows with
+block x Tk: no map is kept, backward computes them again.
 
 Notation: B batch, Tq queries, Tk keys, H query heads, h differential heads, d query width, dv value width,
 G groups of heads that share keys and values, R heads in a group, m maps in a head (1, or 2 for differential attention).
