@@ -64,7 +64,7 @@ class World:
 
 
 def pick_device(device: Device) -> torch.device:
-    """Turn ``device=`` into a device.
+    """Turn ``device=`` into a device, and ready it.
 
     Raises:
         UserError: this machine has no such device.
@@ -75,6 +75,8 @@ def pick_device(device: Device) -> torch.device:
     if not available[device]:
         there = ", ".join(kind.value for kind, here in available.items() if here)
         raise UserError(f"device={device.value} cannot be used: this machine has none that torch can see; it has {there}")
+    if device is Device.cpu:
+        keep_freed_memory()
     return torch.device(device.value)
 
 
@@ -94,8 +96,6 @@ def keep_freed_memory() -> None:
 def join_world(device: Device) -> World:
     """Join the other processes if ``torchrun`` started this one; alone otherwise."""
     chosen = pick_device(device)
-    if chosen.type == "cpu":
-        keep_freed_memory()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(chosen)
