@@ -21,7 +21,7 @@ class DataConfig:
 
     kind: str = MISSING
     val_fraction: float = 0.05
-    val_tokens: int | str = 131072
+    val_tokens: int | str = 65536
 
     def __post_init__(self) -> None:
         require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
@@ -112,7 +112,7 @@ class BpeTokenizer(TokenizerConfig):
     """
 
     kind: str = "bpe"
-    vocab_size: int = 2048
+    vocab_size: int = 1024
 
     def __post_init__(self) -> None:
         require(257 <= self.vocab_size <= 2**20, "tokenizer.vocab_size", self.vocab_size, "from 257 (all bytes and end of text) to 1048576")

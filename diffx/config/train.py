@@ -10,7 +10,7 @@ from diffx.config.data import DataConfig, TokenizerConfig
 from diffx.config.errors import UserError
 from diffx.config.model import ModelConfig
 
-DEFAULT_STEPS = 1500  # about five minutes of the default run on two cores
+DEFAULT_STEPS = 6000  # about five minutes of the default run on two cores
 
 
 class Schedule(str, Enum):
@@ -83,12 +83,12 @@ class TrainConfig:
 
     steps: int | str | None = None
     tokens: int | str | None = None
-    batch_tokens: int | str = 2048
+    batch_tokens: int | str = 1024
     seq_len: int = 256
     micro_batch_size: int | None = None
-    lr: float = 3e-3
+    lr: float = 5e-3
     min_lr_ratio: float = 0.0
-    warmup: float = 0.02
+    warmup: float = 0.03
     schedule: Schedule = Schedule.linear
     decay_ratio: float = 0.2
     beta1: float = 0.9
@@ -100,9 +100,9 @@ class TrainConfig:
     compile: bool = False
     activation_checkpointing: bool = False
     mask_documents: bool = False
-    log_every: int = 10
-    eval_every: int = 500
-    save_every: int = 500
+    log_every: int = 20
+    eval_every: int = 1000
+    save_every: int = 1000
     keep_last: int = 2
     resume: str | None = None
     init_from: str | None = None
