@@ -109,6 +109,7 @@ TABLE = [
     ("train train.warmup=5000", ["train.warmup=5000", "steps"]),
     ("train train.beta2=1", ["train.beta2=1"]),
     ("train data.val_fraction=1", ["data.val_fraction=1"]),
+    ("train train.compile=true train.mask_documents=true", ["train.mask_documents", "train.compile"]),
     ("train tokenizer.vocab_size=100", ["tokenizer.vocab_size=100", "257"]),
     ("train run.name=a=b", ["a=b"]),
     ("train 'run.dir=\"a,b\"'", ["run.dir=a,b"]),

@@ -112,6 +112,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps is not None and self.tokens is not None:
             raise UserError(f"train.steps={self.steps} with train.tokens={self.tokens} cannot be used: give one of the two")
+        if self.compile and self.mask_documents:
+            raise UserError(
+                "train.mask_documents=true cannot be used with train.compile=true: every batch cuts other documents and would compile anew"
+            )
         self.batch_tokens = count("train.batch_tokens", self.batch_tokens)
         if self.steps is not None:
             self.steps = count("train.steps", self.steps)

@@ -51,15 +51,11 @@ def prepare(job: PrepareJob, progress: Progress = no_progress) -> Path:
     source = Source(job.data, lambda: documents(job.data), total, progress)
     tokenizer = ready(job.tokenizer)
     wanted = settings(job.data, tokenizer, digest(state)) | {"shard_tokens": job.shard_tokens}
+    _begun(out, wanted)  # refuse before anything is made, the lock included
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.parent / f".{out.name}.lock", timeout=0):
-            meta = read_meta(out)
-            if meta is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise UserError(f"out={out} cannot be used: it exists and holds no token shards; choose a new folder")
-            differing = [key for key in wanted if meta and meta["settings"].get(key) != wanted[key]]
-            if differing:
-                raise UserError(f"out={out} cannot be used: it was made with another {differing[0]}; choose a new folder or delete it")
+            meta = _begun(out, wanted)
             if meta is None or not meta["complete"]:
                 build(out, source, tokenizer, wanted, int(job.shard_tokens), job.workers or os.cpu_count() or 1)
     except Timeout as error:
@@ -67,6 +63,17 @@ def prepare(job: PrepareJob, progress: Progress = no_progress) -> Path:
     except OSError as error:
         raise RunError(f"out={out} cannot be written: {reason(error)}") from error
     return out
+
+
+def _begun(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The ``meta.json`` of a folder that was begun with these settings, ``None`` for a new one."""
+    meta = read_meta(out)
+    if meta is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out} cannot be used: it exists and holds no token shards; choose a new folder")
+    differing = [key for key in wanted if meta and meta["settings"].get(key) != wanted[key]]
+    if differing:
+        raise UserError(f"out={out} cannot be used: it was made with another {differing[0]}; choose a new folder or delete it")
+    return meta
 
 
 def ready(tokenizer: TokenizerConfig | Tokenizer) -> BpeTokenizer | Tokenizer:

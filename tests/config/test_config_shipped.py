@@ -24,6 +24,7 @@ ABLATIONS = {
 }
 NEEDED = {"text": ["data.path=x"], "hub": ["data.name=x"], "shards": ["data.path=x"], "hf": ["tokenizer.name=x"]}
 EXPERIMENTS = {  # and the jobs of each
+    "diff/default_run": 6,
     "diff/architectures": 15,
     "diff/ablations": 24,
     "diff/scaling_nano": 8,
