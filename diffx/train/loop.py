@@ -91,7 +91,7 @@ def evaluate(model: nn.Module, corpus: Corpus, config: TrainConfig, world: World
         ``val/loss`` in nats a token, ``val/perplexity``, ``val/bpb`` in bits per byte of the held-out text.
     """
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device="cpu")
+    total = torch.zeros(2, dtype=torch.float64)
     rows = config.micro_batch_size or max(1, int(config.batch_tokens) // config.seq_len // world.size)
     for batch in corpus.val_batches(config.seq_len, rows * world.size, world.rank, world.size):
         inputs, targets = batch.inputs.to(world.device), batch.targets.to(world.device)
@@ -100,7 +100,9 @@ def evaluate(model: nn.Module, corpus: Corpus, config: TrainConfig, world: World
             nats = token_losses(model, inputs, targets, boundaries)
         total += torch.tensor([float(nats), float((targets >= 0).sum())], dtype=torch.float64)  # device sync: once a batch, not in training
     model.train()
-    nats_total, tokens = world.total(total.float().to(world.device) if world.size > 1 else total).tolist()
+    if world.size > 1:
+        total = world.total(total.to(world.device))
+    nats_total, tokens = total.tolist()
     loss = nats_total / tokens
     return {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0)), "val/bpb": nats_total / corpus.val.n_bytes / math.log(2)}
 
@@ -140,6 +142,7 @@ def fit(
         RunError: the loss is not finite, or the disk is full.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
+    ceiling = matmul_ceiling(world.device, config.precision) * world.size
     parallelize(model, blocks, config, world)
     optimizer = build_optimizer(model, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -154,7 +157,6 @@ def fit(
         now, validation = Progress(**state["progress"]), state["validation"]
         reporter.line(f"resumed from step {now.step} ({checkpoint})")
 
-    ceiling = matmul_ceiling(world.device, config.precision) * world.size
     eot = corpus.tokenizer.eot_id
     last, batch_tokens = config.num_steps, int(config.batch_tokens)
 

@@ -48,7 +48,9 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
-        return flag if self.size == 1 else bool(self.total(torch.tensor(float(flag), device=self.device)))
+        if self.size == 1:
+            return flag
+        return bool(self.total(torch.tensor(float(flag), device=self.device)))  # device sync
 
     def share(self, value: str) -> str:
         """Give every process the main one's text."""

@@ -38,6 +38,7 @@ def train(job: TrainJob, words: list[str]) -> Path:
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
     world = join_world(job.device)
+    torch.manual_seed(job.seed)
     try:
         return _train(job, words, world, Reporter(quiet=not world.main))
     except OSError as error:

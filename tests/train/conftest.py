@@ -25,7 +25,7 @@ def make_job(text, tmp_path, monkeypatch):
 
     def make(name="run", kind="diff_v1", model=None, seed=0, **train):
         settings = {"steps": 12, "batch_tokens": 128, "seq_len": 32, "warmup": 2, "log_every": 1, "eval_every": 4, "save_every": 4}
-        settings |= {"sample_tokens": 0} | train
+        settings |= {"sample_tokens": 0, "lr": 3e-3} | train
         return TrainJob(
             model=MODEL_CONFIGS[kind](**SHAPE, **(model or {})),
             data=TextData(path=str(text), val_tokens=1000),
