@@ -47,10 +47,10 @@ class ModelConfig:
     """
 
     kind: str = MISSING
-    hidden_size: int = 256
+    hidden_size: int = 96
     num_layers: int = 4
-    num_heads: int = 8
-    num_kv_heads: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
     intermediate_size: int | None = None
     vocab_size: int | None = None
     rope_theta: float = 10000.0

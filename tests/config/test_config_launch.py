@@ -77,7 +77,7 @@ def test_a_users_own_configs_come_first(here):
     launch("train", work, [])
     with_mine, without = work.jobs
     assert (with_mine.model.kind, with_mine.model.hidden_size, with_mine.train.steps) == ("diff_v2", 64, 5)
-    assert without.model.hidden_size == 256, "the folder outlived its command"
+    assert without.model.hidden_size == 96, "the folder outlived its command"
 
 
 @pytest.mark.parametrize(
