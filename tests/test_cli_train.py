@@ -31,7 +31,7 @@ def test_train_then_generate_and_compare(here, capfd):
     assert "run folder: b" in capfd.readouterr().out
     overrides = (here / "a" / "overrides.yaml").read_text()
     assert "model=transformer" in overrides and "run.dir=a" in overrides
-    assert main(["generate", "checkpoint=a", "max_tokens=3", "prompt=Document"]) == 0
+    assert main(["generate", "checkpoint=a", "max_tokens=3", "prompt=Document (a, b = {c}"]) == 0
     assert capfd.readouterr().out.startswith("Document")
     assert main(["compare", "a", "b", "--out", "curves.png"]) == 0
     assert (here / "curves.png").stat().st_size > 1000

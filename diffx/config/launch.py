@@ -178,6 +178,7 @@ def launch(
     """
     if show and multirun:
         raise UserError(f"--multirun with {show[0]} cannot be used: it shows one job's config; give each key one value")
+    words = [_plain_text(word) for word in words]
     with composer(config_dir) as app, _one_line(app, name, words):
         cfg = app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
     if show and "--package" in show and OmegaConf.select(cfg, package := show[show.index("--package") + 1]) is None:

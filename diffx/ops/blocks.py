@@ -89,7 +89,7 @@ def _softmax(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     logits = _product(q, k.mT)  # (m, B, G, R, rows, keys)
     if causal:
         rows = q.shape[-2]
-        future = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+        future = torch.ones(rows, rows, dtype=torch.bool, device=logits.device).triu(1)
         logits[..., -rows:].masked_fill_(future, -torch.inf)
     return logits.softmax(-1)
 

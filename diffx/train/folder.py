@@ -147,12 +147,13 @@ def make_folder(folder: Path, job: TrainJob, words: list[str]) -> None:
     Raises:
         UserError: another run made the folder in the meantime.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir()
+        folder.mkdir(parents=True)
     except FileExistsError as error:
-        if any(folder.iterdir()):
+        if not folder.is_dir() or any(folder.iterdir()):
             raise UserError(f"run.dir={folder} cannot be used: it exists; choose another") from error
+    except OSError as error:
+        raise UserError(f"run.dir={folder} cannot be used: {error.strerror}; choose a folder that can be written") from error
     write_json(folder / "environment.json", environment(job.seed))
     (folder / "overrides.yaml").write_text(yaml.safe_dump(words), encoding="utf-8")
     save_config(job, folder / "config.yaml")  # last: with it, the folder is a run that can be resumed

@@ -128,7 +128,7 @@ def fit(
         model: on its device, with weights; parameters that require no gradient stay as they are.
         blocks: its decoder blocks, a list inside ``model``.
         corpus: held-out tokens and their tokenizer.
-        batches: this process's training batches, from the start.
+        batches: this process's training batches, at the step to start from.
         config: the recipe.
         flops_per_token: model FLOPs of a training token, for the utilisation.
         world: the processes.
@@ -153,7 +153,6 @@ def fit(
     if resume is not None:
         checkpoint, state = resume
         load_training_state(checkpoint, model, optimizer)
-        batches.load_state_dict(state["data"])
         now, validation = Progress(**state["progress"]), state["validation"]
         reporter.line(f"resumed from step {now.step} ({checkpoint})")
 
@@ -165,6 +164,8 @@ def fit(
         if on_step is not None:
             on_step(now.step)
         validation = evaluate(model, corpus, config, world)
+        if not math.isfinite(validation["val/loss"]):
+            raise _not_finite("validation loss", validation["val/loss"], now.step, "all held-out text", run_dir, reporter)
         now.val_loss = validation["val/loss"]
         if now.val_loss < now.best_loss:
             now.best_loss, now.best_step = now.val_loss, now.step
@@ -219,6 +220,8 @@ def fit(
             now.train_seconds += elapsed
             now.pending += _finite_losses(unread, run_dir, reporter)
             unread = []
+            if not math.isfinite(norm):  # the update that it clipped is not to be saved as good
+                raise _not_finite("gradient norm", float(norm), now.step, batch.position, run_dir, reporter)
             row: dict[str, float] = {}
 
             # Log
@@ -255,6 +258,11 @@ def fit(
                 )
             mark_step, mark_time = now.step, time.perf_counter()
 
+    if now.val_loss is None:  # a run that was stopped at what is now its last step
+        note = measure()
+        track.log(now.step, now.tokens, validation)
+        reporter.line(f"step {now.step}  {note}")
+        checkpoint = save()
     return Fit(now, validation, checkpoint, now.tokens / max(now.train_seconds, 1e-9))
 
 
@@ -289,10 +297,14 @@ def _finite_losses(unread: list[tuple[int, torch.Tensor, str]], run_dir: Path, r
     values = torch.stack([loss for _, loss, _ in unread]).tolist()  # device sync: once for all of them
     for (step, _, position), value in zip(unread, values, strict=True):
         if not math.isfinite(value):
-            good = newest_intact(run_dir, reporter.warn)
-            where = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
-            raise RunError(f"the loss is {value} at step {step} (batch at {position}); {where}")
+            raise _not_finite("loss", value, step, f"batch at {position}", run_dir, reporter)
     return values
+
+
+def _not_finite(what: str, value: float, step: int, where: str, run_dir: Path, reporter: Reporter) -> RunError:
+    good = newest_intact(run_dir, reporter.warn)
+    last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
+    return RunError(f"the {what} is {value} at step {step} ({where}); {last}")
 
 
 @dataclass

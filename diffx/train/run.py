@@ -53,34 +53,57 @@ def train(job: TrainJob, words: list[str]) -> Path:
 
 def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter) -> Path:
     job, resumed = settle(job, words)
-    # Everything that can be refused is tried before the folder is made. The main process fills the caches, the others find them.
+    # Everything that can be refused is tried before anything is written. The main process fills the caches, the others find them.
+    # A resumed run keeps the tokenizer in its folder: one trained anew could differ, and what made it may be gone.
+    tokenizer = load_tokenizer(resumed / "tokenizer") if resumed and (resumed / "tokenizer").is_dir() else job.tokenizer
     if world.main:
         with reporter.progress("corpus", None, unit="MB") as bar:
-            corpus = open_data(job.data, job.tokenizer, progress=partial(_say_read, bar))
+            corpus = open_data(job.data, tokenizer, progress=partial(_say_read, bar))
     world.barrier()
     if not world.main:
-        corpus = open_data(job.data, job.tokenizer)
+        corpus = open_data(job.data, tokenizer)
+    if job.data.kind == "shards" and corpus.tokenizer.kind != job.tokenizer.kind and any(word.startswith("tokenizer") for word in words):
+        raise UserError(
+            f"tokenizer={job.tokenizer.kind} cannot be used with data=shards: these hold {corpus.tokenizer.kind} tokens; leave it out"
+        )
     sequences = int(job.train.batch_tokens) // job.train.seq_len
     batches = corpus.batches(job.train.seq_len, sequences, job.seed, world.rank, world.size)
-    model = _build(job, corpus, world)
+    found = newest_intact(resumed, reporter.warn) if resumed else None
+    if found:
+        batches.load_state_dict(found[1]["data"])
+        done = found[1]["progress"]["step"]
+        if done > job.train.num_steps:
+            raise UserError(
+                f"train.steps={job.train.num_steps} cannot be used: the run in {resumed} has done {done} steps already; give more"
+            )
+    model = _build(job, corpus, world, initial=found is None)
     folder = resumed or Path(world.share(str(new_folder(job))))
     if world.main:
         if resumed is None:
             make_folder(folder, job, words)
         else:
             note_resume(folder, job, words)
-        corpus.tokenizer.save(folder / "tokenizer")
+        if tokenizer is job.tokenizer:
+            corpus.tokenizer.save(folder / "tokenizer")
         write_json(folder / "data.json", corpus.info)
         reporter.open_log(folder / "train.log")
     world.barrier()
     try:
-        return _run(job, corpus, batches, model, folder, world, reporter, resumed is not None)
+        return _run(job, corpus, batches, model, folder, world, reporter, resumed is not None, found)
     finally:
         reporter.close_log()
 
 
 def _run(
-    job: TrainJob, corpus: Corpus, batches: Batches, model: Decoder, folder: Path, world: World, reporter: Reporter, resumed: bool
+    job: TrainJob,
+    corpus: Corpus,
+    batches: Batches,
+    model: Decoder,
+    folder: Path,
+    world: World,
+    reporter: Reporter,
+    resumed: bool,
+    found: tuple[Path, dict[str, Any]] | None,
 ) -> Path:
     reporter.line(f"run folder {folder}")
     reporter.table(counts_table(model.config))
@@ -94,7 +117,6 @@ def _run(
         f"{job.train.num_steps} steps of {job.train.batch_tokens} tokens, T={job.train.seq_len}, on {world.size} x {world.device}"
     )
     parameters = model.num_parameters()
-    found = newest_intact(folder, reporter.warn) if resumed else None
     with _tracker(job, folder, world, reporter, resumed, found) as track:
         result = fit(
             model,
@@ -134,8 +156,8 @@ def _say_read(bar: Bar, stage: str, done: int, total: int | None) -> None:
     bar.at(done // 10**6, stage + (f" of {figure(total)} bytes" if total else ""))
 
 
-def _build(job: TrainJob, corpus: Corpus, world: World) -> Decoder:
-    """Build the model on its device, with initial weights or those of ``train.init_from``."""
+def _build(job: TrainJob, corpus: Corpus, world: World, initial: bool) -> Decoder:
+    """Build the model on its device, with initial weights or those of ``train.init_from``; not ``initial``: a checkpoint follows."""
     entries = corpus.tokenizer.vocab_size
     size = job.model.vocab_size or entries
     if size < entries:
@@ -143,7 +165,7 @@ def _build(job: TrainJob, corpus: Corpus, world: World) -> Decoder:
     config = dataclasses.replace(job.model, vocab_size=size)
     model = build_model(config)
     init_weights(model, job.seed)
-    if job.train.init_from is not None:
+    if initial and job.train.init_from is not None:
         source, folder = find_checkpoint(job.train.init_from, "train.init_from")
         theirs = load_tokenizer(source / "tokenizer")
         if theirs.fingerprint != corpus.tokenizer.fingerprint:

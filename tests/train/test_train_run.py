@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from diffx.config import RunError, UserError
 from diffx.config.bridge import save_config
-from diffx.config.data import TextData
+from diffx.config.data import BpeTokenizer, TextData
 from diffx.config.errors import Stopped
 from diffx.config.model import MODEL_CONFIGS
 from diffx.config.train import Precision
@@ -226,6 +226,47 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_job, monkeypatch):
         train(make_job(log_every=3), [])
 
 
+def test_an_update_that_is_not_finite_is_not_saved(make_job):
+    with pytest.raises(RunError, match=r"gradient norm is (nan|inf) at step 2|loss is (nan|inf)"):
+        train(make_job(lr=1e30, warmup=0, save_every=1), [])
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(make_job, tmp_path):
+    path = tmp_path / "changing.jsonl"
+    lines = [json.dumps({"text": f"line {n} of a text that changes " * 5}) + "\n" for n in range(100)]
+    path.write_text("".join(lines))
+    job = dataclasses.replace(make_job(), data=TextData(path=str(path), val_tokens=500), tokenizer=BpeTokenizer(vocab_size=300))
+    folder = train(job, [])
+    assert resume(job, ["train.steps=14"], steps=14) == folder  # a trained tokenizer is read back, not trained again
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    path.write_text("".join(lines[:-1]) + json.dumps({"text": "something else"}) + "\n")
+    with pytest.raises(UserError, match="not those that the checkpoint was trained on"):
+        resume(job, ["train.steps=20"], steps=20)
+    with pytest.raises(UserError, match=r"train\.steps=3 cannot be used: .* has done 14 steps"):
+        path.write_text("".join(lines))
+        resume(job, ["train.steps=3"], steps=3)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_stopped_at_its_last_step_is_measured_there(make_job, monkeypatch):
+    job = make_job(eval_every=100, log_every=100)
+    step = loop._accumulate_gradients
+    calls = itertools.count(1)
+
+    def interrupted(*args):
+        if next(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(loop, "_accumulate_gradients", interrupted)
+    with pytest.raises(Stopped):
+        train(job, [])
+    folder = resume(job, ["train.steps=5"], steps=5)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["step"] == 5
+    assert summary["val/loss"] == rows(folder)[-1]["val/loss"] < rows(folder)[0]["val/loss"]
+
+
 # Another run's weights
 
 
@@ -239,6 +280,10 @@ def test_init_from_starts_from_the_weights_at_another_length_and_theta(make_job,
     for name, weight in weights(source, 8).items():
         torch.testing.assert_close(weights(folder, 1)[name], weight, rtol=0, atol=1e-6)
     assert not same(weights(source, 8), weights(source, 12))
+    source.rename(source.parent / "moved")
+    again = resume(job, ["train.steps=2"], steps=2)  # needs nothing of the run that it came from
+    assert rows(again)[-1]["step"] == 2
+    (source.parent / "moved").rename(source)
     untouched = train(make_job("same", init_from=str(source), lr=1e-9, steps=1, warmup=0), [])
     assert rows(untouched)[0]["val/loss"] == rows(source)[-1]["val/loss"]
     with pytest.raises(UserError, match=r"model\.hidden_size=64 conflicts with train\.init_from"):
