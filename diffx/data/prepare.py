@@ -160,7 +160,9 @@ def holdout_threshold(source: Source) -> int:
     if high < 0:
         raise UserError(f"{label(source.data)} cannot be used: it holds no text")
     if low == high:
-        raise UserError(f"{label(source.data)} cannot be used: it holds one document, and one more has to be held out")
+        raise UserError(
+            f"{label(source.data)} cannot be used: it holds one document, and one more is held out; give more text, or a .jsonl"
+        )
     return low
 
 
