@@ -99,7 +99,7 @@ def test_what_cannot_be_compared_is_said(make_run):
     warnings = "\n".join(report_of(a, b)["warnings"])
     assert "b is still going or was stopped (step 4 of 100): it is used as far as it got" in warnings
     assert "different data" in warnings and "different token counts, 500 and 1K" in warnings
-    assert "train.lr is 0.003 and 0.001" in warnings
+    assert "train.lr is 0.005 and 0.001" in warnings
     assert report_of(a)["warnings"] == []
 
 

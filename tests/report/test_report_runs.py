@@ -95,7 +95,7 @@ def test_runs_that_differ_in_seed_alone_share_a_group(make_run):
             [{"hidden_size": 128, "num_layers": 2}, {"hidden_size": 256}, {"kind": "diff_v2", "hidden_size": 256}],
             ["transformer hidden_size=128", "transformer hidden_size=256", "diff_v2 hidden_size=256"],
         ),
-        ([{"train": {"lr": 0.001}}, {"kind": "diff_v1"}], ["transformer lr=0.001", "diff_v1 lr=0.003"]),
+        ([{"train": {"lr": 0.001}}, {"kind": "diff_v1"}], ["transformer lr=0.001", "diff_v1 lr=0.005"]),
         ([{"steps": 100}, {"steps": 100, "train": {"eval_every": 3}}, {"steps": 200}], ["transformer steps=100", "transformer steps=200"]),
     ],
 )
