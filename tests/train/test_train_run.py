@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 from diffx.config import RunError, UserError
 from diffx.config.bridge import save_config
-from diffx.config.data import BpeTokenizer, TextData
+from diffx.config.data import BpeTokenizer, ShardsData, TextData
 from diffx.config.errors import Stopped
 from diffx.config.model import MODEL_CONFIGS
-from diffx.config.train import Precision
+from diffx.config.train import Precision, PrepareJob
 from diffx.data import open_data
+from diffx.data.prepare import prepare
 from diffx.loading import load_run
 from diffx.train import loop
 from diffx.train.run import train
@@ -299,6 +300,15 @@ def test_prompts_carry_no_loss(make_job, tmp_path):
     batch = next(corpus.batches(32, 4, 0))
     assert 0 < (batch.targets >= 0).float().mean() < 0.5
     assert rows(train(job, []))[-1]["train/loss"] > 0
+
+
+def test_shards_bring_their_tokenizer(make_job, tmp_path):
+    job = make_job("bytes")
+    shards = prepare(PrepareJob(data=job.data, tokenizer=job.tokenizer, out=str(tmp_path / "shards"), workers=1))
+    other = dataclasses.replace(job, data=ShardsData(path=str(shards)), tokenizer=BpeTokenizer())
+    with pytest.raises(UserError, match=r"tokenizer=bpe cannot be used with data=shards: these hold bytes tokens"):
+        train(other, ["tokenizer=bpe"])
+    assert load_run(str(train(other, []))).tokenizer.kind == "bytes"
 
 
 def test_refusals_leave_nothing_behind(make_job, tmp_path):
