@@ -15,12 +15,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.data import DATA_CONFIGS, TOKENIZER_CONFIGS
 from diffx.config.errors import UserError
+from diffx.config.eval import JUDGE_CONFIGS, SUITE_CONFIGS, EvalJob
 from diffx.config.messages import explain, unknown
 from diffx.config.model import MODEL_CONFIGS
 from diffx.config.train import GenerateJob, PrepareJob, TrainJob
 
-JOBS: dict[str, type] = {"train": TrainJob, "prepare": PrepareJob, "generate": GenerateJob}
-GROUPS: dict[str, Mapping[str, type]] = {"model": MODEL_CONFIGS, "data": DATA_CONFIGS, "tokenizer": TOKENIZER_CONFIGS}
+JOBS: dict[str, type] = {"train": TrainJob, "prepare": PrepareJob, "generate": GenerateJob, "eval": EvalJob}
+GROUPS: dict[str, Mapping[str, type]] = {
+    "model": MODEL_CONFIGS,
+    "data": DATA_CONFIGS,
+    "tokenizer": TOKENIZER_CONFIGS,
+    "suite": SUITE_CONFIGS,
+    "judge": JUDGE_CONFIGS,
+}
 
 Job = TypeVar("Job")
 
