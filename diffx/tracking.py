@@ -43,7 +43,11 @@ class Tracker:
         self._warn = warn
         self._run: Any = None
         if wandb.mode is not WandbMode.disabled:
-            self._safely(lambda: self._open_wandb(run_dir, wandb, name, config))
+
+            def begin() -> None:
+                self._run = _open(run_dir, wandb, name, config, job_type="train")
+
+            self._safely(begin)
 
     @property
     def seconds(self) -> float:
@@ -89,36 +93,13 @@ class Tracker:
         if self._run is not None:
             self._safely(lambda: self._run.finish(exit_code=int(kind is not None)))  # waits for an upload, two minutes at most
 
-    def _open_wandb(self, run_dir: Path, config: WandbConfig, name: str, resolved: dict[str, Any]) -> None:
-        import wandb
-
-        # One id a run folder, so that a resumed run goes on in the same W&B run.
-        id_file = run_dir / "wandb_id.txt"
-        if config.mode is WandbMode.online and not wandb.login(prompt=False):  # else init would wait at a prompt
-            raise RuntimeError("no API key: `wandb login`, or set WANDB_API_KEY")
-        self._run = wandb.init(
-            id=id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None,
-            resume="allow",
-            project=config.project,
-            entity=config.entity,
-            group=config.group,
-            name=name,
-            dir=str(run_dir),
-            mode=config.mode.value,
-            config=resolved,
-            settings=wandb.Settings(
-                silent=True, console="off", disable_code=True, init_timeout=30, finish_timeout=120, finish_timeout_raises=False
-            ),
-        )
-        id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
-
     def _safely(self, call: Callable[[], None]) -> None:
         """Run a W&B call; on any failure say so once and go on without W&B."""
         try:
             call()
         except Exception as error:  # W&B raises many kinds; none is worth a run
             self._run = None
-            self._warn(f"W&B stopped ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); metrics.jsonl goes on")
+            self._warn(f"{_stopped(error)}; metrics.jsonl goes on")
 
 
 class NullTracker(Tracker):
@@ -133,6 +114,75 @@ class NullTracker(Tracker):
 
     def __exit__(self, *_: object) -> None:
         """Close nothing."""
+
+
+def show_evaluation(
+    folder: Path,
+    wandb: WandbConfig,
+    name: str,
+    config: dict[str, Any],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    figures: dict[str, float],
+    picture: Path | None,
+    warn: Callable[[str], None],
+) -> None:
+    """Show a finished evaluation as a W&B run of its own (job type ``eval``); W&B failing never stops an evaluation.
+
+    Args:
+        folder: the evaluation's folder; the same folder is the same W&B run.
+        wandb: the tracker's settings; nothing is done where the mode is ``disabled``.
+        name: the run's name in W&B.
+        config: the resolved settings, shown in W&B.
+        columns: names of the metrics table's columns.
+        rows: its rows.
+        figures: what stands in the run's summary.
+        picture: a PNG, if one was drawn.
+        warn: called with one line when W&B fails.
+    """
+    if wandb.mode is WandbMode.disabled:
+        return
+    try:
+        from wandb import Image, Table
+
+        run = _open(folder, wandb, name, config, job_type="eval")
+        shown = {"picture": Image(str(picture))} if picture is not None else {}
+        run.log({"metrics": Table(columns=list(columns), data=[list(row) for row in rows]), **shown})
+        run.summary.update(figures)
+        run.finish()
+    except Exception as error:  # W&B raises many kinds; none is worth an evaluation
+        warn(f"{_stopped(error)}; the evaluation's files are whole")
+
+
+def _open(folder: Path, config: WandbConfig, name: str, resolved: dict[str, Any], job_type: str) -> Any:
+    """Start the W&B run of a folder, or go on with it."""
+    import wandb
+
+    # One id a folder, so that what is resumed goes on in the same W&B run.
+    id_file = folder / "wandb_id.txt"
+    if config.mode is WandbMode.online and not wandb.login(prompt=False):  # else init would wait at a prompt
+        raise RuntimeError("no API key: `wandb login`, or set WANDB_API_KEY")
+    run = wandb.init(
+        id=id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None,
+        resume="allow",
+        project=config.project,
+        entity=config.entity,
+        group=config.group,
+        job_type=job_type,
+        name=name,
+        dir=str(folder),
+        mode=config.mode.value,
+        config=resolved,
+        settings=wandb.Settings(
+            silent=True, console="off", disable_code=True, init_timeout=30, finish_timeout=120, finish_timeout_raises=False
+        ),
+    )
+    id_file.write_text(f"{run.id}\n", encoding="utf-8")
+    return run
+
+
+def _stopped(error: Exception) -> str:
+    return f"W&B stopped ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -2,8 +2,10 @@ import json
 import sys
 import types
 
+from matplotlib.figure import Figure
+
 from diffx.config.train import WandbConfig, WandbMode
-from diffx.tracking import NullTracker, Tracker, cut_back
+from diffx.tracking import NullTracker, Tracker, cut_back, show_evaluation
 
 
 def lines(path):
@@ -42,7 +44,7 @@ def test_wandb_offline_writes_beside_the_run_and_resumes_its_id(tmp_path):
             track.samples(step, [("a", "b")])
             track.summary({"val/loss": 1.0})
         assert said == []
-    ids = {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    ids = {path.name.split("-")[3] for path in (tmp_path / "wandb").glob("offline-run-*")}
     assert ids == {(tmp_path / "wandb_id.txt").read_text().strip()}
 
 
@@ -78,3 +80,36 @@ def test_the_null_tracker_keeps_nothing(tmp_path, monkeypatch):
     with NullTracker() as track:
         track.log(0, 0, {"train/loss": 1.0})
     assert list(tmp_path.iterdir()) == []
+
+
+ROWS = [["N=1 R=1", "greedy", 0.5], ["N=2 R=2", "greedy", 0.25]]
+
+
+def evaluation(folder, said, mode):
+    Figure(figsize=(1, 1)).savefig(picture := folder / "retrieval.png")
+    figures, columns = {"accuracy of all": 0.5}, ["group", "metric", "value"]
+    show_evaluation(folder, WandbConfig(mode=mode), "x", {"suite": "retrieval"}, columns, ROWS, figures, picture, said.append)
+
+
+def test_an_evaluation_is_a_run_with_a_table_a_picture_and_figures(tmp_path):
+    for _ in range(2):
+        evaluation(tmp_path, said := [], WandbMode.offline)
+        assert said == []
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert {run.name.split("-")[3] for run in runs} == {(tmp_path / "wandb_id.txt").read_text().strip()}
+    for run in runs:
+        (table,) = run.glob("files/media/table/*.json")
+        content = json.loads(table.read_text())
+        assert content["columns"] == ["group", "metric", "value"] and content["data"] == ROWS
+        (picture,) = run.glob("files/media/images/*.png")
+        assert picture.read_bytes() == (tmp_path / "retrieval.png").read_bytes()
+        (log,) = run.glob("*.wandb")
+        assert b"eval" in log.read_bytes() and b"accuracy of all" in log.read_bytes()
+
+
+def test_an_evaluation_survives_wandb(tmp_path, monkeypatch):
+    evaluation(tmp_path, said := [], WandbMode.disabled)
+    assert said == [] and not (tmp_path / "wandb").exists()
+    monkeypatch.setattr("wandb.init", lambda **_: 1 / 0)
+    evaluation(tmp_path, said, WandbMode.offline)
+    assert len(said) == 1 and "ZeroDivisionError" in said[0] and "files are whole" in said[0]
