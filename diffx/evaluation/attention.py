@@ -1,0 +1,211 @@
+"""What a model attends to, layer by layer, for any decoder: ours by hooks, transformers' through its attention interface.
+
+Notation: B batch, T tokens, D model width, M query maps (heads, or two for each differential head), G key maps, d width of a query.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
+
+from diffx.config import UserError
+from diffx.models import Decoder
+from diffx.models.attention import Attention
+from diffx.models.diff_v1 import DiffV1Attention
+from diffx.models.diff_v2 import DiffV2Attention
+
+_NAME = "diffx_observed"  # our attention function's in transformers' interface
+_ROWS = 256  # query rows of a map that are formed at once
+_UNSEEN = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # what other attentions add to queries, keys and a mask
+
+
+@dataclass(kw_only=True)
+class AttentionView:
+    """Queries and keys of one layer, from which its maps are formed a few rows at a time: never all T x T.
+
+    Attributes:
+        q: (B, T, M, d), rotated.
+        k: (B, T, G, d), rotated.
+        key_map: the key map that each query map reads; two of differential head j are query maps 2j and 2j + 1.
+        scale: of the logits.
+        lam: None for ordinary maps; lambda of each differential head, broadcastable to (B, T, M/2).
+        mask: True where a query sees a key, (B or 1, M or 1, T, T); None is all keys up to the query's own.
+        softcap: bound c of logits that pass through c·tanh(logit/c), as in Gemma 2.
+    """
+
+    q: Tensor
+    k: Tensor
+    key_map: list[int]
+    scale: float
+    lam: Tensor | None = None
+    mask: Tensor | None = None
+    softcap: float | None = None
+
+    @property
+    def num_maps(self) -> int:
+        """Query maps M: each is a softmax of its own."""
+        return self.q.shape[2]
+
+    @property
+    def num_heads(self) -> int:
+        """Maps that weigh values: M/2 differential heads, or M ordinary ones."""
+        return self.num_maps if self.lam is None else self.num_maps // 2
+
+    def logits(self, m: int, start: int, stop: int) -> Tensor:
+        """Give what enters the softmax of map ``m`` in rows ``start`` to ``stop``: (B, rows, T) in fp32, -inf where nothing is seen."""
+        q, k = self.q[:, start:stop, m].float(), self.k[:, :, self.key_map[m]].float()  # (B, rows, d), (B, T, d)
+        logits = q @ k.mT * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.mask is None:
+            seen = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).tril(start)
+        else:
+            seen = self.mask[:, m if self.mask.shape[1] > 1 else 0, start:stop]
+        return logits.masked_fill(~seen, -torch.inf)
+
+    def head_map(self, j: int, start: int, stop: int) -> Tensor:
+        """The weights of head ``j``'s values in query rows ``start`` to ``stop``: (B, rows, T) in fp32.
+
+        An ordinary head's is a softmax; a differential head's is A1 - lambda A2 (arXiv 2410.05258, equation 1), which can be negative.
+        """
+        if self.lam is None:
+            return self.logits(j, start, stop).softmax(-1)
+        lam = self.lam.float().expand(*self.q.shape[:2], self.num_heads)[:, start:stop, j, None]  # (B, rows, 1)
+        return self.logits(2 * j, start, stop).softmax(-1) - lam * self.logits(2 * j + 1, start, stop).softmax(-1)
+
+
+AttentionCallback = Callable[[int, AttentionView], None]
+HiddenCallback = Callable[[int, Tensor], None]
+
+
+@contextmanager
+def observing(model: nn.Module, attention: AttentionCallback | None = None, hidden: HiddenCallback | None = None) -> Iterator[None]:
+    """Watch a model's forward passes, without a key/value cache, for as long as the context lasts; then leave it as it was.
+
+    Args:
+        model: ours, or a causal model of transformers whose attention follows its attention interface.
+        attention: told the layer from 0 and what it attends to, before the layer ends.
+        hidden: told the layer from 0 and its output (B, T, D), the residual stream included.
+
+    Raises:
+        UserError: attention is asked for, and this model's cannot be seen.
+    """
+    ours = isinstance(model, Decoder)
+    with ExitStack() as stack:
+        if hidden is not None:
+            for layer, block in enumerate(model.layers if isinstance(model, Decoder) else _blocks(model)):
+                stack.enter_context(block.register_forward_hook(_hidden_hook(layer, hidden)))
+        if attention is not None and ours:
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    stack.enter_context(module.register_forward_pre_hook(_attention_hook(attention)))
+        if attention is not None and not ours:
+            stack.enter_context(_interface(model, attention))
+        yield
+
+
+def _hidden_hook(layer: int, tell: HiddenCallback) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        tell(layer, output[0] if isinstance(output, tuple) else output)
+
+    return hook
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks of a model of transformers: its outermost list of as many modules as its config says that it has layers."""
+    if isinstance(model, PreTrainedModel):
+        layers = model.config.get_text_config().num_hidden_layers
+        for module in model.get_decoder().modules():
+            if isinstance(module, nn.ModuleList) and len(module) == layers:
+                return module
+    raise _cannot_see(model, "has no list of decoder blocks")
+
+
+def _cannot_see(model: nn.Module, why: str) -> UserError:
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    accepted = "a run, or a causal model of transformers with ordinary attention that follows its AttentionInterface"
+    return UserError(f"checkpoint={name} cannot be used: {type(model).__name__} {why}; the suite needs {accepted}")
+
+
+def _attention_hook(tell: AttentionCallback) -> Callable[..., None]:
+    def hook(module: Attention, args: tuple[Any, ...]) -> None:
+        x, cos, sin = args[:3]
+        q, k, _ = module.project(x, cos, sin)
+        maps, keys = q.shape[2], k.shape[2]
+        key_map = [m // (maps // keys) for m in range(maps)]
+        lam = None
+        if isinstance(module, DiffV1Attention):  # pairs first, then groups: map 2j + s reads 2g + s
+            lam = module.lambda_value()
+            key_map = [2 * (m // 2 // (maps // keys)) + m % 2 for m in range(maps)]
+        elif isinstance(module, DiffV2Attention):
+            lam = module.lambda_value(x)
+        tell(module.layer, AttentionView(q=q, k=k, key_map=key_map, scale=q.shape[3] ** -0.5, lam=lam))
+
+    return hook
+
+
+@contextmanager
+def _interface(model: nn.Module, tell: AttentionCallback) -> Iterator[None]:
+    second_call = False  # DiffLlama's attention is called twice a layer with the same maps, once for each half of the values
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        nonlocal second_call
+        extra = [name for name in _UNSEEN if kwargs.get(name) is not None]
+        if extra or (attention_mask is not None and attention_mask.dtype != torch.bool):
+            raise _cannot_see(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
+        q, k = query.transpose(1, 2), key.transpose(1, 2)  # (B, T, M, d), (B, T, G, d)
+        maps, scale = q.shape[2], kwargs.get("scaling")
+        order, lam = list(range(maps)), None
+        if isinstance(module, DiffLlamaAttention):  # its head j pairs maps j and j + M/2
+            order = [m // 2 + m % 2 * (maps // 2) for m in range(maps)]
+            lam = _diffllama_lambda(module)
+        view = AttentionView(
+            q=q if lam is None else q[:, :, order],
+            k=k,
+            key_map=[m // (maps // k.shape[2]) for m in order],
+            scale=q.shape[3] ** -0.5 if scale is None else scale,
+            lam=lam,
+            mask=attention_mask,
+            softcap=kwargs.get("softcap"),
+        )
+        if not second_call:
+            tell(module.layer_idx, view)
+        second_call = lam is not None and not second_call
+        if view.softcap is None:
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+        return _weigh(view, value.transpose(1, 2)), None  # which SDPA cannot do
+
+    if not isinstance(model, PreTrainedModel):
+        raise _cannot_see(model, "is no model of transformers")
+    before = model.config._attn_implementation
+    AttentionInterface.register(_NAME, attend)
+    AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
+    try:
+        model.set_attn_implementation(_NAME)
+        if model.config._attn_implementation != _NAME:
+            raise _cannot_see(model, "does not follow transformers' AttentionInterface")
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _diffllama_lambda(module: DiffLlamaAttention) -> Tensor:
+    first = (module.lambda_q1 * module.lambda_k1).sum(-1, dtype=torch.float32).exp()
+    second = (module.lambda_q2 * module.lambda_k2).sum(-1, dtype=torch.float32).exp()
+    return first - second + module.lambda_init
+
+
+def _weigh(view: AttentionView, values: Tensor) -> Tensor:
+    """The output (B, T, M, width) of ordinary maps over values (B, T, G, width)."""
+    out = values.new_empty(*view.q.shape[:3], values.shape[3])
+    for m, key in enumerate(view.key_map):
+        for start in range(0, out.shape[1], _ROWS):
+            stop = min(start + _ROWS, out.shape[1])
+            out[:, start:stop, m] = view.head_map(m, start, stop).to(values.dtype) @ values[:, :, key]
+    return out
