@@ -52,9 +52,15 @@ def _train(job: Any, words: list[str]) -> float | None:
 
 
 def _generate(job: Any, words: list[str]) -> None:
-    from diffx.loading import generate_text
+    from diffx.evaluation.generate import generate_text
 
     generate_text(job)
+
+
+def _eval(job: Any, words: list[str]) -> None:
+    from diffx.evaluation.run import evaluate
+
+    evaluate(job, words)
 
 
 def _params(job: Any, words: list[str]) -> None:
@@ -154,6 +160,29 @@ app.command("generate")(
         """,
     )
 )
+app.command("eval")(
+    _composed(
+        "eval",
+        _eval,
+        """Measure a model.
+
+        checkpoint= is a run (runs/x, runs/x@best, runs/x@1000) or a model of the Hugging Face hub, by name or folder. Results, records and
+        a picture go to its evals/ folder; an interrupted evaluation goes on, and a finished one is shown again.
+
+        \b
+        Groups: suite=paper_lm | dex_lm | harness | math | retrieval | attention_allocation | icl | icl_order | long_context | outliers |
+                hallucination | speed   data= judge=
+        Keys:   checkpoint= suite.KEY= data.path= batch= limit= device= dtype= seed= force= and more: --cfg job prints all
+
+        \b
+        Examples:
+          diffx eval checkpoint=runs/x suite=retrieval
+          diffx eval checkpoint=Qwen/Qwen2.5-0.5B suite=paper_lm limit=100
+          diffx eval -m checkpoint=runs/a,runs/b suite=outliers data=text data.path=books/
+          diffx eval checkpoint=runs/x suite=harness suite.tasks=[my_task] suite.include_path=tasks/
+        """,
+    )
+)
 app.command("params")(
     _composed(
         "train",
@@ -194,22 +223,29 @@ data.command("prepare")(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders, or the folder of a sweep.")],
-    out: Annotated[Path | None, typer.Option(help="Where to draw the loss curves (PNG).")] = None,
+    words: Annotated[list[str], typer.Argument(metavar="RUN", help="Run folders, or the folder of a sweep; with suite=S, checkpoints.")],
+    out: Annotated[Path | None, typer.Option(help="Where to draw the picture (PNG).")] = None,
 ) -> None:
-    """Compare runs in a table and a picture.
+    """Compare runs, or with suite=S their evaluations, in a table and a picture.
 
-    Means over seeds, parameters, tokens, and the token ratio at equal loss; the picture shows the loss curves.
+    Runs: means over seeds, parameters, tokens, the token ratio at equal loss, and the loss curves.
+    Evaluations: differences to the first checkpoint over the same examples, with bootstrap intervals.
 
     \b
     Examples:
       diffx compare runs/a runs/b
       diffx compare runs/2026-01-01_12-00-00-sweep --out curves.png
       diffx compare runs/*-seed0
+      diffx compare runs/transformer runs/diff@1000 suite=retrieval
     """
-    from diffx.report.compare import compare_runs
+    if any(word.startswith("suite=") for word in words):
+        from diffx.report.evals import compare_evaluations
 
-    compare_runs(runs, out)
+        compare_evaluations(words, out)
+    else:
+        from diffx.report.compare import compare_runs
+
+        compare_runs([Path(word) for word in words], out)
 
 
 @bench.command("train")

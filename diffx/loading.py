@@ -1,40 +1,73 @@
-"""What ``checkpoint=`` means: a run folder, ``@best`` or ``@STEP`` after it, becomes a model and its tokenizer."""
+"""What ``checkpoint=`` means: a run folder, ``@best`` or ``@STEP`` after it, or a model of the Hugging Face hub, by name or folder."""
 
 import dataclasses
-import sys
-from collections.abc import Iterator
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from diffx.config import UserError
 from diffx.config.bridge import load_config
-from diffx.config.train import Device, GenerateJob, TrainJob
-from diffx.data.tokenizers import Tokenizer, load_tokenizer
-from diffx.models import Decoder, build_model, generate
-from diffx.train.checkpoint import WEIGHTS, find_checkpoint
+from diffx.config.eval import Dtype
+from diffx.config.train import Device, TrainJob
+from diffx.data.sources import reason
+from diffx.data.tokenizers import FastTokenizer, Tokenizer, load_tokenizer
+from diffx.models import build_model
+from diffx.train.checkpoint import WEIGHTS, find_checkpoint, read_state
 from diffx.train.parallel import pick_device
+
+_DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 
 @dataclass
 class Loaded:
-    """A trained model.
+    """A model and what is known of it.
 
     Attributes:
-        model: on its device, in evaluation mode.
-        tokenizer: the run's own.
-        job: the job that trained it.
-        step: the checkpoint's step.
-        run_dir: the run folder.
+        model: on its device, in evaluation mode: our decoder, or one of ``transformers``.
+        tokenizer: the run's own, or the one that came with the model.
+        name: for tables.
+        fingerprint: SHA-256 of its weights, or the hub's commit.
+        folder: the run folder, or ``runs/hub/<name>@<revision>``.
+        step: the checkpoint's step; 0 for a model that is no run.
+        context: tokens it was trained to read at once.
+        limit: tokens it can read at once; None for rotary positions of ours, which have no end.
+        prefix: tokens that every text begins with.
+        ends: tokens that end a text.
+        job: the job that trained it; None for a model that is no run.
     """
 
-    model: Decoder
+    model: Any
     tokenizer: Tokenizer
-    job: TrainJob
+    name: str
+    fingerprint: str
+    folder: Path
     step: int
-    run_dir: Path
+    context: int
+    limit: int | None
+    prefix: list[int]
+    ends: set[int]
+    job: TrainJob | None = None
+
+
+def load(
+    spec: str, device: Device = Device.auto, dtype: Dtype = Dtype.auto, revision: str | None = None, trust_remote_code: bool = False
+) -> Loaded:
+    """Load ``runs/x`` (its newest checkpoint), ``runs/x@best``, ``runs/x@1000``, or a model of ``transformers`` by hub name or folder.
+
+    Raises:
+        UserError: there is no such run, checkpoint or model, or it cannot be used.
+    """
+    if not _names_run(spec):
+        return _load_pretrained(spec, device, dtype, revision, trust_remote_code)
+    loaded = load_run(spec, device)
+    if dtype is not Dtype.auto:
+        loaded.model.to(_DTYPES[dtype])
+    return loaded
 
 
 def load_run(spec: str, device: Device = Device.auto) -> Loaded:
@@ -49,55 +82,72 @@ def load_run(spec: str, device: Device = Device.auto) -> Loaded:
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     model = build_model(dataclasses.replace(job.model, vocab_size=job.model.vocab_size or tokenizer.vocab_size))
     model.load_state_dict(load_file(folder / WEIGHTS))
-    return Loaded(model.to(where).eval(), tokenizer, job, int(folder.name.removeprefix("step_")), run_dir)
+    return Loaded(
+        model.to(where).eval(),
+        tokenizer,
+        name=run_dir.resolve().name,
+        fingerprint=read_state(folder)["sha256"][WEIGHTS],
+        folder=run_dir,
+        step=int(folder.name.removeprefix("step_")),
+        context=job.train.seq_len,
+        limit=None,
+        prefix=[tokenizer.eot_id],
+        ends={tokenizer.eot_id},
+        job=job,
+    )
 
 
-def generate_text(job: GenerateJob) -> None:
-    """Print a prompt's continuation as it is drawn (``diffx generate``).
-
-    Raises:
-        UserError: the checkpoint or the prompt cannot be used.
-    """
-    prompt = _prompt(job)
-    loaded = load_run(job.checkpoint, job.device)
-    sys.stdout.write(prompt)
-    for piece in stream(loaded, prompt, job):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+def _names_run(spec: str) -> bool:
+    path = Path(spec.rpartition("@")[0] if "@" in spec and not Path(spec).exists() else spec)
+    if path.is_dir():
+        return not (path / "config.json").is_file()
+    return path.is_absolute() or path.parts[:1] == ("runs",) or (len(path.parts) > 1 and path.parent.is_dir())
 
 
-def stream(loaded: Loaded, prompt: str, job: GenerateJob) -> Iterator[str]:
-    """Yield the continuation piece by piece; a character is held back until all of its bytes are drawn."""
-    tokenizer = loaded.tokenizer
-    device = next(loaded.model.parameters()).device
-    inputs = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(prompt)]], device=device)
-    drawn: list[int] = []
-    shown = ""
-    for token in generate(
-        loaded.model,
-        inputs,
-        max_tokens=job.max_tokens,
-        temperature=job.temperature,
-        top_k=job.top_k,
-        top_p=job.top_p,
-        seed=job.seed,
-        eot_id=tokenizer.eot_id,
-    ):
-        drawn.append(token)
-        text = tokenizer.decode(drawn)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(shown) :]
-            shown = text
-    yield tokenizer.decode(drawn)[len(shown) :]
+def _load_pretrained(spec: str, device: Device, dtype: Dtype, revision: str | None, trust_remote_code: bool) -> Loaded:
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
+    from transformers.utils.logging import disable_progress_bar
 
-
-def _prompt(job: GenerateJob) -> str:
-    if job.prompt == "-":
-        return sys.stdin.read()
-    if job.prompt_file is None:
-        return job.prompt
+    disable_progress_bar()
+    where = pick_device(device)
+    wanted = _DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        return Path(job.prompt_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt_file={job.prompt_file} cannot be used: {error}; it must be a UTF-8 text file") from error
+        model: Any = AutoModelForCausalLM.from_pretrained(spec, dtype=wanted, use_safetensors=True, **options)
+        pretrained = AutoTokenizer.from_pretrained(spec, **options)
+    except Exception as error:  # any library below may fail here, each with an exception of its own
+        raise UserError(
+            f"checkpoint={spec} cannot be used: {reason(error)}; accepted: a run (runs/x, runs/x@best, runs/x@1000), a folder with a "
+            "Hugging Face model in safetensors, or a hub name that can be reached"
+        ) from error
+    if not pretrained.is_fast or pretrained.eos_token is None:
+        raise UserError(f"checkpoint={spec} cannot be used: its tokenizer must have a tokenizer.json and an end-of-text token")
+    with_special = pretrained("a")["input_ids"]
+    prefix = [pretrained.bos_token_id] if pretrained.bos_token_id is not None and with_special[0] == pretrained.bos_token_id else []
+    tokenizer = FastTokenizer("hf", pretrained.backend_tokenizer, pretrained.eos_token, pretrained)
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    folder = Path(spec)
+    commit = getattr(model.config, "_commit_hash", None)
+    fingerprint = _weights_hash(model) if folder.is_dir() or not commit else commit
+    name = folder.resolve().name if folder.is_dir() else spec
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return Loaded(
+        model.to(where).eval(),
+        tokenizer,
+        name=name,
+        fingerprint=fingerprint,
+        folder=Path("runs/hub") / f"{name.replace('/', '--')}@{(revision or fingerprint)[:12]}",
+        step=0,
+        context=limit or 2048,
+        limit=limit,
+        prefix=prefix,
+        ends={tokenizer.eot_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])},
+    )
+
+
+def _weights_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

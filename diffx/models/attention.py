@@ -60,7 +60,7 @@ class Attention(nn.Module):
         return q, k, v
 
 
-def attend(op: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: list[int] | None) -> Tensor:
+def attend(op: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: list[int] | None, cache: KVCache | None = None) -> Tensor:
     """Apply ``op(q, k, v)``; with ``documents``, the lengths in tokens that cut the flattened batch, once to each of them.
 
     Args:
@@ -69,7 +69,10 @@ def attend(op: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents
         k: keys.
         v: values.
         documents: lengths whose sum is B·T; none may cross the end of a row.
+        cache: where the keys come from; those that are padding are masked.
     """
+    if cache is not None and cache.valid is not None:
+        return op(q, k, v, key_mask=cache.valid[:, : k.shape[1]])
     if documents is None:
         return op(q, k, v)
     # split, unlike slices, has a backward pass that is one concatenation

@@ -4,7 +4,10 @@ Notation: B batch, T tokens, H_kv key/value heads, d head width. All architectur
 token, however they cut them into heads, so one cache serves them all.
 """
 
+import copy
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffx.config.model import ModelConfig
@@ -21,7 +24,9 @@ class KVCache:
         dtype: type of the keys and values.
 
     Attributes:
-        length: tokens held; the decoder advances it after its last layer.
+        length: places taken; the decoder advances it after its last layer.
+        valid: which places hold a token of the row, (B, max_len); None where all of them do.
+        positions: tokens a row holds, (B,); None where every row holds ``length``.
     """
 
     def __init__(
@@ -32,6 +37,8 @@ class KVCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.max_len = max_len
         self.length = 0
+        self.valid: Tensor | None = None
+        self.positions: Tensor | None = None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens' k and v (B, T, heads, width) and return those of all tokens (B, length + T, heads, width).
@@ -45,3 +52,35 @@ class KVCache:
         self.keys[layer, :, self.length : end] = k.flatten(2)
         self.values[layer, :, self.length : end] = v.flatten(2)
         return self.keys[layer, :, :end].unflatten(2, k.shape[2:]), self.values[layer, :, :end].unflatten(2, v.shape[2:])
+
+    def advance(self, tokens: int) -> None:
+        """Count the tokens that every layer has stored."""
+        self.length += tokens
+        if self.positions is not None:
+            self.positions = self.positions + tokens
+
+    def drop_padding(self, padding: list[int]) -> None:
+        """Say how many of the tokens stored last are padding in each row: no later token sees them, or counts them in its position."""
+        if not any(padding):
+            return
+        if self.valid is None or self.positions is None:
+            batch, device = self.keys.shape[1], self.keys.device
+            self.valid = torch.ones(batch, self.max_len, dtype=torch.bool, device=device)
+            self.positions = torch.full((batch,), self.length, device=device)
+        count = torch.tensor(padding, device=self.keys.device)
+        places = torch.arange(self.max_len, device=self.keys.device)
+        self.valid &= (places < self.length - count[:, None]) | (places >= self.length)
+        self.positions = self.positions - count
+
+    def select(self, rows: Tensor, room: int = 0) -> "KVCache":
+        """Copy rows (n,), each as often as it is named, into a cache with ``room`` more places than are taken."""
+        new = copy.copy(self)
+        new.max_len = self.length + room
+        shape = (self.keys.shape[0], len(rows), new.max_len, self.keys.shape[3])
+        new.keys, new.values = self.keys.new_zeros(shape), self.values.new_zeros(shape)
+        new.keys[:, :, : self.length] = self.keys[:, rows, : self.length]
+        new.values[:, :, : self.length] = self.values[:, rows, : self.length]
+        if self.valid is not None and self.positions is not None:
+            new.valid = F.pad(self.valid[rows, : self.length], (0, room), value=True)
+            new.positions = self.positions[rows]
+        return new

@@ -93,13 +93,15 @@ class Decoder(nn.Module):
         documents = None if cu_seqlens is None else _document_lengths(cu_seqlens, *input_ids.shape)
         if documents is not None and cache is not None:
             raise ValueError("cache and cu_seqlens cannot be used together")
-        start, length = cache.length if cache is not None else 0, input_ids.shape[1]
-        cos, sin = rope_tables(start, length, self.rope_width, self.config.rope_theta, input_ids.device)  # (T, width/2)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # (T,)
+        if cache is not None:
+            positions = positions + (cache.length if cache.positions is None else cache.positions[:, None])  # (B, T) if rows differ
+        cos, sin = rope_tables(positions, self.rope_width, self.config.rope_theta)  # (T, width/2) or (B, T, width/2)
         x = self.embed_tokens(input_ids)  # (B, T, D)
         for layer in self.layers:
             x = layer(x, cos, sin, cache, documents)
         if cache is not None:
-            cache.length += length
+            cache.advance(input_ids.shape[1])
         return self.norm(x)
 
     def num_parameters(self) -> dict[str, int]:

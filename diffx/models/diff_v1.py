@@ -58,7 +58,7 @@ class DiffV1Attention(Attention):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D); see ``Attention.project`` and ``attend`` for the arguments."""
         q, k, v = self.project(x, cos, sin, cache)  # (B, T, 2h, d), (B, Tk, H_kv, d), (B, Tk, H_kv/2, 2d)
-        out = attend(partial(differential_attention, lam=self.lambda_value()), q, k, v, documents)  # (B, T, h, 2d)
+        out = attend(partial(differential_attention, lam=self.lambda_value()), q, k, v, documents, cache)  # (B, T, h, 2d)
         out = (1 - self.lambda_init) * self.sublayer_norm(out)
         return self.o_proj(out.flatten(2))
 

@@ -27,6 +27,6 @@ class DiffV2Attention(Attention):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D); see ``Attention.project`` and ``attend`` for the arguments."""
         q, k, v = self.project(x, cos, sin, cache)  # (B, T, 2H, d), (B, Tk, H_kv, d), (B, Tk, H_kv, d)
-        first, second = attend(attention, q, k, v, documents).unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, d) each
+        first, second = attend(attention, q, k, v, documents, cache).unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, d) each
         out = torch.addcmul(first, self.lambda_value(x)[..., None], second, value=-1)
         return self.o_proj(out.flatten(2))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from diffx.config.model import DiffV1Config, TransformerWideHeadConfig
 
 
-def rope_tables(start: int, length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding at positions ``start`` to ``start + length - 1``, fp32, (length, width/2) each."""
-    frequencies = theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
-    angles = torch.outer(torch.arange(start, start + length, device=device, dtype=torch.float32), frequencies)
+def rope_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding at ``positions`` (T,) or (B, T), in fp32, with one more dimension of width/2."""
+    frequencies = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -22,14 +22,14 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (B, T, H, d); rotated in fp32 at least, returned in its own type.
-        cos: (T, d/2).
-        sin: (T, d/2).
+        cos: (T, d/2), or (B, T, d/2) where rows stand at different positions.
+        sin: the same.
 
     Returns:
         (B, T, H, d).
     """
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, T, H, d/2, 2)
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, d/2)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (T, 1, d/2)
     if torch.compiler.is_compiling():  # complex products cannot be fused
         even, odd = pairs.unbind(-1)
         rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)

@@ -27,4 +27,4 @@ class TransformerAttention(Attention):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D); see ``Attention.project`` and ``attend`` for the arguments."""
         q, k, v = self.project(x, cos, sin, cache)  # (B, T, H, d), (B, Tk, H_kv, d), (B, Tk, H_kv, d)
-        return self.o_proj(attend(attention, q, k, v, documents).flatten(2))
+        return self.o_proj(attend(attention, q, k, v, documents, cache).flatten(2))

@@ -23,4 +23,4 @@ class TransformerWideHeadAttention(Attention):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D); see ``Attention.project`` and ``attend`` for the arguments."""
         q, k, v = self.project(x, cos, sin, cache)  # (B, T, H/2, 2d), (B, Tk, H_kv/2, 2d), (B, Tk, H_kv/2, 2d)
-        return self.o_proj(self.sublayer_norm(attend(attention, q, k, v, documents)).flatten(2))
+        return self.o_proj(self.sublayer_norm(attend(attention, q, k, v, documents, cache)).flatten(2))

@@ -19,17 +19,21 @@ from torch import Tensor
 BLOCK = 64  # rows of a matrix product, over the R heads of a group; the fastest of 16 to 256
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, key_mask: Tensor | None = None) -> Tensor:
     """See ``diffx.ops.attention``."""
-    return _run(q, k, v, None, causal, scale)
+    return _run(q, k, v, None, causal, scale, key_mask)
 
 
-def differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float | None) -> Tensor:
+def differential_attention(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float | None, key_mask: Tensor | None = None
+) -> Tensor:
     """See ``diffx.ops.differential_attention``."""
-    return _run(q, k, v, lam, causal, scale)
+    return _run(q, k, v, lam, causal, scale, key_mask)
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+def _run(q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, causal: bool, scale: float | None, key_mask: Tensor | None) -> Tensor:
+    if key_mask is not None:
+        raise ValueError("impl='blocks' takes no key_mask: choose sdpa or reference, or None")
     groups, maps = v.shape[2], k.shape[2] // v.shape[2]
     out_dtype, dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
     scale = q.shape[3] ** -0.5 if scale is None else scale

@@ -18,7 +18,15 @@ from diffx.ops import blocks, reference, sdpa
 _IMPLEMENTATIONS = {"reference": reference, "sdpa": sdpa, "blocks": blocks}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None, impl: str | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    impl: str | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """Softmax attention with grouped queries: query head i reads key/value head i // (H / H_kv).
 
     Args:
@@ -28,6 +36,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float
         causal: query i stands at position Tk - Tq + i and sees no later key.
         scale: factor on the logits; None is 1/sqrt(d).
         impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), or None to pick.
+        key_mask: keys that are false in it, (B, Tk), are not seen; not for ``blocks``. Each query must see one key at least.
 
     Returns:
         (B, Tq, H, dv), in the type of ``v``.
@@ -39,12 +48,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads and v has {v.shape[2]}: they must be equal")
     # beyond about a thousand rows PyTorch's kernel is as fast as our blocks for a single map
-    default = blocks if _eager_cpu(q) and q.shape[1] <= 1024 else sdpa
-    return _pick(impl, default).attention(q, k, v, causal, scale)
+    default = blocks if _eager_cpu(q) and q.shape[1] <= 1024 and key_mask is None else sdpa
+    return _pick(impl, default).attention(q, k, v, causal, scale, key_mask)
 
 
 def differential_attention(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor | float, causal: bool = True, scale: float | None = None, impl: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor | float,
+    causal: bool = True,
+    scale: float | None = None,
+    impl: str | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """Differential attention (arXiv 2410.05258, equation 1): head j is (A1 - lambda A2) v.
 
@@ -60,6 +76,7 @@ def differential_attention(
         causal: query i stands at position Tk - Tq + i and sees no later key.
         scale: factor on the logits; None is 1/sqrt(d).
         impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), or None to pick.
+        key_mask: keys that are false in it, (B, Tk), are not seen; not for ``blocks``. Each query must see one key at least.
 
     Returns:
         (B, Tq, h, 2d), in the type of ``v``.
@@ -76,7 +93,8 @@ def differential_attention(
     lam = torch.as_tensor(lam, device=q.device)
     if lam.shape not in ((), (maps // 2,)):
         raise ValueError(f"lam has shape {tuple(lam.shape)}: it must be a scalar or ({maps // 2},)")
-    return _pick(impl, blocks if _eager_cpu(q) else sdpa).differential_attention(q, k, v, lam, causal, scale)
+    default = blocks if _eager_cpu(q) and key_mask is None else sdpa
+    return _pick(impl, default).differential_attention(q, k, v, lam, causal, scale, key_mask)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:

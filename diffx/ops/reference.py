@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-def attention_maps(q: Tensor, k: Tensor, causal: bool = True, scale: float | None = None) -> Tensor:
-    """Softmax maps of q (B, Tq, H, d) against k (B, Tk, H_kv, d), as (B, H, Tq, Tk)."""
+def attention_maps(q: Tensor, k: Tensor, causal: bool = True, scale: float | None = None, key_mask: Tensor | None = None) -> Tensor:
+    """Softmax maps of q (B, Tq, H, d) against k (B, Tk, H_kv, d), as (B, H, Tq, Tk); see ``diffx.ops.attention`` for ``key_mask``."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)  # (B, Tk, H, d)
     with torch.autocast(q.device.type, enabled=False):
@@ -19,24 +19,30 @@ def attention_maps(q: Tensor, k: Tensor, causal: bool = True, scale: float | Non
         tq, tk = logits.shape[2:]
         past = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)
         logits = logits.masked_fill(~past, -torch.inf)
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[:, None, None], -torch.inf)
     return logits.softmax(-1)
 
 
-def differential_attention_maps(q: Tensor, k: Tensor, causal: bool = True, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def differential_attention_maps(
+    q: Tensor, k: Tensor, causal: bool = True, scale: float | None = None, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Both maps of every head, A1 and A2, of q (B, Tq, 2h, d) against k (B, Tk, H_kv, d), each (B, h, Tq, Tk)."""
-    first = attention_maps(q[:, :, 0::2], k[:, :, 0::2], causal, scale)
-    second = attention_maps(q[:, :, 1::2], k[:, :, 1::2], causal, scale)
+    first = attention_maps(q[:, :, 0::2], k[:, :, 0::2], causal, scale, key_mask)
+    second = attention_maps(q[:, :, 1::2], k[:, :, 1::2], causal, scale, key_mask)
     return first, second
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, key_mask: Tensor | None = None) -> Tensor:
     """See ``diffx.ops.attention``."""
-    return _weigh(attention_maps(q, k, causal, scale), v)
+    return _weigh(attention_maps(q, k, causal, scale, key_mask), v)
 
 
-def differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float | None) -> Tensor:
+def differential_attention(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float | None, key_mask: Tensor | None = None
+) -> Tensor:
     """See ``diffx.ops.differential_attention``."""
-    first, second = differential_attention_maps(q, k, causal, scale)
+    first, second = differential_attention_maps(q, k, causal, scale, key_mask)
     return _weigh(first - lam.view(-1, 1, 1) * second, v)
 
 

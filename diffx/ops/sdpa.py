@@ -12,28 +12,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, key_mask: Tensor | None = None) -> Tensor:
     """See ``diffx.ops.attention``."""
     tq, tk, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     width = max(q.shape[3], v.shape[3])
+    # PyTorch counts positions from the first key, so that its own causal mask serves only Tq == Tk; one query sees all keys.
+    past = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq) if causal and (1 < tq < tk or key_mask is not None) else None
+    if key_mask is not None:
+        past = key_mask[:, None, None] if past is None else key_mask[:, None, None] & past  # (B, 1, Tq, Tk)
     out = F.scaled_dot_product_attention(
         _widen(q, width).transpose(1, 2),
         _repeat(_widen(k, width), groups).transpose(1, 2),
         _repeat(_widen(v, width), groups).transpose(1, 2),
-        # PyTorch counts positions from the first key, so that its own causal mask serves only Tq == Tk; one query sees all keys.
-        attn_mask=torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq) if causal and 1 < tq < tk else None,
-        is_causal=causal and tq == tk,
+        attn_mask=past,
+        is_causal=causal and past is None and tq == tk,
         scale=q.shape[3] ** -0.5 if scale is None else scale,
     )
     return out.transpose(1, 2)[..., : v.shape[3]]  # (B, Tq, H, dv)
 
 
-def differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float | None) -> Tensor:
+def differential_attention(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float | None, key_mask: Tensor | None = None
+) -> Tensor:
     """See ``diffx.ops.differential_attention``."""
     q1, q2 = q.unflatten(2, (-1, 2)).unbind(3)  # (B, Tq, h, d) each
     k1, k2 = k.unflatten(2, (-1, 2)).unbind(3)  # (B, Tk, H_kv/2, d) each
-    first = attention(q1, k1, v, causal, scale)  # (B, Tq, h, 2d)
-    second = attention(q2, k2, v, causal, scale)
+    first = attention(q1, k1, v, causal, scale, key_mask)  # (B, Tq, h, 2d)
+    second = attention(q2, k2, v, causal, scale, key_mask)
     return torch.addcmul(first, lam.to(first.dtype).view(-1, 1), second, value=-1)
 
 

@@ -224,7 +224,7 @@ def test_autocast_is_close_to_fp32(kind):
 def test_rope_has_one_meaning(monkeypatch):
     """The form that compiles, the eager one, and the rotation of one pair written out."""
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    cos, sin = rope_tables(2, 5, 8, 100.0, torch.device("cpu"))
+    cos, sin = rope_tables(torch.arange(2, 7), 8, 100.0)
     eager = apply_rope(x, cos, sin)
     angle = 6 * 100 ** (-4 / 8)  # position 2 + 4, pair 2
     even, odd = x[1, 4, 2, 4].item(), x[1, 4, 2, 5].item()
@@ -233,6 +233,28 @@ def test_rope_has_one_meaning(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(apply_rope(x, cos, sin), eager, rtol=1e-12, atol=1e-12)
     assert apply_rope(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", sorted(VARIANTS))
+def test_cache_of_rows_that_differ_in_length(kind):
+    """Padded rows, chosen rows and what is appended to them give what each row gives alone."""
+    model = make(VARIANTS[kind])
+    config, ids = model.config, tokens(3, 20)
+    with torch.no_grad():
+        cache = KVCache(config, 3, 9, dtype=torch.float64)
+        model(ids[:, :9], cache=cache)
+        cache.drop_padding([0, 4, 2])
+        chosen = [2, 1, 1]
+        cache = cache.select(torch.tensor(chosen), room=7)
+        more = ids[[0, 1, 2], 9:13]
+        first = model(more, cache=cache)
+        cache.drop_padding([0, 1, 3])
+        second = model(ids[[0, 1, 2], 13:16], cache=cache)
+        for row, (source, kept, drop) in enumerate(zip(chosen, [7, 5, 5], [0, 1, 3], strict=True)):
+            alone = torch.cat([ids[source, :kept], more[row, : 4 - drop], ids[row, 13:16]])[None]
+            expected = model(alone)[0]
+            torch.testing.assert_close(first[row, : 4 - drop], expected[kept : kept + 4 - drop], rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(second[row], expected[-3:], rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.slow  # compiling takes half a minute

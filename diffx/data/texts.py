@@ -1,0 +1,47 @@
+"""A corpus as plain documents, for evaluations."""
+
+import hashlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from diffx.config.data import DataConfig, HubData, ShardsData
+from diffx.data.prepare import Source, holdout_threshold
+from diffx.data.shards import Shards
+from diffx.data.sources import documents
+
+_MOST = 64 << 20  # characters; no evaluation needs more
+
+
+def read_texts(data: DataConfig, held_out: bool) -> tuple[list[str], str]:
+    """Read a corpus's documents, of a large one the first 64M characters.
+
+    Args:
+        data: the source; of token shards only what they hold out is read.
+        held_out: only those that training leaves out.
+
+    Returns:
+        The documents and their SHA-256.
+
+    Raises:
+        UserError: the text cannot be used.
+    """
+    if isinstance(data, ShardsData):
+        shards = Shards(Path(data.path).expanduser())
+        tokens = shards.held_out(int(data.val_tokens)).read(0, int(data.val_tokens))[0]
+        ends = np.flatnonzero(tokens == shards.tokenizer.eot_id)
+        texts = [shards.tokenizer.decode(tokens[start + 1 : end].tolist()) for start, end in itertools.pairwise([*ends, len(tokens)])]
+    else:
+        read = list(itertools.islice(documents(data), data.tokenizer_documents)) if isinstance(data, HubData) else None
+        source = Source(data, lambda: read or documents(data))
+        threshold = holdout_threshold(source) if held_out else 2**64
+        texts, length = [], 0
+        for document in source.read():
+            if document.key <= threshold:
+                texts.append(f"{document.prompt}{document.text}")
+                length += len(document.text)
+                if length > _MOST:
+                    break
+    texts = [text for text in texts if text]
+    return texts, hashlib.sha256("\0".join(texts).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Benchmarks and probes: suites of ``diffx eval``."""

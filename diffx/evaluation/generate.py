@@ -1,0 +1,54 @@
+"""``diffx generate``: a prompt's continuation, as it is drawn."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffx.config import UserError
+from diffx.config.train import GenerateJob
+from diffx.evaluation.model import LanguageModel
+from diffx.loading import load
+
+
+def generate_text(job: GenerateJob) -> None:
+    """Print a prompt's continuation as it is drawn (``diffx generate``).
+
+    Raises:
+        UserError: the checkpoint or the prompt cannot be used.
+    """
+    prompt = _prompt(job)
+    lm = LanguageModel(load(job.checkpoint, job.device))
+    sys.stdout.write(prompt)
+    for piece in stream(lm, prompt, job):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def stream(lm: LanguageModel, prompt: str, job: GenerateJob) -> Iterator[str]:
+    """Yield the continuation piece by piece; a character is held back until all of its bytes are drawn."""
+    text_ids = [*(lm.prefix or [lm.tokenizer.eot_id]), *lm.encode(prompt)]
+    if lm.limit is not None and len(text_ids) + job.max_tokens > lm.limit:
+        raise UserError(
+            f"max_tokens={job.max_tokens} cannot be used: with the prompt's {len(text_ids)} tokens it must stay within {lm.limit}"
+        )
+    drawn: list[int] = []
+    shown = ""
+    for token in lm.sample(text_ids, job.max_tokens, temperature=job.temperature, top_k=job.top_k, top_p=job.top_p, seed=job.seed):
+        drawn.append(token)
+        text = lm.decode(drawn)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text
+    yield lm.decode(drawn)[len(shown) :]
+
+
+def _prompt(job: GenerateJob) -> str:
+    if job.prompt == "-":
+        return sys.stdin.read()
+    if job.prompt_file is None:
+        return job.prompt
+    try:
+        return Path(job.prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt_file={job.prompt_file} cannot be used: {error}; it must be a UTF-8 text file") from error

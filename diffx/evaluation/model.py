@@ -1,0 +1,248 @@
+"""A causal language model as the probes see it, whether it is ours or one of ``transformers``.
+
+Notation: B batch, T tokens, V vocabulary, D model width.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+from diffx.evaluation.attention import AttentionView, observing
+from diffx.loading import Loaded
+from diffx.models import Decoder, KVCache
+from diffx.models.generation import sample
+
+
+@dataclass
+class Prefix:
+    """Texts that a model has read, to be continued.
+
+    Attributes:
+        logits: of the token after each text, fp32 (B, V).
+        tokens: the texts; what a model is given whole whose cache cannot hold padding.
+        cache: keys and values of the texts, padded to one length; None for such a model.
+        valid: for ``transformers``, which places of the cache are no padding, bool (B, S).
+    """
+
+    logits: Tensor
+    tokens: list[list[int]]
+    cache: Any = None
+    valid: Tensor | None = None
+
+
+class LanguageModel:
+    """Reads texts, scores what follows, and lets its attention be seen. Everything runs without gradients.
+
+    Args:
+        loaded: what ``diffx.loading.load`` gave.
+
+    Attributes:
+        loaded: the same.
+        model: the decoder or the pretrained model.
+        tokenizer: text to tokens and back.
+        device: where the model is.
+        context: tokens it was trained to read at once.
+        limit: tokens it can read at once; None if there is no bound (rotary positions).
+        prefix: tokens that every text begins with; may be none.
+        ends: tokens that end a generation.
+        pads: whether texts of different lengths can share a cache.
+    """
+
+    def __init__(self, loaded: Loaded):
+        self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
+        self.device = next(loaded.model.parameters()).device
+        self.context, self.limit, self.prefix, self.ends = loaded.context, loaded.limit, loaded.prefix, loaded.ends
+        self._theirs = None if isinstance(loaded.model, Decoder) else loaded.model
+        self.pads = self._theirs is None or _full_attention(self._theirs.config)
+        self._keeps = self._theirs is not None and "logits_to_keep" in inspect.signature(self._theirs.forward).parameters
+
+    @property
+    def name(self) -> str:
+        """The model's name, for tables."""
+        return self.loaded.name
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self.model.config.num_layers if self._theirs is None else self.model.config.get_text_config().num_hidden_layers)
+
+    def encode(self, text: str) -> list[int]:
+        """Encode a text, without special tokens."""
+        return self.tokenizer.encode(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Encode several texts."""
+        return self.tokenizer.encode_batch(texts)
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn tokens into text."""
+        return self.tokenizer.decode(ids)
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor, keep: int | None = None) -> Tensor:
+        """Logits after the last ``keep`` tokens (all, if None) of ids (B, T), in fp32 (B, keep, V); padding at a row's end does no harm."""
+        return self._forward(ids.to(self.device), keep or ids.shape[1])
+
+    @torch.inference_mode()
+    def start(self, texts: list[list[int]]) -> Prefix:
+        """Read texts of one token or more into a cache."""
+        if not self.pads and len({len(text) for text in texts}) > 1:
+            return self._reread(texts)
+        ids, padding = self._padded(texts)
+        if self._theirs is None:
+            cache: Any = KVCache(self.model.config, len(texts), ids.shape[1], self.device, self.model.output_weight.dtype)
+        else:
+            cache = DynamicCache(config=self._theirs.config)
+        prefix = Prefix(torch.empty(0), [list(text) for text in texts], cache)
+        prefix.logits = _last(self._append(prefix, ids, padding, keep=max(padding) + 1), padding)
+        return prefix
+
+    @torch.inference_mode()
+    def extend(self, prefix: Prefix, rows: list[int], tokens: list[list[int]]) -> tuple[Prefix, Tensor]:
+        """Continue row ``rows[i]`` of a prefix, which stays as it is, with ``tokens[i]``, one or more.
+
+        Returns:
+            The new prefix, and the logits after each new token, fp32 (len(rows), longest, V), where shorter rows end in padding.
+        """
+        texts = [prefix.tokens[row] + list(new) for row, new in zip(rows, tokens, strict=True)]
+        longest = max(map(len, tokens))
+        if prefix.cache is None:
+            ids, padding = self._padded(texts)
+            logits = self._forward(ids, ids.shape[1])
+            steps = torch.arange(longest, device=self.device)
+            first = torch.tensor([len(text) - len(new) for text, new in zip(texts, tokens, strict=True)], device=self.device)
+            chosen = (first[:, None] + steps).clamp(max=ids.shape[1] - 1)
+            return Prefix(_last(logits, padding), texts), logits.gather(1, chosen[..., None].expand(-1, -1, logits.shape[2]))
+        ids, padding = self._padded(tokens)
+        new = self._select(prefix, rows, longest)
+        new.tokens = texts
+        logits = self._append(new, ids, padding, keep=longest)
+        new.logits = _last(logits, padding)
+        if any(padding) and not self.pads:
+            new.cache = None
+        return new, logits
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], max_tokens: int, stop: list[str] | None = None) -> list[list[int]]:
+        """Continue prompts greedily, together: each to an end-of-text token, past a stop string, or to ``max_tokens`` tokens."""
+        if not self.pads and len({len(prompt) for prompt in prompts}) > 1:
+            return [self.generate([prompt], max_tokens, stop)[0] for prompt in prompts]
+        stop = stop or []
+        tail = max(map(len, stop), default=0) + 8  # tokens that may hold a stop string that ends now
+        state = self.start(prompts)
+        if self._theirs is None:
+            state = self._select(state, list(range(len(prompts))), max_tokens)
+        drawn: list[list[int]] = [[] for _ in prompts]
+        active = set(range(len(prompts)))
+        for step in range(max_tokens):
+            chosen = state.logits.argmax(-1)  # (B,)
+            for row, token in enumerate(chosen.tolist()):  # device sync
+                if row in active:
+                    if token in self.ends:
+                        active.remove(row)
+                        continue
+                    drawn[row].append(token)
+                    if stop and any(text in self.decode(drawn[row][-tail:]) for text in stop):
+                        active.remove(row)
+            if not active or step + 1 == max_tokens:
+                break
+            state.logits = self._append(state, chosen[:, None], [0] * len(prompts), keep=1)[:, -1]
+        return drawn
+
+    def sample(self, prompt: list[int], max_tokens: int, *, temperature: float, top_k: int, top_p: float, seed: int) -> Iterator[int]:
+        """Continue a prompt, yielding each token as soon as it is drawn; see ``diffx.models.generate`` for the arguments."""
+        generator = torch.Generator().manual_seed(seed)
+        state = self.start([prompt])
+        if self._theirs is None:
+            state = self._select(state, [0], max_tokens)
+        for _ in range(max_tokens):
+            token = sample(state.logits[0], temperature, top_k, top_p, generator)
+            if token in self.ends:
+                return
+            yield token
+            with torch.inference_mode():  # not around the yield, where the caller's code runs
+                state.logits = self._append(state, torch.tensor([[token]], device=self.device), [0], keep=1)[:, -1]
+
+    @torch.inference_mode()
+    def observe(
+        self,
+        ids: Tensor,
+        attention: Callable[[int, AttentionView], None] | None = None,
+        hidden: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
+        """Read ids (B, T), calling ``attention(layer, view)`` and ``hidden(layer, states (B, T, D))`` for each layer as it runs.
+
+        Raises:
+            UserError: the model's attention cannot be seen.
+        """
+        with observing(self.model, attention, hidden):
+            self._forward(ids.to(self.device), 1)
+
+    def _forward(self, ids: Tensor, keep: int) -> Tensor:
+        if self._theirs is None:
+            return self._project(self.model.forward_hidden(ids)[:, -keep:])
+        options = {"logits_to_keep": keep} if self._keeps else {}
+        return self._theirs(input_ids=ids, use_cache=False, **options).logits[:, -keep:].float()
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.model.output_weight).float()
+
+    def _append(self, prefix: Prefix, ids: Tensor, padding: list[int], keep: int) -> Tensor:
+        """Read ids (B, T) behind a prefix, in its place, and give the logits after the last ``keep`` of them."""
+        if self._theirs is None:
+            logits = self._project(self.model.forward_hidden(ids, cache=prefix.cache)[:, -keep:])
+            prefix.cache.drop_padding(padding)
+            return logits
+        options: dict[str, Any] = {"logits_to_keep": keep} if self._keeps else {}
+        new = torch.ones_like(ids, dtype=torch.bool)
+        if prefix.valid is not None:
+            options["attention_mask"] = torch.cat([prefix.valid, new], dim=1).long()
+            options["position_ids"] = prefix.valid.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=self.device)
+        if prefix.valid is not None or any(padding):
+            before = torch.ones(len(ids), prefix.cache.get_seq_length(), dtype=torch.bool, device=self.device)
+            ends = ids.shape[1] - torch.tensor(padding, device=self.device)
+            real = torch.arange(ids.shape[1], device=self.device) < ends[:, None]
+            prefix.valid = torch.cat([before if prefix.valid is None else prefix.valid, real], dim=1)
+        assert self._theirs is not None
+        return self._theirs(input_ids=ids, past_key_values=prefix.cache, use_cache=True, **options).logits[:, -keep:].float()
+
+    def _select(self, prefix: Prefix, rows: list[int], room: int) -> Prefix:
+        index = torch.tensor(rows, device=self.device)
+        if self._theirs is None:
+            cache = prefix.cache.select(index, room)
+        else:
+            cache = copy.deepcopy(prefix.cache)
+            cache.batch_select_indices(index)
+        return Prefix(prefix.logits[index], prefix.tokens, cache, None if prefix.valid is None else prefix.valid[index])
+
+    def _reread(self, texts: list[list[int]]) -> Prefix:
+        ids, padding = self._padded(texts)
+        return Prefix(_last(self._forward(ids, max(padding) + 1), padding), [list(text) for text in texts])
+
+    def _padded(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:
+        longest = max(map(len, texts))
+        padding = [longest - len(text) for text in texts]
+        rows = [[*text, *[self.tokenizer.eot_id] * pad] for text, pad in zip(texts, padding, strict=True)]
+        return torch.tensor(rows, device=self.device), padding
+
+
+def _last(logits: Tensor, padding: list[int]) -> Tensor:
+    """The logits (B, V) after each row's last token that is no padding, from those of the last tokens (B, keep, V)."""
+    rows = torch.arange(len(padding), device=logits.device)
+    return logits[rows, logits.shape[1] - 1 - torch.tensor(padding, device=logits.device)]
+
+
+def _full_attention(config: Any) -> bool:
+    """Whether every layer of a pretrained model sees all that came before; a sliding window would count padding as text."""
+    config = config.get_text_config()
+    kinds = set(
+        getattr(config, "layer_types", None) or ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+    )
+    return kinds == {"full_attention"}

@@ -1,0 +1,223 @@
+"""``diffx eval``: a suite on a checkpoint, from its examples to its folder of results.
+
+<folder>/evals/<step>/<suite>/<settings hash>/
+    settings.json       what the hash is of, the model's fingerprint, versions
+    records.jsonl       one line an example while it runs; at the end records.jsonl.zst, in the plan's order
+    results.json        the metrics; its presence says that the evaluation is finished
+    <suite>.png
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import zstandard
+from filelock import FileLock, Timeout
+
+import diffx
+from diffx.config import UserError
+from diffx.config.eval import EvalJob
+from diffx.console import Reporter, make_table
+from diffx.evaluation.model import LanguageModel
+from diffx.evaluation.suite import Context, Example, Metric, Record
+from diffx.loading import load
+from diffx.tracking import show_evaluation
+from diffx.train.folder import write_json
+
+_MODULES = {"attention_allocation": "allocation"}  # where a module's name is not its suites' kind
+_RECORDS = "records.jsonl"
+_ROWS = 60  # of a table on the terminal; the rest is in results.json
+_COLUMNS = ("", "metric", "value", "standard\nerror", "95% interval", "n", "published")
+
+
+def evaluate(job: EvalJob, words: list[str]) -> Path:
+    """Run a suite on a checkpoint, or take up or show what is there, and return the folder of results.
+
+    Args:
+        job: the composed job.
+        words: the overrides given on the command line.
+
+    Raises:
+        UserError: the checkpoint or the suite cannot be used as they are; nothing was made.
+        RunError: something outside failed; what was measured is kept, and the same command goes on.
+    """
+    started = time.time()
+    reporter = Reporter()
+    module: ModuleType = import_module(f"diffx.evaluation.{_MODULES.get(job.suite.kind, job.suite.kind)}")
+    lm = LanguageModel(load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code))
+    context = Context(job, lm, Path(), reporter)
+    examples = module.plan(context)
+    settings = _settings(context)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    folder = context.folder = lm.loaded.folder / "evals" / str(lm.loaded.step) / job.suite.name / digest
+    reporter.line(f"{job.suite.name} on {lm.name}, {len(examples)} examples, in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return _evaluate(module, context, examples, settings, started)
+    except Timeout as error:
+        raise UserError(f"suite={job.suite.name} cannot be run: another process is writing {folder}") from error
+
+
+def _evaluate(module: ModuleType, context: Context, examples: list[Example], settings: dict[str, Any], started: float) -> Path:
+    job, lm, folder, reporter = context.job, context.lm, context.folder, context.reporter
+    _prepare(context, settings)
+    finished = folder / "results.json"
+    if finished.exists() and (job.judge.kind == "none" or not hasattr(module, "judge")):
+        results = json.loads(finished.read_text(encoding="utf-8"))
+        reporter.line("measured before with the same settings: these are its figures; force=true measures again")
+        _show(context, [Metric(**metric) for metric in results["metrics"]])
+        return folder
+    records = _answer(module, context, examples)
+    seconds = time.time() - started
+    if job.judge.kind != "none" and hasattr(module, "judge"):
+        records = module.judge(context, records)
+    metrics: list[Metric] = module.summarize(context, records)
+    picture = folder / f"{job.suite.name}.png"
+    temporary = picture.with_name(f".{picture.name}")
+    module.draw(context, records, metrics, temporary)
+    os.replace(temporary, picture)
+    _write_records(folder, records)
+    results = {
+        "suite": job.suite.name,
+        "settings_hash": folder.name,
+        "settings": settings,
+        "checkpoint": {"name": lm.name, "step": lm.loaded.step, "fingerprint": lm.loaded.fingerprint},
+        "judge": asdict(job.judge),
+        "metrics": [_finite(asdict(metric)) for metric in metrics],
+        "examples": len(records),
+        "versions": {"diffx": diffx.__version__, **{name: version(name) for name in ("torch", "transformers", "lm_eval")}},
+        "device": str(lm.device),
+        "seconds": round(seconds, 1),
+        "finished": True,
+    }
+    write_json(finished, results)
+    (folder / _RECORDS).unlink(missing_ok=True)
+    rows = _show(context, metrics)
+    figures = {f"{metric.group}/{metric.name}": metric.value for metric in metrics}
+    show_evaluation(
+        folder,
+        job.wandb,
+        f"{lm.name}-{job.suite.name}",
+        settings,
+        [name.replace("\n", " ") for name in _COLUMNS],
+        rows,
+        figures,
+        picture,
+        reporter.warn,
+    )
+    reporter.line(f"results: {finished}   records: {folder / (_RECORDS + '.zst')}   picture: {picture}")
+    return folder
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Read the records of an evaluation: those of a finished one, or of an unfinished one what there is."""
+    whole = folder / f"{_RECORDS}.zst"
+    if whole.exists():
+        with zstandard.open(whole, "rt", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    records = []
+    path = folder / _RECORDS
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:  # torn by a kill; nothing follows it
+            break
+    return records
+
+
+def _settings(context: Context) -> dict[str, Any]:
+    """What decides the results, besides the model: the settings hash is of this."""
+    job = context.job
+    return {
+        "suite": asdict(job.suite),
+        "data": asdict(context.data) if "data" in context.sources else None,
+        "sources": context.sources,
+        "dtype": job.dtype.value,
+        "limit": job.limit,
+        "seed": job.seed,
+    }
+
+
+def _prepare(context: Context, settings: dict[str, Any]) -> None:
+    """Empty the folder if it holds another model's results or if they are to be forced; write ``settings.json``."""
+    folder, own = context.folder, context.lm.loaded
+    path = folder / "settings.json"
+    state = {"fingerprint": own.fingerprint, "settings": settings}
+    if path.exists():
+        changed = json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != own.fingerprint
+        if changed:
+            context.reporter.warn(f"the weights of {context.job.checkpoint} are not those that were measured before: measuring again")
+        if not (changed or context.job.force):
+            return
+        for entry in folder.iterdir():
+            if entry.name != ".lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    write_json(path, state)
+
+
+def _answer(module: ModuleType, context: Context, examples: list[Example]) -> list[Record]:
+    """Answer the examples that have no record yet, each record written as it comes; all records, in the examples' order."""
+    path, wanted = context.folder / _RECORDS, {example.id for example in examples}
+    done = {record["id"]: record for record in read_records(context.folder) if record["id"] in wanted}
+    if not (context.folder / f"{_RECORDS}.zst").exists():
+        temporary = path.with_suffix(".tmp")  # without a torn last line
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in done.values()), encoding="utf-8")
+        os.replace(temporary, path)
+    left = [example for example in examples if example.id not in done]
+    if done and left:
+        context.reporter.line(f"{len(done)} of {len(examples)} examples were answered before")
+    if left:
+        with (
+            path.open("a", encoding="utf-8") as file,
+            context.reporter.progress(context.suite.name, len(examples), len(done), "examples") as context.bar,
+        ):
+            for record in module.answer(context, left):
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                done[record["id"]] = record
+                context.bar.at(len(done))
+    missing = [example.id for example in examples if example.id not in done]
+    if missing:
+        raise AssertionError(f"suite {context.suite.name} gave no record for {missing[:3]}")
+    return [done[example.id] for example in examples]
+
+
+def _write_records(folder: Path, records: list[Record]) -> None:
+    path = folder / f"{_RECORDS}.zst"
+    temporary = path.with_name(f".{path.name}")
+    with zstandard.open(temporary, "wt", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+    os.replace(temporary, path)
+
+
+def _show(context: Context, metrics: list[Metric]) -> list[list[str]]:
+    rows = [_row(metric) for metric in metrics]
+    context.reporter.table(make_table(f"{context.suite.name}: {context.lm.name}", _COLUMNS, rows[:_ROWS]))
+    if len(rows) > _ROWS:
+        context.reporter.line(f"{len(rows) - _ROWS} more rows in results.json")
+    return rows
+
+
+def _row(metric: Metric) -> list[str]:
+    def text(value: float | None) -> str:
+        return "-" if value is None or not math.isfinite(value) else f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+
+    interval = f"{text(metric.low)} to {text(metric.high)}" if metric.low is not None else "-"
+    published = ", ".join(f"{name}: {value:g}" for name, value in metric.published.items())
+    return [metric.group, metric.name, text(metric.value), text(metric.stderr), interval, str(metric.n), published or "-"]
+
+
+def _finite(metric: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: null stands for it."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in metric.items()}
