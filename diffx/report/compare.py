@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def compare_runs(paths: list[Path], out: Path | None = None) -> None:
         reporter.warn(line)
     for line in report["sentences"]:
         reporter.line(line)
+    write_report(report, out, draw, reporter)
+
+
+def write_report(report: dict[str, Any], out: Path, draw: Callable[[dict[str, Any], Path], None], reporter: Reporter) -> None:
+    """Write the picture of a report, and its figures in a JSON file beside it.
+
+    Raises:
+        RunError: they cannot be written.
+    """
     figures = out.with_suffix(".json")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

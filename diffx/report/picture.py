@@ -13,9 +13,9 @@ from diffx.console import figure
 FORMATS = (".png", ".pdf", ".svg")
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow, which is faint on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")
-_TITLE: dict[str, Any] = {"loc": "left", "fontsize": 11, "fontweight": "bold"}
+TITLE: dict[str, Any] = {"loc": "left", "fontsize": 11, "fontweight": "bold"}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -48,8 +48,8 @@ def _looks(groups: list[dict[str, Any]], by_kind: bool) -> list[dict[str, Any]]:
         first = [kinds.index(group["kind"]) for group in groups]
         second = [sum(g["kind"] == group["kind"] for g in groups[:i]) for i, group in enumerate(groups)]
     else:
-        first, second = list(range(len(groups))), [i // len(_COLOURS) for i in range(len(groups))]
-    return [{"color": _COLOURS[a % len(_COLOURS)], "linestyle": _LINES[b % len(_LINES)]} for a, b in zip(first, second, strict=True)]
+        first, second = list(range(len(groups))), [i // len(COLOURS) for i in range(len(groups))]
+    return [{"color": COLOURS[a % len(COLOURS)], "linestyle": _LINES[b % len(_LINES)]} for a, b in zip(first, second, strict=True)]
 
 
 def _band(axes: Axes, curve: dict[str, list[float]], look: dict[str, Any], label: str) -> None:
@@ -71,7 +71,7 @@ def _loss_panel(axes: Axes, groups: list[dict[str, Any]], looks: list[dict[str, 
     margin = 0.05 * (top - bottom)
     if margin:
         axes.set_ylim(bottom - margin, top + margin)
-    axes.set_title("Validation loss", **_TITLE)
+    axes.set_title("Validation loss", **TITLE)
     axes.set(xlabel="training tokens", ylabel="nats per token")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: figure(tokens)))
 
@@ -86,7 +86,7 @@ def _difference_panel(axes: Axes, groups: list[dict[str, Any]], looks: list[dict
     margin = 0.1 * (top - bottom) or 0.01
     axes.set_ylim(bottom - margin, top + margin)
     baselines = list(dict.fromkeys(group["baseline"] for group, _ in shown))
-    axes.set_title(f"Difference to {baselines[0] if len(baselines) == 1 else 'the baseline'}, seed by seed", **_TITLE)
+    axes.set_title(f"Difference to {baselines[0] if len(baselines) == 1 else 'the baseline'}, seed by seed", **TITLE)
     axes.set(xlabel="training tokens", ylabel="nats per token (below 0 is better)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: figure(tokens)))
 
@@ -99,7 +99,7 @@ def _scaling_panel(axes: Axes, scaling: dict[str, Any], colours: dict[str, str])
         axes.plot(grid, law["a"] * grid ** -law["b"] + law["c"], color=colour, linewidth=1.8, label=f"{law['kind']}: {formula}")
         axes.plot(law["parameters"], law["losses"], "o", color=colour, markersize=5.5)
     axes.set(xscale="log", yscale="log", xlabel="parameters N without embeddings", ylabel="final validation loss, nats per token")
-    axes.set_title("Loss against size", **_TITLE)
+    axes.set_title("Loss against size", **TITLE)
     sizes = scaling["laws"][0]["parameters"]
     axes.set_xticks(sizes, [figure(n) for n in sizes])
     axes.yaxis.set_major_locator(MaxNLocator(7))

@@ -1,0 +1,322 @@
+"""``diffx compare A B suite=S``: differences between checkpoints over the same examples, with bootstrap intervals."""
+
+import glob
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from diffx.config import UserError
+from diffx.config.launch import CONFIGS
+from diffx.console import Reporter, make_table
+from diffx.evaluation.bootstrap import interval, resampled_means
+from diffx.evaluation.published import published_gain, source
+from diffx.report.compare import write_report
+from diffx.report.evals_picture import draw
+from diffx.report.picture import FORMATS
+from diffx.report.runs import as_word, read_run
+from diffx.report.speed import speed_sentences
+
+_FEW = 10  # examples below which no verdict is given
+_KEY = tuple[str, str]  # group and score
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """A finished evaluation of one checkpoint.
+
+    Attributes:
+        label: the checkpoint as the user typed it.
+        folder: holds ``results.json`` and ``records.jsonl.zst``.
+        results: the former.
+    """
+
+    label: str
+    folder: Path
+    results: dict[str, Any]
+
+    @property
+    def run(self) -> Path:
+        """The run's folder, or that of a model of the hub."""
+        return self.folder.parents[3]
+
+    def settings(self) -> dict[str, Any]:
+        """What the evaluation was made with, by dotted key."""
+
+        def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+            if isinstance(value, dict) and value:
+                for key, item in value.items():
+                    yield from walk(f"{prefix}.{key}" if prefix else key, item)
+            else:
+                yield prefix, value
+
+        return dict(walk("", self.results["settings"]))
+
+    def scores(self) -> dict[_KEY, dict[str, float]]:
+        """Every example's score by id, for each group and name of a score.
+
+        Raises:
+            UserError: the records are missing or damaged.
+        """
+        path = self.folder / "records.jsonl.zst"
+        found: dict[_KEY, dict[str, float]] = {}
+        try:
+            with path.open("rb") as raw:
+                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                for line in io.TextIOWrapper(reader, encoding="utf-8"):
+                    record = json.loads(line)
+                    for name, score in record["scores"].items():
+                        found.setdefault((record["group"], name), {})[record["id"]] = float(score)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, zstandard.ZstdError) as error:
+            raise UserError(f"{path} cannot be used: {error}; make the evaluation again with force=true") from error
+        return found
+
+    def means(self) -> dict[_KEY, float]:
+        """The figures of ``results.json``."""
+        return {(metric["group"], metric["name"]): metric["value"] for metric in self.results["metrics"]}
+
+
+def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
+    """Print, draw and write the differences between evaluations of one suite with the same settings.
+
+    Args:
+        words: two checkpoints or more, the baseline first, and ``suite=S``. A checkpoint is a run folder, ``runs/x@STEP``,
+            ``runs/x@best`` or a folder ``runs/hub/<name>@<revision>``.
+        out: the picture; beside it a JSON file of its name holds every figure. None is ``compare-<suite>.png`` here.
+
+    Raises:
+        UserError: a checkpoint has no finished evaluation of the suite, they share no settings, or a word cannot be used.
+        RunError: the picture cannot be written.
+    """
+    suites = [word.removeprefix("suite=") for word in words if word.startswith("suite=")]
+    specs = list(dict.fromkeys(word for word in words if not word.startswith("suite=")))
+    if len(suites) > 1:
+        raise UserError(f"suite={suites[1]} cannot be used beside suite={suites[0]}: one suite is compared at a time")
+    suite = suites[0]
+    out = out or Path(f"compare-{suite.replace('/', '-')}.png")
+    if out.suffix not in FORMATS:
+        raise UserError(f"out={out} cannot be used: it is the picture, so its name must end in {', '.join(FORMATS)}")
+    if len(specs) < 2:
+        raise UserError(f"suite={suite} cannot be compared with {len(specs)} checkpoint: give two or more, the baseline first")
+    reporter = Reporter()
+    chosen = _share([find_evaluations(spec, suite) for spec in specs], reporter)
+    report = analyse_evaluations(chosen)
+    for line in report["warnings"]:
+        reporter.warn(line)
+    reporter.line(f"settings {report['settings_hash']}: " + ", ".join(f"{k}={as_word(v)}" for k, v in chosen[0].settings().items()))
+    for rival in report["comparisons"]:
+        title = f"{suite}: {_place(rival)} against {_place(report['baseline'])}"
+        reporter.table(make_table(title, *_table(report, rival)))
+        for line in rival["sentences"]:
+            reporter.line(line)
+    write_report(report, out, draw, reporter)
+
+
+def _place(checkpoint: dict[str, Any]) -> str:
+    return f"{checkpoint['checkpoint']} (step {checkpoint['step']})" if checkpoint["step"] else checkpoint["checkpoint"]
+
+
+def _table(report: dict[str, Any], rival: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of one comparison."""
+    papers = any(row["published_gain"] for row in rival["rows"])
+    columns = ["group", "score", report["baseline"]["checkpoint"], rival["checkpoint"], f"{report['what']}\n[95% interval]", "n"]
+    rows = []
+    for row in rival["rows"]:
+        show = "{:.3f}" if report["what"] == "ratio" else "{:+.3f}"
+        ends = f" [{show.format(row['low'])}, {show.format(row['high'])}]" if row["low"] is not None else ""
+        cells = [
+            row["group"],
+            row["score"],
+            f"{row['baseline']:.3f}",
+            f"{row['value']:.3f}",
+            show.format(row["difference"]) + ends,
+            str(row["n"] or "-"),
+        ]
+        gains = "\n".join(f"{label}: {gain:+.3f}" for label, gain in row["published_gain"].items())
+        rows.append([*cells, gains] if papers else cells)
+    return [*columns, "published"] if papers else columns, rows
+
+
+def find_evaluations(spec: str, suite: str) -> list[Evaluation]:
+    """The finished evaluations of a suite at the step that ``spec`` names, else at the newest that has one; the newest first.
+
+    Raises:
+        UserError: there are none, or the suite or the checkpoint does not exist.
+    """
+    run, which = _find_folder(spec)
+    shipped = sorted(path.stem for path in (CONFIGS / "suite").glob("*.yaml"))
+    there = {path.relative_to(step).as_posix() for step in run.glob("evals/*") for path in step.glob("*")}
+    if suite not in [*shipped, *there]:
+        raise UserError(
+            f"suite={suite} cannot be used: there is no such suite; accepted: {', '.join(dict.fromkeys([*shipped, *sorted(there)]))}"
+        )
+    step = _step(run, which)
+    folders = [path for path in run.glob(f"evals/*/{suite}/*") if path.is_dir() and step in (None, path.parents[1].name)]
+    if not folders:
+        at = f" at step {step}" if step else ""
+        raise UserError(f"RUN={spec} has no evaluation of {suite}{at} yet: `diffx eval checkpoint=... suite={suite}` makes one")
+    results = {folder: _read(folder / "results.json") for folder in folders}
+    finished = [folder for folder, result in results.items() if result.get("finished")]
+    if not finished:
+        raise UserError(
+            f"RUN={spec} cannot be compared: its evaluation in {folders[0]} is unfinished; the same `diffx eval` goes on with it"
+        )
+    newest = max(int(folder.parents[1].name) for folder in finished)
+    finished = [folder for folder in finished if int(folder.parents[1].name) == newest]
+    finished.sort(key=lambda folder: (folder / "results.json").stat().st_mtime, reverse=True)
+    return [Evaluation(label=spec.rstrip("/"), folder=folder, results=results[folder]) for folder in finished]
+
+
+def _find_folder(spec: str) -> tuple[Path, str]:
+    """The folder that holds a checkpoint's evaluations, and what stands behind ``@``.
+
+    Raises:
+        UserError: there is none, or a model of the hub was evaluated in several revisions.
+    """
+    name, _, which = spec.rpartition("@") if "@" in spec and not Path(spec).exists() else (spec, "", "")
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():  # a run, or a folder of runs/hub
+        return path, which
+    model = path.resolve().name if path.is_dir() else spec.replace("/", "--")
+    revisions = sorted(Path("runs/hub").glob(f"{glob.escape(model)}@*"))
+    if len(revisions) > 1:
+        raise UserError(f"RUN={spec} cannot be used: there are {', '.join(map(str, revisions))}; give one of them")
+    if not revisions:
+        raise UserError(f"RUN={spec} cannot be used: there is no folder {name}; give runs/x, runs/x@STEP or runs/hub/<name>@<revision>")
+    return revisions[0], ""
+
+
+def _step(run: Path, which: str) -> str | None:
+    if which != "best":
+        return which or None
+    from diffx.train.checkpoint import find_checkpoint
+
+    return str(int(find_checkpoint(f"{run}@best", "RUN")[1].name.removeprefix("step_")))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # not there before the end
+        value = {}
+    return value if isinstance(value, dict) else {}
+
+
+def _share(found: list[list[Evaluation]], reporter: Reporter) -> list[Evaluation]:
+    """Of each checkpoint the evaluation with the settings that all share; the newest such settings, if there are several."""
+    by_hash = [{evaluation.folder.name: evaluation for evaluation in evaluations} for evaluations in found]
+    shared = [key for key in by_hash[0] if all(key in other for other in by_hash)]
+    if not shared:
+        settings = [evaluations[0].settings() for evaluations in found]
+        keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({repr(s.get(key)) for s in settings}) > 1]
+        each = [
+            f"{evaluations[0].label} has " + ", ".join(f"{key}={as_word(own.get(key))}" for key in keys)
+            for evaluations, own in zip(found, settings, strict=True)
+        ]
+        raise UserError(f"these evaluations do not share their settings: {'; '.join(each)}; evaluate them with the same ones")
+    if len(shared) > 1:
+        others = ", ".join(shared[1:])
+        reporter.line(f"They share {len(shared)} settings: the newest, {shared[0]}, are compared, and {others} are not.")
+    return [evaluations[shared[0]] for evaluations in by_hash]
+
+
+def analyse_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
+    """Work out every figure and sentence, JSON-able; the first evaluation is the baseline."""
+    base, *rivals = evaluations
+    suite = base.results["suite"]
+    ratio, theirs = suite == "speed", base.scores()
+    warnings: list[str] = []
+    comparisons = []
+    for rival in rivals:
+        ours = rival.scores()
+        rows = paired_rows(theirs, ours, ratio)
+        rows += _unpaired(base.means(), rival.means(), rows)
+        for row in rows:
+            row["published_gain"] = published_gain(suite, row["group"], row["score"])
+        alone = sum(len(theirs.get(key, {}).keys() ^ ours.get(key, {}).keys()) for key in theirs.keys() | ours.keys())
+        if alone:
+            warnings.append(f"{alone} scores of examples that {base.label} and {rival.label} do not both have are left out")
+        if ratio:
+            are_runs = all((evaluation.run / "config.yaml").is_file() for evaluation in (base, rival))
+            runs = (read_run(base.run), read_run(rival.run)) if are_runs else None
+            sentences = speed_sentences(base.label, rival.label, rows, runs)
+        else:
+            sentences = [_verdict(suite, base.label, rival.label, row) for row in _main(rows)]
+        comparisons.append({**_identity(rival), "rows": rows, "sentences": sentences})
+    return {
+        "suite": suite,
+        "settings_hash": base.results["settings_hash"],
+        "settings": base.results["settings"],
+        "what": "ratio" if ratio else "difference",
+        "published": source(suite),
+        "baseline": _identity(base),
+        "comparisons": comparisons,
+        "warnings": warnings,
+    }
+
+
+def _identity(evaluation: Evaluation) -> dict[str, Any]:
+    return {"checkpoint": evaluation.label, "step": evaluation.results["checkpoint"].get("step"), "folder": str(evaluation.folder)}
+
+
+def paired_rows(theirs: dict[_KEY, dict[str, float]], ours: dict[_KEY, dict[str, float]], ratio: bool = False) -> list[dict[str, Any]]:
+    """Means and their paired difference for each group and score, over the examples that both have.
+
+    A score that every group has also gets a row ``average``: the mean of the groups' means, its interval from resampling each group.
+    With ``ratio`` means are geometric and the difference is the quotient. Fewer than two examples have no interval.
+    """
+    into, back = (np.log, np.exp) if ratio else (np.asarray, np.asarray)
+    rows: list[dict[str, Any]] = []
+    parts: dict[str, list[tuple[float, float, np.ndarray | None, int]]] = {}
+    for key in theirs:
+        ids = [i for i in theirs[key] if i in ours.get(key, {}) and (not ratio or min(theirs[key][i], ours[key][i]) > 0)]
+        if not ids:
+            continue
+        a, b = (into(np.array([scores[key][i] for i in ids])) for scores in (theirs, ours))
+        means = resampled_means(b - a, "/".join(key)) if len(ids) > 1 else None
+        part = (float(a.mean()), float(b.mean()), means, len(ids))
+        rows.append(_row(key, *part, back))
+        parts.setdefault(key[1], []).append(part)
+    groups = {row["group"] for row in rows}
+    for name, own in parts.items():
+        if 1 < len(groups) == len(own):
+            a, b, each, counts = zip(*own, strict=True)
+            means = np.mean(each, axis=0) if all(means is not None for means in each) else None
+            rows.append(_row(("average", name), float(np.mean(a)), float(np.mean(b)), means, sum(counts), back))
+    return rows
+
+
+def _row(key: _KEY, a: float, b: float, means: np.ndarray | None, n: int, back: Any) -> dict[str, Any]:
+    low, high = (None, None) if means is None else (float(back(end)) for end in interval(means))
+    figures = {"baseline": float(back(a)), "value": float(back(b)), "difference": float(back(b - a)), "low": low, "high": high}
+    return {"group": key[0], "score": key[1], **figures, "n": n}
+
+
+def _unpaired(theirs: dict[_KEY, float], ours: dict[_KEY, float], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures that are no means over examples, such as a spread over orders: their difference has no interval."""
+    paired = {(row["group"], row["score"]) for row in rows}
+    keys = [key for key in theirs if key in ours and key not in paired and not key[0].startswith("average")]
+    return [_row(key, theirs[key], ours[key], None, 0, np.asarray) for key in keys]
+
+
+def _main(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row of each score that sums it up: its average, or its only group."""
+    scores = list(dict.fromkeys(row["score"] for row in rows if row["n"]))
+    by_score = [[row for row in rows if row["score"] == score and row["n"]] for score in scores]
+    return [own[-1] for own in by_score if own[-1]["group"] == "average" or len(own) == 1]
+
+
+def _verdict(suite: str, base: str, rival: str, row: dict[str, Any]) -> str:
+    what = f"{suite} {row['score']}"
+    over = f"over {row['n']} examples" + (", groups weighing the same" if row["group"] == "average" else "")
+    if row["low"] is None or row["n"] < _FEW:
+        return f"No verdict on {what}: {rival} differs from {base} by {row['difference']:+.3f}, but {row['n']} examples are too few."
+    gap = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] {over}"
+    if row["low"] <= 0 <= row["high"]:
+        return f"No difference can be told between {rival} and {base} on {what}: {gap}."
+    return f"{rival} scores {'higher' if row['difference'] > 0 else 'lower'} than {base} on {what}: {gap}."
