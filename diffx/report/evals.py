@@ -1,9 +1,11 @@
 """``diffx compare A B suite=S``: differences between checkpoints over the same examples, with bootstrap intervals."""
 
 import glob
-import io
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from diffx.report.runs import as_word, read_run
 from diffx.report.speed import speed_sentences
 
 _FEW = 10  # examples below which no verdict is given
+_FEW_GROUPS = 3  # that have a sentence each, where they have no average
 _KEY = tuple[str, str]  # group and score
 
 
@@ -45,6 +48,11 @@ class Evaluation:
         """The run's folder, or that of a model of the hub."""
         return self.folder.parents[3]
 
+    @property
+    def time(self) -> float:
+        """When it was finished."""
+        return (self.folder / "results.json").stat().st_mtime
+
     def settings(self) -> dict[str, Any]:
         """What the evaluation was made with, by dotted key."""
 
@@ -58,27 +66,32 @@ class Evaluation:
         return dict(walk("", self.results["settings"]))
 
     def scores(self) -> dict[_KEY, dict[str, float]]:
-        """Every example's score by id, for each group and name of a score.
+        """Every example's finite scores by id, for each group and name of a score.
+
+        In ``icl_order`` one query stands in every order; it counts as one example, with its mean.
 
         Raises:
             UserError: the records are missing or damaged.
         """
         path = self.folder / "records.jsonl.zst"
-        found: dict[_KEY, dict[str, float]] = {}
+        found: dict[_KEY, dict[str, list[float]]] = {}
         try:
-            with path.open("rb") as raw:
-                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                for line in io.TextIOWrapper(reader, encoding="utf-8"):
-                    record = json.loads(line)
-                    for name, score in record["scores"].items():
-                        found.setdefault((record["group"], name), {})[record["id"]] = float(score)
+            with zstandard.open(path, "rt", encoding="utf-8") as file:
+                records = [json.loads(line) for line in file]
+            if len(records) != self.results["examples"]:  # a file that was cut off reads as one that ends there
+                raise ValueError(f"it has {len(records)} of {self.results['examples']} records")
+            for record in records:
+                example = re.sub(r"/\d+(?=/\d+$)", "", record["id"]) if "order" in record else record["id"]
+                for name, score in record["scores"].items():
+                    if math.isfinite(score):
+                        found.setdefault((record["group"], name), {}).setdefault(example, []).append(score)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, zstandard.ZstdError) as error:
             raise UserError(f"{path} cannot be used: {error}; make the evaluation again with force=true") from error
-        return found
+        return {key: {example: float(np.mean(values)) for example, values in own.items()} for key, own in found.items()}
 
     def means(self) -> dict[_KEY, float]:
         """The figures of ``results.json``."""
-        return {(metric["group"], metric["name"]): metric["value"] for metric in self.results["metrics"]}
+        return {(metric["group"], metric["name"]): metric["value"] for metric in self.results["metrics"] if metric["value"] is not None}
 
 
 def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
@@ -98,7 +111,7 @@ def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
     if len(suites) > 1:
         raise UserError(f"suite={suites[1]} cannot be used beside suite={suites[0]}: one suite is compared at a time")
     suite = suites[0]
-    out = out or Path(f"compare-{suite.replace('/', '-')}.png")
+    out = out or Path(f"compare-{suite}.png")
     if out.suffix not in FORMATS:
         raise UserError(f"out={out} cannot be used: it is the picture, so its name must end in {', '.join(FORMATS)}")
     if len(specs) < 2:
@@ -108,9 +121,8 @@ def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
     report = analyse_evaluations(chosen)
     for line in report["warnings"]:
         reporter.warn(line)
-    reporter.line(f"settings {report['settings_hash']}: " + ", ".join(f"{k}={as_word(v)}" for k, v in chosen[0].settings().items()))
     for rival in report["comparisons"]:
-        title = f"{suite}: {_place(rival)} against {_place(report['baseline'])}"
+        title = f"{suite}: {_place(rival)} against {_place(report['baseline'])}, settings {report['settings_hash']}"
         reporter.table(make_table(title, *_table(report, rival)))
         for line in rival["sentences"]:
             reporter.line(line)
@@ -156,10 +168,12 @@ def find_evaluations(spec: str, suite: str) -> list[Evaluation]:
             f"suite={suite} cannot be used: there is no such suite; accepted: {', '.join(dict.fromkeys([*shipped, *sorted(there)]))}"
         )
     step = _step(run, which)
-    folders = [path for path in run.glob(f"evals/*/{suite}/*") if path.is_dir() and step in (None, path.parents[1].name)]
+    everywhere = [path for path in run.glob(f"evals/*/{suite}/*") if path.is_dir()]
+    folders = [path for path in everywhere if step in (None, path.parents[1].name)]
     if not folders:
-        at = f" at step {step}" if step else ""
-        raise UserError(f"RUN={spec} has no evaluation of {suite}{at} yet: `diffx eval checkpoint=... suite={suite}` makes one")
+        steps = sorted({int(path.parents[1].name) for path in everywhere})
+        at = f" at step {step}, only at {', '.join(map(str, steps))}" if steps else ""
+        raise UserError(f"RUN={spec} has no evaluation of {suite} yet{at}: `diffx eval checkpoint={spec} suite={suite}` makes one")
     results = {folder: _read(folder / "results.json") for folder in folders}
     finished = [folder for folder, result in results.items() if result.get("finished")]
     if not finished:
@@ -168,8 +182,8 @@ def find_evaluations(spec: str, suite: str) -> list[Evaluation]:
         )
     newest = max(int(folder.parents[1].name) for folder in finished)
     finished = [folder for folder in finished if int(folder.parents[1].name) == newest]
-    finished.sort(key=lambda folder: (folder / "results.json").stat().st_mtime, reverse=True)
-    return [Evaluation(label=spec.rstrip("/"), folder=folder, results=results[folder]) for folder in finished]
+    found = [Evaluation(label=spec.rstrip("/"), folder=folder, results=results[folder]) for folder in finished]
+    return sorted(found, key=lambda evaluation: evaluation.time, reverse=True)
 
 
 def _find_folder(spec: str) -> tuple[Path, str]:
@@ -211,6 +225,7 @@ def _share(found: list[list[Evaluation]], reporter: Reporter) -> list[Evaluation
     """Of each checkpoint the evaluation with the settings that all share; the newest such settings, if there are several."""
     by_hash = [{evaluation.folder.name: evaluation for evaluation in evaluations} for evaluations in found]
     shared = [key for key in by_hash[0] if all(key in other for other in by_hash)]
+    shared.sort(key=lambda key: max(evaluations[key].time for evaluations in by_hash), reverse=True)
     if not shared:
         settings = [evaluations[0].settings() for evaluations in found]
         keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({repr(s.get(key)) for s in settings}) > 1]
@@ -233,20 +248,23 @@ def analyse_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
     warnings: list[str] = []
     comparisons = []
     for rival in rivals:
-        ours = rival.scores()
-        rows = paired_rows(theirs, ours, ratio)
-        rows += _unpaired(base.means(), rival.means(), rows)
+        ours, means = rival.scores(), (base.means(), rival.means())
+        rows = paired_rows(theirs, ours, _no_means(theirs, means[0]) | _no_means(ours, means[1]), ratio)
+        rows += _unpaired(*means, rows)
         for row in rows:
             row["published_gain"] = published_gain(suite, row["group"], row["score"])
         alone = sum(len(theirs.get(key, {}).keys() ^ ours.get(key, {}).keys()) for key in theirs.keys() | ours.keys())
         if alone:
-            warnings.append(f"{alone} scores of examples that {base.label} and {rival.label} do not both have are left out")
+            warnings.append(f"{alone} scores that not both of {base.label} and {rival.label} have are left out")
+        if rival.results.get("judge") != base.results.get("judge"):
+            warnings.append(f"not comparable: {base.label} and {rival.label} had different judges")
         if ratio:
             are_runs = all((evaluation.run / "config.yaml").is_file() for evaluation in (base, rival))
             runs = (read_run(base.run), read_run(rival.run)) if are_runs else None
             sentences = speed_sentences(base.label, rival.label, rows, runs)
         else:
-            sentences = [_verdict(suite, base.label, rival.label, row) for row in _main(rows)]
+            several = len({row["group"] for row in rows if row["n"]}) > 1
+            sentences = [_verdict(suite, base.label, rival.label, row, several) for row in _main(rows)]
         comparisons.append({**_identity(rival), "rows": rows, "sentences": sentences})
     return {
         "suite": suite,
@@ -264,11 +282,27 @@ def _identity(evaluation: Evaluation) -> dict[str, Any]:
     return {"checkpoint": evaluation.label, "step": evaluation.results["checkpoint"].get("step"), "folder": str(evaluation.folder)}
 
 
-def paired_rows(theirs: dict[_KEY, dict[str, float]], ours: dict[_KEY, dict[str, float]], ratio: bool = False) -> list[dict[str, Any]]:
+def _no_means(scores: dict[_KEY, dict[str, float]], means: dict[_KEY, float]) -> set[_KEY]:
+    """Scores whose figure in ``results.json`` is not their mean over examples, such as the largest of all."""
+    return {key for key, own in scores.items() if key in means and not math.isclose(np.mean(list(own.values())), means[key], rel_tol=1e-6)}
+
+
+def paired_rows(
+    theirs: dict[_KEY, dict[str, float]], ours: dict[_KEY, dict[str, float]], no_means: AbstractSet[_KEY] = frozenset(), ratio: bool = False
+) -> list[dict[str, Any]]:
     """Means and their paired difference for each group and score, over the examples that both have.
 
-    A score that every group has also gets a row ``average``: the mean of the groups' means, its interval from resampling each group.
-    With ``ratio`` means are geometric and the difference is the quotient. Fewer than two examples have no interval.
+    A score that every group has also gets a row ``average``: the mean of the groups' means. All groups are resampled by the same
+    positions, so that groups which ask the same examples, such as numbers of shots, do not count as independent of each other.
+
+    Args:
+        theirs: the baseline's scores.
+        ours: the other's.
+        no_means: scores that are named as what they are here, means over examples, and are not averaged.
+        ratio: means are geometric, and the difference is the quotient.
+
+    Returns:
+        A row each; fewer than two examples have no interval.
     """
     into, back = (np.log, np.exp) if ratio else (np.asarray, np.asarray)
     rows: list[dict[str, Any]] = []
@@ -278,16 +312,16 @@ def paired_rows(theirs: dict[_KEY, dict[str, float]], ours: dict[_KEY, dict[str,
         if not ids:
             continue
         a, b = (into(np.array([scores[key][i] for i in ids])) for scores in (theirs, ours))
-        means = resampled_means(b - a, "/".join(key)) if len(ids) > 1 else None
+        means = resampled_means(b - a, key[1]) if len(ids) > 1 else None
         part = (float(a.mean()), float(b.mean()), means, len(ids))
-        rows.append(_row(key, *part, back))
+        rows.append(_row((key[0], f"{key[1]}, mean over examples") if key in no_means else key, *part, back))
         parts.setdefault(key[1], []).append(part)
-    groups = {row["group"] for row in rows}
+    groups = {key[0] for key in theirs}
     for name, own in parts.items():
-        if 1 < len(groups) == len(own):
+        if 1 < len(groups) == len(own) and not any(key[1] == name for key in no_means):
             a, b, each, counts = zip(*own, strict=True)
-            means = np.mean(each, axis=0) if all(means is not None for means in each) else None
-            rows.append(_row(("average", name), float(np.mean(a)), float(np.mean(b)), means, sum(counts), back))
+            resampled = np.mean(each, axis=0) if all(means is not None for means in each) else None
+            rows.append(_row(("average", name), float(np.mean(a)), float(np.mean(b)), resampled, sum(counts), back))
     return rows
 
 
@@ -305,18 +339,17 @@ def _unpaired(theirs: dict[_KEY, float], ours: dict[_KEY, float], rows: list[dic
 
 
 def _main(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The row of each score that sums it up: its average, or its only group."""
-    scores = list(dict.fromkeys(row["score"] for row in rows if row["n"]))
-    by_score = [[row for row in rows if row["score"] == score and row["n"]] for score in scores]
-    return [own[-1] for own in by_score if own[-1]["group"] == "average" or len(own) == 1]
+    """The rows that sum a score up: its average, or if it has none a few groups."""
+    paired = [row for row in rows if row["n"]]
+    by_score = [[row for row in paired if row["score"] == score] for score in dict.fromkeys(row["score"] for row in paired)]
+    return [row for own in by_score for row in (own[-1:] if own[-1]["group"] == "average" else own if len(own) <= _FEW_GROUPS else [])]
 
 
-def _verdict(suite: str, base: str, rival: str, row: dict[str, Any]) -> str:
-    what = f"{suite} {row['score']}"
-    over = f"over {row['n']} examples" + (", groups weighing the same" if row["group"] == "average" else "")
+def _verdict(suite: str, base: str, rival: str, row: dict[str, Any], several: bool) -> str:
+    what = f"{suite} {row['score']}" + (f" ({row['group']})" if several else "")
     if row["low"] is None or row["n"] < _FEW:
-        return f"No verdict on {what}: {rival} differs from {base} by {row['difference']:+.3f}, but {row['n']} examples are too few."
-    gap = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] {over}"
+        return f"No verdict on {what}: {rival} differs from {base} by {row['difference']:+.3f} in too few examples ({row['n']})."
+    gap = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] over {row['n']} examples"
     if row["low"] <= 0 <= row["high"]:
         return f"No difference can be told between {rival} and {base} on {what}: {gap}."
     return f"{rival} scores {'higher' if row['difference'] > 0 else 'lower'} than {base} on {what}: {gap}."
