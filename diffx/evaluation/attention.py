@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -59,15 +60,16 @@ class AttentionView:
 
     def logits(self, m: int, start: int, stop: int) -> Tensor:
         """Give what enters the softmax of map ``m`` in rows ``start`` to ``stop``: (B, rows, T) in fp32, -inf where nothing is seen."""
-        q, k = self.q[:, start:stop, m].float(), self.k[:, :, self.key_map[m]].float()  # (B, rows, d), (B, T, d)
-        logits = q @ k.mT * self.scale
+        keys = stop if self.mask is None else self.k.shape[1]  # none behind the last row is seen
+        q, k = self.q[:, start:stop, m].float(), self.k[:, :keys, self.key_map[m]].float()  # (B, rows, d), (B, keys, d)
+        logits = (q * self.scale) @ k.mT
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if self.mask is None:
-            seen = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).tril(start)
+            hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).triu(start + 1)
         else:
-            seen = self.mask[:, m if self.mask.shape[1] > 1 else 0, start:stop]
-        return logits.masked_fill(~seen, -torch.inf)
+            hidden = ~self.mask[:, m if self.mask.shape[1] > 1 else 0, start:stop]
+        return F.pad(logits.masked_fill_(hidden, -torch.inf), (0, self.k.shape[1] - keys), value=-torch.inf)
 
     def head_map(self, j: int, start: int, stop: int) -> Tensor:
         """The weights of head ``j``'s values in query rows ``start`` to ``stop``: (B, rows, T) in fp32.

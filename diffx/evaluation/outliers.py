@@ -1,0 +1,231 @@
+"""The largest attention logits and hidden states of a model, and their medians (arXiv 2410.05258, table 5).
+
+Absolute values are counted: of the scaled causal logits of every query map (both maps of a differential head), as they enter the
+softmax, and of every layer's output. Ranks are exact. A median is read off a histogram whose bins are 1/64 wide at most in relation to
+their value, linearly within a bin, so it is off by less than 1.6%; magnitudes below 2^-20 count as 2^-20.
+
+Notation: B batch, T tokens, D model width. Maps are formed a block of rows at a time, so memory grows with T and not with T x T.
+"""
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from diffx.config import RunError, UserError
+from diffx.evaluation.attention import AttentionView
+from diffx.evaluation.model import LanguageModel
+from diffx.evaluation.published import published
+from diffx.evaluation.suite import Context, Example, Metric, Record
+from diffx.train.folder import write_json
+
+LOGITS, STATES = _GROUPS = ("attention logits", "hidden states")
+
+_SHIFT = 17  # a bin is all floats that share sign, exponent and the first 6 bits of the fraction
+_INFINITE = 255 << 6  # the bin of what is masked
+_LOWEST = (127 - 20) << 6  # the bin of 2^-20
+_ELEMENTS = 2**18  # of a map that are formed at once
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+@dataclass
+class Tally:
+    """Magnitudes of one layer, or of several: the largest ones and a histogram of all.
+
+    Attributes:
+        keep: how many of the largest are kept.
+        top: the largest, from the first.
+        counts: magnitudes in each bin of float32 patterns.
+    """
+
+    keep: int
+    top: list[float] = field(default_factory=list)
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(_INFINITE, dtype=np.int64))
+
+    def add(self, values: Tensor) -> None:
+        """Count |values|, of any shape; infinite ones are masked and do not count."""
+        values = values.float().abs().flatten()
+        counts = torch.bincount(values.view(torch.int32) >> _SHIFT, minlength=_INFINITE).cpu().numpy()[:_INFINITE]  # device sync
+        self.counts += counts
+        floor = self.top[-1] if len(self.top) == self.keep else -1.0
+        used = counts.nonzero()[0]
+        if not len(used) or _edge(used[-1] + 1) <= floor:  # as in most blocks
+            return
+        candidates = values[(values > floor) & (values < torch.inf)]
+        self._keep(candidates.topk(min(self.keep, len(candidates))).values.tolist())
+
+    def merge(self, layer: dict[str, Any]) -> None:
+        """Add what another tally's ``record`` gave."""
+        self._keep(layer["top"])
+        self.counts[layer["first"] : layer["first"] + len(layer["counts"])] += layer["counts"]
+
+    def record(self) -> dict[str, Any]:
+        """What merges again: the largest, and the histogram from its first bin in use to its last."""
+        counts = self.counts.copy()
+        counts[_LOWEST] += counts[:_LOWEST].sum()
+        counts[:_LOWEST] = 0
+        used = counts.nonzero()[0]
+        first, last = int(used[0]), int(used[-1])
+        return {"top": [float(f"{value:.7g}") for value in self.top], "first": first, "counts": counts[first : last + 1].tolist()}
+
+    def figures(self, ranks: list[int]) -> dict[str, float]:
+        """The magnitudes of these ranks, where there are so many, and the median."""
+        figures = {f"top-{rank}": self.top[rank - 1] for rank in ranks if rank <= len(self.top)}
+        below = self.counts.cumsum()
+        middle = below[-1] / 2
+        found = np.searchsorted(below, middle)
+        low, high = _edge(found), _edge(found + 1)
+        return figures | {"median": low + (high - low) * (middle - (below[found] - self.counts[found])) / self.counts[found]}
+
+    def _keep(self, values: list[float]) -> None:
+        self.top = list(heapq.merge(self.top, values, reverse=True))[: self.keep]
+
+
+def plan(context: Context) -> list[Example]:
+    """Windows of the documents laid end to end, each twice: for its logits and for its states.
+
+    Raises:
+        UserError: a window does not fit in the model, or there is no text.
+    """
+    suite, lm = context.suite, context.lm
+    length = suite.length or min(lm.context, 2048)
+    if length > (lm.limit or length) or length <= len(lm.prefix):
+        most = f" and {lm.limit} at most, which is all that the model reads" if lm.limit else ""
+        raise UserError(f"suite.length={length} cannot be used with {lm.name}: it must be more than {len(lm.prefix)}{most}")
+    documents = iter(context.documents())
+    text: list[int] = []
+    windows: list[list[int]] = []
+    left = suite.tokens
+    while left > len(lm.prefix):
+        size = min(length, left) - len(lm.prefix)
+        while len(text) < size and (document := next(documents, None)) is not None:
+            text += [*lm.encode(document), lm.tokenizer.eot_id]
+        if not text:
+            context.reporter.warn(f"suite.tokens={suite.tokens}: the text has only {suite.tokens - left} tokens, which are all measured")
+            break
+        windows.append(lm.prefix + text[:size])
+        text = text[size:]
+        left -= len(windows[-1])
+    if not windows:
+        raise UserError("data= cannot be used: it has no text")
+    return [
+        Example(f"{group}/{number:05d}", {"group": group, "tokens": window})
+        for group in _GROUPS
+        for number, window in enumerate(context.limited(windows))
+    ]
+
+
+def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
+    """Read each window once and yield what was counted in it.
+
+    Raises:
+        RunError: queries, keys or states that are not finite.
+    """
+    lm, ranks = context.lm, context.suite.top
+    keep = max(ranks)
+    windows: dict[tuple[int, ...], list[Example]] = {}
+    for example in examples:
+        windows.setdefault(tuple(example.data["tokens"]), []).append(example)
+    for window, asked in windows.items():
+        tallies = _read(lm, list(window), {example.data["group"] for example in asked}, keep)
+        for example in asked:
+            layers = [tally.record() for tally in tallies[example.data["group"]] if tally.top]  # a layer without attention has no logits
+            whole = _merged(layers, keep)
+            yield {
+                "id": example.id,
+                "group": example.data["group"],
+                "scores": whole.figures(ranks),
+                "tokens": len(window),
+                "text": lm.decode(list(window)),
+                "layers": layers,
+            }
+
+
+def summarize(context: Context, records: list[Record]) -> list[Metric]:
+    """The ranks and the median over all windows and layers."""
+    metrics = []
+    for group in _GROUPS:
+        own = [record for record in records if record["group"] == group]
+        whole = _merged([layer for record in own for layer in record["layers"]], max(context.suite.top))
+        metrics += [
+            Metric(group, name, value, n=len(own), published=published("outliers", group, name))
+            for name, value in whole.figures(context.suite.top).items()
+        ]
+    return metrics
+
+
+def draw(context: Context, records: list[Record], metrics: list[Metric], path: Path) -> None:
+    """Draw ranks and medians by layer, the papers' figures for whole models beside them, and write those by layer to ``layers.json``."""
+    ranks = context.suite.top
+    layers = {}
+    for group in dict.fromkeys(metric.group for metric in metrics):
+        by_layer = zip(*(record["layers"] for record in records if record["group"] == group), strict=True)
+        layers[group] = [_merged(list(windows), max(ranks)).figures(ranks) for windows in by_layer]
+    canvas = Figure(figsize=(6.4 * len(layers), 5.2), layout="constrained")
+    for axes, (group, figures) in zip(canvas.subplots(1, len(layers), squeeze=False)[0], layers.items(), strict=True):
+        _panel(axes, figures, [metric for metric in metrics if metric.group == group])
+        axes.set_title(f"{context.lm.name}: {group}", loc="left", fontsize=11, fontweight="bold")
+    canvas.savefig(path, dpi=150)
+    write_json(path.with_name("layers.json"), layers)
+
+
+def _panel(axes: Axes, layers: list[dict[str, float]], metrics: list[Metric]) -> None:
+    shown = [metric for metric in metrics if metric.name in ("top-1", "top-10", "top-100", "median")] or metrics
+    for metric, colour in zip(shown, _COLOURS, strict=False):
+        label = f"{metric.name}: {metric.value:.1f} over all layers"
+        axes.plot([layer.get(metric.name, np.nan) for layer in layers], color=colour, marker="o", markersize=3.5, label=label)
+        if metric.name not in ("top-1", "median"):  # four lines of theirs can be told apart
+            continue
+        for (model, value), line in zip(metric.published.items(), ("--", ":"), strict=True):
+            axes.axhline(value, color=colour, linewidth=1.1, linestyle=line, label=f"{metric.name} of {model}: {value:g}")
+    axes.set(yscale="log", xlabel="layer", ylabel="magnitude")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize=9)
+
+
+def _read(lm: LanguageModel, window: list[int], groups: set[str], keep: int) -> dict[str, list[Tally]]:
+    """Count logits, states or both in one pass, by layer."""
+    tallies = {group: [Tally(keep) for _ in range(lm.num_layers)] for group in groups}
+
+    def attention(layer: int, view: AttentionView) -> None:
+        _require_finite(layer, view.q, view.k)
+        rows = max(1, _ELEMENTS // len(window))
+        for m in range(view.num_maps):
+            for start in range(0, len(window), rows):
+                stop = min(start + rows, len(window))
+                tallies[LOGITS][layer].add(view.logits(m, start, stop)[..., :stop])
+
+    def hidden(layer: int, states: Tensor) -> None:
+        _require_finite(layer, states)
+        tallies[STATES][layer].add(states)
+
+    lm.observe(torch.tensor([window]), attention if LOGITS in groups else None, hidden if STATES in groups else None)
+    return tallies
+
+
+def _edge(number: np.intp) -> float:
+    """The lower edge of a bin."""
+    return float((np.array([number], dtype=np.int32) << _SHIFT).view(np.float32)[0])
+
+
+def _merged(layers: list[dict[str, Any]], keep: int) -> Tally:
+    whole = Tally(keep)
+    for layer in layers:
+        whole.merge(layer)
+    return whole
+
+
+def _require_finite(layer: int, *tensors: Tensor) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):  # device sync
+        raise RunError(f"layer {layer} gives values that are not finite: the weights are broken, or dtype= is too narrow for them")
