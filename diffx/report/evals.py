@@ -135,23 +135,16 @@ def _place(checkpoint: dict[str, Any]) -> str:
 
 def _table(report: dict[str, Any], rival: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of one comparison."""
-    papers = any(row["published_gain"] for row in rival["rows"])
+    papers = list(dict.fromkeys(label for row in rival["rows"] for label in row["published_gain"]))
     columns = ["group", "score", report["baseline"]["checkpoint"], rival["checkpoint"], f"{report['what']}\n[95% interval]", "n"]
+    show = "{:.3f}" if report["what"] == "ratio" else "{:+.3f}"
     rows = []
     for row in rival["rows"]:
-        show = "{:.3f}" if report["what"] == "ratio" else "{:+.3f}"
         ends = f" [{show.format(row['low'])}, {show.format(row['high'])}]" if row["low"] is not None else ""
-        cells = [
-            row["group"],
-            row["score"],
-            f"{row['baseline']:.3f}",
-            f"{row['value']:.3f}",
-            show.format(row["difference"]) + ends,
-            str(row["n"] or "-"),
-        ]
-        gains = "\n".join(f"{label}: {gain:+.3f}" for label, gain in row["published_gain"].items())
-        rows.append([*cells, gains] if papers else cells)
-    return [*columns, "published"] if papers else columns, rows
+        gains = [f"{row['published_gain'][label]:+.3f}" if label in row["published_gain"] else "-" for label in papers]
+        means = [f"{row['baseline']:.3f}", f"{row['value']:.3f}"]
+        rows.append([row["group"], row["score"], *means, show.format(row["difference"]) + ends, str(row["n"] or "-"), *gains])
+    return [*columns, *(label.replace(" (paper)", "\n(paper)") for label in papers)], rows
 
 
 def find_evaluations(spec: str, suite: str) -> list[Evaluation]:
@@ -251,6 +244,10 @@ def analyse_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
         ours, means = rival.scores(), (base.means(), rival.means())
         rows = paired_rows(theirs, ours, _no_means(theirs, means[0]) | _no_means(ours, means[1]), ratio)
         rows += _unpaired(*means, rows)
+        if not rows:
+            raise UserError(
+                f"RUN={rival.label} cannot be compared with {base.label}: they have no example and no figure of {suite} in common"
+            )
         for row in rows:
             row["published_gain"] = published_gain(suite, row["group"], row["score"])
         alone = sum(len(theirs.get(key, {}).keys() ^ ours.get(key, {}).keys()) for key in theirs.keys() | ours.keys())

@@ -23,10 +23,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
     rivals = len(report["comparisons"])
     heights = [1.3 + n * (0.3 + 0.14 * (rivals - 1)) for n in tallest]
     canvas = Figure(figsize=(1 + 4.6 * columns, 0.9 + sum(heights)), layout="constrained")
-    panels = canvas.subplots(lines, columns, squeeze=False, height_ratios=heights).flat
+    panels = list(canvas.subplots(lines, columns, squeeze=False, height_ratios=heights).flat)
     for axes, score in zip(panels, scores, strict=False):
         _panel(axes, report, score, groups[score])
-    for axes in list(panels)[len(scores) :] or []:
+    for axes in panels[len(scores) :]:
         axes.set_axis_off()
     handles, labels = canvas.axes[0].get_legend_handles_labels()
     what = f"against {report['baseline']['checkpoint']}; lines: 95% bootstrap intervals over examples; hollow: no interval"
