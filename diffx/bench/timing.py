@@ -1,21 +1,15 @@
 """What every bench shares: alternating rounds, ratios within a round, peak memory, and the machine they were taken on."""
 
-import gc
-import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from diffx.train.folder import environment
-from diffx.train.throughput import synchronize
+from diffx.train.throughput import peak_allocation, synchronize
 
 ROUND_SECONDS = 0.2  # a contestant's turn lasts at least about so long, so that the clock and the queue do not count
 
@@ -75,41 +69,19 @@ def speed_ratio(seconds: Mapping[str, list[float]], of: str, to: str) -> Ratio:
 
 
 def peak_memory(build: Callable[[], Callable[[], Any]], device: torch.device) -> int | None:
-    """Measure the most bytes of tensors that live at once while a contestant is built and called twice.
-
-    On CUDA the allocator counts them, on the CPU the profiler; None elsewhere, where nothing counts. It is what tensors and operators
-    allocate, and less than what the process holds.
+    """Measure the most bytes of tensors that live at once while a contestant is built and called twice (see ``peak_allocation``).
 
     Args:
         build: makes the contestant, from nothing.
         device: where it works.
     """
-    gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        _build_and_call(build)
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu":
-        return None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints a line when it starts and one when it stops
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        _build_and_call(build)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"] if event.get("name") == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak
 
+    def build_and_call() -> None:
+        call = build()
+        call()
+        call()
 
-def _build_and_call(build: Callable[[], Callable[[], Any]]) -> None:
-    call = build()
-    call()
-    call()
+    return peak_allocation(build_and_call, device)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -1,10 +1,18 @@
 """What a step costs: the device's matrix-product ceiling, for the model-FLOPs utilisation, and peak memory."""
 
+import gc
+import json
+import os
 import resource
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from diffx.config.train import Precision
 from diffx.train.parallel import autocast
@@ -42,3 +50,31 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_allocation(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Measure the most bytes of tensors that live at once while ``call`` runs, those that were there before left out.
+
+    On CUDA the allocator counts them, on the CPU the profiler; None elsewhere, where nothing counts. It is what tensors and operators
+    allocate, and less than what the process holds.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints a line when it starts and one when it stops
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"] if event.get("name") == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
