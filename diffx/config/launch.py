@@ -108,7 +108,7 @@ def config_groups(app: Any, name: str) -> dict[str, list[str]]:
         nested = [f"{sub}/{name}" for sub in loader.get_group_options(group, ObjectType.GROUP) for name in options(f"{group}/{sub}")]
         return [*loader.get_group_options(group, ObjectType.CONFIG), *nested]
 
-    choices = loader.compute_defaults_list(name, [], RunMode.RUN).overrides.known_choices
+    choices = loader.compute_defaults_list(name, [], RunMode.MULTIRUN).overrides.known_choices  # passes over a group without a default
     return {group: options(group) for group in choices if not group.startswith("hydra/")}
 
 

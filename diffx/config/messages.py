@@ -52,6 +52,8 @@ def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, li
             return f"{where}{cause.full_key}={value} cannot be used: it must be {_accepted(accepted, value)}"
     if isinstance(cause, InterpolationResolutionError):
         return f"{cause.full_key} cannot be used: {_first_line(cause)}"
+    if missing := re.match(r"You must specify '(\w+)'", str(error)):
+        return f"{missing[1]} is missing: give it as {missing[1]}=..., one of {', '.join(groups.get(missing[1], []))}"
     if "--multirun" in str(error):
         word = str(error).split("'")[1]
         return f"{word} has several values: add -m to run each of them, or write a list as key=[a,b]"
