@@ -101,7 +101,7 @@ _GAINS: dict[str, dict[str, dict[str, float]]] = {
         "banking77": {_PAIR_GAIN: 0.104},
         "clinc150": {_PAIR_GAIN: 0.052},
     },
-    "dex_lm": {"average": {"DEX, Llama-3B (paper)": 0.040, "LoRA, Llama-3B (paper)": 0.016, "full fine-tuning, Llama-3B (paper)": 0.013}},
+    "dex_lm": {"average (0-shot)": {"DEX, Llama-3B (paper)": 0.040, "LoRA, Llama-3B (paper)": 0.016, "full fine-tuning, Llama-3B (paper)": 0.013}},
 }
 
 

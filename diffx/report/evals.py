@@ -289,8 +289,9 @@ def paired_rows(
 ) -> list[dict[str, Any]]:
     """Means and their paired difference for each group and score, over the examples that both have.
 
-    A score that every group has also gets a row ``average``: the mean of the groups' means. All groups are resampled by the same
-    positions, so that groups which ask the same examples, such as numbers of shots, do not count as independent of each other.
+    A score that every group has also gets a row that averages the groups' means: of all groups, in the harness of all with as many
+    shots, in ``icl`` of a task's numbers of shots. All groups are resampled by the same positions, so that groups which ask the same
+    examples, as those do, do not count as independent of each other.
 
     Args:
         theirs: the baseline's scores.
@@ -303,7 +304,7 @@ def paired_rows(
     """
     into, back = (np.log, np.exp) if ratio else (np.asarray, np.asarray)
     rows: list[dict[str, Any]] = []
-    parts: dict[str, list[tuple[float, float, np.ndarray | None, int]]] = {}
+    parts: dict[_KEY, list[tuple[float, float, np.ndarray | None, int]]] = {}
     for key in theirs:
         ids = [i for i in theirs[key] if i in ours.get(key, {}) and (not ratio or min(theirs[key][i], ours[key][i]) > 0)]
         if not ids:
@@ -312,34 +313,42 @@ def paired_rows(
         means = resampled_means(b - a, key[1]) if len(ids) > 1 else None
         part = (float(a.mean()), float(b.mean()), means, len(ids))
         rows.append(_row((key[0], f"{key[1]}, mean over examples") if key in no_means else key, *part, back))
-        parts.setdefault(key[1], []).append(part)
-    groups = {key[0] for key in theirs}
-    for name, own in parts.items():
-        if 1 < len(groups) == len(own) and not any(key[1] == name for key in no_means):
+        parts.setdefault((_average(key[0]), key[1]), []).append(part)
+    averages = [_average(group) for group in {group for group, _ in theirs}]
+    for key, own in parts.items():
+        if 1 < averages.count(key[0]) == len(own) and not any(score == key[1] for _, score in no_means):
             a, b, each, counts = zip(*own, strict=True)
             resampled = np.mean(each, axis=0) if all(means is not None for means in each) else None
-            rows.append(_row(("average", name), float(np.mean(a)), float(np.mean(b)), resampled, sum(counts), back))
+            rows.append(_row(key, float(np.mean(a)), float(np.mean(b)), resampled, sum(counts), back) | {"groups": len(own)})
     return rows
+
+
+def _average(group: str) -> str:
+    """What the average that a group belongs to is called."""
+    found = re.fullmatch(r"(?P<task>.+) \d+ shots( a class)?|.+(?P<shots> \(\d+-shot\))", group)
+    return "average" if found is None else found["task"] or f"average{found['shots']}"
 
 
 def _row(key: _KEY, a: float, b: float, means: np.ndarray | None, n: int, back: Any) -> dict[str, Any]:
     low, high = (None, None) if means is None else (float(back(end)) for end in interval(means))
     figures = {"baseline": float(back(a)), "value": float(back(b)), "difference": float(back(b - a)), "low": low, "high": high}
-    return {"group": key[0], "score": key[1], **figures, "n": n}
+    return {"group": key[0], "score": key[1], **figures, "n": n, "groups": 1}
 
 
 def _unpaired(theirs: dict[_KEY, float], ours: dict[_KEY, float], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Figures that are no means over examples, such as a spread over orders: their difference has no interval."""
-    paired = {(row["group"], row["score"]) for row in rows}
-    keys = [key for key in theirs if key in ours and key not in paired and not key[0].startswith("average")]
-    return [_row(key, theirs[key], ours[key], None, 0, np.asarray) for key in keys]
+    paired = {row["score"] for row in rows}
+    return [_row(key, theirs[key], ours[key], None, 0, np.asarray) for key in theirs if key in ours and key[1] not in paired]
 
 
 def _main(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that sum a score up: its average, or if it has none a few groups."""
+    """The rows that sum a score up: its averages, or if it has none its groups, if they are few."""
     paired = [row for row in rows if row["n"]]
-    by_score = [[row for row in paired if row["score"] == score] for score in dict.fromkeys(row["score"] for row in paired)]
-    return [row for own in by_score for row in (own[-1:] if own[-1]["group"] == "average" else own if len(own) <= _FEW_GROUPS else [])]
+    chosen = []
+    for score in dict.fromkeys(row["score"] for row in paired):
+        own = [row for row in paired if row["score"] == score]
+        chosen += [row for row in own if row["groups"] > 1] or (own if len(own) <= _FEW_GROUPS else [])
+    return chosen
 
 
 def _verdict(suite: str, base: str, rival: str, row: dict[str, Any], several: bool) -> str:

@@ -29,7 +29,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for axes in panels[len(scores) :]:
         axes.set_axis_off()
     handles, labels = canvas.axes[0].get_legend_handles_labels()
-    what = f"against {report['baseline']['checkpoint']}; lines: 95% bootstrap intervals over examples; hollow: no interval"
+    what = (
+        f"against {report['baseline']['checkpoint']}; lines: 95% bootstrap intervals over examples; hollow: no interval; diamonds: averages"
+    )
     canvas.legend(
         handles, labels, loc="outside lower center", ncols=min(rivals, 3), frameon=False, fontsize=9.5, title=what, title_fontsize=9
     )
@@ -54,7 +56,7 @@ def _panel(axes: Axes, report: dict[str, Any], score: str, groups: list[str]) ->
             known = row["low"] is not None
             if known:
                 axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=1.8, solid_capstyle="round")
-            marker = "D" if row["group"] == "average" else "o"
+            marker = "D" if row["groups"] > 1 else "o"
             axes.plot(row["difference"], y, marker, color=colour, markersize=5.5, markerfacecolor=colour if known else "white")
     axes.axvline(1 if ratio else 0, color="#444444", linewidth=1)
     axes.set_yticks(range(len(groups)), groups)

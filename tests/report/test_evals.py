@@ -103,6 +103,31 @@ def test_the_same_questions_in_two_groups_are_no_more_evidence(evaluated):
     assert (average["low"], average["high"]) == (one["low"], one["high"])
 
 
+@pytest.mark.parametrize(
+    ("suite", "groups", "averages", "gain"),
+    [
+        (
+            "paper_lm",
+            ["piqa (0-shot)", "boolq (0-shot)", "piqa (5-shot)", "boolq (5-shot)"],
+            ["average (0-shot)", "average (5-shot)"],
+            0.008,
+        ),
+        ("icl", ["trec 1 shots", "trec 2 shots", "my 1 shots"], ["trec"], 0.18),
+        ("icl", ["trec 1 shots a class", "trec 0 shots a class"], ["trec"], 0.18),
+        ("harness", ["x", "y"], ["average"], None),
+        ("harness", ["x"], [], None),
+    ],
+)
+def test_averages_are_of_what_belongs_together(evaluated, suite, groups, averages, gain):
+    score = "accuracy" if suite == "icl" else "acc"
+    for run in "ab":
+        evaluated(run, cells(dict.fromkeys(groups, 0.5), n=12, name=score), suite, metrics={("average over all", score): 0.5})
+    rows = compared("a", "b", f"suite={suite}")["comparisons"][0]["rows"]
+    assert [row["group"] for row in rows] == [*groups, *averages]
+    if gain:
+        assert rows[len(groups)]["published_gain"] == {"DIFF - Transformer (paper)": pytest.approx(gain)}
+
+
 def test_one_query_in_many_orders_is_one_example(evaluated):
     for run, right in (("a", 0.0), ("b", 1.0)):
         records = [
