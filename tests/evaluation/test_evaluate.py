@@ -1,0 +1,179 @@
+"""The runner: its folder of results, resumption, forced and repeated evaluations, sweeps."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from filelock import FileLock
+
+from diffx.cli import main
+from diffx.config import UserError
+from diffx.config.launch import compose
+from diffx.evaluation import icl
+from diffx.evaluation.run import evaluate, read_records
+
+TINY = [
+    "tokenizer=bytes",
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=4",
+    "model.num_kv_heads=2",
+    "train.steps=4",
+    "train.save_every=2",
+    "train.seq_len=128",
+    "train.batch_tokens=256",
+    "train.warmup=1",
+    "train.sample_tokens=0",
+    "wandb.mode=disabled",
+    "device=cpu",
+    "data.val_tokens=500",
+    "data=text",
+]
+SUITE = ["suite=icl", "suite.shots=[1,2]", "suite.queries=6", "suite.labels=3", "wandb.mode=disabled", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def runs(documents, tmp_path_factory):
+    """Two trained runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFX_CACHE", str(folder / "cache"))
+        for seed, kind in enumerate(["transformer", "diff_v1"]):
+            assert main(["train", *TINY, f"data.path={documents}", f"model={kind}", f"seed={seed}", f"run.dir={folder}/{kind}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def measure(runs):
+    """Evaluate the first run: ``measure("limit=2")``; what was measured before is gone with ``force``."""
+
+    def run(*words, spec="transformer"):
+        return evaluate(compose("eval", [f"checkpoint={runs}/{spec}", *SUITE, *words]), [])
+
+    return run
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def without_time(folder):
+    return {key: value for key, value in results(folder).items() if key != "seconds"}
+
+
+def test_the_folder(measure, runs):
+    folder = measure()
+    assert folder.parent == runs / "transformer" / "evals" / "4" / "icl"
+    assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == [
+        "icl.png",
+        "records.jsonl.zst",
+        "results.json",
+        "settings.json",
+    ]
+    found, records = results(folder), read_records(folder)
+    assert found["examples"] == len(records) == 12 and found["settings_hash"] == folder.name
+    assert [record["id"] for record in records] == [f"synthetic/{shots}/{query}" for shots in (1, 2) for query in range(6)]
+    (metric,) = [metric for metric in found["metrics"] if metric["group"] == "synthetic 2 shots"]
+    scores = [record["scores"]["accuracy"] for record in records if record["shots"] == 2]
+    assert metric["value"] == pytest.approx(sum(scores) / 6) and metric["n"] == 6 and metric["low"] <= metric["value"] <= metric["high"]
+    assert found["checkpoint"]["step"] == 4 and len(found["checkpoint"]["fingerprint"]) == 64
+    assert (folder / "icl.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_settings_and_checkpoints_have_folders_of_their_own(measure):
+    folders = {measure(*words) for words in ([], ["limit=2"], ["seed=1"], ["batch=1"], ["suite.queries=5"])}
+    assert len(folders) == 4  # how many at once is no setting
+    assert measure(spec="transformer@2").parent.parent.name == "2"
+
+
+def test_what_is_there_is_shown_and_force_measures_again(measure, monkeypatch, capsys):
+    folder = measure()
+    before = without_time(folder)
+
+    def never(*_):
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(icl, "answer", never)
+        assert measure() == folder
+        assert "measured before" in capsys.readouterr().out
+        with pytest.raises(AssertionError, match="measured again"):
+            measure("force=true")
+    assert not (folder / "results.json").exists()
+    assert without_time(measure()) == before
+
+
+def test_an_interrupted_evaluation_goes_on(measure, monkeypatch):
+    whole = measure("seed=2")
+    expected, records = without_time(whole), read_records(whole)
+    answer = icl.answer
+
+    def stopped(context, examples):
+        for number, record in enumerate(answer(context, examples)):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield record
+
+    with monkeypatch.context() as patch:
+        patch.setattr(icl, "answer", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            measure("seed=2", "force=true")
+    path = whole / "records.jsonl"
+    assert len(path.read_text().splitlines()) == 5 and not (whole / "results.json").exists()
+    with path.open("a") as file:
+        file.write('{"id": "synthetic/1/5", "gro')  # as a kill leaves it
+    asked = []
+
+    def counted(context, examples):
+        asked.extend(example.id for example in examples)
+        return answer(context, examples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(icl, "answer", counted)
+        measure("seed=2")
+    assert len(asked) == 7
+    assert [{**record, "log_probability": 0} for record in read_records(whole)] == [{**record, "log_probability": 0} for record in records]
+    assert without_time(whole) == expected and not path.exists()
+
+
+def test_a_killed_evaluation_goes_on(runs):
+    words = [f"checkpoint={runs}/transformer", *SUITE, "suite.queries=400", "seed=3", "batch=1"]
+    process = subprocess.Popen([sys.executable, "-m", "diffx", "eval", *words], stdout=subprocess.DEVNULL)
+    records = []
+    for _ in range(1200):
+        time.sleep(0.05)
+        records = list(runs.glob("transformer/evals/4/icl/*/records.jsonl"))
+        if records and len(records[0].read_text().splitlines()) > 3:
+            break
+    process.kill()
+    process.wait()
+    assert records and not (records[0].parent / "results.json").exists()
+    folder = evaluate(compose("eval", words), [])
+    assert folder == records[0].parent
+    killed, fresh = without_time(folder), without_time(evaluate(compose("eval", [*words, "force=true"]), []))
+    assert killed == fresh
+
+
+def test_other_weights_are_measured_again(measure, monkeypatch, capsys):
+    folder = measure("seed=4")
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(settings | {"fingerprint": "of other weights"}))
+    measure("seed=4")
+    assert "are not those that were measured before" in capsys.readouterr().out
+    assert json.loads((folder / "settings.json").read_text()) == settings
+
+
+def test_one_process_at_a_time(measure):
+    folder = measure("seed=5")
+    with FileLock(folder / ".lock"), pytest.raises(UserError, match="another process"):
+        measure("seed=5")
+
+
+def test_a_sweep_and_a_model_of_the_hub(runs, hf_folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "-m", f"checkpoint={runs}/transformer,{runs}/diff_v1,{hf_folder}", *SUITE, "seed=6"]) == 0
+    names = {results(path.parent)["checkpoint"]["name"] for path in tmp_path.glob("runs/hub/*/evals/0/icl/*/results.json")}
+    assert names == {"tiny-llama"}
+    assert len(list(runs.glob("diff_v1/evals/4/icl/*/results.json"))) == 1
