@@ -14,24 +14,12 @@ from diffx.config.launch import compose
 from diffx.evaluation import icl
 from diffx.evaluation.run import evaluate, read_records
 
-TINY = [
-    "tokenizer=bytes",
-    "model.hidden_size=32",
-    "model.num_layers=1",
-    "model.num_heads=4",
-    "model.num_kv_heads=2",
-    "train.steps=4",
-    "train.save_every=2",
-    "train.seq_len=128",
-    "train.batch_tokens=256",
-    "train.warmup=1",
-    "train.sample_tokens=0",
-    "wandb.mode=disabled",
-    "device=cpu",
-    "data.val_tokens=500",
-    "data=text",
-]
-SUITE = ["suite=icl", "suite.shots=[1,2]", "suite.queries=6", "suite.labels=3", "wandb.mode=disabled", "device=cpu"]
+TINY = (
+    "tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 train.steps=4 train.save_every=2 "
+    "train.seq_len=128 train.batch_tokens=256 train.warmup=1 train.sample_tokens=0 wandb.mode=disabled device=cpu data.val_tokens=500 "
+    "data=text"
+)
+SUITE = "suite=icl suite.shots=[1,2] suite.queries=6 suite.labels=3 wandb.mode=disabled device=cpu"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +29,9 @@ def runs(documents, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFX_CACHE", str(folder / "cache"))
         for seed, kind in enumerate(["transformer", "diff_v1"]):
-            assert main(["train", *TINY, f"data.path={documents}", f"model={kind}", f"seed={seed}", f"run.dir={folder}/{kind}"]) == 0
+            assert (
+                main(["train", *TINY.split(), f"data.path={documents}", f"model={kind}", f"seed={seed}", f"run.dir={folder}/{kind}"]) == 0
+            )
     return folder
 
 
@@ -50,7 +40,7 @@ def measure(runs):
     """Evaluate the first run: ``measure("limit=2")``; what was measured before is gone with ``force``."""
 
     def run(*words, spec="transformer"):
-        return evaluate(compose("eval", [f"checkpoint={runs}/{spec}", *SUITE, *words]), [])
+        return evaluate(compose("eval", [f"checkpoint={runs}/{spec}", *SUITE.split(), *words]), [])
 
     return run
 
@@ -139,7 +129,7 @@ def test_an_interrupted_evaluation_goes_on(measure, monkeypatch):
 
 
 def test_a_killed_evaluation_goes_on(runs):
-    words = [f"checkpoint={runs}/transformer", *SUITE, "suite.queries=400", "seed=3", "batch=1"]
+    words = [f"checkpoint={runs}/transformer", *SUITE.split(), "suite.queries=400", "seed=3", "batch=1"]
     process = subprocess.Popen([sys.executable, "-m", "diffx", "eval", *words], stdout=subprocess.DEVNULL)
     records = []
     for _ in range(1200):
@@ -173,7 +163,7 @@ def test_one_process_at_a_time(measure):
 
 def test_a_sweep_and_a_model_of_the_hub(runs, hf_folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert main(["eval", "-m", f"checkpoint={runs}/transformer,{runs}/diff_v1,{hf_folder}", *SUITE, "seed=6"]) == 0
+    assert main(["eval", "-m", f"checkpoint={runs}/transformer,{runs}/diff_v1,{hf_folder}", *SUITE.split(), "seed=6"]) == 0
     names = {results(path.parent)["checkpoint"]["name"] for path in tmp_path.glob("runs/hub/*/evals/0/icl/*/results.json")}
     assert names == {"tiny-llama"}
     assert len(list(runs.glob("diff_v1/evals/4/icl/*/results.json"))) == 1
