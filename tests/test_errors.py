@@ -183,6 +183,12 @@ TABLE = [
     ("generate checkpoint=trained prompt_file=text/latin1.txt", ["prompt_file=text/latin1.txt", "UTF-8"]),
     ("compare nowhere", ["nowhere"]),
     ("compare notes", ["notes"]),
+    ("compare trained suite=retrieval", ["suite=retrieval", "two or more"]),
+    ("compare trained notes suite=retreival", ["suite=retreival", "retrieval"]),
+    ("compare trained nowhere suite=icl", ["RUN=trained", "`diffx eval checkpoint=trained suite=icl`"]),
+    ("compare nowhere trained suite=icl", ["RUN=nowhere", "no folder"]),
+    ("compare trained notes suite=icl suite=math", ["suite=math", "one suite"]),
+    ("compare trained notes suite=icl --out x.txt", ["out=x.txt", ".png"]),
     ("params tokenizer=tiktoken", ["model.vocab_size"]),
     pytest.param(
         f"train {TINY} {TEXT} device=cuda", ["device=cuda"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

@@ -1,105 +1,35 @@
 """``diffx compare A B suite=S``: differences between checkpoints over the same examples, with bootstrap intervals."""
 
-import glob
-import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zstandard
 
 from diffx.config import UserError
-from diffx.config.launch import CONFIGS
 from diffx.console import Reporter, make_table
 from diffx.evaluation.bootstrap import interval, resampled_means
 from diffx.evaluation.published import published_gain, source
 from diffx.report.compare import write_report
 from diffx.report.evals_picture import draw
+from diffx.report.evaluations import Evaluation, Key, find_evaluations, share
 from diffx.report.picture import FORMATS
-from diffx.report.runs import as_word, read_run
+from diffx.report.runs import read_run
 from diffx.report.speed import speed_sentences
 
 _FEW = 10  # examples below which no verdict is given
 _FEW_GROUPS = 3  # that have a sentence each, where they have no average
-_KEY = tuple[str, str]  # group and score
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """A finished evaluation of one checkpoint.
-
-    Attributes:
-        label: the checkpoint as the user typed it.
-        folder: holds ``results.json`` and ``records.jsonl.zst``.
-        results: the former.
-    """
-
-    label: str
-    folder: Path
-    results: dict[str, Any]
-
-    @property
-    def run(self) -> Path:
-        """The run's folder, or that of a model of the hub."""
-        return self.folder.parents[3]
-
-    @property
-    def time(self) -> float:
-        """When it was finished."""
-        return (self.folder / "results.json").stat().st_mtime
-
-    def settings(self) -> dict[str, Any]:
-        """What the evaluation was made with, by dotted key."""
-
-        def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-            if isinstance(value, dict) and value:
-                for key, item in value.items():
-                    yield from walk(f"{prefix}.{key}" if prefix else key, item)
-            else:
-                yield prefix, value
-
-        return dict(walk("", self.results["settings"]))
-
-    def scores(self) -> dict[_KEY, dict[str, float]]:
-        """Every example's finite scores by id, for each group and name of a score.
-
-        In ``icl_order`` one query stands in every order; it counts as one example, with its mean.
-
-        Raises:
-            UserError: the records are missing or damaged.
-        """
-        path = self.folder / "records.jsonl.zst"
-        found: dict[_KEY, dict[str, list[float]]] = {}
-        try:
-            with zstandard.open(path, "rt", encoding="utf-8") as file:
-                records = [json.loads(line) for line in file]
-            if len(records) != self.results["examples"]:  # a file that was cut off reads as one that ends there
-                raise ValueError(f"it has {len(records)} of {self.results['examples']} records")
-            for record in records:
-                example = re.sub(r"/\d+(?=/\d+$)", "", record["id"]) if "order" in record else record["id"]
-                for name, score in record["scores"].items():
-                    if math.isfinite(score):
-                        found.setdefault((record["group"], name), {}).setdefault(example, []).append(score)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, zstandard.ZstdError) as error:
-            raise UserError(f"{path} cannot be used: {error}; make the evaluation again with force=true") from error
-        return {key: {example: float(np.mean(values)) for example, values in own.items()} for key, own in found.items()}
-
-    def means(self) -> dict[_KEY, float]:
-        """The figures of ``results.json``."""
-        return {(metric["group"], metric["name"]): metric["value"] for metric in self.results["metrics"] if metric["value"] is not None}
 
 
 def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
     """Print, draw and write the differences between evaluations of one suite with the same settings.
 
     Args:
-        words: two checkpoints or more, the baseline first, and ``suite=S``. A checkpoint is a run folder, ``runs/x@STEP``,
-            ``runs/x@best`` or a folder ``runs/hub/<name>@<revision>``.
+        words: two checkpoints or more, the baseline first, and ``suite=S``. A checkpoint is what ``diffx eval`` takes, or a folder
+            ``runs/hub/<name>@<revision>``.
         out: the picture; beside it a JSON file of its name holds every figure. None is ``compare-<suite>.png`` here.
 
     Raises:
@@ -117,7 +47,7 @@ def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
     if len(specs) < 2:
         raise UserError(f"suite={suite} cannot be compared with {len(specs)} checkpoint: give two or more, the baseline first")
     reporter = Reporter()
-    chosen = _share([find_evaluations(spec, suite) for spec in specs], reporter)
+    chosen = share([find_evaluations(spec, suite) for spec in specs], reporter.line)
     report = analyse_evaluations(chosen)
     for line in report["warnings"]:
         reporter.warn(line)
@@ -126,6 +56,8 @@ def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
         reporter.table(make_table(title, *_table(report, rival)))
         for line in rival["sentences"]:
             reporter.line(line)
+    if report["published"]:
+        reporter.line(f"published: {report['published']}")
     write_report(report, out, draw, reporter)
 
 
@@ -147,92 +79,6 @@ def _table(report: dict[str, Any], rival: dict[str, Any]) -> tuple[list[str], li
     return [*columns, *(label.replace(" (paper)", "\n(paper)") for label in papers)], rows
 
 
-def find_evaluations(spec: str, suite: str) -> list[Evaluation]:
-    """The finished evaluations of a suite at the step that ``spec`` names, else at the newest that has one; the newest first.
-
-    Raises:
-        UserError: there are none, or the suite or the checkpoint does not exist.
-    """
-    run, which = _find_folder(spec)
-    shipped = sorted(path.stem for path in (CONFIGS / "suite").glob("*.yaml"))
-    there = {path.relative_to(step).as_posix() for step in run.glob("evals/*") for path in step.glob("*")}
-    if suite not in [*shipped, *there]:
-        raise UserError(
-            f"suite={suite} cannot be used: there is no such suite; accepted: {', '.join(dict.fromkeys([*shipped, *sorted(there)]))}"
-        )
-    step = _step(run, which)
-    everywhere = [path for path in run.glob(f"evals/*/{suite}/*") if path.is_dir()]
-    folders = [path for path in everywhere if step in (None, path.parents[1].name)]
-    if not folders:
-        steps = sorted({int(path.parents[1].name) for path in everywhere})
-        at = f" at step {step}, only at {', '.join(map(str, steps))}" if steps else ""
-        raise UserError(f"RUN={spec} has no evaluation of {suite} yet{at}: `diffx eval checkpoint={spec} suite={suite}` makes one")
-    results = {folder: _read(folder / "results.json") for folder in folders}
-    finished = [folder for folder, result in results.items() if result.get("finished")]
-    if not finished:
-        raise UserError(
-            f"RUN={spec} cannot be compared: its evaluation in {folders[0]} is unfinished; the same `diffx eval` goes on with it"
-        )
-    newest = max(int(folder.parents[1].name) for folder in finished)
-    finished = [folder for folder in finished if int(folder.parents[1].name) == newest]
-    found = [Evaluation(label=spec.rstrip("/"), folder=folder, results=results[folder]) for folder in finished]
-    return sorted(found, key=lambda evaluation: evaluation.time, reverse=True)
-
-
-def _find_folder(spec: str) -> tuple[Path, str]:
-    """The folder that holds a checkpoint's evaluations, and what stands behind ``@``.
-
-    Raises:
-        UserError: there is none, or a model of the hub was evaluated in several revisions.
-    """
-    name, _, which = spec.rpartition("@") if "@" in spec and not Path(spec).exists() else (spec, "", "")
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():  # a run, or a folder of runs/hub
-        return path, which
-    model = path.resolve().name if path.is_dir() else spec.replace("/", "--")
-    revisions = sorted(Path("runs/hub").glob(f"{glob.escape(model)}@*"))
-    if len(revisions) > 1:
-        raise UserError(f"RUN={spec} cannot be used: there are {', '.join(map(str, revisions))}; give one of them")
-    if not revisions:
-        raise UserError(f"RUN={spec} cannot be used: there is no folder {name}; give runs/x, runs/x@STEP or runs/hub/<name>@<revision>")
-    return revisions[0], ""
-
-
-def _step(run: Path, which: str) -> str | None:
-    if which != "best":
-        return which or None
-    from diffx.train.checkpoint import find_checkpoint
-
-    return str(int(find_checkpoint(f"{run}@best", "RUN")[1].name.removeprefix("step_")))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # not there before the end
-        value = {}
-    return value if isinstance(value, dict) else {}
-
-
-def _share(found: list[list[Evaluation]], reporter: Reporter) -> list[Evaluation]:
-    """Of each checkpoint the evaluation with the settings that all share; the newest such settings, if there are several."""
-    by_hash = [{evaluation.folder.name: evaluation for evaluation in evaluations} for evaluations in found]
-    shared = [key for key in by_hash[0] if all(key in other for other in by_hash)]
-    shared.sort(key=lambda key: max(evaluations[key].time for evaluations in by_hash), reverse=True)
-    if not shared:
-        settings = [evaluations[0].settings() for evaluations in found]
-        keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({repr(s.get(key)) for s in settings}) > 1]
-        each = [
-            f"{evaluations[0].label} has " + ", ".join(f"{key}={as_word(own.get(key))}" for key in keys)
-            for evaluations, own in zip(found, settings, strict=True)
-        ]
-        raise UserError(f"these evaluations do not share their settings: {'; '.join(each)}; evaluate them with the same ones")
-    if len(shared) > 1:
-        others = ", ".join(shared[1:])
-        reporter.line(f"They share {len(shared)} settings: the newest, {shared[0]}, are compared, and {others} are not.")
-    return [evaluations[shared[0]] for evaluations in by_hash]
-
-
 def analyse_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
     """Work out every figure and sentence, JSON-able; the first evaluation is the baseline."""
     base, *rivals = evaluations
@@ -242,23 +88,23 @@ def analyse_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
     comparisons = []
     for rival in rivals:
         ours, means = rival.scores(), (base.means(), rival.means())
-        rows = paired_rows(theirs, ours, _no_means(theirs, means[0]) | _no_means(ours, means[1]), ratio)
-        rows += _unpaired(*means, rows)
+        if ratio:
+            rows = paired_rows(theirs, ours, ratio=True)
+        else:
+            rows = paired_rows(theirs, ours, _no_means(theirs, means[0]) | _no_means(ours, means[1]))
+            rows += _unpaired(*means, rows)
         if not rows:
             raise UserError(
                 f"RUN={rival.label} cannot be compared with {base.label}: they have no example and no figure of {suite} in common"
             )
         for row in rows:
             row["published_gain"] = published_gain(suite, row["group"], row["score"])
-        alone = sum(len(theirs.get(key, {}).keys() ^ ours.get(key, {}).keys()) for key in theirs.keys() | ours.keys())
-        if alone:
-            warnings.append(f"{alone} scores that not both of {base.label} and {rival.label} have are left out")
-        if rival.results.get("judge") != base.results.get("judge"):
-            warnings.append(f"not comparable: {base.label} and {rival.label} had different judges")
+        warnings += _warnings(base, rival, sum(len(theirs.get(key, {}).keys() ^ ours.get(key, {}).keys()) for key in theirs | ours))
         if ratio:
             are_runs = all((evaluation.run / "config.yaml").is_file() for evaluation in (base, rival))
             runs = (read_run(base.run), read_run(rival.run)) if are_runs else None
-            sentences = speed_sentences(base.label, rival.label, rows, runs)
+            sizes = (means[0]["model", "parameters"], means[1]["model", "parameters"])
+            sentences = speed_sentences(base.label, rival.label, rows, sizes, runs)
         else:
             several = len({row["group"] for row in rows if row["n"]}) > 1
             sentences = [_verdict(suite, base.label, rival.label, row, several) for row in _main(rows)]
@@ -268,24 +114,32 @@ def analyse_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
         "settings_hash": base.results["settings_hash"],
         "settings": base.results["settings"],
         "what": "ratio" if ratio else "difference",
-        "published": source(suite),
+        "published": source(suite) if ratio or any(row["published_gain"] for rival in comparisons for row in rival["rows"]) else "",
         "baseline": _identity(base),
         "comparisons": comparisons,
         "warnings": warnings,
     }
 
 
+def _warnings(base: Evaluation, rival: Evaluation, alone: int) -> list[str]:
+    """What makes the two less comparable than the table looks."""
+    lines = [f"{alone} scores that not both of {base.label} and {rival.label} have are left out"] if alone else []
+    keys = ("judge", "device") if base.results["suite"] == "speed" else ("judge",)
+    changed = [key for key in keys if base.results.get(key) != rival.results.get(key)]
+    return lines + [f"not comparable: {base.label} and {rival.label} had different {key}s" for key in changed]
+
+
 def _identity(evaluation: Evaluation) -> dict[str, Any]:
     return {"checkpoint": evaluation.label, "step": evaluation.results["checkpoint"].get("step"), "folder": str(evaluation.folder)}
 
 
-def _no_means(scores: dict[_KEY, dict[str, float]], means: dict[_KEY, float]) -> set[_KEY]:
+def _no_means(scores: dict[Key, dict[str, float]], means: dict[Key, float]) -> set[Key]:
     """Scores whose figure in ``results.json`` is not their mean over examples, such as the largest of all."""
     return {key for key, own in scores.items() if key in means and not math.isclose(np.mean(list(own.values())), means[key], rel_tol=1e-6)}
 
 
 def paired_rows(
-    theirs: dict[_KEY, dict[str, float]], ours: dict[_KEY, dict[str, float]], no_means: AbstractSet[_KEY] = frozenset(), ratio: bool = False
+    theirs: dict[Key, dict[str, float]], ours: dict[Key, dict[str, float]], no_means: AbstractSet[Key] = frozenset(), ratio: bool = False
 ) -> list[dict[str, Any]]:
     """Means and their paired difference for each group and score, over the examples that both have.
 
@@ -304,7 +158,7 @@ def paired_rows(
     """
     into, back = (np.log, np.exp) if ratio else (np.asarray, np.asarray)
     rows: list[dict[str, Any]] = []
-    parts: dict[_KEY, list[tuple[float, float, np.ndarray | None, int]]] = {}
+    parts: dict[Key, list[tuple[float, float, np.ndarray | None, int]]] = {}
     for key in theirs:
         ids = [i for i in theirs[key] if i in ours.get(key, {}) and (not ratio or min(theirs[key][i], ours[key][i]) > 0)]
         if not ids:
@@ -329,13 +183,13 @@ def _average(group: str) -> str:
     return "average" if found is None else found["task"] or f"average{found['shots']}"
 
 
-def _row(key: _KEY, a: float, b: float, means: np.ndarray | None, n: int, back: Any) -> dict[str, Any]:
+def _row(key: Key, a: float, b: float, means: np.ndarray | None, n: int, back: Any) -> dict[str, Any]:
     low, high = (None, None) if means is None else (float(back(end)) for end in interval(means))
     figures = {"baseline": float(back(a)), "value": float(back(b)), "difference": float(back(b - a)), "low": low, "high": high}
     return {"group": key[0], "score": key[1], **figures, "n": n, "groups": 1}
 
 
-def _unpaired(theirs: dict[_KEY, float], ours: dict[_KEY, float], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _unpaired(theirs: dict[Key, float], ours: dict[Key, float], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Figures that are no means over examples, such as a spread over orders: their difference has no interval."""
     paired = {row["score"] for row in rows}
     return [_row(key, theirs[key], ours[key], None, 0, np.asarray) for key in theirs if key in ours and key[1] not in paired]

@@ -80,9 +80,11 @@ def test_nothing_is_made_up(suite, group, metric):
 
 def test_every_suite_with_figures_ships_and_has_a_source():
     shipped = {path.stem for path in (CONFIGS / "suite").glob("*.yaml")}
-    suites = set(module._PAIRS) | set(module._GAINS) | {"paper_lm"}
+    suites = set(module._PAIRS) | set(module._GAINS) | {"paper_lm", "speed"}
     assert suites <= shipped and suites == set(module._SOURCES)
-    assert all("arXiv" in source(suite) for suite in suites) and source("speed") == ""
+    assert all("arXiv" in source(suite) for suite in suites) and source("harness") == ""
+    for theirs, ours in ((7247, 6635), (7491, 6718), (998, 942), (51228, 46811), (48762, 44521), (14346, 13653)):
+        assert f"{ours / theirs:.3f}" in source("speed")
 
 
 def test_it_needs_no_torch():

@@ -198,6 +198,55 @@ def test_which_evaluations_are_compared(evaluated, capsys):
     assert "the newest, old, are compared, and aaa are not" in capsys.readouterr().out
 
 
+def rounds(shapes, **factors):
+    """Records of `suite=speed`: seven rounds in each shape, whose noise is the same for all models."""
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.02, 7))
+    return [
+        {
+            "id": shape,
+            "group": shape,
+            "rounds": {name.replace("_", " ") + " tokens/s": (1000 * factor * noise).tolist() for name, factor in factors.items()},
+            "scores": {name.replace("_", " ") + " tokens/s": 1000 * factor for name, factor in factors.items()},
+        }
+        for shape in shapes
+    ]
+
+
+def test_what_the_second_map_costs(evaluated, make_run, capsys):
+    shapes = ["B=1 T=512", "B=8 T=512"]
+    for run, kind, final, speed in (("a", "transformer", 4.0, 1.0), ("b", "diff_v1", 0.0, 0.8)):
+        make_run(run, kind, curve=[(0, 8.0), (1000, final)])
+        sizes = {("model", "parameters"): 1_000_000.0 + 600 * (run == "b")}
+        evaluated(run, rounds(shapes, train=speed, prefill=2 - speed, decode=1.0), "speed", metrics=sizes)
+    figures = compared("a", "b", "suite=speed")
+    row = row_of(figures, "average", "train tokens/s")
+    assert (row["difference"], row["n"]) == (pytest.approx(0.8), 14) and row["low"] == pytest.approx(0.8)
+    assert figures["what"] == "ratio" and len(figures["comparisons"][0]["rows"]) == 9
+    sentences = figures["comparisons"][0]["sentences"]
+    assert sentences[0] == (
+        "train, at equal parameters (1M and 1M): b does 0.800 [0.800, 0.800] of a's tokens a second; 0.800 to 0.800 by shape."
+    )
+    assert sentences[1].startswith(  # half of the tokens at 0.8 of the speed
+        "train, at equal loss (4.0000): b needs 50.0% of a's tokens at 0.800 of its speed, which is 62.5% of its time: less."
+    )
+    assert (
+        "So at equal parameters (1M and 1M) b is slower at train, faster at prefill, neither clearly slower nor faster at decode"
+        in sentences[-1]
+    )
+    assert "0.916 (3B, 2K tokens)" in capsys.readouterr().out
+    assert imread("compare-speed.png").std() > 0.05
+
+
+def test_speed_of_models_that_are_no_runs(evaluated, capsys):
+    for run, size in (("a", 1e6), ("b", 2e6)):
+        folder = evaluated(run, rounds(["B=1 T=512"], decode=1.0), "speed", metrics={("model", "parameters"): size})
+        results = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps(results | {"device": run}))
+    (first, last) = compared("a", "b", "suite=speed")["comparisons"][0]["sentences"]
+    assert "unequal parameters (1M and 2M)" in first and "by shape" not in first and last.startswith("So at unequal")
+    assert "different devices" in capsys.readouterr().out
+
+
 def test_different_judges_are_said(evaluated, capsys):
     for run in "ab":
         folder = evaluated(run, cells({"xsum": 0.5}, name="faithful"), "hallucination")
