@@ -1,0 +1,188 @@
+"""Needles in a haystack: magic numbers of cities, hidden in text and asked for at its end; the one format of training and evaluation.
+
+    … text. The magic number of Chicago is 1234567. More text … What is the magic number of Chicago? The magic number of Chicago is
+    → 1234567.
+
+The task is that of Gemini 1.5 and of the Large World Model (arXiv 2402.08268), as arXiv 2410.05258, section 3.4 uses it.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+_NAMES = (
+    "Accra Adelaide Algiers Amman Amsterdam Ankara Antwerp Athens Atlanta Auckland Baghdad Baku Bangkok Barcelona Beijing Beirut "
+    "Belfast Belgrade Berlin Bern Bilbao Bogota Bologna Boston Brisbane Bristol Brussels Bucharest Budapest Cairo Calgary Canberra "
+    "Caracas Casablanca Chennai Chicago Cologne Copenhagen Cordoba Dakar Dallas Damascus Delhi Denver Detroit Dhaka Doha Dresden Dubai "
+    "Dublin Durban Edinburgh Florence Frankfurt Geneva Genoa Ghent Glasgow Granada Hamburg Hanoi Havana Helsinki Houston Istanbul "
+    "Jakarta Jerusalem Kabul Kampala Karachi Kiev Kingston Kyoto Lagos Lahore Leeds Leipzig Lima Lisbon Liverpool London Luanda Lusaka "
+    "Lyon Madrid Manchester Manila Marseille Melbourne Memphis Miami Milan Minsk Montreal Moscow Mumbai Munich Nairobi Naples Nice Oslo "
+    "Ottawa Palermo Paris Perth Philadelphia Phoenix Porto Portland Prague Quito Riga Rome Rotterdam Salzburg Santiago Seattle Seoul "
+    "Shanghai Singapore Sofia Stockholm Stuttgart Sydney Taipei Tallinn Tbilisi Tehran Tokyo Toronto Tripoli Tunis Turin Valencia "
+    "Vancouver Venice Verona Vienna Vilnius Warsaw Wellington Winnipeg Zagreb Zurich"
+)
+CITIES = _NAMES.split()
+_SENTENCE_WORDS = 16  # code and verse have few full stops: their words are cut into pieces of this many
+_ENDS = (".", "!", "?", '."', '?"', ".'", ".)")
+
+
+@dataclass(frozen=True, slots=True)
+class Needles:
+    """What is hidden and asked, whatever the text around it.
+
+    Attributes:
+        cities: one a needle, all different; those that are asked for come first.
+        numbers: theirs, all different.
+        asked: how many are asked for.
+        places: of each needle, as a share of the text's length; the first is the depth.
+        start: where the text is taken from, as a share of all there is.
+    """
+
+    cities: list[str]
+    numbers: list[str]
+    asked: int
+    places: list[float]
+    start: float
+
+    @property
+    def question(self) -> str:
+        """The question and the beginning of its answer."""
+        return question_of(self.cities[: self.asked])
+
+    @property
+    def answer(self) -> str:
+        """The rest of the answer."""
+        return f" {_listed(self.numbers[: self.asked])}."
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Needles in their haystack. The whole input is ``context + needles.question``.
+
+    Attributes:
+        context: the text with the needles.
+        needles: what was hidden.
+        span: where in ``context`` the first asked needle stands, in characters, from the blank before it to its full stop.
+    """
+
+    context: str
+    needles: Needles
+    span: tuple[int, int]
+
+    @property
+    def prompt(self) -> str:
+        """What a model reads."""
+        return self.context + self.needles.question
+
+
+def question_of(cities: Sequence[str]) -> str:
+    """Ask for the numbers of cities, up to where they follow."""
+    verb, what = ("is", "magic number") if len(cities) == 1 else ("are", "magic numbers")
+    return f" What {verb} the {what} of {_listed(cities)}? The {what} of {_listed(cities)} {verb}"
+
+
+def draw_needles(seed: str, needles: int, asked: int, depth: float, digits: int) -> Needles:
+    """Draw cities, numbers and places; the same for the same arguments on every machine."""
+    choose = random.Random(seed)
+    cities = choose.sample(CITIES, needles)
+    numbers = choose.sample(range(10 ** (digits - 1), 10**digits), needles)
+    places = [depth, *(choose.random() for _ in range(needles - 1))]
+    return Needles(cities, [str(number) for number in numbers], asked, places, choose.random())
+
+
+class Haystack:
+    """Text to hide needles in, cut into sentences.
+
+    Args:
+        texts: documents.
+        encode_batch: texts to tokens.
+    """
+
+    def __init__(self, texts: Iterable[str], encode_batch: Callable[[list[str]], Sequence[Sequence[int]]]) -> None:
+        self._sentences = [sentence for text in texts for sentence in _sentences(text)]
+        self._encode_batch = encode_batch
+        self._costs: dict[int, int] = {}  # tokens of the sentences that were used
+
+    def least(self, needles: Needles) -> int:
+        """Tokens that needles, question and answer take without any text around them."""
+        hidden = " ".join(map(_needle, needles.cities, needles.numbers))
+        return sum(self._count([hidden + needles.question, needles.answer]))
+
+    def hide(self, needles: Needles, length: int) -> Sample:
+        """Hide needles in as much text as there is room for: prompt and answer take ``length`` tokens, or less by about a word.
+
+        Raises:
+            ValueError: ``length`` is below ``least``, or the text is too short.
+        """
+        pieces, costs = self._take(needles.start, length - self.least(needles))
+        while True:
+            sample = _join(pieces, costs, needles)
+            if sum(self._count([sample.prompt, needles.answer])) <= length:
+                return sample
+            if not pieces:
+                raise ValueError(f"{length} tokens do not hold the needles")
+            pieces[-1] = pieces[-1].rpartition(" ")[0]  # what tokens at the joints take more
+            if not pieces[-1]:
+                del pieces[-1], costs[-1]
+
+    def _take(self, start: float, room: int) -> tuple[list[str], list[int]]:
+        """Take sentences from a place on, as many as there is room for, and of the next one its first words; tokens of each."""
+        total = len(self._sentences)
+        pieces: list[str] = []
+        costs: list[int] = []
+        for index in range(int(start * total), int(start * total) + total):
+            sentence = self._sentences[index % total]
+            if index % total not in self._costs:
+                self._costs[index % total] = self._count([" " + sentence])[0]
+            cost = self._costs[index % total]
+            if cost >= room:
+                words = sentence.split()
+                starts = [" ".join(words[:stop]) for stop in range(1, len(words) + 1)]
+                fitting = [pair for pair in zip(starts, self._count([" " + text for text in starts]), strict=True) if pair[1] <= room]
+                return pieces + [text for text, _ in fitting[-1:]], costs + [cost for _, cost in fitting[-1:]]
+            pieces.append(sentence)
+            costs.append(cost)
+            room -= cost
+        raise ValueError(f"the text has only {sum(costs)} tokens")
+
+    def _count(self, texts: list[str]) -> list[int]:
+        return [len(tokens) for tokens in self._encode_batch(texts)]
+
+
+def _join(pieces: list[str], costs: list[int], needles: Needles) -> Sample:
+    """Put each needle between two sentences, at the joint that is nearest to its place."""
+    joints = [0, *accumulate(costs)]  # tokens before each joint
+    at = [min(range(len(joints)), key=lambda joint: abs(joints[joint] - place * joints[-1])) for place in needles.places]
+    # Of several needles at one joint the answer is the first at depth 0 and the last at depth 1.
+    order = sorted(range(len(at)), key=lambda needle: (at[needle], needles.places[0] if needle == 0 else 0.5, needle))
+    parts: list[str] = []
+    done = 0
+    for needle in order:
+        parts += pieces[done : at[needle]]
+        done = max(done, at[needle])
+        if needle == 0:
+            start = sum(map(len, parts)) + max(len(parts) - 1, 0)
+        parts.append(_needle(needles.cities[needle], needles.numbers[needle]))
+    context = " ".join(parts + pieces[done:])
+    first = _needle(needles.cities[0], needles.numbers[0])
+    return Sample(context, needles, (start, start + len(first) + (start > 0)))
+
+
+def _needle(city: str, number: str) -> str:
+    return f"The magic number of {city} is {number}."
+
+
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:-1]) + " and " * (len(items) > 1) + items[-1]
+
+
+def _sentences(text: str) -> Iterable[str]:
+    words: list[str] = []
+    for word in text.split():
+        words.append(word)
+        if word.endswith(_ENDS) or len(words) == _SENTENCE_WORDS:
+            yield " ".join(words)
+            words = []
+    if words:
+        yield " ".join(words)

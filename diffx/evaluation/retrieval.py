@@ -1,0 +1,199 @@
+"""Multi-needle retrieval (arXiv 2410.05258, section 3.4): magic numbers of cities, hidden in text, asked for at its end.
+
+The first queried needle stands at the depth, the others at random places. A score is the share of the asked numbers that are right:
+
+    greedy        the numbers in the greedy continuation, in the order asked
+    constrained   each number chosen by its likelihood among all those in the text
+
+A length counts the whole input in the model's tokens, with the room for the answer.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from diffx.config import UserError
+from diffx.data.needles import CITIES, Haystack, Needles, Sample, draw_needles, question_of
+from diffx.evaluation.model import LanguageModel
+from diffx.evaluation.published import published
+from diffx.evaluation.scoring import generations, loglikelihoods
+from diffx.evaluation.suite import Context, Example, Metric, Record, mean_metrics
+
+_CHUNK = 32768  # tokens read between two writings of records
+
+
+def plan(context: Context) -> list[Example]:
+    """Cases, lengths, depths and samples; the needles are drawn from the seed and the example's id alone.
+
+    Raises:
+        UserError: a length that the model cannot read, that does not hold the needles, or is more than the text.
+    """
+    suite, lm = context.suite, context.lm
+    most = min(lm.context, 4096)
+    lengths = suite.lengths or [most // 4, most // 2, most]
+    cells = [(length, depth) for length in lengths for depth in suite.depths]
+    examples = []
+    for needles, asked in suite.cases:
+        group = f"N={needles} R={asked}"
+        case = [
+            Example(
+                f"{group}/T={length}/depth={depth:g}/{number}",
+                {"group": group, "needles": needles, "asked": asked, "length": length, "depth": depth},
+            )
+            for number in range(suite.samples)  # outermost, so that a limit leaves some of every cell
+            for length, depth in cells
+        ]
+        examples += context.limited(case)
+    check_lengths(context, haystack_of(context), examples, "suite.lengths")
+    return examples
+
+
+def haystack_of(context: Context) -> Haystack:
+    """The text to hide needles in."""
+    return Haystack(context.documents(), context.lm.encode_batch)
+
+
+def needles_of(context: Context, example: Example) -> Needles:
+    """The needles of an example."""
+    data = example.data
+    return draw_needles(f"{context.seed}/{example.id}", data["needles"], data["asked"], data["depth"], context.suite.digits)
+
+
+def hide(context: Context, haystack: Haystack, example: Example) -> Sample:
+    """The example's sample, with which the model's input has the example's length at most."""
+    return haystack.hide(needles_of(context, example), example.data["length"] - len(context.lm.prefix))
+
+
+def check_lengths(context: Context, haystack: Haystack, examples: list[Example], key: str) -> None:
+    """Refuse what cannot be asked.
+
+    Raises:
+        UserError: as ``plan`` says.
+    """
+    lm, digits = context.lm, context.suite.digits
+    needles = max(example.data["needles"] for example in examples)
+    if needles > min(len(CITIES), 9 * 10 ** (digits - 1)):
+        raise UserError(f"suite.digits={digits} cannot be used with {needles} needles: there are not so many numbers; give more digits")
+    least = len(lm.prefix) + max(haystack.least(needles_of(context, example)) for example in examples)
+    lengths = sorted({example.data["length"] for example in examples})
+    if lengths[0] < least:
+        raise UserError(f"{key}={lengths[0]} cannot be used: {needles} needles, question and answer take {least} tokens; give more")
+    if lengths[-1] > (lm.limit or lengths[-1]):
+        raise UserError(f"{key}={lengths[-1]} cannot be used with {lm.name}: it reads {lm.limit} tokens at most")
+    if lengths[-1] > lm.context:
+        context.reporter.warn(f"{key}={lengths[-1]} is more than the {lm.context} tokens that {lm.name} was trained on")
+    try:
+        haystack.hide(needles_of(context, examples[0]), lengths[-1])
+    except ValueError as error:
+        raise UserError(f"{key}={lengths[-1]} cannot be used: {error}; choose more text by data=, or give less") from error
+
+
+def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
+    """Ask, the longest first, a few at a time."""
+    lm, haystack = context.lm, haystack_of(context)
+    left = sorted(examples, key=lambda example: -example.data["length"])
+    while left:
+        size = max(1, _CHUNK // left[0].data["length"], 0 if context.batch == "auto" else int(context.batch))
+        chunk, left = left[:size], left[size:]
+        samples = [hide(context, haystack, example) for example in chunk]
+        prompts = [lm.prefix + tokens for tokens in lm.encode_batch([sample.prompt for sample in samples])]
+        room = max(map(len, lm.encode_batch([sample.needles.answer for sample in samples])))
+        said = dict(generations(lm, prompts, room, batch=context.batch))
+        chosen = _choose(context, samples) if context.suite.constrained else [None] * len(chunk)
+        for index, (example, sample, choice) in enumerate(zip(chunk, samples, chosen, strict=True)):
+            needles = sample.needles
+            asked = needles.numbers[: needles.asked]
+            scores = {"greedy": _share(re.findall(r"\d+", said[index]), asked)}
+            if choice is not None:
+                scores["constrained"] = _share(choice, asked)
+            yield {
+                "id": example.id,
+                "group": example.data["group"],
+                "scores": scores,
+                "length": example.data["length"],
+                "depth": example.data["depth"],
+                "tokens": len(prompts[index]),
+                "needles": dict(zip(needles.cities, needles.numbers, strict=True)),
+                "answers": asked,
+                "said": said[index],
+                "chosen": choice,
+                "prompt": sample.prompt,
+            }
+
+
+def _choose(context: Context, samples: list[Sample]) -> list[list[str]]:
+    """The likeliest number for each asked city, of those in the text; each is asked for by itself, so that no answer helps another."""
+    lm = context.lm
+    requests, places = [], []
+    for index, sample in enumerate(samples):
+        needles, before = sample.needles, lm.prefix + lm.encode(sample.context)
+        for place in range(needles.asked):
+            question = question_of([needles.cities[place]])
+            texts = _behind(lm, [f"{question} {number}" for number in needles.numbers])
+            requests += [(before, tokens) for tokens in texts]
+            places += [(index, place, number) for number in needles.numbers]
+    best: dict[tuple[int, int], tuple[float, str]] = {}
+    for (index, place, number), (score, _) in zip(places, loglikelihoods(lm, requests, context.batch), strict=True):
+        if (index, place) not in best or score > best[index, place][0]:
+            best[index, place] = (score, number)
+    return [[best[index, place][1] for place in range(sample.needles.asked)] for index, sample in enumerate(samples)]
+
+
+def _behind(lm: LanguageModel, texts: list[str]) -> list[list[int]]:
+    """Encode texts as they are behind another text: some tokenizers begin a text with a blank."""
+    stop = lm.encode(".")
+    return [tokens[len(stop) :] for tokens in lm.encode_batch([f".{text}" for text in texts])]
+
+
+def _share(said: list[str], asked: list[str]) -> float:
+    return sum(mine == right for mine, right in zip(said, asked, strict=False)) / len(asked)
+
+
+def summarize(context: Context, records: list[Record]) -> list[Metric]:
+    """Means by case; where there are several lengths by case and length; and by cell of the grid."""
+    metrics = mean_metrics(records, _published)
+    groups = ["{group} T={length}"] if len({record["length"] for record in records}) > 1 else []
+    for template in [*groups, "{group} T={length} depth {depth:.0%}"]:
+        renamed = [record | {"group": template.format(**record)} for record in records]
+        metrics += mean_metrics(renamed, _published, average=False)
+    return metrics
+
+
+def _published(group: str, name: str) -> dict[str, float]:
+    """The papers' figures: for a case those at 4K tokens, for a case and a length those at that length."""
+    case, _, length = group.partition(" T=")
+    if not length.isdigit():
+        return {} if length else published("retrieval", case, name)
+    return published("retrieval", f"{case} {int(length) // 1024}K", name) if int(length) % 1024 == 0 else {}
+
+
+def draw(context: Context, records: list[Record], metrics: list[Metric], path: Path) -> None:
+    """Draw a heat map of depth and length for each case and score."""
+    cases = list(dict.fromkeys(record["group"] for record in records))
+    names = list(records[0]["scores"])
+    lengths = sorted({record["length"] for record in records})
+    depths = sorted({record["depth"] for record in records})
+    canvas = Figure(figsize=(1.2 + len(cases) * max(2.6, 0.8 * len(lengths) + 0.6), 0.9 + len(names) * (0.5 * len(depths) + 1.4)))
+    canvas.set_layout_engine("constrained")
+    for row, name in zip(canvas.subplots(len(names), len(cases), squeeze=False), names, strict=True):
+        for axes, case in zip(row, cases, strict=True):
+            cells: dict[tuple[float, int], list[float]] = {}
+            for record in records:
+                if record["group"] == case:
+                    cells.setdefault((record["depth"], record["length"]), []).append(record["scores"][name])
+            grid = np.array([[np.mean(cells.get((depth, length), [np.nan])) for length in lengths] for depth in depths])
+            image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            for y, x in np.argwhere(np.isfinite(grid)):
+                axes.text(x, y, f"{grid[y, x]:.2f}", ha="center", va="center", fontsize=9, color="w" if grid[y, x] < 0.6 else "k")
+            whole = next(metric for metric in metrics if (metric.group, metric.name) == (case, name))
+            theirs = "".join(f"\n{label}, 4K: {value:.2f}" for label, value in whole.published.items())
+            axes.set_title(f"{case}, {name}: {whole.value:.2f}{theirs}", loc="left", fontsize=9)
+            axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+            axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+            axes.set(xlabel="tokens", ylabel="depth of the answer" if axes is row[0] else "")
+        canvas.colorbar(image, ax=row, label="share of numbers right")
+    canvas.suptitle(context.lm.name, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    canvas.savefig(path, dpi=150)
