@@ -26,7 +26,7 @@ _OURS, _THEIRS = ("#0072B2", "#56B4E9"), ("#999999", "#D55E00")
 
 
 def plan(context: Context) -> list[Example]:
-    """Depths and samples of one case and length; the needles are drawn from the seed and the example's id alone.
+    """Depths and samples of one case and length; the needles depend on the seed and the depth, not on the model.
 
     Raises:
         UserError: a length that the model cannot read, that does not hold the needles, or is more than the text.
@@ -38,7 +38,7 @@ def plan(context: Context) -> list[Example]:
     for depth in suite.depths:
         data = {"group": f"depth {depth:.0%}", "needles": needles, "asked": asked, "length": length, "depth": depth}
         name = f"N={needles} R={asked}/T={length}/depth={depth:g}"
-        examples += context.limited([Example(f"{name}/{number}", data) for number in range(suite.samples)])
+        examples += context.limited([Example(f"{name}/{number}", data | {"number": number}) for number in range(suite.samples)])
     check_lengths(context, haystack_of(context), examples, "suite.length")
     return examples
 

@@ -26,7 +26,7 @@ _CHUNK = 32768  # tokens read between two writings of records
 
 
 def plan(context: Context) -> list[Example]:
-    """Cases, lengths, depths and samples; the needles are drawn from the seed and the example's id alone.
+    """Cases, lengths, depths and samples; the needles depend on the seed, the case and the depth, not on the model.
 
     Raises:
         UserError: a length that the model cannot read, that does not hold the needles, or is more than the text.
@@ -41,7 +41,7 @@ def plan(context: Context) -> list[Example]:
         case = [
             Example(
                 f"{group}/T={length}/depth={depth:g}/{number}",
-                {"group": group, "needles": needles, "asked": asked, "length": length, "depth": depth},
+                {"group": group, "needles": needles, "asked": asked, "length": length, "depth": depth, "number": number},
             )
             for number in range(suite.samples)  # outermost, so that a limit leaves some of every cell
             for length, depth in cells
@@ -59,7 +59,8 @@ def haystack_of(context: Context) -> Haystack:
 def needles_of(context: Context, example: Example) -> Needles:
     """The needles of an example."""
     data = example.data
-    return draw_needles(f"{context.seed}/{example.id}", data["needles"], data["asked"], data["depth"], context.suite.digits)
+    draw = f"{context.seed}/{data['group']}/{data['depth']:g}/{data['number']}"  # the same at every length
+    return draw_needles(draw, data["needles"], data["asked"], data["depth"], context.suite.digits)
 
 
 def hide(context: Context, haystack: Haystack, example: Example) -> Sample:
