@@ -21,7 +21,6 @@ from diffx.report.runs import read_run
 from diffx.report.speed import speed_sentences
 
 _FEW = 10  # examples below which no verdict is given
-_FEW_GROUPS = 3  # that have a sentence each, where they have no average
 
 
 def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
@@ -69,14 +68,18 @@ def _table(report: dict[str, Any], rival: dict[str, Any]) -> tuple[list[str], li
     """Columns and rows of one comparison."""
     papers = list(dict.fromkeys(label for row in rival["rows"] for label in row["published_gain"]))
     columns = ["group", "score", report["baseline"]["checkpoint"], rival["checkpoint"], f"{report['what']}\n[95% interval]", "n"]
-    show = "{:.3f}" if report["what"] == "ratio" else "{:+.3f}"
+    sign = "" if report["what"] == "ratio" else "+"
     rows = []
     for row in rival["rows"]:
-        ends = f" [{show.format(row['low'])}, {show.format(row['high'])}]" if row["low"] is not None else ""
-        gains = [f"{row['published_gain'][label]:+.3f}" if label in row["published_gain"] else "-" for label in papers]
-        means = [f"{row['baseline']:.3f}", f"{row['value']:.3f}"]
-        rows.append([row["group"], row["score"], *means, show.format(row["difference"]) + ends, str(row["n"] or "-"), *gains])
+        ends = f" [{_text(row['low'], sign)}, {_text(row['high'], sign)}]" if row["low"] is not None else ""
+        gains = [_text(row["published_gain"][label], "+") if label in row["published_gain"] else "-" for label in papers]
+        means = [_text(row["baseline"]), _text(row["value"])]
+        rows.append([row["group"], row["score"], *means, _text(row["difference"], sign) + ends, str(row["n"] or "-"), *gains])
     return [*columns, *(label.replace(" (paper)", "\n(paper)") for label in papers)], rows
+
+
+def _text(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign},.1f}"
 
 
 def analyse_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
@@ -196,20 +199,18 @@ def _unpaired(theirs: dict[Key, float], ours: dict[Key, float], rows: list[dict[
 
 
 def _main(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that sum a score up: its averages, or if it has none its groups, if they are few."""
+    """The rows that sum a score up: its averages, or its only group; if no score has either, the groups of the first."""
     paired = [row for row in rows if row["n"]]
-    chosen = []
-    for score in dict.fromkeys(row["score"] for row in paired):
-        own = [row for row in paired if row["score"] == score]
-        chosen += [row for row in own if row["groups"] > 1] or (own if len(own) <= _FEW_GROUPS else [])
-    return chosen
+    by_score = [[row for row in paired if row["score"] == score] for score in dict.fromkeys(row["score"] for row in paired)]
+    chosen = [row for own in by_score for row in own if row["groups"] > 1 or len(own) == 1]
+    return chosen or [row for own in by_score[:1] for row in own]
 
 
 def _verdict(suite: str, base: str, rival: str, row: dict[str, Any], several: bool) -> str:
     what = f"{suite} {row['score']}" + (f" ({row['group']})" if several else "")
     if row["low"] is None or row["n"] < _FEW:
-        return f"No verdict on {what}: {rival} differs from {base} by {row['difference']:+.3f} in too few examples ({row['n']})."
-    gap = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] over {row['n']} examples"
+        return f"No verdict on {what}: {rival} differs from {base} by {_text(row['difference'], '+')} in too few examples ({row['n']})."
+    gap = f"{_text(row['difference'], '+')} [{_text(row['low'], '+')}, {_text(row['high'], '+')}] over {row['n']} examples"
     if row["low"] <= 0 <= row["high"]:
         return f"No difference can be told between {rival} and {base} on {what}: {gap}."
     return f"{rival} scores {'higher' if row['difference'] > 0 else 'lower'} than {base} on {what}: {gap}."

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from diffx.report.picture import COLOURS, TITLE
 
 _COLUMNS = 3
+_LABEL = 24  # characters of a group's name in a line
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -29,9 +31,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for axes in panels[len(scores) :]:
         axes.set_axis_off()
     handles, labels = canvas.axes[0].get_legend_handles_labels()
-    what = (
-        f"against {report['baseline']['checkpoint']}; lines: 95% bootstrap intervals over examples; hollow: no interval; diamonds: averages"
-    )
+    examples = "rounds" if report["what"] == "ratio" else "examples"
+    what = f"against {report['baseline']['checkpoint']}; lines: 95% bootstrap intervals over {examples}; hollow: none; diamonds: averages"
     canvas.legend(
         handles, labels, loc="outside lower center", ncols=min(rivals, 3), frameon=False, fontsize=9.5, title=what, title_fontsize=9
     )
@@ -59,11 +60,11 @@ def _panel(axes: Axes, report: dict[str, Any], score: str, groups: list[str]) ->
             marker = "D" if row["groups"] > 1 else "o"
             axes.plot(row["difference"], y, marker, color=colour, markersize=5.5, markerfacecolor=colour if known else "white")
     axes.axvline(1 if ratio else 0, color="#444444", linewidth=1)
-    axes.set_yticks(range(len(groups)), groups)
+    axes.set_yticks(range(len(groups)), [fill(group, _LABEL) for group in groups])
     axes.set_ylim(len(groups) - 0.4, -0.6)  # the first on top
     axes.set_title(score, **TITLE)
     axes.set_xlabel("ratio to the baseline" if ratio else "difference to the baseline")
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -41,8 +41,14 @@ def speed_sentences(
             sentences.append(_at_equal_loss(base, rival, ratio, runs))
         told = low is not None and not low <= 1 <= high
         costs[phase] = ("slower" if ratio < 1 else "faster") if told else "neither clearly slower nor faster"
-    verdicts = [f"{word} at {' and '.join(phase for phase in costs if costs[phase] == word)}" for word in dict.fromkeys(costs.values())]
-    return [*sentences, f"So {size} {rival} is {', '.join(verdicts)}, against {base}."] if verdicts else []
+    if not costs:
+        return []
+    verdicts = [f"{word} at {', '.join(phase for phase in costs if costs[phase] == word)}" for word in dict.fromkeys(costs.values())]
+    return [
+        *sentences,
+        f"So {size} {rival} is {'; '.join(verdicts)}, against {base}.",
+        "(Intervals are over rounds: what else the machine did while it measured the one and the other model is not in them.)",
+    ]
 
 
 def _at_equal_loss(base: str, rival: str, ratio: float, runs: tuple[Run, Run] | None) -> str:

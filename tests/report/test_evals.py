@@ -230,8 +230,8 @@ def test_what_the_second_map_costs(evaluated, make_run, capsys):
         "train, at equal loss (4.0000): b needs 50.0% of a's tokens at 0.800 of its speed, which is 62.5% of its time: less."
     )
     assert (
-        "So at equal parameters (1M and 1M) b is slower at train, faster at prefill, neither clearly slower nor faster at decode"
-        in sentences[-1]
+        "So at equal parameters (1M and 1M) b is slower at train; faster at prefill; neither clearly slower nor faster at decode"
+        in sentences[-2]
     )
     assert "0.916 (3B, 2K tokens)" in capsys.readouterr().out
     assert imread("compare-speed.png").std() > 0.05
@@ -242,7 +242,7 @@ def test_speed_of_models_that_are_no_runs(evaluated, capsys):
         folder = evaluated(run, rounds(["B=1 T=512"], decode=1.0), "speed", metrics={("model", "parameters"): size})
         results = json.loads((folder / "results.json").read_text())
         (folder / "results.json").write_text(json.dumps(results | {"device": run}))
-    (first, last) = compared("a", "b", "suite=speed")["comparisons"][0]["sentences"]
+    (first, last, _) = compared("a", "b", "suite=speed")["comparisons"][0]["sentences"]
     assert "unequal parameters (1M and 2M)" in first and "by shape" not in first and last.startswith("So at unequal")
     assert "different devices" in capsys.readouterr().out
 
