@@ -15,9 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.data import DATA_CONFIGS, TOKENIZER_CONFIGS
 from diffx.config.errors import UserError
-from diffx.config.eval import JUDGE_CONFIGS, SUITE_CONFIGS, EvalJob
+from diffx.config.eval import JUDGE_CONFIGS, EvalJob
 from diffx.config.messages import explain, unknown
 from diffx.config.model import MODEL_CONFIGS
+from diffx.config.suite import SUITE_CONFIGS
 from diffx.config.train import GenerateJob, PrepareJob, TrainJob
 
 JOBS: dict[str, type] = {"train": TrainJob, "prepare": PrepareJob, "generate": GenerateJob, "eval": EvalJob}

@@ -6,7 +6,8 @@ from matplotlib.image import imread
 from scipy.stats import t as student
 
 from diffx.config import UserError
-from diffx.config.eval import EvalJob, IclOrderSuite
+from diffx.config.eval import EvalJob
+from diffx.config.suite import IclOrderSuite
 from diffx.console import Reporter
 from diffx.evaluation import icl_order
 from diffx.evaluation.suite import Context

@@ -9,7 +9,8 @@ from matplotlib.image import imread
 
 from diffx.config import UserError
 from diffx.config.data import BytesTokenizer, TextData
-from diffx.config.eval import EvalJob, LongContextSuite
+from diffx.config.eval import EvalJob
+from diffx.config.suite import LongContextSuite
 from diffx.config.train import TrainJob
 from diffx.console import Reporter
 from diffx.data import open_data

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffx.config import RunError, UserError
 from diffx.config.data import TextData
-from diffx.config.eval import EvalJob, OutliersSuite
+from diffx.config.eval import EvalJob
+from diffx.config.suite import OutliersSuite
 from diffx.console import Reporter
 from diffx.evaluation import outliers
 from diffx.evaluation.outliers import Tally

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from diffx.config import UserError
-from diffx.config.eval import EvalJob, SpeedSuite
+from diffx.config.eval import EvalJob
+from diffx.config.suite import SpeedSuite
 from diffx.config.train import TrainJob
 from diffx.console import Reporter
 from diffx.evaluation import speed
