@@ -97,6 +97,39 @@ class ShardsData(DataConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class RetrievalData(DataConfig):
+    """Endless samples of the retrieval task: numbers of cities, hidden in text and asked for; loss on the numbers alone.
+
+    Attributes:
+        path: the text, as in ``data=text``; ``null`` is the standard library's source.
+        length: tokens of a sample; the same as ``train.seq_len``.
+        needles: needles in a sample, at most.
+        asked: how many of them a question asks for, at most.
+        digits: digits of a number.
+    """
+
+    kind: str = "retrieval"
+    path: Any = None
+    length: int = 128
+    needles: int = 4
+    asked: int = 2
+    digits: int = 2
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        require(self.length >= 1, "data.length", self.length, "a positive whole number")
+        require(1 <= self.digits <= 18, "data.digits", self.digits, "from 1 to 18")
+        require(1 <= self.needles <= min(64, 9 * 10 ** (self.digits - 1)), "data.needles", self.needles, "from 1 to 64, of as many numbers")
+        require(1 <= self.asked <= self.needles, "data.asked", self.asked, f"from 1 to data.needles={self.needles}")
+        self.text()
+
+    def text(self) -> DataConfig:
+        """The source of the text."""
+        shared = {"val_fraction": self.val_fraction, "val_tokens": self.val_tokens}
+        return StdlibData(**shared) if self.path is None else TextData(path=self.path, **shared)
+
+
+@dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
     """How text becomes tokens; ``kind`` is set by ``tokenizer=``."""
 
@@ -151,7 +184,13 @@ class TiktokenTokenizer(TokenizerConfig):
     name: str = "cl100k_base"
 
 
-DATA_CONFIGS: dict[str, type[DataConfig]] = {"stdlib": StdlibData, "text": TextData, "hub": HubData, "shards": ShardsData}
+DATA_CONFIGS: dict[str, type[DataConfig]] = {
+    "stdlib": StdlibData,
+    "text": TextData,
+    "hub": HubData,
+    "shards": ShardsData,
+    "retrieval": RetrievalData,
+}
 TOKENIZER_CONFIGS: dict[str, type[TokenizerConfig]] = {
     "bpe": BpeTokenizer,
     "bytes": BytesTokenizer,

@@ -243,6 +243,8 @@ class PrepareJob:
         self.shard_tokens = count("shard_tokens", self.shard_tokens)
         if self.data.kind == "shards":
             raise UserError("data=shards cannot be prepared: it is what `diffx data prepare` writes; choose data=text, hub or stdlib")
+        if self.data.kind == "retrieval":
+            raise UserError("data=retrieval cannot be prepared: its samples are made as they are needed; choose data=text, hub or stdlib")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,7 +8,8 @@ from matplotlib.image import imread
 
 from diffx.config import UserError
 from diffx.config.data import TextData
-from diffx.config.eval import EvalJob, RetrievalSuite
+from diffx.config.eval import EvalJob
+from diffx.config.suite import RetrievalSuite
 from diffx.console import Reporter
 from diffx.evaluation import retrieval
 from diffx.evaluation.model import LanguageModel
