@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from diffx.data.needles import Sample
-from diffx.evaluation.attention import AttentionView
+from diffx.hub.attention import AttentionView
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.published import published
 from diffx.evaluation.retrieval import check_lengths, haystack_of, hide

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from diffx.evaluation.attention import AttentionView, observing
+from diffx.hub.attention import AttentionView, observing
 from diffx.loading import Loaded
 from diffx.models import Decoder, KVCache
 from diffx.models.generation import sample

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from diffx.config import RunError, UserError
-from diffx.evaluation.attention import AttentionView
+from diffx.hub.attention import AttentionView
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.published import published
 from diffx.evaluation.suite import Context, Example, Metric, Record

@@ -185,6 +185,21 @@ def _interface(model: nn.Module, tell: AttentionCallback) -> Iterator[None]:
 
     if not isinstance(model, PreTrainedModel):
         raise _cannot_see(model, "is no model of transformers")
+    with attending_with(model, attend):
+        yield
+
+
+@contextmanager
+def attending_with(model: PreTrainedModel, attend: Callable[..., Any]) -> Iterator[None]:
+    """Let a model of ``transformers`` attend with a function of ours, in the place of its own, for as long as the context lasts.
+
+    Args:
+        model: the model.
+        attend: called as the functions of ``transformers``' attention interface are.
+
+    Raises:
+        UserError: the model's attention does not go through that interface.
+    """
     before = model.config._attn_implementation
     AttentionInterface.register(_NAME, attend)
     AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])

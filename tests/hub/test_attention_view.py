@@ -5,7 +5,7 @@ from torch import nn
 
 from diffx.config import UserError
 from diffx.config.model import MODEL_CONFIGS, LambdaScope
-from diffx.evaluation.attention import observing
+from diffx.hub.attention import observing
 from diffx.hub import to_diffllama
 from diffx.models import build_model, init_weights
 from diffx.models.attention import Attention
