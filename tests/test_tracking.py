@@ -1,5 +1,6 @@
 import json
 import sys
+import time
 import types
 
 from matplotlib.figure import Figure
@@ -104,6 +105,9 @@ def test_an_evaluation_is_a_run_with_a_table_a_picture_and_figures(tmp_path):
         (picture,) = run.glob("files/media/images/*.png")
         assert picture.read_bytes() == (tmp_path / "retrieval.png").read_bytes()
         (log,) = run.glob("*.wandb")
+        deadline = time.monotonic() + 30  # W&B's own process writes it a moment later
+        while b"accuracy of all" not in log.read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert b"eval" in log.read_bytes() and b"accuracy of all" in log.read_bytes()
 
 
