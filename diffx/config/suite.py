@@ -227,7 +227,7 @@ class HallucinationSuite(SuiteConfig):
             {"document", "reference"} for a summary, {"context", "question", "answers"} for a question.
         samples: samples a task.
         max_tokens: tokens of an answer; ``null`` is 128 for a summary and 32 for an answer.
-        data_dir: a folder with local copies of the hub's data, ``<data_dir>/<task>.jsonl``.
+        data_dir: a folder with local copies of the hub's data, rows as there: ``<data_dir>/<task>.jsonl`` or ``.jsonl.gz``.
     """
 
     kind: str = "hallucination"
