@@ -1,0 +1,147 @@
+"""``diffx bench eval``: our harness adapter on a Llama made into our ``transformer``, beside lm-eval's own class on the original."""
+
+import argparse
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from transformers import LlamaForCausalLM
+
+from diffx.bench.timing import alternate, machine, speed_ratio
+from diffx.config import UserError
+from diffx.config.eval import EvalJob
+from diffx.config.suite import HarnessSuite
+from diffx.config.train import Device
+from diffx.console import Reporter, make_table
+from diffx.evaluation.adapter import DecoderLM, PretrainedLM, quiet
+from diffx.evaluation.model import LanguageModel
+from diffx.hub import from_llama
+from diffx.loading import load
+from diffx.train.folder import write_json
+
+# Kinds of requests, the method of lm-eval that answers them, and the speed ratio that we set ourselves.
+CASES = {
+    "a continuation each": ("loglikelihood", 1.0),
+    "choices of one token": ("loglikelihood", 1.0),  # which lm-eval's class, too, reads once
+    "choices that share a prompt": ("loglikelihood", 1.5),
+    "whole texts": ("loglikelihood_rolling", 1.0),
+    "generation": ("generate_until", 1.0),
+}
+BATCHES = (1, 4, 16)  # of lm-eval's class; the fastest counts
+
+
+def bench_eval(out: Path | None, checkpoint: str, documents: int, rounds: int, device: str) -> dict[str, Any]:
+    """Measure requests a second on the same requests, cut from the source of a module of Python.
+
+    Args:
+        out: where to write the figures as JSON; None writes none.
+        checkpoint: a Llama of the hub, by name or folder.
+        documents: documents of each kind of request; a document has one request or four choices.
+        rounds: turns of each contestant.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+
+    Returns:
+        What is written: the machine, and for each kind of request the seconds of every round, requests a second, the ratio to the
+        fastest of lm-eval's batches, and the largest difference between answers.
+
+    Raises:
+        UserError: a checkpoint that is no Llama of our shape, a device that is not there, or ``out`` is no file's name.
+    """
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):  # said now, and not after the measurement
+        raise UserError(f"out={out} cannot be used: it must be the name of a JSON file in a folder that exists")
+    loaded = load(checkpoint, Device(device))
+    if not isinstance(loaded.model, LlamaForCausalLM):
+        raise UserError(f"checkpoint={checkpoint} cannot be used: it must be a Llama of the hub, which our transformer can be made of")
+    try:
+        ours = LanguageModel(replace(loaded, model=from_llama(loaded.model), limit=None))
+    except ValueError as error:
+        raise UserError(f"checkpoint={checkpoint} cannot be used: {error}") from error
+    theirs = LanguageModel(loaded)
+    job = EvalJob(checkpoint=checkpoint, suite=HarnessSuite(name="harness", tasks=["bench"]))
+    ask: dict[str, Callable[[str, list[Any]], list[Any]]] = {"ours": DecoderLM(ours).ask}
+    ask |= {f"HFLM, batch {batch}": PretrainedLM(theirs, replace(job, batch=batch)).ask for batch in BATCHES}
+    reporter = Reporter()
+    report: dict[str, Any] = {"machine": machine(ours.device), "checkpoint": loaded.name, "rounds": rounds, "cases": []}
+    with quiet():
+        for (name, (method, wanted)), requests in zip(CASES.items(), _requests(documents), strict=True):
+            report["cases"].append({"requests": name, "number": len(requests), **_measure(ask, method, requests, rounds, ours, wanted)})
+    columns = (
+        "requests",
+        "ours, a second",
+        "HFLM, a second",
+        "median ratio",
+        "lowest to highest round",
+        "target",
+        "met",
+        "largest difference",
+    )
+    reporter.table(make_table(f"{loaded.name} on {ours.device}", columns, map(_row, report["cases"])))
+    if out is not None:
+        write_json(out, report)
+        reporter.line(f"figures: {out}")
+    return report
+
+
+def _requests(documents: int) -> list[list[Instance]]:
+    """The same for every model: contexts of 80 to 1200 characters, each other than the last."""
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    rng = random.Random(0)
+
+    def cut(least: int, most: int) -> str:
+        start = rng.randrange(len(text) - most)
+        return text[start : start + rng.randint(least, most)].strip() or "pass"
+
+    def instances(kind: Any, arguments: Any) -> list[Instance]:
+        return [Instance(request_type=kind, doc={}, arguments=own, idx=0) for own in arguments]
+
+    pairs = [(cut(80, 1200), " " + cut(5, 60)) for _ in range(documents)]
+    letters = [(context, letter) for context in (cut(80, 1200) for _ in range(documents)) for letter in (" A", " B", " C", " D")]
+    choices = [(context, " " + cut(20, 80)) for context in (cut(80, 1200) for _ in range(documents)) for _ in range(4)]
+    texts = [(cut(400, 1600),) for _ in range(documents)]
+    prompts = [(cut(80, 1200), {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False}) for _ in range(documents)]
+    return [instances(method, made) for (method, _), made in zip(CASES.values(), (pairs, letters, choices, texts, prompts), strict=True)]
+
+
+def _measure(
+    ask: dict[str, Callable[[str, list[Any]], list[Any]]],
+    method: str,
+    requests: list[Instance],
+    rounds: int,
+    lm: LanguageModel,
+    wanted: float,
+) -> dict[str, Any]:
+    found = ask["ours"](method, requests)
+    expected = ask[f"HFLM, batch {BATCHES[0]}"](method, requests)
+    if method == "generate_until":
+        difference = float(sum(one != other for one, other in zip(found, expected, strict=True)))  # texts that differ
+    else:
+        scores = ((a[0], b[0]) if method == "loglikelihood" else (a, b) for a, b in zip(found, expected, strict=True))
+        difference = max(abs(one - other) for one, other in scores)
+    seconds = alternate({name: partial(call, method, requests) for name, call in ask.items()}, rounds, lm.device)
+    fastest = min((name for name in seconds if name != "ours"), key=lambda name: statistics.median(seconds[name]))
+    ratio = speed_ratio(seconds, "ours", fastest)
+    return {
+        "seconds": seconds,
+        "requests_per_second": {name: len(requests) / statistics.median(times) for name, times in seconds.items()},
+        "to": fastest,
+        "ratio": asdict(ratio),
+        "target": wanted,
+        "met": ratio.median >= wanted,
+        "largest_difference": difference,
+    }
+
+
+def _row(case: dict[str, Any]) -> list[str]:
+    speed, ratio = case["requests_per_second"], case["ratio"]
+    theirs = f"{speed[case['to']]:.2f} ({case['to'].removeprefix('HFLM, ')})"
+    rounds = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+    met = "yes" if case["met"] else "no"
+    return [
+        case["requests"], f"{speed['ours']:.2f}", theirs, f"{ratio['median']:.2f}", rounds, f"{case['target']:.2f}", met,
+        f"{case['largest_difference']:.2g}",
+    ]  # fmt: skip

@@ -1,0 +1,241 @@
+"""Models as ``lm-eval`` sees them: our decoders, those of ``transformers``, and either with its answers written down as they come.
+
+A request is an ``Instance`` of lm-eval: a context and a continuation to score, a text to score, or a prompt to continue.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.model import LM, TemplateLM, hash_args
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from diffx.config import RunError
+from diffx.config.eval import EvalJob
+from diffx.evaluation.model import LanguageModel
+from diffx.evaluation.scoring import generations, loglikelihoods
+
+Ask = Callable[[str, list[Any]], list[Any]]  # a method of LM and requests -> an answer to each
+_CHUNK = 512  # requests between two writes
+_CPU_LOGITS = 2**31  # bytes
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells what it does, and warns of what we do on purpose
+
+
+class DecoderLM(TemplateLM):
+    """Our decoders: scores are those of lm-eval's ``HFLM``, whatever the batch.
+
+    Every text begins with the model's prefix, as with tokenizers that add a token for the beginning; a text without any is conditioned
+    on end-of-text. Contexts that choices share are read once. What does not fit in the model's context loses its beginning.
+
+    Args:
+        lm: the model.
+        batch: contexts at once, or ``auto``.
+
+    Attributes:
+        cut: requests so far that lost their beginning.
+    """
+
+    def __init__(self, lm: LanguageModel, batch: int | str = "auto"):
+        super().__init__()
+        self._lm, self._batch = lm, batch
+        self.cut = 0
+
+    def ask(self, method: str, requests: list[Any]) -> list[Any]:
+        """Answer requests by the method of that name."""
+        return getattr(self, method)(requests, disable_tqdm=True)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token."""
+        return self._lm.tokenizer.eot_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that a text without context is conditioned on."""
+        return self._lm.prefix[-1] if self._lm.prefix else self.eot_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Encode a text, behind the prefix unless ``add_special_tokens`` is False."""
+        tokens = self._lm.encode(string)
+        return tokens if add_special_tokens is False else self._lm.prefix + tokens
+
+    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[tuple[float, bool]]:
+        pairs = []
+        for texts, context, continuation in requests:
+            room = self._lm.context + 1 - len(continuation)  # the last token is predicted, but not read
+            if not continuation or room < 1:
+                has = f"{len(continuation)} tokens" if continuation else "no token of its own"
+                raise RunError(
+                    f"the continuation {texts[1][:60]!r} has {has}: it must have from 1 to {self._lm.context} (the model's context)"
+                )
+            pairs.append((context[-room:], continuation))
+            self.cut += len(context) > room
+        return loglikelihoods(self._lm, pairs, self._batch)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, cut into windows of the model's context; each window is conditioned on one token."""
+        windows = [self._windows(request.args[0]) for request in requests]
+        scores = iter(loglikelihoods(self._lm, [window for text in windows for window in text], self._batch))
+        return [sum(next(scores)[0] for _ in text) for text in windows]
+
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        rolling = get_rolling_token_windows(self._lm.encode(text), self.prefix_token_id, max_seq_len=self._lm.context, context_len=1)
+        return [make_disjoint_window(window) for window in rolling]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continue prompts greedily, each until one of its stop strings."""
+        alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for index, request in enumerate(requests):
+            settings = generation_settings(request.args[1])
+            alike.setdefault((settings["max_gen_toks"], tuple(settings["until"])), []).append(index)
+        answers = [""] * len(requests)
+        for (tokens, stop), indices in alike.items():
+            given = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices]
+            prompts = [prompt[-(self._lm.context - tokens) :] for prompt in given]
+            self.cut += sum(len(text) > self._lm.context - tokens for text in given)
+            for index, text in generations(self._lm, prompts, tokens, [word for word in stop if word], self._batch):
+                answers[indices[index]] = text
+        return answers
+
+
+def generation_settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A task's settings of generation as lm-eval reads them: ``max_gen_toks``, ``until``, ``do_sample``, ``temperature`` and more."""
+    return dict(normalize_gen_kwargs(arguments, default_max_gen_toks=256))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let libraries show no progress of their own."""
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
+
+
+class PretrainedLM:
+    """A model of ``transformers`` through lm-eval's own class.
+
+    Where ``batch=auto`` the longest request of each chunk decides; on a lack of memory the batch is halved.
+
+    Args:
+        lm: the model.
+        job: says where its tokenizer is, and the batch.
+
+    Attributes:
+        hflm: lm-eval's.
+        cut: requests so far that lost their beginning.
+    """
+
+    def __init__(self, lm: LanguageModel, job: EvalJob):
+        # a tokenizer of its own: ours reads special tokens as the text they are, which a chat template must not
+        tokenizer = AutoTokenizer.from_pretrained(job.checkpoint, revision=job.revision, trust_remote_code=job.trust_remote_code)
+        self.hflm = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=1)
+        self._batch = job.batch
+        self.cut = 0
+
+    def ask(self, method: str, requests: list[Any]) -> list[Any]:
+        """Answer requests by the method of that name."""
+        lengths = [] if method == "loglikelihood_rolling" else [self._tokens(method, request.args) for request in requests]
+        self.cut += sum(length > self.hflm.max_length for length in lengths)
+        size = self._fitting(max(lengths, default=self.hflm.max_length)) if self._batch == "auto" else int(self._batch)
+        while True:
+            self.hflm.batch_size_per_gpu = size
+            try:
+                return getattr(self.hflm, method)(requests, disable_tqdm=True)
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise RunError(
+                        f"one request does not fit in the memory of {self.hflm.device}: choose dtype=bf16 or fewer shots"
+                    ) from error
+                size //= 2
+
+    def _tokens(self, method: str, arguments: tuple[Any, ...]) -> int:
+        """Tokens that a request reads, its answer included."""
+        if method == "loglikelihood":
+            return len(self.hflm.tok_encode("".join(arguments))) - 1  # the last token is predicted, but not read
+        return len(self.hflm.tok_encode(arguments[0])) + generation_settings(arguments[1])["max_gen_toks"]
+
+    def _fitting(self, longest: int) -> int:
+        """Sequences whose logits and log-probabilities, all of which HFLM keeps, take half of the free memory, or 2 GiB on a CPU."""
+        device = self.hflm.device
+        memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_LOGITS
+        vocabulary = self.hflm.model.get_output_embeddings().weight.shape[0]
+        return int(max(1, min(64, memory // (8 * vocabulary * min(longest, self.hflm.max_length)))))
+
+
+class RecordingLM(LM):
+    """Asks a model what it has not answered yet, and writes the answers to a file in chunks, so that a stopped evaluation goes on.
+
+    Args:
+        ask: the model.
+        path: JSON lines, one an answer; read first if it exists.
+        tell: called with requests answered and requests in all.
+        template: for chat templates, the model of lm-eval that has one.
+    """
+
+    def __init__(self, ask: Ask, path: Path, tell: Callable[[int, int], None], template: LM | None = None):
+        super().__init__()
+        self._ask, self._path, self._tell, self._template = ask, path, tell, template
+        self._known: dict[str, Any] = {}
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]  # a kill can tear the last line
+            self._known = dict(map(json.loads, whole.splitlines()))
+            path.write_text(whole, encoding="utf-8")
+
+    def forget(self) -> None:
+        """Delete the file: the answers are in the records."""
+        self._path.unlink(missing_ok=True)
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Score continuations of contexts."""
+        return [tuple(answer) for answer in self._answer("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """Score whole texts."""
+        return self._answer("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Continue prompts."""
+        return self._answer("generate_until", requests)
+
+    def _answer(self, method: str, requests: list[Any]) -> list[Any]:
+        keys, seen = [], Counter[str]()
+        for request in requests:  # the same request can come again, where answers are sampled
+            key = hash_args(method, request.args)
+            keys.append(f"{key}/{seen[key]}")
+            seen[key] += 1
+        left = [(key, request) for key, request in zip(keys, requests, strict=True) if key not in self._known]
+        self._tell(len(keys) - len(left), len(keys))
+        for first in range(0, len(left), _CHUNK):
+            chunk = left[first : first + _CHUNK]
+            answers = self._ask(method, [request for _, request in chunk])
+            pairs = [(key, answer) for (key, _), answer in zip(chunk, answers, strict=True)]
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(pair) + "\n" for pair in pairs)
+            self._known.update(pairs)
+            self._tell(len(keys) - len(left) + first + len(chunk), len(keys))
+        return [self._known[key] for key in keys]
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Of the model with the chat template."""
+        return "" if self._template is None else self._template.tokenizer_name
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Turn messages into a prompt."""
+        assert self._template is not None
+        return self._template.apply_chat_template(chat_history, add_generation_prompt)

@@ -1,0 +1,16 @@
+"""Answers that are expressions in LaTeX, compared by ``math_verify``: needs the extra ``math``."""
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+from diffx.evaluation.grading import final, matches
+
+
+def score(row: dict[str, str], responses: list[str]) -> dict[str, float]:
+    """Whether a response gives the row's answer, as text, as a number, or as an equal expression."""
+    gold, response = row["answer"], responses[0]
+    if matches(gold, response):
+        return {"exact_match": 1.0}
+    expected = parse(f"${gold.strip('$')}$", extraction_config=[LatexExtractionConfig()])
+    said = final(response)
+    given = parse(response if said is None else f"${said.strip('$')}$")
+    return {"exact_match": float(verify(expected, given))}

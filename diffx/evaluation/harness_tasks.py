@@ -1,0 +1,172 @@
+"""The tasks that a suite names, lm-eval's own, ours in ``tasks/`` or the user's, with their data from the hub or a local folder."""
+
+import difflib
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+
+from diffx.config import UserError
+from diffx.data.sources import reason
+
+_OURS = Path(__file__).with_name("tasks")
+_SUFFIXES = {".jsonl": "json", ".parquet": "parquet"}
+_MATH = ("sympy", "math_verify", "antlr4", "latex2sympy2_extended")
+
+
+@dataclass
+class Tasks:
+    """What a suite's names stand for.
+
+    Attributes:
+        tasks: each task, by name.
+        shots: how many demonstrations each shows by itself; None if it does not say.
+        groups: groups that lm-eval gives a score of their own, by name.
+        items: what an average is over, and the tasks behind each: a task, or such a group.
+    """
+
+    tasks: dict[str, Task] = field(default_factory=dict)
+    shots: dict[str, int | None] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+    items: dict[str, list[str]] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=1)
+def load_tasks(names: tuple[str, ...], include_path: str | None, data_dir: str | None, max_tokens: int | None, seed: int) -> Tasks:
+    """Build tasks and read their data.
+
+    Args:
+        names: tasks, groups or tags of lm-eval.
+        include_path: a folder of more task YAMLs.
+        data_dir: where the data of all tasks lie, ``<data_dir>/<task>/<split>.jsonl`` or ``.parquet``.
+        max_tokens: tokens of a generated answer; None leaves it to each task.
+        seed: of what tasks draw as they are built.
+
+    Raises:
+        UserError: an unknown task, data that cannot be reached, or a task that needs what is not installed.
+    """
+    for key, folder in (("include_path", include_path), ("data_dir", data_dir)):
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError(f"suite.{key}={folder} cannot be used: there is no such folder")
+    paths: list[str | Path] = [_OURS, *([include_path] if include_path else [])]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=paths)  # seconds: it reads thousands of files
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, 3)
+            accepted = f"did you mean {', '.join(close)}?" if close else "a task, group or tag of lm-eval, or of suite.include_path"
+            raise UserError(f"suite.tasks={name} cannot be used: there is no such task; {accepted}")
+    loaded = Tasks()
+    random.seed(seed)
+    np.random.seed(seed)
+    with _data_by_our_rules(data_dir):
+        for name in names:
+            _add(loaded, name, manager)
+    for name, task in loaded.tasks.items():
+        loaded.shots[name] = task.get_config("num_fewshot")
+        if max_tokens and task.OUTPUT_TYPE == "generate_until":
+            task.set_config("generation_kwargs", {"max_gen_toks": max_tokens}, update=True)
+    return loaded
+
+
+def _add(loaded: Tasks, name: str, manager: TaskManager) -> None:
+    try:
+        found = manager.load([name])
+    except UserError:
+        raise
+    except Exception as error:  # a task's YAML and code may fail in any way
+        if isinstance(error, ImportError | AssertionError) and any(module in f"{error} {error.__cause__}" for module in _MATH):
+            need = "it needs sympy, math_verify and antlr4-python3-runtime==4.11; run pip install 'diffx[math]'"
+            raise UserError(f"suite.tasks={name} cannot be used: {need}") from error
+        raise UserError(f"suite.tasks={name} cannot be used: building it failed with {type(error).__name__}: {reason(error)}") from error
+    groups = {group: made for group, made in found.get("groups", {}).items() if made.has_aggregation}
+    for task, made in found["tasks"].items():
+        if getattr(made, "UNSAFE_CODE", False) or getattr(made, "MULTIMODAL", False):
+            raise UserError(f"suite.tasks={task} cannot be used: it runs generated code or needs more than text; choose another task")
+    loaded.tasks |= found["tasks"]
+    loaded.groups |= groups
+    loaded.items |= {name: list(found["tasks"])} if name in groups else {task: [task] for task in found["tasks"]}
+
+
+@contextmanager
+def _data_by_our_rules(data_dir: str | None) -> Iterator[None]:
+    """Make lm-eval's tasks read their data through ``_read`` for as long as the context lasts."""
+    original = ConfigurableTask.download
+
+    def download(task: ConfigurableTask, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if data_dir is not None:
+            task.dataset = _local(task, Path(data_dir) / task.config.task)
+            return
+        try:
+            try:
+                original(task, dataset_kwargs, **kwargs)
+            except RuntimeError as error:
+                if "scripts are no longer supported" not in str(error):
+                    raise
+                # the hub keeps a parquet conversion of data sets that come with a loading script, a folder a configuration
+                task.dataset = datasets.load_dataset(task.DATASET_PATH, data_dir=task.DATASET_NAME, revision="refs/convert/parquet")
+        except Exception as error:  # of the hub, the network, or the files themselves
+            files = (dataset_kwargs or {}).get("data_files", {})
+            names = files.values() if isinstance(files, dict) else [files]
+            source = ", ".join(map(str, names)) or "/".join(filter(None, (task.DATASET_PATH, task.DATASET_NAME)))
+            copies = " and ".join(f"DIR/{task.config.task}/{split}.jsonl" for split in _splits(task))
+            raise UserError(
+                f"suite.tasks={task.config.task} cannot be used: its data set {source} cannot be read: {reason(error)}; "
+                f"suite.data_dir=DIR reads a local copy, {copies} (or .parquet)"
+            ) from error
+
+    ConfigurableTask.download = download  # there is no other way in
+    try:
+        yield
+    finally:
+        ConfigurableTask.download = original
+
+
+def _splits(task: ConfigurableTask) -> list[str]:
+    """The splits that a task reads: what it measures, and what it draws demonstrations from."""
+    config, shown = task.config, task.fewshot_cfg
+    measured = config.test_split or config.validation_split
+    drawn = None if shown.split is None and shown.samples else shown.split or config.training_split or config.validation_split
+    return list(dict.fromkeys(split for split in (measured, drawn) if split))
+
+
+def _local(task: ConfigurableTask, folder: Path) -> datasets.DatasetDict:
+    files = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix in _SUFFIXES}
+    missing = [split for split in _splits(task) if split not in files]
+    if missing:
+        raise UserError(f"suite.data_dir={folder.parent} cannot be used: {folder} has no {missing[0]}.jsonl or .parquet")
+    try:
+        return datasets.DatasetDict(
+            {
+                split: datasets.load_dataset(_SUFFIXES[path.suffix], data_files={split: str(path)}, split=split)
+                for split, path in files.items()
+            }
+        )
+    except Exception as error:  # of the files
+        raise UserError(f"suite.data_dir={folder.parent} cannot be used: a file in {folder} cannot be read: {reason(error)}") from error
+
+
+def digest(task: Task, with_demonstrations: bool) -> str:
+    """SHA-256 of a task's documents, of those that demonstrations are drawn from, and of how it makes prompts and scores of them."""
+    config = {key: value for key, value in task.dump_config().items() if key not in ("metadata", "num_fewshot", "dataset_kwargs")}
+    known = hashlib.sha256(json.dumps([config, task.VERSION], default=_name, sort_keys=True).encode())
+    shown = task.sampler.df if with_demonstrations and hasattr(task, "sampler") else []
+    for document in (*task.eval_docs, *shown):
+        known.update(json.dumps(document, default=str, sort_keys=True).encode())
+    return known.hexdigest()
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__qualname__", None) or repr(value)  # a function's repr has its address
