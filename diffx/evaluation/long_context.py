@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from diffx.config import RunError, UserError
-from diffx.console import figure
 from diffx.data import open_data
 from diffx.data.shards import TokenArray
 from diffx.data.sources import label
@@ -39,6 +38,7 @@ def plan(context: Context) -> list[Example]:
     if lm.limit is not None and length > lm.limit:
         raise UserError(f"suite.length={length} cannot be used: the model reads {lm.limit} tokens at most")
     documents = context.documents()
+    context.sources["tokenizer"] = context.lm.tokenizer.fingerprint  # texts are cut in tokens
     groups = (lm.encode_batch(documents[first : first + _GROUP]) for first in range(0, len(documents), _GROUP))
     corpus = np.concatenate([np.array([lm.tokenizer.eot_id, *tokens], np.int32) for group in groups for tokens in group])
     own = length + 1 - len(lm.prefix)  # the first token of a text is only read, and the last one only scored
@@ -147,7 +147,7 @@ def summarize(context: Context, records: list[Record]) -> list[Metric]:
             metrics.append(_ratio(parts, name, _scores(records, name) * counts, counts))
     metrics.append(_ratio(parts, "ar_hit share", hits, lengths))
     for place, position in enumerate(records[0]["positions"]):
-        if position & (position - 1) == 0:
+        if position & (position - 1) == 0 and position < lengths[0]:
             values = np.array([record["cumulative_nll"][place] for record in records])
             metrics.append(_ratio(f"first {position} tokens", "nll", values, np.ones(len(values))))
     return metrics
@@ -171,6 +171,10 @@ def _ratio(group: str, name: str, sums: np.ndarray, counts: np.ndarray) -> Metri
     return Metric(group, name, value, float(ratios.std()), *interval(ratios), n)
 
 
+def _binary(position: int) -> str:
+    return f"{position >> 10}K" if position >= 1024 and position % 1024 == 0 else str(position)
+
+
 def draw(context: Context, records: list[Record], metrics: list[Metric], path: Path) -> None:
     """Cumulative loss by position with its interval over texts, and the two parts of the loss."""
     canvas = Figure(figsize=(11, 4.6), layout="constrained")
@@ -183,7 +187,7 @@ def draw(context: Context, records: list[Record], metrics: list[Metric], path: P
     left.set(xscale="log", xlabel="position in tokens", ylabel="nats per token up to there (band: 95% interval)")
     ticks = [position for position in positions if position & (position - 1) == 0]
     left.set_xticks(ticks[:: 2 if len(ticks) > 9 else 1])
-    left.xaxis.set_major_formatter(FuncFormatter(lambda position, _: figure(position)))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda position, _: _binary(round(position))))
     left.xaxis.set_minor_locator(NullLocator())
     left.set_title("Cumulative loss by position", loc="left", fontsize=11, fontweight="bold")
     left.legend(frameon=False, fontsize=9)
@@ -196,7 +200,7 @@ def draw(context: Context, records: list[Record], metrics: list[Metric], path: P
         bar.set_color(colour)
     right.bar_label(bars, fmt="%.3f", padding=4, fontsize=9)
     right.set(ylabel="nats per token")
-    right.set_xlabel(f"frequent pairs are no hits: {_frequent(records)}", fontsize=8.5)
+    right.set_xlabel(f"no hits: pairs seen {_frequent(records)}", fontsize=8.5)
     right.set_title("Repeated pairs and the rest", loc="left", fontsize=11, fontweight="bold")
     for axes in (left, right):
         axes.grid(color="#e6e6e6", linewidth=0.8)

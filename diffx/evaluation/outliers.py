@@ -101,6 +101,7 @@ def plan(context: Context) -> list[Example]:
         most = f" and {lm.limit} at most, which is all that the model reads" if lm.limit else ""
         raise UserError(f"suite.length={length} cannot be used with {lm.name}: it must be more than {len(lm.prefix)}{most}")
     documents = iter(context.documents())
+    context.sources["tokenizer"] = context.lm.tokenizer.fingerprint  # windows are cut in tokens
     text: list[int] = []
     windows: list[list[int]] = []
     left = suite.tokens

@@ -91,6 +91,7 @@ def _evaluate(module: ModuleType, context: Context, examples: list[Example], set
         "suite": job.suite.name,
         "settings_hash": folder.name,
         "settings": settings,
+        "data": asdict(context.data) if "data" in context.sources else None,
         "checkpoint": {"name": lm.name, "step": lm.loaded.step, "fingerprint": lm.loaded.fingerprint},
         "judge": asdict(job.judge),
         "metrics": [_finite(asdict(metric)) for metric in metrics],
@@ -140,7 +141,6 @@ def _settings(context: Context) -> dict[str, Any]:
     job = context.job
     return {
         "suite": asdict(job.suite),
-        "data": asdict(context.data) if "data" in context.sources else None,
         "sources": context.sources,
         "dtype": job.dtype.value,
         "limit": job.limit,
@@ -160,7 +160,9 @@ def _prepare(context: Context, settings: dict[str, Any]) -> None:
         if not (changed or context.job.force):
             return
         for entry in folder.iterdir():
-            if entry.name != ".lock":
+            if entry.name != ".lock" and not entry.name.startswith(
+                "verdicts_"
+            ):  # a judge's words, by the hash of what it read, were paid for
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     write_json(path, state)
 

@@ -10,7 +10,6 @@ A suite is a module with four functions:
 A record is a JSON-able dict with ``id``, ``group`` (a row of the table), ``scores`` (name to figure), and what the model saw and said.
 """
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,10 +22,10 @@ from diffx.config.data import DataConfig, StdlibData
 from diffx.config.eval import EvalJob
 from diffx.console import Bar, Reporter
 from diffx.data.texts import read_texts
+from diffx.evaluation.bootstrap import interval, resampled_means
 from diffx.evaluation.model import LanguageModel
 
 Record = dict[str, Any]
-_RESAMPLES = 1000
 
 
 @dataclass(slots=True)
@@ -155,7 +154,7 @@ def mean_metrics(
 def _mean(group: str, name: str, scores: np.ndarray) -> Metric:
     n = len(scores)
     stderr = float(scores.std(ddof=1) / np.sqrt(n)) if n > 1 else None
-    low, high = _interval(_resampled(scores, f"{group}/{name}")) if n > 1 else (None, None)
+    low, high = interval(resampled_means(scores, name)) if n > 1 else (None, None)
     return Metric(group, name, float(scores.mean()), stderr, low, high, n)
 
 
@@ -165,17 +164,6 @@ def _average(name: str, parts: list[Metric], scores: list[np.ndarray]) -> Metric
     if any(metric.stderr is None for metric in parts):
         return Metric("average", name, value, n=n)
     stderr = float(np.sqrt(sum((metric.stderr or 0.0) ** 2 for metric in parts)) / len(parts))
-    means = np.mean([_resampled(own, f"{metric.group}/{name}") for metric, own in zip(parts, scores, strict=True)], axis=0)
-    low, high = _interval(means)
+    means = np.mean([resampled_means(own, name) for own in scores], axis=0)
+    low, high = interval(means)
     return Metric("average", name, value, stderr, low, high, n)
-
-
-def _resampled(scores: np.ndarray, key: str) -> np.ndarray:
-    """Means of resamples, drawn from the key alone, so that the same scores have the same interval wherever they stand."""
-    random = np.random.default_rng(zlib.crc32(key.encode()))
-    return np.array([scores[random.integers(len(scores), size=len(scores))].mean() for _ in range(_RESAMPLES)])
-
-
-def _interval(means: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)

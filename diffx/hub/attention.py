@@ -36,7 +36,8 @@ class AttentionView:
         key_map: the key map that each query map reads; two of differential head j are query maps 2j and 2j + 1.
         scale: of the logits.
         lam: None for ordinary maps; lambda of each differential head, broadcastable to (B, T, M/2).
-        mask: True where a query sees a key, (B or 1, M or 1, T, T); None is all keys up to the query's own.
+        mask: True where a query sees a key, (B or 1, M or 1, T, T); None is all keys up to the query's own if ``causal``, else all.
+        causal: whether it is a decoder's, where there is no mask.
         softcap: bound c of logits that pass through c·tanh(logit/c), as in Gemma 2.
     """
 
@@ -47,6 +48,7 @@ class AttentionView:
     lam: Tensor | None = None
     mask: Tensor | None = None
     softcap: float | None = None
+    causal: bool = True
 
     @property
     def num_maps(self) -> int:
@@ -60,16 +62,18 @@ class AttentionView:
 
     def logits(self, m: int, start: int, stop: int) -> Tensor:
         """Give what enters the softmax of map ``m`` in rows ``start`` to ``stop``: (B, rows, T) in fp32, -inf where nothing is seen."""
-        keys = stop if self.mask is None else self.k.shape[1]  # none behind the last row is seen
+        keys = stop if self.mask is None and self.causal else self.k.shape[1]  # none behind the last row is seen
         q, k = self.q[:, start:stop, m].float(), self.k[:, :keys, self.key_map[m]].float()  # (B, rows, d), (B, keys, d)
         logits = (q * self.scale) @ k.mT
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if self.mask is None:
-            hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).triu(start + 1)
+            hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).triu(start + 1) if self.causal else None
         else:
             hidden = ~self.mask[:, m if self.mask.shape[1] > 1 else 0, start:stop]
-        return F.pad(logits.masked_fill_(hidden, -torch.inf), (0, self.k.shape[1] - keys), value=-torch.inf)
+        if hidden is not None:
+            logits.masked_fill_(hidden, -torch.inf)
+        return F.pad(logits, (0, self.k.shape[1] - keys), value=-torch.inf)
 
     def head_map(self, j: int, start: int, stop: int) -> Tensor:
         """The weights of head ``j``'s values in query rows ``start`` to ``stop``: (B, rows, T) in fp32.
@@ -175,6 +179,7 @@ def _interface(model: nn.Module, tell: AttentionCallback) -> Iterator[None]:
             lam=lam,
             mask=attention_mask,
             softcap=kwargs.get("softcap"),
+            causal=bool(getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]),
         )
         if not second_call:
             tell(module.layer_idx, view)

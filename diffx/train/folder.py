@@ -13,7 +13,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -22,6 +22,7 @@ import diffx
 from diffx.config import UserError
 from diffx.config.bridge import load_config, save_config
 from diffx.config.data import HfTokenizer
+from diffx.config.dex import AdaptJob
 from diffx.config.train import TrainJob
 from diffx.train.checkpoint import find_checkpoint
 
@@ -36,10 +37,12 @@ _FREE = (
     "train.resume",
     "device",
 )
+AnyJob = TrainJob | AdaptJob
+Job = TypeVar("Job", TrainJob, AdaptJob)
 _SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
 
 
-def settle(job: TrainJob, words: list[str]) -> tuple[TrainJob, Path | None]:
+def settle(job: Job, words: list[str]) -> tuple[Job, Path | None]:
     """Decide what runs: the job as composed, or an earlier run's with the words given for this one.
 
     Args:
@@ -88,7 +91,7 @@ def settle(job: TrainJob, words: list[str]) -> tuple[TrainJob, Path | None]:
     return saved, folder
 
 
-def given(words: list[str], job: TrainJob, saved: TrainJob) -> list[str]:
+def given(words: list[str], job: AnyJob, saved: AnyJob) -> list[str]:
     """List the config keys that the words on the command line set.
 
     A word that picks a group (``model=diff_v1``) sets its ``kind``, ``size=`` the shape, ``experiment=`` everything that differs.
@@ -109,9 +112,9 @@ def given(words: list[str], job: TrainJob, saved: TrainJob) -> list[str]:
     return [key for key in dict.fromkeys(found) if key in _flat(saved) or key.endswith(".kind")]
 
 
-def _continued(job: TrainJob, words: list[str]) -> TrainJob:
+def _continued(job: Job, words: list[str]) -> Job:
     """With ``train.init_from``, take the model and the tokenizer from that run; ``model.rope_theta`` alone may change."""
-    if job.train.init_from is None:
+    if job.train.init_from is None or not isinstance(job, TrainJob):
         return job
     source, _ = find_checkpoint(job.train.init_from, "train.init_from")
     saved = load_config(source / "config.yaml")
@@ -129,19 +132,20 @@ def _continued(job: TrainJob, words: list[str]) -> TrainJob:
     return dataclasses.replace(job, model=model, tokenizer=tokenizer)
 
 
-def new_folder(job: TrainJob) -> Path:
+def new_folder(job: AnyJob) -> Path:
     """Give the path of a run that starts: ``run.dir``, or ``runs/<date-time>-<name>``. Nothing is made yet."""
     if job.run.dir is not None:
         return Path(job.run.dir)
     return Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{run_name(job)}"
 
 
-def run_name(job: TrainJob) -> str:
-    """Give ``run.name``, or a name made of the architecture, the data and the seed."""
-    return job.run.name or f"{job.model.kind}-{job.data.kind}-seed{job.seed}"
+def run_name(job: AnyJob) -> str:
+    """Give ``run.name``, or a name made of the architecture or the variant, the data and the seed."""
+    what = job.model.kind if isinstance(job, TrainJob) else job.dex.variant.value
+    return job.run.name or f"{what}-{job.data.kind}-seed{job.seed}"
 
 
-def make_folder(folder: Path, job: TrainJob, words: list[str]) -> None:
+def make_folder(folder: Path, job: AnyJob, words: list[str]) -> None:
     """Make a new run folder with its ``config.yaml``, ``overrides.yaml`` and ``environment.json``.
 
     Raises:
@@ -159,7 +163,7 @@ def make_folder(folder: Path, job: TrainJob, words: list[str]) -> None:
     save_config(job, folder / "config.yaml")  # last: with it, the folder is a run that can be resumed
 
 
-def note_resume(folder: Path, job: TrainJob, words: list[str]) -> None:
+def note_resume(folder: Path, job: AnyJob, words: list[str]) -> None:
     """Keep what a resumption changed: the config as it runs now, the words and the machine."""
     path = folder / "environment.json"
     record = json.loads(path.read_text(encoding="utf-8"))

@@ -24,8 +24,9 @@ from diffx.tracking import Tracker
 from diffx.train.checkpoint import load_training_state, newest_intact, prune, save_checkpoint
 from diffx.train.optimizer import build_optimizer, learning_rate
 from diffx.train.parallel import World, accumulate, autocast, clip_gradients, parallelize
-from diffx.train.probes import diff_statistics
 from diffx.train.throughput import matmul_ceiling, peak_memory, synchronize
+
+Probe = Callable[[Callable[[], object]], dict[str, float]]
 
 
 @dataclass
@@ -120,6 +121,7 @@ def fit(
     track: Tracker,
     reporter: Reporter,
     resume: tuple[Path, dict[str, Any]] | None = None,
+    probe: Probe,
     on_step: Callable[[int], None] | None = None,
 ) -> Fit:
     """Train a model to ``config.num_steps`` optimizer steps, from ``resume`` if it is given.
@@ -136,6 +138,7 @@ def fit(
         track: takes the figures.
         reporter: says what happens.
         resume: a checkpoint's folder and state, as ``newest_intact`` found them.
+        probe: gives figures for the log; it is handed a call that runs the model on one sequence, for what it looks at by hooks.
         on_step: told the number of steps done before each step, and before each evaluation (DEX sets lambda(t) by it).
 
     Raises:
@@ -238,7 +241,7 @@ def fit(
                     "train/mfu": speed * flops_per_token / ceiling,
                     "train/peak_memory_bytes": peak_memory(world.device),
                 }
-                row |= diff_statistics(model, blocks, partial(_look, model, batch, config, eot, world))
+                row |= probe(partial(_look, model, batch, config, eot, world))
                 bar.at(now.step, f"loss {mean:.4f}  lr {rate:.2e}  {figure(speed)} tokens/s")
 
             # Evaluate
@@ -254,7 +257,7 @@ def fit(
                 checkpoint = save()
             if stopping and now.step < last:
                 raise Stopped(
-                    f"stopped by {stop.name or 'another process'} after step {now.step}; go on with: diffx train train.resume={run_dir}"
+                    f"stopped by {stop.name or 'another process'} after step {now.step}; go on with train.resume={run_dir}"
                 )
             mark_step, mark_time = now.step, time.perf_counter()
 

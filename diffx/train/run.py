@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffx.config import RunError, UserError
+from diffx.config.dex import AdaptJob
 from diffx.config.train import TrainJob
 from diffx.console import Bar, Reporter, duration, figure, make_table
 from diffx.data import Batches, Corpus, open_data
@@ -23,6 +24,7 @@ from diffx.train.folder import make_folder, new_folder, note_resume, run_name, s
 from diffx.train.loop import Fit, fit
 from diffx.train.parallel import World, join_world, leave_world
 from diffx.train.params import counts_table
+from diffx.train.probes import diff_statistics
 
 
 def train(job: TrainJob, words: list[str]) -> Path:
@@ -58,7 +60,7 @@ def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter) ->
     tokenizer = load_tokenizer(resumed / "tokenizer") if resumed and (resumed / "tokenizer").is_dir() else job.tokenizer
     if world.main:
         with reporter.progress("corpus", None, unit="MB") as bar:
-            corpus = open_data(job.data, tokenizer, progress=partial(_say_read, bar))
+            corpus = open_data(job.data, tokenizer, progress=partial(say_read, bar))
     world.barrier()
     if not world.main:
         corpus = open_data(job.data, tokenizer)
@@ -110,14 +112,14 @@ def _run(
     rivals: dict[str, dict[str, float]] = {}
     if world.main:
         with reporter.progress("n-gram baselines", None, unit="MB") as bar:
-            rivals = baselines(corpus, progress=partial(_say_read, bar))
+            rivals = baselines(corpus, progress=partial(say_read, bar))
     for name, values in rivals.items():
         reporter.line(f"{name}: " + ", ".join(f"{value:.4f} {unit}" for unit, value in values.items()))
     reporter.line(
         f"{job.train.num_steps} steps of {job.train.batch_tokens} tokens, T={job.train.seq_len}, on {world.size} x {world.device}"
     )
     parameters = model.num_parameters()
-    with _tracker(job, folder, world, reporter, resumed, found) as track:
+    with open_tracker(job, folder, world, reporter, resumed, found) as track:
         result = fit(
             model,
             model.layers,
@@ -130,6 +132,7 @@ def _run(
             track=track,
             reporter=reporter,
             resume=found,
+            probe=partial(diff_statistics, model, model.layers),
         )
         sample = _sample(model, corpus, job, world)
         if world.main:
@@ -141,9 +144,10 @@ def _run(
     return folder
 
 
-def _tracker(
-    job: TrainJob, folder: Path, world: World, reporter: Reporter, resumed: bool, found: tuple[Path, dict[str, Any]] | None
+def open_tracker(
+    job: TrainJob | AdaptJob, folder: Path, world: World, reporter: Reporter, resumed: bool, found: tuple[Path, dict[str, Any]] | None
 ) -> Tracker:
+    """Open the run's tracker, cut back to the checkpoint that it resumes from; the other processes get one that keeps nothing."""
     if not world.main:
         return NullTracker()
     # A run that was killed before its first checkpoint starts again, in the same folder, from step 0.
@@ -152,7 +156,8 @@ def _tracker(
     return Tracker(folder, job.wandb, run_name(job), dataclasses.asdict(job), reporter.warn, step, float(spent["seconds"]))
 
 
-def _say_read(bar: Bar, stage: str, done: int, total: int | None) -> None:
+def say_read(bar: Bar, stage: str, done: int, total: int | None) -> None:
+    """Show how far a corpus has been read."""
     bar.at(done // 10**6, stage + (f" of {figure(total)} bytes" if total else ""))
 
 
