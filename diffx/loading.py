@@ -1,21 +1,18 @@
 """What ``checkpoint=`` means: a run folder, ``@best`` or ``@STEP`` after it, or a model of the Hugging Face hub, by name or folder."""
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
-from diffx.config import UserError
 from diffx.config.bridge import load_config
 from diffx.config.eval import Dtype
 from diffx.config.train import Device, TrainJob
-from diffx.data.sources import reason
-from diffx.data.tokenizers import FastTokenizer, Tokenizer, load_tokenizer
+from diffx.data.tokenizers import Tokenizer, load_tokenizer
+from diffx.dex.pretrained import load_pretrained
 from diffx.models import build_model
 from diffx.train.checkpoint import WEIGHTS, find_checkpoint, read_state
 from diffx.train.parallel import pick_device
@@ -105,49 +102,18 @@ def _names_run(spec: str) -> bool:
 
 
 def _load_pretrained(spec: str, device: Device, dtype: Dtype, revision: str | None, trust_remote_code: bool) -> Loaded:
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     where = pick_device(device)
     wanted = _DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(spec, dtype=wanted, use_safetensors=True, **options)
-        pretrained = AutoTokenizer.from_pretrained(spec, **options)
-    except Exception as error:  # any library below may fail here, each with an exception of its own
-        raise UserError(
-            f"checkpoint={spec} cannot be used: {reason(error)}; accepted: a run (runs/x, runs/x@best, runs/x@1000), a folder with a "
-            "Hugging Face model in safetensors, or a hub name that can be reached"
-        ) from error
-    if not pretrained.is_fast or pretrained.eos_token is None:
-        raise UserError(f"checkpoint={spec} cannot be used: its tokenizer must have a tokenizer.json and an end-of-text token")
-    with_special = pretrained("a")["input_ids"]
-    prefix = [pretrained.bos_token_id] if pretrained.bos_token_id is not None and with_special[0] == pretrained.bos_token_id else []
-    tokenizer = FastTokenizer("hf", pretrained.backend_tokenizer, pretrained.eos_token, pretrained)
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    folder = Path(spec)
-    commit = getattr(model.config, "_commit_hash", None)
-    fingerprint = _weights_hash(model) if folder.is_dir() or not commit else commit
-    name = folder.resolve().name if folder.is_dir() else spec
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    found = load_pretrained("checkpoint", spec, wanted, where, revision, trust_remote_code)
     return Loaded(
-        model.to(where).eval(),
-        tokenizer,
-        name=name,
-        fingerprint=fingerprint,
-        folder=Path("runs/hub") / f"{name.replace('/', '--')}@{(revision or fingerprint)[:12]}",
+        found.model,
+        found.tokenizer,
+        name=found.name,
+        fingerprint=found.fingerprint,
+        folder=Path("runs/hub") / f"{found.name.replace('/', '--')}@{(revision or found.fingerprint)[:12]}",
         step=0,
-        context=limit or 2048,
-        limit=limit,
-        prefix=prefix,
-        ends={tokenizer.eot_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])},
+        context=found.limit or 2048,
+        limit=found.limit,
+        prefix=found.prefix,
+        ends=found.ends,
     )
-
-
-def _weights_hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

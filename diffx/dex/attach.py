@@ -1,0 +1,152 @@
+"""A DEX variant on a pretrained model: what is put in, what is trained, and how it folds away."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from diffx.config import UserError
+from diffx.config.dex import DexConfig, Variant
+from diffx.dex.layer import DexProjection, PartlyTrained, projection_weight
+from diffx.dex.layout import Layer
+
+
+@dataclass
+class Adapted:
+    """A pretrained model with a variant in it.
+
+    Attributes:
+        model: the model, changed in place; only what the variant trains requires gradients, and that is fp32.
+        branches: its DEX projections, layer by layer; none where the variant has no branch.
+        anneal_steps: T of equation 4; None where there is none.
+        lora: peft's handle on the adapters of ``lora``.
+    """
+
+    model: PreTrainedModel
+    branches: list[DexProjection] = field(default_factory=list)
+    anneal_steps: int | None = None
+    lora: Any = None
+
+    def set_step(self, step: int) -> None:
+        """Give lambda(t) its t: optimizer steps done."""
+        for branch in self.branches:
+            branch.set_step(step)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+
+def attach(
+    model: PreTrainedModel, layers: Sequence[Layer], config: DexConfig, heads: Sequence[Sequence[int]], anneal_steps: int, seed: int
+) -> Adapted:
+    """Put a variant into a model, in place.
+
+    Args:
+        model: the pretrained model; all of it is frozen first.
+        layers: where its attention is, as ``find_layers`` says.
+        config: the variant.
+        heads: the heads chosen in each layer.
+        anneal_steps: T of equation 4, for the variants that anneal.
+        seed: of W_D.
+    """
+    variant = config.variant
+    model.requires_grad_(False)
+    if variant is Variant.full:
+        model.float().requires_grad_(True)
+        return Adapted(model)
+    if variant is Variant.lora:
+        return Adapted(model, lora=_lora(model, layers, config.lora_rank, seed))
+    if variant is not Variant.adapter_only:
+        for layer in layers:
+            _train_projections(model, layer)
+    adapted = Adapted(model, anneal_steps=anneal_steps if variant.anneals else None)
+    generator = torch.Generator().manual_seed(seed)
+    for number, (layer, chosen) in enumerate(zip(layers, heads, strict=True)):
+        if not variant.branches:
+            break
+        branch = DexProjection(
+            model.get_submodule(layer.output),
+            layer.num_heads,
+            layer.width,
+            list(chosen),
+            number,
+            share=config.share,
+            sign=1 if variant is Variant.dex_plus else -1,
+            anneal_steps=adapted.anneal_steps,
+        )
+        branch.initialize(config.init, generator)
+        model.set_submodule(layer.output, branch)
+        adapted.branches.append(branch)
+    return adapted
+
+
+@torch.no_grad()
+def fold(adapted: Adapted) -> PreTrainedModel:
+    """Make the model, in place, a plain one that does the same: branches folded into the output projections in fp64, adapters merged."""
+    model = adapted.model
+    if adapted.lora is not None:
+        return adapted.lora.merge_and_unload()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DexProjection):
+            weight = projection_weight(module.proj)
+            weight.copy_(module.folded_weight())
+            model.set_submodule(name, module.proj)
+        elif isinstance(module, PartlyTrained):
+            projection_weight(module.proj).copy_(module.weight)
+            model.set_submodule(name, module.proj)
+    return model
+
+
+def _train_projections(model: PreTrainedModel, layer: Layer) -> None:
+    """Train W_K, W_V and W_O of a layer, as fp32; of a map that makes queries as well only the rows of keys and values."""
+    rows: dict[str, set[int]] = {}
+    for projection in [*layer.keys, *layer.values]:
+        rows.setdefault(projection.name, set()).update(projection.rows)
+    queries = {projection.name for projection in layer.queries}
+    for name, chosen in rows.items():
+        module = model.get_submodule(name)
+        if name in queries:
+            model.set_submodule(name, PartlyTrained(module, sorted(chosen)))
+        else:
+            _master(module)
+    _master(model.get_submodule(layer.output))
+
+
+def _master(module: nn.Module) -> None:
+    weight = projection_weight(module)
+    weight.data = weight.data.float()
+    weight.requires_grad_(True)
+
+
+def _lora(model: PreTrainedModel, layers: Sequence[Layer], rank: int, seed: int) -> Any:
+    try:
+        from peft import LoraConfig, LoraModel
+    except ImportError as error:
+        raise UserError("dex.variant=lora cannot be used: peft is not installed; run pip install 'diffx[peft]'") from error
+    names = [projection.name for layer in layers for projection in [*layer.queries, *layer.keys, *layer.values]]
+    targets = sorted({*names, *(layer.output for layer in layers)})
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, bias="none")
+    return LoraModel(model, config, "default")
+
+
+def trained_parts(adapted: Adapted) -> dict[str, dict[str, int]]:
+    """Count what is trained: W_D and lambda, attention weights, adapters, and all of it beside the whole model."""
+    counts = {"W_D": 0, "lambda": 0, "others": 0}
+    for name, parameter in adapted.trained().items():
+        last = name.rpartition(".")[2]
+        counts["W_D" if last == "w_d" else "lambda" if last == "lambda_learn" else "others"] += parameter.numel()
+    total = sum(parameter.numel() for parameter in adapted.model.parameters())
+    return {"trained": counts, "model": {"total": total}}
+
+
+def outputs(branch: DexProjection, o: Tensor) -> dict[str, Tensor]:
+    """How much the branch changes the chosen heads' output O (B, T, H·d_v): ||lambda O W_D|| / ||O|| and cos(O, lambda O W_D)."""
+    heads = o.unflatten(-1, (branch.num_heads, branch.width))[..., branch.heads, :].float()
+    change = branch.lambda_value() * branch.branch(o.unflatten(-1, (branch.num_heads, branch.width)))[..., branch.heads, :].float()
+    size = heads.norm()
+    return {"ratio": change.norm() / size, "cos": (heads * change).sum() / (size * change.norm()).clamp(min=1e-30)}

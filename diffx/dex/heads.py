@@ -1,0 +1,187 @@
+"""Which heads get the differential step: chosen by calibration text, layer by layer, and kept in ``heads.json``.
+
+Notation: B batch, T tokens, H heads.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from diffx.config import UserError
+from diffx.config.dex import CRITERIA, DexConfig
+from diffx.dex.layout import Layer
+from diffx.hub import AttentionView, observing
+
+_ROWS = 256  # rows of a map that exist at once
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen heads of one model.
+
+    Attributes:
+        base: SHA-256 of the model's weights, or its commit.
+        criterion: how they were chosen.
+        settings: what the choice depends on besides the model: tokens, their hash, seed.
+        num_heads: H of each layer.
+        scores: what each head of each layer measured; empty where nothing is measured.
+        heads: the chosen heads of each layer, ascending.
+    """
+
+    base: str
+    criterion: str
+    settings: dict[str, Any]
+    num_heads: list[int]
+    scores: list[list[float]]
+    heads: list[list[int]]
+
+    def save(self, path: Path) -> None:
+        """Write ``heads.json``."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def load_plan(path: Path, base: str, layers: Sequence[Layer]) -> Plan:
+    """Read a ``heads.json``.
+
+    Raises:
+        UserError: it cannot be read, or it is of another model.
+    """
+    try:
+        plan = Plan(**json.loads(path.read_text(encoding="utf-8")))
+        shape = [(max(chosen, default=0) < layer.num_heads) for chosen, layer in zip(plan.heads, layers, strict=True)]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"dex.heads={path} cannot be used: {type(error).__name__}: {error}; it must be the heads.json of a run") from error
+    if plan.base != base or not all(shape):
+        raise UserError(f"dex.heads={path} cannot be used: it is of another model ({plan.base[:12]}, not {base[:12]}); choose heads anew")
+    return plan
+
+
+def choose_heads(
+    model: PreTrainedModel, layers: Sequence[Layer], config: DexConfig, batches: Sequence[Tensor], base: str, seed: int, text: str = ""
+) -> Plan:
+    """Choose k heads in every layer.
+
+    Args:
+        model: the pretrained model.
+        layers: where its attention is.
+        config: the criterion and k.
+        batches: calibration tokens, (B, T) each; read by the entropy and importance criteria.
+        base: SHA-256 of the model's weights.
+        seed: of the ``random`` criterion.
+        text: SHA-256 of the calibration text, for the record.
+
+    Raises:
+        UserError: k is more than a layer has.
+    """
+    num_heads = [layer.num_heads for layer in layers]
+    most = min(num_heads)
+    if config.k is not None and config.k > most:
+        raise UserError(f"dex.k={config.k} cannot be used: the model has {most} heads a layer; give at most that many")
+    criterion = config.heads
+    assert criterion in CRITERIA
+    scores: list[list[float]] = []
+    if criterion.startswith("entropy"):
+        scores = entropies(model, layers, batches)
+    elif criterion == "importance_low":
+        scores = importances(model, layers, batches)
+    generator = torch.Generator().manual_seed(seed)
+    heads = []
+    for number, count in enumerate(num_heads):
+        k = count if criterion == "all" else config.k if config.k is not None else count // 2
+        if criterion == "random":
+            chosen = torch.randperm(count, generator=generator)[:k]
+        elif scores:
+            chosen = torch.tensor(scores[number]).argsort(descending=criterion == "entropy_high", stable=True)[:k]
+        else:
+            chosen = torch.arange(k)
+        heads.append(sorted(chosen.tolist()))
+    tokens = sum(batch.numel() for batch in batches) if scores else 0
+    return Plan(base, criterion, {"k": config.k, "tokens": tokens, "text": text if scores else "", "seed": seed}, num_heads, scores, heads)
+
+
+@torch.no_grad()
+def entropies(model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor]) -> list[list[float]]:
+    """Mean entropy in nats of every head's attention, over all query positions; a few rows of one head's map at a time."""
+    sums = [torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers]
+
+    def look(number: int, view: AttentionView) -> None:
+        for head in range(view.num_heads):
+            for start in range(0, view.q.shape[1], _ROWS):
+                p = view.head_map(head, start, min(start + _ROWS, view.q.shape[1]))  # (B, rows, T)
+                sums[number][head] += torch.special.entr(p).sum().double().cpu()
+
+    with _evaluating(model), observing(model, attention=look):
+        for batch in batches:
+            model(input_ids=batch)
+    tokens = sum(batch.numel() for batch in batches)
+    return [(total / tokens).tolist() for total in sums]
+
+
+def importances(model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor]) -> list[list[float]]:
+    """Mean over sequences of |dLoss/dgate| for a gate of 1 on every head's output (Michel et al., arXiv 1905.10650)."""
+    gates = [torch.ones(layer.num_heads, 1, device=model.device, requires_grad=True) for layer in layers]
+    sums = [torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers]
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    with _evaluating(model), ExitStack() as stack:
+        for layer, gate in zip(layers, gates, strict=True):
+            output = model.get_submodule(layer.output)
+            stack.enter_context(output.register_forward_pre_hook(_gated(gate, layer.width)))
+        for batch in batches:
+            for row in batch:  # a gradient a sequence: their absolute values are averaged
+                logits = model(input_ids=row[None]).logits[0, :-1]
+                loss = F.cross_entropy(logits.float(), row[1:])
+                for total, gradient in zip(sums, torch.autograd.grad(loss, gates), strict=True):
+                    total += gradient[:, 0].abs().double().cpu()
+    for parameter in required:
+        parameter.requires_grad_(True)
+    sequences = sum(len(batch) for batch in batches)
+    return [(total / sequences).tolist() for total in sums]
+
+
+def _gated(gate: Tensor, width: int) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        o = args[0].unflatten(-1, (-1, width)) * gate.to(args[0].dtype)  # (B, T, H, d_v)
+        return (o.flatten(-2), *args[1:])
+
+    return hook
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def draw_heads(plan: Plan, path: Path) -> None:
+    """Draw a heat map of the scores, layers by heads, with a frame around each chosen head."""
+    widest = max(plan.num_heads)
+    values = torch.full((len(plan.heads), widest), torch.nan)
+    for layer, count in enumerate(plan.num_heads):
+        values[layer, :count] = torch.tensor(plan.scores[layer]) if plan.scores else 0.0
+    canvas = Figure(figsize=(1.6 + 0.42 * widest, 1.4 + 0.3 * len(plan.heads)), layout="constrained")
+    axes = canvas.subplots()
+    image = axes.imshow(values.numpy(), aspect="auto", cmap="viridis")
+    for layer, chosen in enumerate(plan.heads):
+        for head in chosen:
+            axes.add_patch(Rectangle((head - 0.44, layer - 0.42), 0.88, 0.84, fill=False, edgecolor="#D55E00", linewidth=1.6))
+    names = {"e": "mean attention entropy (nats)", "i": "importance |dLoss/dgate|"}
+    if plan.scores:
+        canvas.colorbar(image, ax=axes, label=names[plan.criterion[0]])
+    axes.set(xlabel="head", ylabel="layer", xticks=range(widest), yticks=range(len(plan.heads)))
+    axes.set_title(f"{plan.criterion}: chosen heads framed", loc="left", fontsize=11, fontweight="bold")
+    canvas.savefig(path, dpi=150)

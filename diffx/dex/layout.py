@@ -1,0 +1,130 @@
+"""Where a pretrained model's attention keeps its projections, found by watching one forward pass: no family has a rule of its own.
+
+``transformers`` hands every attention's queries, keys and values to one function. Which output features of which linear maps they are made
+of, the gradient tells; and the linear map that reads what the function returns is the output projection. So fused projections, GPT-2's
+Conv1D, biases, grouped keys, norms of queries and heads of any width are all found alike.
+
+Notation: B batch, T tokens, H query heads, d_v width of a value.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from diffx.config import UserError
+from diffx.hub import attending_with
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What a linear map gives to queries, keys or values.
+
+    Attributes:
+        name: the map, as the model names it.
+        rows: its output features that count; all of them, unless it is fused with another projection.
+        whole: whether these are all of them.
+    """
+
+    name: str
+    rows: list[int]
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The attention of one layer.
+
+    Attributes:
+        output: the output projection, as the model names it; it reads H·d_v features, head after head.
+        num_heads: H.
+        width: d_v.
+        queries: what makes the queries.
+        keys: what makes the keys.
+        values: what makes the values.
+    """
+
+    output: str
+    num_heads: int
+    width: int
+    queries: list[Projection]
+    keys: list[Projection]
+    values: list[Projection]
+
+
+def find_layers(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
+    """Find the attention layers of a model, in the order in which they run.
+
+    Args:
+        model: one of ``transformers``.
+        inputs: what its forward pass takes; two tokens are enough.
+
+    Raises:
+        UserError: names the module that cannot be understood.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    layers: list[Layer] = []
+    before: list[tuple[nn.Module, Tensor]] = []  # linear maps that ran since the last attention, and what they gave
+    waiting: list[tuple[nn.Module, Tensor, tuple[list[Projection], ...]]] = []  # the attention whose output projection is to come
+
+    random = torch.Generator().manual_seed(0)
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        if waiting:
+            raise _unclear(names[waiting[0][0]], "no linear map reads its output as it is")
+        # Any context would do, so that no peculiarity of a family's attention matters here; random figures are known again.
+        context = torch.randn(query.shape[0], query.shape[2], query.shape[1], value.shape[3], generator=random).to(query)  # (B, T, H, d_v)
+        parts = tuple(_sources(tensor, before, names) for tensor in (query, key, value))
+        if not all(parts):
+            raise _unclear(names[module], "its queries, keys or values come from no linear map")
+        waiting.append((module, context, parts))
+        before.clear()
+        return context, None
+
+    def linear(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if waiting and args[0].numel() == waiting[0][1].numel() and torch.equal(args[0].flatten(), waiting[0][1].flatten()):
+            _, context, (queries, keys, values) = waiting.pop()
+            layers.append(Layer(names[module], context.shape[2], context.shape[3], queries, keys, values))
+        leaf = output.detach().requires_grad_()  # so that no gradient goes past it to the maps that ran earlier
+        before.append((module, leaf))
+        return leaf
+
+    maps = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    handles = [module.register_forward_hook(linear) for module in maps]
+    training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad(), attending_with(model, attend):
+            model(**inputs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    if waiting:
+        raise _unclear(names[waiting[0][0]], "no linear map reads its output as it is")
+    if not layers:
+        raise _unclear(type(model).__name__, "no attention was seen in it")
+    return layers
+
+
+def _sources(tensor: Tensor, before: list[tuple[nn.Module, Tensor]], names: dict[nn.Module, str]) -> list[Projection]:
+    """The linear maps, and of each the output features, that a tensor is made of."""
+    if not before or not tensor.requires_grad:
+        return []
+    weights = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor) + 0.5  # a plain sum could cancel in a norm
+    gradients = torch.autograd.grad((tensor * weights).sum(), [output for _, output in before], retain_graph=True, allow_unused=True)
+    found = []
+    for (module, _), gradient in zip(before, gradients, strict=True):
+        if gradient is not None:
+            rows = gradient.flatten(0, -2).abs().sum(0).nonzero().flatten().tolist()
+            if rows:
+                found.append(Projection(names[module], rows, len(rows) == gradient.shape[-1]))
+    return found
+
+
+def _unclear(name: str, why: str) -> UserError:
+    return UserError(f"base cannot be used: {name} is not understood: {why}; DEX needs ordinary attention and an output projection")
