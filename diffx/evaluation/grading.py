@@ -12,14 +12,14 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?|-?\.\d+")
 def rows(dataset: Dataset) -> Dataset:
     """Give each row a ``question`` and an ``answer``.
 
-    Rows are those of SVAMP (Body, Question, Answer), MAWPS (input, target), CARP (content, answer), TabMWP (table, table_title,
-    question, choices, answer) or CollegeMath (question, answer); ``question`` and ``answer`` alone serve for all.
+    Rows are those of MATH (problem, solution), SVAMP (Body, Question, Answer), MAWPS (input, target), CARP (content, answer), TabMWP
+    (table, table_title, question, choices, answer) or CollegeMath (question, answer); ``question`` and ``answer`` alone serve for all.
     """
     return dataset.map(_row, remove_columns=dataset.column_names)
 
 
 def _row(row: dict[str, Any]) -> dict[str, str]:
-    question = row.get("question") or row.get("content") or row.get("input") or ""
+    question = next((row[key] for key in ("question", "problem", "content", "input") if row.get(key)), "")
     if row.get("Body"):
         body = row["Body"].strip()
         question = f"{body if body.endswith(('.', '!', '?')) else body + '.'} {row['Question']}"
@@ -28,7 +28,9 @@ def _row(row: dict[str, Any]) -> dict[str, str]:
         question = f"Read the following table{about} and answer a question.\n{row['table']}\n{question}"
         if row.get("choices"):
             question += f" Choose from: {', '.join(map(str, row['choices']))}."
-    answer = next(row[key] for key in ("answer", "Answer", "target") if row.get(key) is not None)
+    answer = next((row[key] for key in ("answer", "Answer", "target") if row.get(key) is not None), None)
+    if answer is None:
+        answer = final(row["solution"])
     return {"question": question.strip(), "answer": str(answer).strip()}
 
 

@@ -299,7 +299,11 @@ def test_data_from_a_local_folder(context, folder, tmp_path):
         ),
         ({"tasks": ["sampled"]}, "suite.tasks=sampled cannot be used: it samples its answers"),
         ({"tasks": ["broken"]}, "suite.tasks=broken cannot be used: building it failed with"),
-        ({"tasks": ["needs_math"]}, r"suite.tasks=needs_math cannot be used: it needs sympy, .*pip install 'diffx\[math\]'"),
+        ({"tasks": ["needs_math"]}, r"math_verify is not installed; run pip install 'diffx\[math\]'$"),
+        (
+            {"tasks": ["needs_antlr"]},
+            r"suite.tasks=needs_antlr cannot be used: .* needs antlr4-python3-runtime 4.11, and Hydra 4.9; diffx_math",
+        ),
     ],
 )
 def test_what_cannot_be_used(context, folder, tmp_path, monkeypatch, options, message):
@@ -317,7 +321,9 @@ def test_what_cannot_be_used(context, folder, tmp_path, monkeypatch, options, me
         CHOICE.format(folder=folder).replace("local_choice", "broken").replace("test_split: test", "test_split: none")
     )
     (more / "needs_math.yaml").write_text("task: needs_math\ninclude: choice.yaml\nprocess_results: !function utils.score\n")
-    (more / "utils.py").write_text("raise ModuleNotFoundError('`sympy`, `math_verify` and `antlr4` are required')\n")
+    (more / "needs_antlr.yaml").write_text("task: needs_antlr\ninclude: choice.yaml\nprocess_results: !function antlr.score\n")
+    (more / "utils.py").write_text("raise ModuleNotFoundError(\"No module named 'math_verify'\")\n")
+    (more / "antlr.py").write_text("raise AssertionError('`sympy`, `math_verify` and `antlr4-python3-runtime==4.11` are required')\n")
     made = context(**{"folder": more, "tasks": ["local_choice"]} | {key: value for key, value in options.items() if key != "include_path"})
     made.suite.include_path = options.get("include_path", made.suite.include_path)
     with pytest.raises(UserError, match=message) as raised:
@@ -353,6 +359,7 @@ def test_scripts_are_read_from_their_parquet_conversion(context, tmp_path, monke
         ({"input": " How many? ", "target": 2.0}, "How many?"),
         ({"content": "How many?", "answer": "2", "steps": ["..."]}, "How many?"),
         ({"question": "How many?", "answer": "2"}, "How many?"),
+        ({"problem": "How many?", "solution": "One and one make $\\boxed{2}$ of \\emph{them}."}, "How many?"),
         (
             {"table": "a | 1\nb | 2", "table_title": "Pens", "question": "Which is more?", "choices": ["a", "b"], "answer": "2"},
             'Read the following table regarding "Pens" and answer a question.\na | 1\nb | 2\nWhich is more? Choose from: a, b.',
