@@ -63,6 +63,16 @@ def _eval(job: Any, words: list[str]) -> None:
     evaluate(job, words)
 
 
+def _adapt(job: Any, words: list[str]) -> float | None:
+    """Adapt; returns the held-out loss, which a sweeper minimises."""
+    import json
+
+    from diffx.train.adapt import adapt
+
+    summary = adapt(job, words) / "summary.json"
+    return float(json.loads(summary.read_text(encoding="utf-8"))["val/loss"]) if summary.exists() else None
+
+
 def _params(job: Any, words: list[str]) -> None:
     from rich.console import Console
 
@@ -138,6 +148,28 @@ app.command("train")(
           diffx train model=transformer data=text 'data.path=books/*.txt' train.tokens=20M
           diffx train -m model=transformer,diff_v1,diff_v2 seed=0,1
           diffx train train.resume=auto run.dir=runs/x
+        """,
+    )
+)
+app.command("adapt-dex")(
+    _composed(
+        "adapt",
+        _adapt,
+        """Adapt a pretrained model with DEX, or with one of its controls.
+
+        base= is a causal model of the Hugging Face hub, by name or folder. Without a network: any folder with config.json, safetensors and
+        tokenizer.json, with data=text data.path=FILES (or none: Python's own source).
+
+        \b
+        Groups: data= experiment=
+        Keys:   base= dex.variant=dex | dex_plus | attn_only | adapter_only | fixed_lambda | lora | full
+                dex.heads= dex.k= dex.init= dex.anneal_steps= train.tokens= train.lr= seed= run.dir= and more: --cfg job prints all
+
+        \b
+        Examples:
+          diffx adapt-dex base=Qwen/Qwen2.5-0.5B data=text data.path=books/ train.tokens=100M
+          diffx adapt-dex base=models/smollm2 train.tokens=200K train.seq_len=256 train.batch_tokens=1024
+          diffx adapt-dex -m base=models/smollm2 dex.variant=dex,attn_only,lora seed=0,1,2
         """,
     )
 )
@@ -269,6 +301,28 @@ def bench_train(
     from diffx.bench.train import bench_train
 
     bench_train(out=out, sizes=size, seq_lens=seq_len, rounds=rounds, device=device)
+
+
+@bench.command("eval")
+def bench_eval(
+    checkpoint: Annotated[str, typer.Option(help="A Llama of the Hugging Face hub, by name or folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents of each kind of request.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 3,
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Measure the harness adapter's requests a second.
+
+    A Llama made into our transformer, beside lm-eval's own class on the original, on the same requests.
+
+    \b
+    Examples:
+      diffx bench eval --checkpoint HuggingFaceTB/SmolLM2-135M
+      diffx bench eval --checkpoint models/smollm2 --documents 16 --out bench.json
+    """
+    from diffx.bench.eval import bench_eval
+
+    bench_eval(out=out, checkpoint=checkpoint, documents=documents, rounds=rounds, device=device)
 
 
 def main(argv: list[str] | None = None) -> int:

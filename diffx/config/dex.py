@@ -10,6 +10,7 @@ from diffx.config.data import DataConfig
 from diffx.config.errors import UserError
 from diffx.config.train import Device, RunConfig, Schedule, TrainConfig, WandbConfig
 
+_TOKENS = 10**6  # a short adaptation; the paper: 887M
 CRITERIA = ("entropy_high", "entropy_low", "importance_low", "random", "all")
 
 
@@ -93,15 +94,7 @@ class DexConfig:
 
 def _recipe() -> TrainConfig:
     return TrainConfig(
-        lr=1e-4,
-        schedule=Schedule.cosine,
-        warmup=0.03,
-        seq_len=512,
-        batch_tokens=4096,
-        tokens="1M",
-        eval_every=50,
-        save_every=50,
-        sample_tokens=64,
+        lr=1e-4, schedule=Schedule.cosine, seq_len=512, batch_tokens=4096, log_every=5, eval_every=50, save_every=50, sample_tokens=0
     )
 
 
@@ -116,7 +109,7 @@ class AdaptJob:
         trust_remote_code: run Python code that comes with the model.
         dex: the step.
         data: the text; it is read with the model's own tokenizer.
-        train: the recipe.
+        train: the recipe; without ``steps`` and ``tokens`` it is 1M tokens (the paper: 887M).
         wandb: the tracker.
         run: the run folder.
         device: where to compute.
@@ -140,5 +133,9 @@ class AdaptJob:
             raise UserError(f"train.init_from={self.train.init_from} cannot be used: an adaptation starts from base=")
         if self.train.mask_documents:
             raise UserError("train.mask_documents=true cannot be used: a pretrained model reads its text without document masks")
+        if self.train.sample_tokens:
+            raise UserError(f"train.sample_tokens={self.train.sample_tokens} cannot be used: `diffx generate` draws samples afterwards")
+        if self.train.steps is None and self.train.tokens is None:
+            self.train.tokens = _TOKENS
         if self.dex.anneal_steps is None:
             self.dex.anneal_steps = max(self.train.num_steps // 2, 1)

@@ -22,6 +22,12 @@ from omegaconf.errors import (
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null", list: "a list"}
 
 
+_HINTS = {
+    "base": "NAME, a causal model of the Hugging Face hub, or without a network base=FOLDER with its config.json, model.safetensors and "
+    "tokenizer.json; the text comes from data=text data.path=FILES, or is Python's own source"
+}
+
+
 def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, list[str]] = MappingProxyType({})) -> str:
     """Say in one line what is wrong with the words or the YAML behind a composition error.
 
@@ -44,7 +50,7 @@ def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, li
         return where + unknown(str(cause.full_key), [*groups, *keys(cause.parent_node)])
     if isinstance(cause, MissingMandatoryValue):
         key = str(cause.full_key).removesuffix(".kind")
-        return f"{key} is missing: give it as {key}=..."
+        return f"{key} is missing: give it as {key}={_HINTS.get(key, '...')}"
     if isinstance(cause, ValidationError) and cause.object_type is not None:
         accepted = get_type_hints(cause.object_type).get(str(cause.key))
         value = "null" if cause.value is None else cause.value

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from diffx.config import UserError
@@ -134,19 +134,15 @@ def _lora(model: PreTrainedModel, layers: Sequence[Layer], rank: int, seed: int)
     return LoraModel(model, config, "default")
 
 
-def trained_parts(adapted: Adapted) -> dict[str, dict[str, int]]:
-    """Count what is trained: W_D and lambda, attention weights, adapters, and all of it beside the whole model."""
+def parameter_counts(adapted: Adapted) -> dict[str, int]:
+    """Count the parameters that are trained: ``W_D``, ``lambda``, ``others`` (attention weights or adapters); ``embedding``; and all."""
     counts = {"W_D": 0, "lambda": 0, "others": 0}
     for name, parameter in adapted.trained().items():
         last = name.rpartition(".")[2]
         counts["W_D" if last == "w_d" else "lambda" if last == "lambda_learn" else "others"] += parameter.numel()
-    total = sum(parameter.numel() for parameter in adapted.model.parameters())
-    return {"trained": counts, "model": {"total": total}}
-
-
-def outputs(branch: DexProjection, o: Tensor) -> dict[str, Tensor]:
-    """How much the branch changes the chosen heads' output O (B, T, H·d_v): ||lambda O W_D|| / ||O|| and cos(O, lambda O W_D)."""
-    heads = o.unflatten(-1, (branch.num_heads, branch.width))[..., branch.heads, :].float()
-    change = branch.lambda_value() * branch.branch(o.unflatten(-1, (branch.num_heads, branch.width)))[..., branch.heads, :].float()
-    size = heads.norm()
-    return {"ratio": change.norm() / size, "cos": (heads * change).sum() / (size * change.norm()).clamp(min=1e-30)}
+    model = sum(parameter.numel() for parameter in adapted.model.parameters())
+    return counts | {
+        "trained": sum(counts.values()),
+        "embedding": projection_weight(adapted.model.get_input_embeddings()).numel(),
+        "model": model,
+    }

@@ -15,11 +15,11 @@ import torch
 from matplotlib.figure import Figure
 
 from diffx.data.needles import Sample
-from diffx.hub.attention import AttentionView
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.published import published
 from diffx.evaluation.retrieval import check_lengths, haystack_of, hide
 from diffx.evaluation.suite import Context, Example, Metric, Record, mean_metrics
+from diffx.hub.attention import AttentionView
 
 _NAMES = ("answer", "noise", "|answer|", "|noise|")
 _OURS, _THEIRS = ("#0072B2", "#56B4E9"), ("#999999", "#D55E00")

@@ -21,10 +21,10 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from diffx.config import RunError, UserError
-from diffx.hub.attention import AttentionView
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.published import published
 from diffx.evaluation.suite import Context, Example, Metric, Record
+from diffx.hub.attention import AttentionView
 from diffx.train.folder import write_json
 
 LOGITS, STATES = _GROUPS = ("attention logits", "hidden states")

@@ -29,7 +29,8 @@ from diffx.config import RunError, UserError
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+_WRAPPER = "_checkpoint_wrapped_module."  # which activation checkpointing puts into names
 
 
 class DamagedCheckpointError(UserError):
@@ -44,7 +45,7 @@ def save_checkpoint(
     Args:
         run_dir: the run folder.
         step: optimizer steps done.
-        model: its weights are saved whole, however they are sharded.
+        model: what is trained of it is saved, whole, however it is sharded.
         optimizer: AdamW; its moments are saved by parameter name.
         state: JSON-able: the data position, pending losses and what else the loop needs.
         main: whether this process writes.
@@ -57,6 +58,8 @@ def save_checkpoint(
     moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FULL)
     if not main:
         return folder
+    trained = {name.replace(_WRAPPER, "") for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {name: value for name, value in weights.items() if name in trained}  # a tied weight once
     flat = {f"{name}.{key}": value for name, values in moments["state"].items() for key, value in values.items()}
     flat["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -112,7 +115,9 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     Call ``read_state`` first: it is what checks the files.
     """
     weights: dict[str, Any] = load_file(folder / WEIGHTS)
-    set_model_state_dict(model, weights, options=_FULL)
+    unknown = set_model_state_dict(model, weights, options=_FULL).unexpected_keys
+    if unknown:
+        raise UserError(f"{folder} cannot be used: it holds {unknown[0]}, which the model does not have")
     flat = load_file(folder / OPTIMIZER)
     torch.set_rng_state(flat.pop("rng.cpu"))
     cuda = flat.pop("rng.cuda", None)

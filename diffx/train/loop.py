@@ -256,9 +256,7 @@ def fit(
             if saves or stopping or (evals and now.best_step == now.step):
                 checkpoint = save()
             if stopping and now.step < last:
-                raise Stopped(
-                    f"stopped by {stop.name or 'another process'} after step {now.step}; go on with train.resume={run_dir}"
-                )
+                raise Stopped(f"stopped by {stop.name or 'another process'} after step {now.step}; go on with train.resume={run_dir}")
             mark_step, mark_time = now.step, time.perf_counter()
 
     if now.val_loss is None:  # a run that was stopped at what is now its last step

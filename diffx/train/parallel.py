@@ -154,8 +154,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], bound: float) -> torch.Te
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
     """Give the context for forward passes: bf16 autocast over fp32 weights, or nothing."""
-    if precision is Precision.auto:
-        precision = Precision.bf16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else Precision.fp32
-    if precision is Precision.fp32:
+    if precision_of(device, precision) is Precision.fp32:
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def precision_of(device: torch.device, precision: Precision) -> Precision:
+    """What ``auto`` means on a device: bf16 on a GPU that has it, else fp32."""
+    if precision is Precision.auto:
+        return Precision.bf16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else Precision.fp32
+    return precision

@@ -1,0 +1,301 @@
+"""``diffx adapt-dex``: from a pretrained model to a finished run folder, by the same ``fit`` as training.
+
+Besides what a training run has, the folder holds base.json, heads.json, plots/heads.png and, at the end, adapter/. Its checkpoints hold
+what is trained, and nothing of what is frozen.
+"""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffx.config import UserError
+from diffx.config.dex import CRITERIA, AdaptJob
+from diffx.config.train import Precision
+from diffx.console import Reporter, duration, figure, make_table
+from diffx.data import Batches, Corpus, open_data
+from diffx.dex.attach import Adapted, attach, parameter_counts
+from diffx.dex.heads import Plan, choose_heads, draw_heads, load_plan
+from diffx.dex.layer import projection_weight
+from diffx.dex.layout import Layer, find_layers
+from diffx.dex.pretrained import Pretrained, load_pretrained
+from diffx.dex.watch import Watch
+from diffx.train.checkpoint import WEIGHTS, newest_intact
+from diffx.train.folder import make_folder, new_folder, note_resume, run_name, settle, write_json
+from diffx.train.loop import Fit, fit
+from diffx.train.parallel import World, join_world, leave_world, precision_of
+from diffx.train.run import open_tracker, say_read
+
+ADAPTER = "adapter"
+
+
+class ForTraining(nn.Module):
+    """A pretrained model as ``fit`` calls one: tokens in, logits out."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Map (B, T) to logits (B, T, V)."""
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
+def adapt(job: AdaptJob, words: list[str]) -> Path:
+    """Adapt a pretrained model, or go on with a run, and return its folder.
+
+    Args:
+        job: the composed job.
+        words: the overrides given on the command line; a resumed run refuses those that conflict with it.
+
+    Raises:
+        UserError: the job cannot be run as it is; nothing was made.
+        RunError: the loss is not finite or the disk is full.
+        Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
+    """
+    world = join_world(job.device)
+    torch.manual_seed(job.seed)
+    reporter = Reporter(quiet=not world.main)
+    try:
+        return _adapt(job, words, world, reporter)
+    finally:
+        reporter.close_log()
+        leave_world()
+
+
+def _adapt(job: AdaptJob, words: list[str], world: World, reporter: Reporter) -> Path:
+    job, resumed = settle(job, words)
+    base = load_pretrained("base", job.base, _base_dtype(job, world), world.device, job.revision, job.trust_remote_code)
+    _same_base(base, resumed)
+    layers = find_layers(base.model, {"input_ids": torch.tensor([[0, 1]], device=world.device)})
+    _enough_context(job, base)
+    if world.main:
+        with reporter.progress("corpus", None, unit="MB") as bar:
+            corpus = open_data(job.data, base.tokenizer, progress=partial(say_read, bar))
+    world.barrier()
+    if not world.main:
+        corpus = open_data(job.data, base.tokenizer)
+    if corpus.tokenizer.fingerprint != base.tokenizer.fingerprint:
+        raise UserError(f"data={job.data.kind} cannot be used with base={job.base}: its tokens come from another tokenizer")
+    sequences = int(job.train.batch_tokens) // job.train.seq_len
+    batches = corpus.batches(job.train.seq_len, sequences, job.seed, world.rank, world.size)
+    found = newest_intact(resumed, reporter.warn) if resumed else None
+    if found:
+        batches.load_state_dict(found[1]["data"])
+        done = found[1]["progress"]["step"]
+        if done > job.train.num_steps:
+            raise UserError(
+                f"train.steps={job.train.num_steps} cannot be used: the run in {resumed} has done {done} steps already; give more"
+            )
+    reporter.line(
+        f"choosing heads by {job.dex.heads}" if job.dex.variant.branches else f"variant {job.dex.variant.value}: no heads to choose"
+    )
+    plan = _plan(job, base, layers, corpus, resumed)
+    adapted = attach(base.model, layers, job.dex, plan.heads, int(job.dex.anneal_steps or 0), job.seed)
+    _enough_memory(job, adapted, world)
+    folder = resumed or Path(world.share(str(new_folder(job))))
+    if world.main:
+        if resumed is None:
+            make_folder(folder, job, words)
+            corpus.tokenizer.save(folder / "tokenizer")
+            write_json(folder / "base.json", {"name": base.name, "revision": job.revision, "fingerprint": base.fingerprint})
+            plan.save(folder / "heads.json")
+            (folder / "plots").mkdir()
+            if job.dex.variant.branches:
+                draw_heads(plan, folder / "plots" / "heads.png")
+        else:
+            note_resume(folder, job, words)
+        write_json(folder / "data.json", corpus.info)
+        reporter.open_log(folder / "train.log")
+    world.barrier()
+    return _run(job, base, adapted, corpus, batches, folder, world, reporter, resumed is not None, found)
+
+
+def _run(
+    job: AdaptJob,
+    base: Pretrained,
+    adapted: Adapted,
+    corpus: Corpus,
+    batches: Batches,
+    folder: Path,
+    world: World,
+    reporter: Reporter,
+    resumed: bool,
+    found: tuple[Path, dict[str, Any]] | None,
+) -> Path:
+    counts = parameter_counts(adapted)
+    reporter.line(f"run folder {folder}")
+    rows = [[name, f"{number:,}"] for name, number in counts.items()]
+    reporter.table(make_table(f"Parameters: {job.dex.variant.value} on {base.name}", ["", ""], rows))
+    reporter.line(
+        f"{job.train.num_steps} steps of {job.train.batch_tokens} tokens, T={job.train.seq_len}, on {world.size} x {world.device}"
+    )
+    model, watch = ForTraining(adapted.model), Watch(adapted)
+    with open_tracker(job, folder, world, reporter, resumed, found) as track:
+        result = fit(
+            model,
+            _blocks(adapted),
+            corpus,
+            batches,
+            job.train,
+            flops_per_token=4.0 * (counts["model"] - counts["embedding"]) + 2.0 * counts["trained"],
+            world=world,
+            run_dir=folder,
+            track=track,
+            reporter=reporter,
+            resume=found,
+            probe=watch,
+            on_step=adapted.set_step,
+        )
+        if world.main:
+            summary = _summary(job, base, folder, result, counts, watch)
+            _save_adapter(job, folder, result.checkpoint)
+            write_json(folder / "summary.json", summary)
+            track.summary({key: value for key, value in summary.items() if isinstance(value, int | float)})
+            _report(summary, folder, reporter)
+    return folder
+
+
+def restore(run_dir: Path, checkpoint: Path, job: AdaptJob, device: torch.device, dtype: torch.dtype | str) -> tuple[Pretrained, Adapted]:
+    """Load the base of an adapted run, and put a checkpoint of the run into it.
+
+    Raises:
+        UserError: the base is not there any more, or it is not what it was.
+    """
+    base = load_pretrained("base", job.base, dtype, device, job.revision, job.trust_remote_code)
+    _same_base(base, run_dir)
+    layers = find_layers(base.model, {"input_ids": torch.tensor([[0, 1]], device=device)})
+    plan = load_plan(run_dir / "heads.json", base.fingerprint, layers)
+    adapted = attach(base.model, layers, job.dex, plan.heads, int(job.dex.anneal_steps or 0), job.seed)
+    weights = {name.removeprefix("model."): value for name, value in load_file(checkpoint / WEIGHTS).items()}
+    trained = adapted.trained()
+    if weights.keys() != trained.keys():
+        raise UserError(f"checkpoint={run_dir} cannot be used: its weights are not those that {job.dex.variant.value} trains")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+    adapted.set_step(int(checkpoint.name.removeprefix("step_")))
+    adapted.model.requires_grad_(False)
+    return base, adapted
+
+
+def _base_dtype(job: AdaptJob, world: World) -> torch.dtype | str:
+    """Frozen weights keep their own type under bf16 autocast; without it everything is computed in fp32."""
+    return "auto" if precision_of(world.device, job.train.precision) is Precision.bf16 else torch.float32
+
+
+def _same_base(base: Pretrained, run_dir: Path | None) -> None:
+    path = run_dir / "base.json" if run_dir else None
+    if path and path.exists():  # a run that was killed before it wrote it starts again
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["fingerprint"] != base.fingerprint:
+            raise UserError(f"base={base.name} cannot be used: {run_dir} was adapted from other weights ({known['fingerprint'][:12]})")
+
+
+def _enough_context(job: AdaptJob, base: Pretrained) -> None:
+    if base.limit is not None and job.train.seq_len > base.limit:
+        raise UserError(f"train.seq_len={job.train.seq_len} cannot be used: {base.name} reads {base.limit} tokens at most")
+
+
+def _enough_memory(job: AdaptJob, adapted: Adapted, world: World) -> None:
+    """Refuse what cannot fit: gradients and AdamW's moments of what is trained, and the logits of one micro-batch, beside the weights."""
+    trained = sum(parameter.numel() for parameter in adapted.trained().values())
+    entries = projection_weight(adapted.model.get_input_embeddings()).shape[0]
+    rows = job.train.micro_batch_size or int(job.train.batch_tokens) // job.train.seq_len // world.size
+    logits = 3 * 4 * rows * job.train.seq_len * entries  # and its gradient, in fp32
+    needed = 12 * trained // world.size + logits
+    free = torch.cuda.mem_get_info(world.device)[0] if world.device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"dex.variant={job.dex.variant.value} cannot be trained here: it needs about {figure(needed)} bytes besides the weights and "
+            f"{figure(free)} are free; lower train.micro_batch_size or train.seq_len, or train less (dex.variant=adapter_only)"
+        )
+
+
+def _plan(job: AdaptJob, base: Pretrained, layers: list[Layer], corpus: Corpus, resumed: Path | None) -> Plan:
+    """The heads of a resumed run, those of the heads.json that was named, or those that the calibration text chooses."""
+    if resumed and (resumed / "heads.json").exists():
+        return load_plan(resumed / "heads.json", base.fingerprint, layers)
+    if not job.dex.variant.branches:
+        return Plan(base.fingerprint, "none", {}, [layer.num_heads for layer in layers], [], [[] for _ in layers])
+    if job.dex.heads not in CRITERIA:
+        return load_plan(Path(job.dex.heads), base.fingerprint, layers)
+    length = min(job.train.seq_len, base.limit or job.train.seq_len)
+    rows = min(-(-int(job.dex.calibration_tokens) // length), len(corpus.train) // length)
+    if rows < 1:
+        raise UserError(f"train.seq_len={length} cannot be used: the training text has {len(corpus.train)} tokens")
+    tokens = torch.from_numpy(corpus.train.read(0, rows * length)[0].astype("int64")).view(rows, length).to(base.model.device)
+    return choose_heads(base.model, layers, job.dex, tokens.split(1), base.fingerprint, job.seed, corpus.info["sha256"])
+
+
+def _blocks(adapted: Adapted) -> nn.ModuleList:
+    layers = adapted.model.config.get_text_config().num_hidden_layers
+    return next(module for module in adapted.model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers)
+
+
+def _save_adapter(job: AdaptJob, folder: Path, checkpoint: Path) -> None:
+    """Write adapter/: the branch alone (``branch.safetensors``), what else was trained (``tuned.safetensors``), and what they are of."""
+    weights = load_file(checkpoint / WEIGHTS)
+    own = {name.removeprefix("model."): value for name, value in weights.items()}
+    branch = {name: value for name, value in own.items() if name.endswith((".w_d", ".lambda_learn"))}
+    target = folder / ADAPTER
+    target.mkdir(exist_ok=True)
+    for name, part in (("branch", branch), ("tuned", {name: value for name, value in own.items() if name not in branch})):
+        if part:
+            save_file(part, target / f"{name}.safetensors")
+    described = {
+        "dex": {key: getattr(value, "value", value) for key, value in dataclasses.asdict(job.dex).items()},
+        "base": json.loads((folder / "base.json").read_text(encoding="utf-8")),
+        "heads": json.loads((folder / "heads.json").read_text(encoding="utf-8"))["heads"],
+        "step": int(checkpoint.name.removeprefix("step_")),
+    }
+    write_json(target / "adapter.json", described)
+
+
+def _summary(job: AdaptJob, base: Pretrained, folder: Path, result: Fit, counts: dict[str, int], watch: Watch) -> dict[str, Any]:
+    now = result.progress
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    first = json.loads(lines[0])
+    return {
+        "name": run_name(job),
+        "kind": job.dex.variant.value,
+        "base": base.name,
+        "seed": job.seed,
+        "step": now.step,
+        "tokens": now.tokens,
+        "base/val/loss": first["val/loss"],
+        **result.validation,
+        "best/val/loss": now.best_loss,
+        "best/step": now.best_step,
+        "branch": watch.verdict() if job.dex.variant.branches else None,
+        "parameters": counts,
+        "seconds": round(now.seconds, 1),
+        "tokens_per_second": result.tokens_per_second,
+        "checkpoint": str(result.checkpoint),
+        "adapter": str(folder / ADAPTER),
+        "finished": True,
+    }
+
+
+def _report(summary: dict[str, Any], folder: Path, reporter: Reporter) -> None:
+    before, after = summary["base/val/loss"], summary["val/loss"]
+    rows = [
+        ["held-out loss of the base, nats a token", f"{before:.4f}"],
+        ["held-out loss at the end", f"{after:.4f} ({after - before:+.4f})"],
+        ["best", f"{summary['best/val/loss']:.4f} at step {summary['best/step']}"],
+        ["trained parameters", f"{summary['parameters']['trained']:,} of {summary['parameters']['model']:,}"],
+        ["training tokens", f"{summary['tokens']:,}"],
+        ["time", duration(summary["seconds"])],
+        ["tokens a second", f"{summary['tokens_per_second']:,.0f}"],
+        ["adapter", summary["adapter"]],
+    ]
+    reporter.table(make_table(f"{summary['kind']} on {summary['base']}", ["", ""], rows))
+    if summary["branch"]:
+        reporter.line(summary["branch"])
+    reporter.line(f"run folder: {folder}")
