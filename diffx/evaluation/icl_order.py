@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.special import stdtrit
 
 from diffx.config import UserError
 from diffx.evaluation.icl_prompts import Prompts, classify
@@ -66,7 +65,7 @@ answer = classify
 def summarize(context: Context, records: list[Record]) -> list[Metric]:
     """By task and arrangement: accuracy, best minus worst and standard deviation over orders; each the mean over seeds.
 
-    Standard error and interval (Student's t) are those over seeds; ``n`` counts them.
+    The standard error is that over seeds, which ``n`` counts.
     """
     metrics = []
     for (task, arrangement), seeds in _accuracies(records).items():
@@ -91,12 +90,8 @@ def _accuracies(records: list[Record]) -> dict[tuple[str, str], dict[int, dict[i
 
 
 def _over_seeds(group: str, name: str, values: np.ndarray) -> Metric:
-    mean, n = float(values.mean()), len(values)
-    if n == 1:
-        return Metric(group, name, mean)
-    stderr = float(values.std(ddof=1) / np.sqrt(n))
-    half = float(stdtrit(n - 1, 0.975)) * stderr
-    return Metric(group, name, mean, stderr, mean - half, mean + half, n)
+    n = len(values)
+    return Metric(group, name, float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None, n=n)
 
 
 def draw(context: Context, records: list[Record], metrics: list[Metric], path: Path) -> None:
@@ -112,7 +107,7 @@ def draw(context: Context, records: list[Record], metrics: list[Metric], path: P
             values = list(orders.values())
             left.plot([x] * len(values), values, "o", color=colour, alpha=0.55, markersize=5, label="_" if place else f"seed {seed}")
             left.plot([x], [np.mean(values)], "_", color=colour, markersize=16, markeredgewidth=2)
-    left.set(ylabel="accuracy: a dot an order, a bar their mean", ylim=(0, 1))
+    left.set(ylabel="accuracy (dot: an order; line: their mean)", ylim=(0, 1.02))
     left.set_title("Orders of the same demonstrations", loc="left", fontsize=11, fontweight="bold")
     spreads = [metric for metric in metrics if metric.name.endswith("max - min")]
     heights, errors = [metric.value for metric in spreads], [metric.stderr or 0.0 for metric in spreads]
@@ -123,13 +118,13 @@ def draw(context: Context, records: list[Record], metrics: list[Metric], path: P
             look = {"marker": "Ds"[number % 2], "color": ("#D55E00", "#E69F00")[number % 2], "label": "_" if label in shown else label}
             right.plot([place], [value], linestyle="", markersize=7, **look)
             shown.add(label)
-    right.set(ylabel="accuracy, best minus worst order (bar: standard error over seeds)", ylim=(0, None))
-    right.set_title("Best minus worst order", loc="left", fontsize=11, fontweight="bold")
+    right.set(ylabel="accuracy (line: standard error over seeds)", ylim=(0, None))
+    right.set_title("Accuracy of the best order minus that of the worst", loc="left", fontsize=11, fontweight="bold")
     for axes in (left, right):
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.6, len(labels) - 0.4)
         axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=4)
     canvas.savefig(path, dpi=150)

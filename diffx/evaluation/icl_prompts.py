@@ -1,6 +1,6 @@
 """Demonstrations, queries and labels as tokens, and the label that a model finds likeliest.
 
-Every piece is tokenized by itself, so that a prompt with more demonstrations begins with the tokens of one with fewer, and what
+Every piece has tokens of its own, so that a prompt with more demonstrations begins with the tokens of one with fewer, and what
 prompts share is computed once: the demonstrations for all queries, a query for all labels.
 """
 
@@ -31,19 +31,28 @@ class Prompts:
     """
 
     def __init__(self, lm: LanguageModel, template: str, labels: Sequence[str]) -> None:
-        head, tail = template.split("{label}")
+        head, self._tail = template.split("{label}")
         self._lm, self._head, self._names = lm, head.rstrip(), labels
-        before = self._head.partition("{text}")[2]  # a label is cut off behind it: some tokenizers treat a text's start differently
-        cut = lm.encode(before)
-        self.labels = []
-        for label in labels:
-            end = head[len(self._head) :] + label + tail
-            joined = lm.encode(before + end)
-            self.labels.append(joined[len(cut) :] if joined[: len(cut)] == cut else lm.encode(end))
+        self._gap = head[len(self._head) :]
+        self.labels = [self._label(label) for label in labels]
+
+    def _label(self, label: str) -> list[int]:
+        """Cut a label's tokens out of a text: alone, many tokenizers would treat its beginning and its end differently."""
+        start, _, before = self._head.partition("{text}")
+        end = self._gap + label + self._tail
+        tokens, first = self._lm.encode(before + end + (start or "a")), len(self._lm.encode(before))
+        for last in range(first + 1, len(tokens)):
+            if self._lm.decode(tokens[:last]) == before + end and self._lm.decode(tokens[:first]) == before:
+                return tokens[first:last]
+        return self._lm.encode(end)
 
     def queries(self, texts: Iterable[str]) -> list[list[int]]:
-        """Each text in the template, up to where the label begins."""
-        return self._lm.encode_batch([self._head.replace("{text}", text) for text in texts])
+        """Each text in the template, up to where the label begins; as tokens that stand behind another demonstration."""
+        behind = self._tail[-1:]
+        cut = self._lm.encode(behind)
+        pieces = [self._head.replace("{text}", text) for text in texts]
+        joined = zip(pieces, self._lm.encode_batch([behind + piece for piece in pieces]), strict=True)
+        return [tokens[len(cut) :] if tokens[: len(cut)] == cut else self._lm.encode(piece) for piece, tokens in joined]
 
     def demonstrations(self, rows: Sequence[Row]) -> list[list[int]]:
         """Each text in the template, with its label."""

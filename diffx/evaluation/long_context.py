@@ -179,7 +179,9 @@ def draw(context: Context, records: list[Record], metrics: list[Metric], path: P
     """Cumulative loss by position with its interval over texts, and the two parts of the loss."""
     canvas = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = canvas.subplots(1, 2, width_ratios=(2, 1))
-    positions, curves = records[0]["positions"], np.array([record["cumulative_nll"] for record in records])  # (texts, positions)
+    every = records[0]["positions"]
+    first = next(place for place, position in enumerate(every) if position >= every[-1] // 64)  # the first tokens would flatten the rest
+    positions, curves = every[first:], np.array([record["cumulative_nll"][first:] for record in records])  # (texts, positions)
     if len(records) > 1:
         bands = [interval(resampled_means(curves[:, place], "picture")) for place in range(len(positions))]
         left.fill_between(positions, *zip(*bands, strict=True), color="#0072B2", alpha=0.18, linewidth=0)
@@ -199,8 +201,8 @@ def draw(context: Context, records: list[Record], metrics: list[Metric], path: P
     for bar, colour in zip(bars, ("#009E73", "#CC79A7"), strict=False):
         bar.set_color(colour)
     right.bar_label(bars, fmt="%.3f", padding=4, fontsize=9)
-    right.set(ylabel="nats per token")
-    right.set_xlabel(f"no hits: pairs seen {_frequent(records)}", fontsize=8.5)
+    right.set(ylabel="nats per token", ylim=(0, 1.15 * max(metric.value for metric in parts)))
+    right.set_xlabel(f"no hits: pairs seen\n{_frequent(records)}", fontsize=8.5)
     right.set_title("Repeated pairs and the rest", loc="left", fontsize=11, fontweight="bold")
     for axes in (left, right):
         axes.grid(color="#e6e6e6", linewidth=0.8)

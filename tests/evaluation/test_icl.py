@@ -2,6 +2,7 @@ import gzip
 import json
 import random
 from collections import Counter
+from itertools import chain
 
 import datasets
 import pytest
@@ -9,9 +10,11 @@ import torch
 from matplotlib.image import imread
 
 from diffx.config import UserError
+from diffx.config.data import BpeTokenizer
 from diffx.config.eval import EvalJob
 from diffx.config.suite import IclSuite
 from diffx.console import Reporter
+from diffx.data.tokenizers import make_tokenizer
 from diffx.evaluation import icl, icl_tasks
 from diffx.evaluation.icl_prompts import Prompts, likeliest
 from diffx.evaluation.icl_tasks import Task, alternate
@@ -94,6 +97,20 @@ def test_prompts_read_as_the_template(tiny):
     room = len(lm.prefix) + len(first) + len(second) + len(query) + len(" red wine\n\n")
     rows, queries = [("x", "red wine"), ("y", "red"), ("z", "red")], [("{label} {text}", "red")]
     assert [prompts.room(rows, queries, n) for n in (room, room - 1, room - len(second) - len(first) - 1)] == [2, 1, -1]
+
+
+@pytest.mark.parametrize(
+    ("template", "head"), [("Text: {text}\nLabel: {label}\n\n", "Text: is it\nLabel:"), ("{text} ({label}\n", "is it (")]
+)
+def test_pieces_make_up_the_tokens_of_the_whole_prompt(template, head):
+    words = ["Play the record. ", "What is it like?\n\n", "Label: add to a list\n\nText: ", " (x\n"]
+    lm = make_tokenizer(BpeTokenizer(vocab_size=290), words * 20)
+    rows = [("Play it", "add to a list"), ("What, the record?", "play"), ("add", "what is it")]
+    prompts = Prompts(lm, template, ["add to a list", "play", "what is it"])
+    (query,) = prompts.queries(["is it"])
+    whole = "".join(template.replace("{text}", text).replace("{label}", label) for text, label in rows) + head
+    assert [*chain.from_iterable(prompts.demonstrations(rows)), *query] == lm.encode(whole)
+    assert len(query) < len(head)  # not bytes
 
 
 def test_demonstrations_are_nested_and_queries_stay(context, intents):

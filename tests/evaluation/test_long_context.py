@@ -112,7 +112,7 @@ def test_texts_without_hits_or_others(context, tmp_path):
     records = list(long_context.answer(made, long_context.plan(made)))
     assert records[0]["ar_hits"] == 0 and set(records[0]["scores"]) == {"nll", "nll/others"}
     metrics = long_context.summarize(made, records)
-    assert [m.name for m in metrics] == ["nll", "nll/others", "ar_hit share", "nll", "nll"]
+    assert [m.name for m in metrics] == ["nll", "nll/others", "ar_hit share", "nll"]
     long_context.draw(made, records, metrics, tmp_path / "long.png")
 
 
