@@ -73,6 +73,12 @@ def _adapt(job: Any, words: list[str]) -> float | None:
     return float(json.loads(summary.read_text(encoding="utf-8"))["val/loss"]) if summary.exists() else None
 
 
+def _export(job: Any, words: list[str]) -> None:
+    from diffx.export import export
+
+    export(job)
+
+
 def _params(job: Any, words: list[str]) -> None:
     from rich.console import Console
 
@@ -170,6 +176,26 @@ app.command("adapt-dex")(
           diffx adapt-dex base=Qwen/Qwen2.5-0.5B data=text data.path=books/ train.tokens=100M
           diffx adapt-dex base=models/smollm2 train.tokens=200K train.seq_len=256 train.batch_tokens=1024
           diffx adapt-dex -m base=models/smollm2 dex.variant=dex,attn_only,lora seed=0,1,2
+        """,
+    )
+)
+app.command("export")(
+    _composed(
+        "export",
+        _export,
+        """Write a run as a Hugging Face model.
+
+        An adapted run becomes an ordinary model of its base's architecture, with DEX folded into the output projections; fold=false keeps
+        the branch. transformer becomes a Llama, diff_v1 a DiffLlama; what these cannot express loads after `import diffx`.
+
+        \b
+        Keys: checkpoint= out= fold= dtype= format=hf
+
+        \b
+        Examples:
+          diffx export checkpoint=runs/x out=models/x
+          diffx export checkpoint=runs/dex@best out=models/dex dtype=bf16
+          diffx export checkpoint=runs/dex out=models/dex-branch fold=false
         """,
     )
 )

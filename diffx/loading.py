@@ -9,15 +9,18 @@ import torch
 from safetensors.torch import load_file
 
 from diffx.config.bridge import load_config
+from diffx.config.dex import AdaptJob
 from diffx.config.eval import Dtype
 from diffx.config.train import Device, TrainJob
 from diffx.data.tokenizers import Tokenizer, load_tokenizer
+from diffx.dex.attach import Adapted
 from diffx.dex.pretrained import load_pretrained
 from diffx.models import build_model
+from diffx.train.adapt import restore
 from diffx.train.checkpoint import WEIGHTS, find_checkpoint, read_state
 from diffx.train.parallel import pick_device
 
-_DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
+DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 
 @dataclass
@@ -35,7 +38,8 @@ class Loaded:
         limit: tokens it can read at once; None for rotary positions of ours, which have no end.
         prefix: tokens that every text begins with.
         ends: tokens that end a text.
-        job: the job that trained it; None for a model that is no run.
+        job: the job that trained or adapted it; None for a model that is no run.
+        adapted: of an adapted run, what was put into the model.
     """
 
     model: Any
@@ -48,7 +52,8 @@ class Loaded:
     limit: int | None
     prefix: list[int]
     ends: set[int]
-    job: TrainJob | None = None
+    job: TrainJob | AdaptJob | None = None
+    adapted: Adapted | None = None
 
 
 def load(
@@ -62,8 +67,8 @@ def load(
     if not _names_run(spec):
         return _load_pretrained(spec, device, dtype, revision, trust_remote_code)
     loaded = load_run(spec, device)
-    if dtype is not Dtype.auto:
-        loaded.model.to(_DTYPES[dtype])
+    if dtype is not Dtype.auto:  # a model of ours, or an adapted one
+        loaded.model.to(DTYPES[dtype])
     return loaded
 
 
@@ -76,6 +81,8 @@ def load_run(spec: str, device: Device = Device.auto) -> Loaded:
     where = pick_device(device)
     run_dir, folder = find_checkpoint(spec)
     job = load_config(run_dir / "config.yaml")
+    if isinstance(job, AdaptJob):
+        return _load_adapted(run_dir, folder, job, where)
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     model = build_model(dataclasses.replace(job.model, vocab_size=job.model.vocab_size or tokenizer.vocab_size))
     model.load_state_dict(load_file(folder / WEIGHTS))
@@ -94,6 +101,26 @@ def load_run(spec: str, device: Device = Device.auto) -> Loaded:
     )
 
 
+def _load_adapted(run_dir: Path, folder: Path, job: AdaptJob, where: torch.device) -> Loaded:
+    wanted: torch.dtype | str = torch.float32 if where.type == "cpu" else "auto"
+    base, adapted = restore(run_dir, folder, job, where, wanted)
+    model: Any = adapted.model
+    return Loaded(
+        model.to(base.dtype).eval(),  # one type for all; W_D and lambda stay fp32 in themselves
+        base.tokenizer,
+        name=run_dir.resolve().name,
+        fingerprint=read_state(folder)["sha256"][WEIGHTS],
+        folder=run_dir,
+        step=int(folder.name.removeprefix("step_")),
+        context=base.limit or 2048,
+        limit=base.limit,
+        prefix=base.prefix,
+        ends=base.ends,
+        job=job,
+        adapted=adapted,
+    )
+
+
 def _names_run(spec: str) -> bool:
     path = Path(spec.rpartition("@")[0] if "@" in spec and not Path(spec).exists() else spec)
     if path.is_dir():
@@ -103,7 +130,7 @@ def _names_run(spec: str) -> bool:
 
 def _load_pretrained(spec: str, device: Device, dtype: Dtype, revision: str | None, trust_remote_code: bool) -> Loaded:
     where = pick_device(device)
-    wanted = _DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+    wanted = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
     found = load_pretrained("checkpoint", spec, wanted, where, revision, trust_remote_code)
     return Loaded(
         found.model,

@@ -17,6 +17,7 @@ ROOMS = [
     ["analysis"],
     ["quantization"],
     ["evaluation"],
+    ["export"],
     ["loading"],
     ["train"],
     ["dex"],

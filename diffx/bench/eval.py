@@ -20,7 +20,7 @@ from diffx.config.train import Device
 from diffx.console import Reporter, make_table
 from diffx.evaluation.adapter import DecoderLM, PretrainedLM, quiet
 from diffx.evaluation.model import LanguageModel
-from diffx.hub import from_llama
+from diffx.hub.convert import from_llama
 from diffx.loading import load
 from diffx.train.folder import write_json
 
@@ -64,7 +64,10 @@ def bench_eval(out: Path | None, checkpoint: str, documents: int, rounds: int, d
     theirs = LanguageModel(loaded)
     job = EvalJob(checkpoint=checkpoint, suite=HarnessSuite(name="harness", tasks=["bench"]))
     ask: dict[str, Callable[[str, list[Any]], list[Any]]] = {"ours": DecoderLM(ours).ask}
-    ask |= {f"HFLM, batch {batch}": PretrainedLM(theirs, replace(job, batch=batch)).ask for batch in BATCHES}
+    for batch in BATCHES:
+        model = PretrainedLM(theirs, replace(job, batch=batch))
+        model.hflm.custom_prefix_token_id = loaded.tokenizer.eot_id  # texts without context begin alike
+        ask[f"HFLM, batch {batch}"] = model.ask
     reporter = Reporter()
     report: dict[str, Any] = {"machine": machine(ours.device), "checkpoint": loaded.name, "rounds": rounds, "cases": []}
     with quiet():

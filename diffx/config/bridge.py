@@ -16,13 +16,20 @@ from omegaconf.errors import OmegaConfBaseException
 from diffx.config.data import DATA_CONFIGS, TOKENIZER_CONFIGS
 from diffx.config.dex import AdaptJob
 from diffx.config.errors import UserError
-from diffx.config.eval import JUDGE_CONFIGS, EvalJob
+from diffx.config.eval import JUDGE_CONFIGS, EvalJob, ExportJob
 from diffx.config.messages import explain, unknown
 from diffx.config.model import MODEL_CONFIGS
 from diffx.config.suite import SUITE_CONFIGS
 from diffx.config.train import GenerateJob, PrepareJob, TrainJob
 
-JOBS: dict[str, type] = {"train": TrainJob, "prepare": PrepareJob, "generate": GenerateJob, "eval": EvalJob, "adapt": AdaptJob}
+JOBS: dict[str, type] = {
+    "train": TrainJob,
+    "adapt": AdaptJob,
+    "prepare": PrepareJob,
+    "generate": GenerateJob,
+    "eval": EvalJob,
+    "export": ExportJob,
+}
 GROUPS: dict[str, Mapping[str, type]] = {
     "model": MODEL_CONFIGS,
     "data": DATA_CONFIGS,

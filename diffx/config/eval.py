@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -59,6 +60,34 @@ class EndpointJudge(JudgeConfig):
         require(self.retries >= 0, "judge.retries", self.retries, "zero or more")
         require(self.timeout > 0, "judge.timeout", self.timeout, "positive")
         require(self.temperature is None or self.temperature >= 0, "judge.temperature", self.temperature, "zero or more, or null")
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportJob:
+    """``diffx export``.
+
+    Attributes:
+        kind: tells a saved config's schema.
+        checkpoint: a run, trained or adapted (``runs/x``, ``runs/x@best``, ``runs/x@1000``).
+        out: the folder to write, which must not exist.
+        format: ``hf``: a folder that ``transformers`` loads.
+        fold: fold DEX's branch into the output projections, so that the model is an ordinary one of the base's architecture; ``false``
+            keeps the branch, and the model loads after ``import diffx``.
+        dtype: of the weights; ``auto`` is fp32.
+    """
+
+    kind: str = "export"
+    checkpoint: str = MISSING
+    out: str = MISSING
+    format: str = "hf"
+    fold: bool = True
+    dtype: Dtype = Dtype.auto
+
+    def __post_init__(self) -> None:
+        require(self.format == "hf", "format", self.format, "hf")
+        out = Path(self.out).expanduser()
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"out={self.out} cannot be used: it exists; choose a new folder")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -85,13 +85,18 @@ def attach(
 
 
 @torch.no_grad()
-def fold(adapted: Adapted) -> PreTrainedModel:
-    """Make the model, in place, a plain one that does the same: branches folded into the output projections in fp64, adapters merged."""
+def fold(adapted: Adapted, keep_branch: bool = False) -> PreTrainedModel:
+    """Make the model, in place, a plain one that does the same: branches folded into the output projections in fp64, adapters merged.
+
+    Args:
+        adapted: the model.
+        keep_branch: leave the branches; fold only what else was put in.
+    """
     model = adapted.model
     if adapted.lora is not None:
         return adapted.lora.merge_and_unload()
     for name, module in list(model.named_modules()):
-        if isinstance(module, DexProjection):
+        if isinstance(module, DexProjection) and not keep_branch:
             weight = projection_weight(module.proj)
             weight.copy_(module.folded_weight())
             model.set_submodule(name, module.proj)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from diffx.config import UserError
 from diffx.config.dex import CRITERIA, DexConfig
 from diffx.dex.layout import Layer
-from diffx.hub import AttentionView, observing
+from diffx.hub.attention import AttentionView, observing
 
 _ROWS = 256  # rows of a map that exist at once
 

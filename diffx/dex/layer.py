@@ -57,8 +57,8 @@ class DexProjection(nn.Module):
         self.lambda_learn = None if anneal_steps is None else nn.Parameter(torch.zeros(1, device=device))  # (1,): FSDP cannot shard ()
         chosen = torch.zeros(num_heads, 1, device=device)
         chosen[self.heads] = 1
-        self.register_buffer("chosen", chosen, persistent=False)  # (H, 1)
-        self.register_buffer("schedule", torch.zeros(2, device=device), persistent=False)  # weights of lambda_init and lambda_learn
+        self.register_buffer("chosen", chosen)  # (H, 1); persistent, so that it survives a model built on the meta device
+        self.register_buffer("schedule", torch.zeros(2, device=device))  # weights of lambda_init and lambda_learn
         self.set_step(0)
 
     def initialize(self, init: Init, generator: torch.Generator) -> None:

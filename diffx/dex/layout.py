@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from diffx.config import UserError
-from diffx.hub import attending_with
+from diffx.hub.attention import attending_with
 
 
 @dataclass(frozen=True)

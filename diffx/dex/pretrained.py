@@ -25,6 +25,7 @@ class Pretrained:
         limit: tokens it can read at once; None if its config does not say.
         prefix: tokens that every text begins with.
         ends: tokens that end a text.
+        dtype: of the weights.
     """
 
     model: Any
@@ -34,6 +35,7 @@ class Pretrained:
     limit: int | None
     prefix: list[int]
     ends: set[int]
+    dtype: torch.dtype
 
 
 def load_pretrained(
@@ -83,6 +85,7 @@ def load_pretrained(
         limit=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         prefix=[bos] if bos is not None and first == bos else [],
         ends={tokenizer.eot_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])},
+        dtype=model.dtype,
     )
 
 

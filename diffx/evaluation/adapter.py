@@ -8,7 +8,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,7 @@ def generation_settings(arguments: dict[str, Any]) -> dict[str, Any]:
 def quiet() -> Iterator[None]:
     """Let libraries show no progress of their own."""
     original = tqdm.__init__
-    tqdm.__init__ = partialmethod(original, disable=True)
+    tqdm.__init__ = lambda self, *args, **options: original(self, *args, **options | {"disable": True})
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from diffx.config.suite import HarnessSuite
 from diffx.evaluation import adapter
 from diffx.evaluation.adapter import DecoderLM, PretrainedLM, RecordingLM, generation_settings
 from diffx.evaluation.model import LanguageModel
-from diffx.hub import from_diffllama, from_llama
+from diffx.hub.convert import from_diffllama, from_llama
 from diffx.loading import Loaded, load
 
 WORDS = ("the", "a", "cat", "dog", "tree", "stone", "river", "walks", "sees", "finds", "under", "with", "seven", "red", "blue", "small")

@@ -21,7 +21,7 @@ from diffx.evaluation.grading import matches, rows
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.run import evaluate, read_records
 from diffx.evaluation.suite import Context, Metric
-from diffx.hub import from_llama
+from diffx.hub.convert import from_llama
 from diffx.loading import Loaded
 
 TASKS = ["local_choice", "local_rolling", "local_generate"]

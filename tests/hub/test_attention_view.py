@@ -6,7 +6,7 @@ from torch import nn
 from diffx.config import UserError
 from diffx.config.model import MODEL_CONFIGS, LambdaScope
 from diffx.hub.attention import observing
-from diffx.hub import to_diffllama
+from diffx.hub.convert import to_diffllama
 from diffx.models import build_model, init_weights
 from diffx.models.attention import Attention
 from diffx.ops import reference

@@ -5,7 +5,7 @@ import torch
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from diffx.config.model import DiffV1Config, DiffV2Config, Halve, LambdaScope, TransformerConfig
-from diffx.hub import from_diffllama, from_llama, to_diffllama, to_llama
+from diffx.hub.convert import from_diffllama, from_llama, to_diffllama, to_llama
 from diffx.models import build_model, init_weights
 
 SHAPE = {

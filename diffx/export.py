@@ -1,0 +1,84 @@
+"""``diffx export``: a run as an ordinary model of Hugging Face."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffx.config import RunError, UserError
+from diffx.config.eval import Dtype, ExportJob
+from diffx.config.train import Device
+from diffx.console import Reporter
+from diffx.dex.attach import fold
+from diffx.dex.registered import to_registered as keep_branch
+from diffx.hub.convert import to_diffllama, to_llama
+from diffx.hub.registered import to_registered
+from diffx.loading import DTYPES, Loaded, load_run
+from diffx.models import Decoder
+
+_CLOSE = 1e-3  # relative; of logits before and after, which differ by rounding alone
+
+
+def export(job: ExportJob) -> Path:
+    """Write a run's model, tokenizer and generation config as a folder that ``AutoModelForCausalLM`` loads.
+
+    ``transformer`` becomes a Llama and ``diff_v1`` a DiffLlama where that is the same function; the others become our registered class,
+    which loads after ``import diffx``. An adapted run becomes a model of its base's class, folded in fp64, or keeps its branch.
+
+    Raises:
+        UserError: the checkpoint cannot be used.
+        RunError: what was exported does not give the logits that it must.
+    """
+    reporter, out = Reporter(), Path(job.out).expanduser()
+    loaded = load_run(job.checkpoint, Device.cpu)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(loaded.tokenizer.vocab_size, (1, 16), generator=generator)
+    before = _logits(loaded.model, ids)
+    model = _theirs(loaded, job)
+    after = _logits(model, ids)
+    error = float((after - before).norm() / before.norm())
+    if not error < _CLOSE:
+        raise RunError(f"the exported logits differ from the run's by {error:.2g} of their norm: this is a defect, and nothing was written")
+    if job.dtype is not Dtype.auto:
+        model.to(DTYPES[job.dtype])
+    model.generation_config.eos_token_id = sorted(loaded.ends)
+    model.config.eos_token_id = loaded.tokenizer.eot_id
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        loaded.tokenizer.save(temporary)
+        os.replace(temporary, out)
+    except OSError as failure:
+        raise RunError(f"out={out} cannot be written: {failure.strerror or failure}") from failure
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    needs = " (load it after `import diffx`)" if model.config.model_type.startswith("diffx") else ""
+    reporter.line(f"{type(model).__name__} in {out}{needs}; its logits differ from the run's by {error:.1e} of their norm")
+    return out
+
+
+def _theirs(loaded: Loaded, job: ExportJob) -> Any:
+    if loaded.adapted is not None:
+        if job.fold or not loaded.adapted.branches:
+            return fold(loaded.adapted)
+        fold(loaded.adapted, keep_branch=True)
+        return keep_branch(loaded.adapted, loaded.step)
+    if not job.fold:
+        raise UserError(f"fold=false cannot be used: {job.checkpoint} is no adapted run, so there is no branch to keep")
+    model: Decoder = loaded.model
+    if model.config.kind == "transformer":
+        return to_llama(model)
+    try:
+        return to_diffllama(model)
+    except ValueError:  # not a form of DiffLlama
+        return to_registered(model, loaded.context)
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    output = model(ids)
+    return (output if isinstance(output, Tensor) else output.logits).double()
