@@ -57,10 +57,10 @@ class DexConfig:
     Attributes:
         variant: ``dex``, or a control: ``dex_plus`` (adds), ``attn_only``, ``adapter_only``, ``fixed_lambda``, ``lora``, ``full``.
         heads: how heads are chosen: ``entropy_high``, ``entropy_low``, ``importance_low``, ``random``, ``all``; or a path of a heads.json.
-        k: heads chosen in each layer; ``null`` is half of them, rounded down.
+        k: heads chosen in each layer; ``null`` is half of them, rounded down. ``heads=all`` and a heads.json know it themselves.
         share: one W_D a ``layer``, or one a ``head``.
         init: W_D at the start. ``zeros`` leaves the pretrained model undisturbed until the branch has learnt something; ``linear`` is
-            random, and disturbs it as soon as lambda is not 0.
+            random, and disturbs it as soon as lambda is not 0. ``fixed_lambda``, whose lambda never is 0, always starts with zeros.
         anneal_steps: steps T until lambda is the learned one (equation 4); ``null`` is half of the run.
         calibration_tokens: tokens of training text by which heads are chosen.
         lora_rank: rank of the ``lora`` variant's adapters, on all four attention projections.
@@ -85,6 +85,10 @@ class DexConfig:
             raise UserError(
                 f"dex.heads={self.heads} cannot be used: it must be one of {', '.join(CRITERIA)}, or a heads.json of another run"
             )
+        if self.k is not None and (self.heads == "all" or self.heads not in CRITERIA):
+            raise UserError(f"dex.k={self.k} cannot be used with dex.heads={self.heads}, which says itself which heads; leave it out")
+        if self.variant is Variant.fixed_lambda:
+            self.init = Init.zeros
         if self.anneal_steps == 0 and self.variant.anneals and self.init is Init.zeros:
             raise UserError(
                 "dex.anneal_steps=0 cannot be used with dex.init=zeros: W_D = 0 and lambda = 0 have no gradient, so nothing would ever "

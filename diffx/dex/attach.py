@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from diffx.config import UserError
 from diffx.config.dex import DexConfig, Variant
@@ -107,14 +108,14 @@ def fold(adapted: Adapted, keep_branch: bool = False) -> PreTrainedModel:
 
 
 def _train_projections(model: PreTrainedModel, layer: Layer) -> None:
-    """Train W_K, W_V and W_O of a layer, as fp32; of a map that makes queries as well only the rows of keys and values."""
+    """Train W_K, W_V and W_O of a layer, as fp32; of a map that makes something else as well only the rows of keys and values."""
     rows: dict[str, set[int]] = {}
     for projection in [*layer.keys, *layer.values]:
         rows.setdefault(projection.name, set()).update(projection.rows)
-    queries = {projection.name for projection in layer.queries}
     for name, chosen in rows.items():
         module = model.get_submodule(name)
-        if name in queries:
+        weight = projection_weight(module)
+        if len(chosen) < weight.shape[1 if isinstance(module, Conv1D) else 0]:
             model.set_submodule(name, PartlyTrained(module, sorted(chosen)))
         else:
             _master(module)
@@ -135,19 +136,25 @@ def _lora(model: PreTrainedModel, layers: Sequence[Layer], rank: int, seed: int)
     names = [projection.name for layer in layers for projection in [*layer.queries, *layer.keys, *layer.values]]
     targets = sorted({*names, *(layer.output for layer in layers)})
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, bias="none")
-    return LoraModel(model, config, "default")
+    transposed = all(isinstance(model.get_submodule(name), Conv1D) for name in targets)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, bias="none", fan_in_fan_out=transposed)
+    lora = LoraModel(model, config, "default")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return lora
 
 
 def parameter_counts(adapted: Adapted) -> dict[str, int]:
-    """Count the parameters that are trained: ``W_D``, ``lambda``, ``others`` (attention weights or adapters); ``embedding``; and all."""
+    """Count what is trained: ``W_D``, ``lambda``, ``others`` (attention weights or adapters), ``trained`` in all; and the model.
+
+    The model is ``embedding``, ``rest`` and ``total``, with what was put in.
+    """
     counts = {"W_D": 0, "lambda": 0, "others": 0}
     for name, parameter in adapted.trained().items():
         last = name.rpartition(".")[2]
         counts["W_D" if last == "w_d" else "lambda" if last == "lambda_learn" else "others"] += parameter.numel()
-    model = sum(parameter.numel() for parameter in adapted.model.parameters())
-    return counts | {
-        "trained": sum(counts.values()),
-        "embedding": projection_weight(adapted.model.get_input_embeddings()).numel(),
-        "model": model,
-    }
+    total = sum(parameter.numel() for parameter in adapted.model.parameters())
+    total -= sum(module.rows.numel() for module in adapted.model.modules() if isinstance(module, PartlyTrained))  # they stand for others
+    embedding = projection_weight(adapted.model.get_input_embeddings()).numel()
+    return counts | {"trained": sum(counts.values()), "embedding": embedding, "rest": total - embedding, "total": total}

@@ -27,12 +27,10 @@ class Projection:
     Attributes:
         name: the map, as the model names it.
         rows: its output features that count; all of them, unless it is fused with another projection.
-        whole: whether these are all of them.
     """
 
     name: str
     rows: list[int]
-    whole: bool
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def _sources(tensor: Tensor, before: list[tuple[nn.Module, Tensor]], names: dict
         if gradient is not None:
             rows = gradient.flatten(0, -2).abs().sum(0).nonzero().flatten().tolist()
             if rows:
-                found.append(Projection(names[module], rows, len(rows) == gradient.shape[-1]))
+                found.append(Projection(names[module], rows))
     return found
 
 
