@@ -351,6 +351,30 @@ def bench_eval(
     bench_eval(out=out, checkpoint=checkpoint, documents=documents, rounds=rounds, device=device)
 
 
+@bench.command("adapt")
+def bench_adapt(
+    base: Annotated[str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
+    seq_len: Annotated[int, typer.Option(min=1, help="Context length in tokens.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Measure what DEX costs on a pretrained model.
+
+    Training steps of dex beside attn_only and peft's LoRA, with peak memory; inference of dex, folded and unfolded, beside the base.
+
+    \b
+    Examples:
+      diffx bench adapt --base Qwen/Qwen2.5-0.5B
+      diffx bench adapt --base models/smollm2 --seq-len 128 --batch 1 --rounds 3
+      diffx bench adapt --base models/smollm2 --out bench.json
+    """
+    from diffx.bench.adapt import bench_adapt
+
+    bench_adapt(out=out, base=base, seq_len=seq_len, batch=batch, rounds=rounds, device=device)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 

@@ -96,7 +96,7 @@ def _measure(size: str, configs: dict[str, ModelConfig], seq_len: int, rounds: i
 
     memory = {name: peak_memory(partial(_build_step, build, tokens), device) for name, build in builders.items()}
     models = {name: build().to(device) for name, build in builders.items()}
-    seconds = alternate({name: _training_step(model, tokens) for name, model in models.items()}, rounds, device)
+    seconds = alternate({name: training_step(model, tokens) for name, model in models.items()}, rounds, device)
     return {
         "size": size,
         "seq_len": seq_len,
@@ -147,13 +147,13 @@ def _theirs(family: type[LlamaConfig] | type[DiffLlamaConfig], config: ModelConf
 
 
 def _build_step(build: Callable[[], nn.Module], tokens: Tensor) -> Callable[[], None]:
-    return _training_step(build().to(tokens.device), tokens)
+    return training_step(build().to(tokens.device), tokens)
 
 
-def _training_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
-    """Give a call that makes one whole training step on ``tokens`` (B, T + 1)."""
+def training_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
+    """Give a call that makes one whole training step (forward, loss, backward, clip, AdamW) on ``tokens`` (B, T + 1)."""
     optimizer = build_optimizer(model, _RECIPE)
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T) each
 
     def step() -> None:

@@ -56,7 +56,7 @@ def test_targets():
 def test_a_step_trains():
     model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
     before = [p.detach().clone() for p in model.parameters()]
-    train._training_step(model, torch.arange(8).reshape(2, 4))()
+    train.training_step(model, torch.arange(8).reshape(2, 4))()
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
 

@@ -1,0 +1,166 @@
+"""``diffx bench adapt``: what DEX costs on a pretrained model, in training beside its controls and afterwards beside the plain model."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffx.bench.timing import alternate, machine, peak_memory, speed_ratio
+from diffx.bench.train import training_step
+from diffx.config import UserError
+from diffx.config.dex import DexConfig, Init, Variant
+from diffx.config.train import Device, Precision
+from diffx.console import Reporter, make_table
+from diffx.dex.attach import Adapted, attach, fold, parameter_counts
+from diffx.dex.heads import choose_heads
+from diffx.dex.layout import Layer, find_layers
+from diffx.dex.pretrained import Pretrained, load_pretrained
+from diffx.train.adapt import ForTraining
+from diffx.train.folder import write_json
+from diffx.train.parallel import pick_device, precision_of
+
+# What is compared: the work, the figure, whose it is, to whose; and the lowest and the highest ratio that meet the target that we set.
+RATIOS = (
+    ("training step", "time", "dex", "attn_only", (None, 1.10)),
+    ("training step", "peak memory", "dex", "attn_only", (None, 1.05)),
+    ("training step", "time", "dex", "lora", (None, None)),
+    ("training step", "peak memory", "dex", "lora", (None, None)),
+    ("prefill", "speed", "folded", "base", (0.98, 1.02)),
+    ("prefill", "speed", "unfolded", "base", (0.93, None)),
+    ("decoding", "speed", "folded", "base", (0.98, 1.02)),
+    ("decoding", "speed", "unfolded", "base", (0.93, None)),
+)
+DECODED = 32  # tokens
+
+
+def bench_adapt(out: Path | None, base: str, seq_len: int, batch: int, rounds: int, device: str) -> dict[str, Any]:
+    """Measure a training step (forward, loss, backward, clip, AdamW) and inference, on random tokens.
+
+    Every contestant is made of the same weights anew. In training that is ``dex`` beside ``attn_only`` and peft's LoRA; peak memory, the
+    weights included, is measured beforehand for each alone. At inference it is the base beside ``dex`` folded and unfolded.
+
+    Args:
+        out: where to write the figures as JSON; None writes none.
+        base: a causal model of the hub, by name or folder.
+        seq_len: T in tokens.
+        batch: sequences B.
+        rounds: turns of each contestant.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+
+    Returns:
+        What is written: the machine, the trained parameters and the peak memory of each, the seconds of every round, and the ratios with
+        their targets.
+
+    Raises:
+        UserError: a base that cannot be used or reads less than T, a device that is not there, or ``out`` is no file's name.
+    """
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):  # said now, and not after the measurement
+        raise UserError(f"out={out} cannot be used: it must be the name of a JSON file in a folder that exists")
+    where = pick_device(Device(device))
+    dtype: torch.dtype | str = "auto" if precision_of(where, Precision.auto) is Precision.bf16 else torch.float32  # as in an adaptation
+    found = load_pretrained("base", base, dtype, where)
+    if found.limit is not None and seq_len >= found.limit:
+        raise UserError(f"seq_len={seq_len} cannot be used: {found.name} reads {found.limit} tokens at most, one more than that is needed")
+    layers = find_layers(found.model, {"input_ids": torch.tensor([[0, 1]], device=where)})
+    tokens = torch.randint(found.tokenizer.vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(where)
+    report: dict[str, Any] = {
+        "machine": machine(where),
+        "base": found.name,
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "seq_len": seq_len,
+        "batch_size": batch,
+        "decoded_tokens": DECODED,
+        "rounds": rounds,
+        **_training(found, layers, tokens, rounds),
+    }
+    report["seconds"] |= _inference(found, layers, tokens[:, :-1], rounds)
+    report["ratios"] = [_ratio(report, *row) for row in RATIOS]
+    reporter = Reporter()
+    title = f"{found.name}, T={seq_len}, batch {batch}, {where}"
+    columns = ("work", "figure", "", "median ratio", "lowest to highest round", "target", "met")
+    reporter.table(make_table(title, columns, map(_row, report["ratios"])))
+    missed = [f"{ratio['work']}, {ratio['figure']} of {ratio['of']}" for ratio in report["ratios"] if ratio["met"] is False]
+    reporter.line(f"targets not met: {'; '.join(missed)}" if missed else "all targets are met")
+    if out is not None:
+        write_json(out, report)
+        reporter.line(f"figures: {out}")
+    return report
+
+
+def _adapted(found: Pretrained, layers: list[Layer], variant: str) -> Adapted:
+    """Put a variant into a copy of the model, in the middle of its annealing."""
+    config = DexConfig(variant=Variant(variant), heads="random", init=Init.linear)
+    heads = choose_heads(found.model, layers, config, [], found.fingerprint, seed=0).heads
+    adapted = attach(copy.deepcopy(found.model), layers, config, heads, anneal_steps=2, seed=0)
+    adapted.set_step(1)
+    return adapted
+
+
+def _training(found: Pretrained, layers: list[Layer], tokens: Tensor, rounds: int) -> dict[str, Any]:
+    def build(variant: str) -> Callable[[], None]:
+        return training_step(ForTraining(_adapted(found, layers, variant).model).train(), tokens)
+
+    names = ("dex", "attn_only", "lora")
+    memory = {name: peak_memory(partial(build, name), tokens.device) for name in names}
+    seconds = alternate({name: build(name) for name in names}, rounds, tokens.device)
+    return {
+        "parameters": {name: parameter_counts(_adapted(found, layers, name)) for name in names},
+        "peak_memory_bytes": memory,
+        "seconds": {"training step": seconds},
+    }
+
+
+def _inference(found: Pretrained, layers: list[Layer], ids: Tensor, rounds: int) -> dict[str, dict[str, list[float]]]:
+    models: dict[str, Any] = {
+        "base": copy.deepcopy(found.model),
+        "folded": fold(_adapted(found, layers, "dex")),
+        "unfolded": _adapted(found, layers, "dex").model,
+    }
+    for model in models.values():
+        model.requires_grad_(False).to(found.dtype).eval()  # as diffx eval loads an adapted run
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(found.model.forward).parameters else {}
+
+    @torch.inference_mode()
+    def prefill(model: Any) -> None:
+        model(input_ids=ids, use_cache=True, **last)
+
+    @torch.inference_mode()
+    def decode(model: Any) -> None:
+        cache, token = None, ids[:, :1]
+        for _ in range(DECODED):
+            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+
+    return {
+        work: alternate({name: partial(call, model) for name, model in models.items()}, rounds, ids.device)
+        for work, call in (("prefill", prefill), ("decoding", decode))
+    }
+
+
+def _ratio(report: dict[str, Any], work: str, figure: str, of: str, to: str, target: tuple[float | None, float | None]) -> dict[str, Any]:
+    found: dict[str, Any] = {"work": work, "figure": figure, "of": of, "to": to}
+    if figure == "peak memory":
+        memory = report["peak_memory_bytes"]
+        found |= {"median": memory[of] / memory[to] if memory[of] else None, "low": None, "high": None}
+    else:
+        seconds = report["seconds"][work]
+        found |= asdict(speed_ratio(seconds, of, to) if figure == "speed" else speed_ratio(seconds, to, of))
+    low, high = target
+    median, wanted = found["median"], low is not None or high is not None
+    met = (low is None or median >= low) and (high is None or median <= high) if wanted and median is not None else None
+    return {**found, "target": target, "met": met}
+
+
+def _row(ratio: dict[str, Any]) -> list[str]:
+    low, high = ratio["target"]
+    span = "-" if ratio["low"] is None else f"{ratio['low']:.3f} to {ratio['high']:.3f}"
+    wanted = f"{low:.2f} to {high:.2f}" if low and high else f"at least {low:.2f}" if low else f"at most {high:.2f}" if high else "-"
+    median = "-" if ratio["median"] is None else f"{ratio['median']:.3f}"
+    met = {None: "-", True: "yes", False: "no"}[ratio["met"]]
+    return [ratio["work"], ratio["figure"], f"{ratio['of']} / {ratio['to']}", median, span, wanted, met]
