@@ -19,6 +19,8 @@ from diffx.loading import Loaded
 from diffx.models import Decoder, KVCache
 from diffx.models.generation import sample
 
+_ROWS = 512  # tokens whose logits are formed at once where texts are scored
+
 
 @dataclass
 class Prefix:
@@ -91,6 +93,22 @@ class LanguageModel:
         return self._forward(ids.to(self.device), keep or ids.shape[1])
 
     @torch.inference_mode()
+    def score(self, ids: Tensor, rows: Tensor, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of ``targets`` (n,) after tokens of ids (B, T), given by row and place, and whether each is the likeliest.
+
+        Padding at a row's end does no harm. Our decoders form the logits of ``_ROWS`` tokens at a time.
+        """
+        ids, rows, places, targets = (x.to(self.device) for x in (ids, rows, places, targets))
+        if self._theirs is None:
+            hidden = self.model.forward_hidden(ids)[rows, places]  # (n, D)
+            parts = [
+                log_probabilities(self._project(part), own) for part, own in zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True)
+            ]
+            return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
+        first = int(places.min())  # device sync
+        return log_probabilities(self._forward(ids, ids.shape[1] - first)[rows, places - first], targets)
+
+    @torch.inference_mode()
     def start(self, texts: list[list[int]]) -> Prefix:
         """Read texts of one token or more into a cache."""
         if not self.pads and len({len(text) for text in texts}) > 1:
@@ -101,7 +119,7 @@ class LanguageModel:
         else:
             cache = DynamicCache(config=self._theirs.config)
         prefix = Prefix(torch.empty(0), [list(text) for text in texts], cache)
-        prefix.logits = _last(self._append(prefix, ids, padding, keep=max(padding) + 1), padding)
+        prefix.logits = self._append(prefix, ids, padding, keep=None)[:, 0]
         return prefix
 
     @torch.inference_mode()
@@ -194,12 +212,15 @@ class LanguageModel:
     def _project(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.model.output_weight).float()
 
-    def _append(self, prefix: Prefix, ids: Tensor, padding: list[int], keep: int) -> Tensor:
-        """Read ids (B, T) behind a prefix, in its place, and give the logits after the last ``keep`` of them."""
+    def _append(self, prefix: Prefix, ids: Tensor, padding: list[int], keep: int | None) -> Tensor:
+        """Read ids (B, T) behind a prefix, in its place: logits after the last ``keep`` of them, or (None) after the last but padding."""
         if self._theirs is None:
-            logits = self._project(self.model.forward_hidden(ids, cache=prefix.cache)[:, -keep:])
+            hidden = self.model.forward_hidden(ids, cache=prefix.cache)
+            logits = self._project(_last(hidden, padding)[:, None] if keep is None else hidden[:, -keep:])
             prefix.cache.drop_padding(padding)
             return logits
+        if keep is None:
+            return _last(self._append(prefix, ids, padding, max(padding) + 1), padding)[:, None]
         options: dict[str, Any] = {"logits_to_keep": keep} if self._keeps else {}
         new = torch.ones_like(ids, dtype=torch.bool)
         if prefix.valid is not None:
@@ -233,8 +254,15 @@ class LanguageModel:
         return torch.tensor(rows, device=self.device), padding
 
 
+def log_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of targets (n,) under logits (n, V), and whether each is the likeliest; the logits are overwritten."""
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    most, likeliest = logits.max(-1)
+    return chosen - most - logits.sub_(most[:, None]).exp_().sum(-1).log(), likeliest == targets
+
+
 def _last(logits: Tensor, padding: list[int]) -> Tensor:
-    """The logits (B, V) after each row's last token that is no padding, from those of the last tokens (B, keep, V)."""
+    """What stands (B, V) at each row's last token that is no padding, in what stands at the last tokens (B, keep, V)."""
     rows = torch.arange(len(padding), device=logits.device)
     return logits[rows, logits.shape[1] - 1 - torch.tensor(padding, device=logits.device)]
 

@@ -16,11 +16,18 @@ Result = TypeVar("Result")
 Tokens = Sequence[int]
 _BUDGET = {"cpu": 2048}  # tokens computed at once where batch=auto
 _GPU_BUDGET = 16384
+_ALIKE = 0.9  # where batch=auto and texts are only read, the share of the longest's tokens that the shortest of a batch has,
+_SMALL = 256  # if the batch has more tokens than these: with fewer a matrix product is slower than padding
 _HELD = 16  # rows that read behind a cache may hold this many times as many tokens in it
 
 
 def in_batches(
-    items: Sequence[Item], length: Callable[[Item], int], batch: int | str, device: torch.device, work: Callable[[list[Item]], Result]
+    items: Sequence[Item],
+    length: Callable[[Item], int],
+    batch: int | str,
+    device: torch.device,
+    work: Callable[[list[Item]], Result],
+    alike: float = 0.0,
 ) -> Iterator[tuple[list[Item], Result]]:
     """Do ``work`` on batches of items of like length, the longest first, so that what does not fit shows at once.
 
@@ -30,6 +37,7 @@ def in_batches(
         batch: items at once, or ``auto``: as many as a budget of tokens holds. Both are halved where the device's memory ends.
         device: whose memory it is.
         work: done on each batch.
+        alike: where ``batch`` is ``auto``, the shortest item of a batch (but for small ones) has this share of the longest's tokens.
 
     Raises:
         RunError: one item alone does not fit in memory.
@@ -37,9 +45,13 @@ def in_batches(
     queue = deque(sorted(items, key=length, reverse=True))  # stable: the same batches each time
     budget = float(_BUDGET.get(device.type, _GPU_BUDGET)) if batch == "auto" else float("inf")
     rows = float("inf") if batch == "auto" else int(batch)
+
+    def fits(number: int, longest: int, shortest: int) -> bool:
+        return number * longest <= budget and (batch != "auto" or number * longest <= _SMALL or shortest >= alike * longest)
+
     while queue:
         taken: list[Item] = []
-        while queue and len(taken) < rows and (not taken or (len(taken) + 1) * length(taken[0]) <= budget):
+        while queue and len(taken) < rows and (not taken or fits(len(taken) + 1, length(taken[0]), length(queue[0]))):
             taken.append(queue.popleft())
         try:
             result = work(taken)
@@ -75,6 +87,11 @@ def loglikelihoods(
     contexts: dict[tuple[int, ...], list[int]] = {}
     for index, (context, _) in enumerate(requests):
         contexts.setdefault(tuple(context), []).append(index)
+    # read once where that spares more than the second pass costs: not where the continuations are all there is to read
+    together = [
+        context for context, own in contexts.items() if len(own) > 1 and 2 * len(context) >= max(len(requests[index][1]) for index in own)
+    ]
+    alone = sorted({*range(len(requests))} - {index for context in together for index in contexts[context]})
     found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     done = 0
 
@@ -96,26 +113,27 @@ def loglikelihoods(
             for (_, index), score in zip(part, _scores(logits, targets), strict=True):
                 found[index] = score
 
-    def single(batch_of: list[tuple[int, ...]]) -> None:
-        indices = [contexts[context][0] for context in batch_of]
+    def single(indices: list[int]) -> None:
         targets = [list(requests[index][1]) for index in indices]
         texts = [[*requests[index][0], *requests[index][1][:-1]] for index in indices]
         longest = max(map(len, texts))
         ids = torch.tensor([text + [lm.tokenizer.eot_id] * (longest - len(text)) for text in texts])
-        firsts = [len(context) - 1 for context in batch_of]  # the place whose logits are of the first target
-        start = min(firsts)
-        logits = lm.logits(ids, keep=longest - start)
-        rows = [logits[row, first - start :] for row, first in enumerate(firsts)]
-        for index, row, target in zip(indices, rows, targets, strict=True):
-            found[index] = _scores(row[None], [target])[0]
+        rows = torch.tensor([row for row, target in enumerate(targets) for _ in target])
+        places = torch.tensor([len(requests[index][0]) - 1 + step for index in indices for step in range(len(requests[index][1]))])
+        tokens = torch.tensor([token for target in targets for token in target], device=lm.device)
+        scores, greedy = lm.score(ids, rows, places, tokens)
+        lengths = list(map(len, targets))
+        for index, score, right in zip(indices, scores.double().split(lengths), greedy.split(lengths), strict=True):
+            found[index] = (float(score.sum()), bool(right.all()))  # device sync
 
-    for work, chosen in ((shared, True), (single, False)):
-        keys = [context for context, indices in contexts.items() if (len(indices) > 1) is chosen]
-        length = len if chosen else (lambda context: len(context) + len(requests[contexts[context][0]][1]))
-        for taken, _ in in_batches(keys, length, batch, lm.device, work):
-            done += sum(len(contexts[context]) for context in taken)
-            if progress:
-                progress(done)
+    for batch_of, _ in in_batches(together, len, batch, lm.device, shared, _ALIKE):
+        done += sum(len(contexts[context]) for context in batch_of)
+        if progress:
+            progress(done)
+    for indices, _ in in_batches(alone, lambda index: sum(map(len, requests[index])), batch, lm.device, single, _ALIKE):
+        done += len(indices)
+        if progress:
+            progress(done)
     return found
 
 
