@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from diffx.config import UserError
 from diffx.config.dex import CRITERIA, DexConfig
+from diffx.data.sources import reason
 from diffx.dex.layout import Layer
 from diffx.hub.attention import AttentionView, observing
 
@@ -56,13 +57,16 @@ def load_plan(path: Path, base: str, layers: Sequence[Layer]) -> Plan:
     Raises:
         UserError: it cannot be read, or it is of another model.
     """
+    refused = f"dex.heads={path} cannot be used"
     try:
         plan = Plan(**json.loads(path.read_text(encoding="utf-8")))
-        shape = [(max(chosen, default=0) < layer.num_heads) for chosen, layer in zip(plan.heads, layers, strict=True)]
+        known, chosen = str(plan.base), [{int(head) for head in heads} for heads in plan.heads]
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"dex.heads={path} cannot be used: {type(error).__name__}: {error}; it must be the heads.json of a run") from error
-    if plan.base != base or not all(shape):
-        raise UserError(f"dex.heads={path} cannot be used: it is of another model ({plan.base[:12]}, not {base[:12]}); choose heads anew")
+        raise UserError(f"{refused}: {reason(error)}; it must be the heads.json of a run") from error
+    if known != base:
+        raise UserError(f"{refused}: it is of another model ({known[:12]}, not {base[:12]}); give one of this model, or a criterion")
+    if len(chosen) != len(layers) or not all(heads <= set(range(layer.num_heads)) for heads, layer in zip(chosen, layers, strict=True)):
+        raise UserError(f"{refused}: it names layers or heads that the model does not have; choose heads anew")
     return plan
 
 
@@ -81,17 +85,24 @@ def choose_heads(
         text: SHA-256 of the calibration text, for the record.
 
     Raises:
-        UserError: k is more than a layer has.
+        UserError: k is more than a layer has, or half of a layer's heads is none; or the model does not show what it attends to.
     """
     num_heads = [layer.num_heads for layer in layers]
-    most = min(num_heads)
+    most, criterion = min(num_heads), config.heads
     if config.k is not None and config.k > most:
         raise UserError(f"dex.k={config.k} cannot be used: the model has {most} heads a layer; give at most that many")
-    criterion = config.heads
+    if most == 1 and config.k is None and criterion != "all":
+        raise UserError("dex.k=null cannot be used: the model has layers of one head, of which half is none; give dex.k=1")
     assert criterion in CRITERIA
     scores: list[list[float]] = []
     if criterion.startswith("entropy"):
-        scores = entropies(model, layers, batches)
+        try:
+            scores = entropies(model, layers, batches)
+        except UserError as error:  # which names a checkpoint and a suite
+            raise UserError(
+                f"dex.heads={criterion} cannot be used: what {type(model).__name__} attends to cannot be seen; accepted here: "
+                "importance_low, random, all"
+            ) from error
     elif criterion == "importance_low":
         scores = importances(model, layers, batches)
     generator = torch.Generator().manual_seed(seed)
@@ -113,12 +124,15 @@ def choose_heads(
 def entropies(model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor]) -> list[list[float]]:
     """Mean entropy in nats of every head's attention, over all query positions; a few rows of one head's map at a time."""
     sums = [torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers]
+    places: dict[int, int] = {}  # a model's layer among those with attention, which ``layers`` lists in the order in which they run
 
     def look(number: int, view: AttentionView) -> None:
+        found = torch.zeros(view.num_heads, device=view.q.device)
         for head in range(view.num_heads):
             for start in range(0, view.q.shape[1], _ROWS):
                 p = view.head_map(head, start, min(start + _ROWS, view.q.shape[1]))  # (B, rows, T)
-                sums[number][head] += torch.special.entr(p).sum().double().cpu()
+                found[head] += torch.special.entr(p).sum()
+        sums[places.setdefault(number, len(places))] += found.cpu()  # device sync: one a layer
 
     with _evaluating(model), observing(model, attention=look):
         for batch in batches:
@@ -131,9 +145,11 @@ def importances(model: PreTrainedModel, layers: Sequence[Layer], batches: Sequen
     """Mean over sequences of |dLoss/dgate| for a gate of 1 on every head's output (Michel et al., arXiv 1905.10650)."""
     gates = [torch.ones(layer.num_heads, 1, device=model.device, requires_grad=True) for layer in layers]
     sums = [torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers]
-    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
     with _evaluating(model), ExitStack() as stack:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                stack.callback(parameter.requires_grad_)
+                parameter.requires_grad_(False)
         for layer, gate in zip(layers, gates, strict=True):
             output = model.get_submodule(layer.output)
             stack.enter_context(output.register_forward_pre_hook(_gated(gate, layer.width)))
@@ -142,9 +158,7 @@ def importances(model: PreTrainedModel, layers: Sequence[Layer], batches: Sequen
                 logits = model(input_ids=row[None]).logits[0, :-1]
                 loss = F.cross_entropy(logits.float(), row[1:])
                 for total, gradient in zip(sums, torch.autograd.grad(loss, gates), strict=True):
-                    total += gradient[:, 0].abs().double().cpu()
-    for parameter in required:
-        parameter.requires_grad_(True)
+                    total += gradient[:, 0].abs().cpu()
     sequences = sum(len(batch) for batch in batches)
     return [(total / sequences).tolist() for total in sums]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from diffx.config import UserError
 from diffx.hub.attention import attending_with
@@ -64,6 +65,24 @@ def find_layers(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[La
     Raises:
         UserError: names the module that cannot be understood.
     """
+    quiet = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers warns at length of what is said here in one line
+    try:
+        return _watched(model, inputs)
+    except _UnclearError as error:
+        raise UserError(
+            f"base={model.name_or_path or type(model).__name__} cannot be used: {error}; DEX needs a model of transformers with ordinary "
+            "attention that follows its AttentionInterface, such as Llama, Qwen, Mistral, Gemma, Phi, GPT-2, GPT-NeoX or OPT"
+        ) from error
+    finally:
+        logging.set_verbosity(quiet)
+
+
+class _UnclearError(Exception):
+    """Why a model is not understood."""
+
+
+def _watched(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
     names = {module: name for name, module in model.named_modules()}
     layers: list[Layer] = []
     before: list[tuple[nn.Module, Tensor]] = []  # linear maps that ran since the last attention, and what they gave
@@ -73,12 +92,12 @@ def find_layers(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[La
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
         if waiting:
-            raise _unclear(names[waiting[0][0]], "no linear map reads its output as it is")
+            raise _UnclearError(f"no linear map reads the output of {names[waiting[0][0]]} as it is")
         # Any context would do, so that no peculiarity of a family's attention matters here; random figures are known again.
         context = torch.randn(query.shape[0], query.shape[2], query.shape[1], value.shape[3], generator=random).to(query)  # (B, T, H, d_v)
         parts = tuple(_sources(tensor, before, names) for tensor in (query, key, value))
         if not all(parts):
-            raise _unclear(names[module], "its queries, keys or values come from no linear map")
+            raise _UnclearError(f"the queries, keys or values of {names[module]} come from no linear map")
         waiting.append((module, context, parts))
         before.clear()
         return context, None
@@ -98,14 +117,16 @@ def find_layers(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[La
     try:
         with torch.enable_grad(), attending_with(model, attend):
             model(**inputs)
+    except UserError as error:
+        raise _UnclearError(f"{type(model).__name__} does not let another attention take the place of its own") from error
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
     if waiting:
-        raise _unclear(names[waiting[0][0]], "no linear map reads its output as it is")
+        raise _UnclearError(f"no linear map reads the output of {names[waiting[0][0]]} as it is")
     if not layers:
-        raise _unclear(type(model).__name__, "no attention was seen in it")
+        raise _UnclearError(f"no attention was seen in {type(model).__name__}")
     return layers
 
 
@@ -122,7 +143,3 @@ def _sources(tensor: Tensor, before: list[tuple[nn.Module, Tensor]], names: dict
             if rows:
                 found.append(Projection(names[module], rows))
     return found
-
-
-def _unclear(name: str, why: str) -> UserError:
-    return UserError(f"base cannot be used: {name} is not understood: {why}; DEX needs ordinary attention and an output projection")
