@@ -98,20 +98,20 @@ def loglikelihoods(
     def shared(batch_of: list[tuple[int, ...]]) -> None:
         prefix = lm.start([list(context) for context in batch_of])
         pairs = [(row, index) for row, context in enumerate(batch_of) for index in contexts[context]]
-        pairs.sort(key=lambda pair: -len(requests[pair[1]][1]))
-        held, read = max(map(len, batch_of)), len(requests[pairs[0][1]][1])
-        budget = _BUDGET.get(lm.device.type, _GPU_BUDGET) if batch == "auto" else int(batch) * (held + read)
-        size = max(1, min(_HELD * budget // (held + read), budget // read))
-        for first in range(0, len(pairs), size):
-            part = pairs[first : first + size]
-            rows = [row for row, _ in part]
+        held = max(map(len, batch_of))
+
+        def behind(part: list[tuple[int, int]]) -> None:
             targets = [list(requests[index][1]) for _, index in part]
+            rows = [row for row, _ in part]
             logits = prefix.logits[rows][:, None]  # (n, 1, V)
-            if len(targets[0]) > 1:  # the longest: of the others the first token is read for nothing
+            if max(map(len, targets)) > 1:  # of targets of one token that token is read for nothing
                 _, more = lm.extend(prefix, rows, [target[:-1] or target for target in targets])
                 logits = torch.cat([logits, more], dim=1)
             for (_, index), score in zip(part, _scores(logits, targets), strict=True):
                 found[index] = score
+
+        for _ in in_batches(pairs, lambda pair: max(len(requests[pair[1]][1]), held // _HELD), batch, lm.device, behind):
+            pass
 
     def single(indices: list[int]) -> None:
         targets = [list(requests[index][1]) for index in indices]
