@@ -7,7 +7,8 @@ Conv1D, biases, grouped keys, norms of queries and heads of any width are all fo
 Notation: B batch, T tokens, H query heads, d_v width of a value.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,17 +66,25 @@ def find_layers(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[La
     Raises:
         UserError: names the module that cannot be understood.
     """
-    quiet = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers warns at length of what is said here in one line
     try:
-        return _watched(model, inputs)
+        with quiet_transformers():
+            return _watched(model, inputs)
     except _UnclearError as error:
         raise UserError(
             f"base={model.name_or_path or type(model).__name__} cannot be used: {error}; DEX needs a model of transformers with ordinary "
             "attention that follows its AttentionInterface, such as Llama, Qwen, Mistral, Gemma, Phi, GPT-2, GPT-NeoX or OPT"
         ) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep back the warnings of ``transformers``, which go on at length about what is said here in one line."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
     finally:
-        logging.set_verbosity(quiet)
+        logging.set_verbosity(before)
 
 
 class _UnclearError(Exception):

@@ -5,12 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from diffx.config import UserError
 from diffx.data.sources import reason
 from diffx.data.tokenizers import FastTokenizer
+from diffx.dex.layout import quiet_transformers
+from diffx.hub.configs import DexConfig
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Pretrained:
 def load_pretrained(
     key: str, spec: str, dtype: torch.dtype | str, device: torch.device, revision: str | None = None, trust_remote_code: bool = False
 ) -> Pretrained:
-    """Load a causal model whose weights are safetensors.
+    """Load a causal language model whose weights are safetensors.
 
     Args:
         key: what the user set, for messages: ``checkpoint`` or ``base``.
@@ -52,33 +57,44 @@ def load_pretrained(
         trust_remote_code: run Python code that comes with it.
 
     Raises:
-        UserError: it cannot be found, reached or used.
+        UserError: it cannot be found, reached or used, or there is not enough memory for it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
-    from transformers.utils.logging import disable_progress_bar
-
     disable_progress_bar()
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    refused = f"{key}={spec} cannot be used"
+    if key == "base" and Path(spec, "config.yaml").is_file() and not Path(spec, "config.json").is_file():
+        raise UserError(f"{refused}: it is a run folder; `diffx export checkpoint={spec} out=FOLDER` makes a model of it")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(spec, dtype=dtype, use_safetensors=True, **options)
-        pretrained: Any = AutoTokenizer.from_pretrained(spec, **options)
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(spec, **options)
+            _check(key, refused, config, dtype, device, trust_remote_code)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(spec, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+            pretrained: Any = AutoTokenizer.from_pretrained(spec, **options)
+    except UserError:
+        raise
     except Exception as error:  # any library below may fail here, each with an exception of its own
         runs = "a run (runs/x, runs/x@best, runs/x@1000), " if key == "checkpoint" else ""
         raise UserError(
-            f"{key}={spec} cannot be used: {reason(error)}; accepted: {runs}a folder with a Hugging Face model in safetensors, or a hub "
+            f"{refused}: {reason(error)}; accepted: {runs}a folder with a Hugging Face model in safetensors, or a hub "
             "name that can be reached"
         ) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        raise UserError(f"{refused}: its files lack {min(report['missing_keys'])}; they must hold a whole {type(model).__name__}")
     if not pretrained.is_fast or pretrained.eos_token is None:
-        raise UserError(f"{key}={spec} cannot be used: its tokenizer must have a tokenizer.json and an end-of-text token")
+        raise UserError(f"{refused}: its tokenizer must have a tokenizer.json and an end-of-text token")
     first, bos = pretrained("a")["input_ids"][0], pretrained.bos_token_id
     tokenizer = FastTokenizer("hf", pretrained.backend_tokenizer, pretrained.eos_token, pretrained)
     entries = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > entries:
-        raise UserError(f"{key}={spec} cannot be used: its tokenizer has {tokenizer.vocab_size} entries and the model {entries}")
+        raise UserError(f"{refused}: its tokenizer has {tokenizer.vocab_size} entries and the model {entries}")
     ends = getattr(model.generation_config, "eos_token_id", None)
     commit, folder = getattr(model.config, "_commit_hash", None), Path(spec)
+    model = model.to(device).eval()
+    if not _is_causal(model):
+        raise UserError(f"{refused}: it is no causal language model: its logits at a token depend on the tokens after it")
     return Pretrained(
-        model.to(device).eval(),
+        model,
         tokenizer,
         name=folder.resolve().name if folder.is_dir() else spec,
         fingerprint=commit if commit and not folder.is_dir() else _weights_hash(model),
@@ -87,6 +103,38 @@ def load_pretrained(
         ends={tokenizer.eot_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])},
         dtype=model.dtype,
     )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free where a model is to be."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _check(key: str, refused: str, config: Any, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool) -> None:
+    """Refuse, before any weight is read, what is no causal language model, what has a branch already, and what does not fit."""
+    theirs = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not theirs:
+        raise UserError(f"{refused}: a {config.model_type} is no causal language model; accepted: what AutoModelForCausalLM loads")
+    if key == "base" and isinstance(config, DexConfig):
+        raise UserError(f"{refused}: it is adapted already and keeps its branch; give its export with fold=true, or its own base")
+    with torch.device("meta"):
+        shape: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    kind = (config.dtype or torch.float32) if isinstance(dtype, str) else dtype
+    needed = sum(parameter.numel() for parameter in shape.parameters()) * kind.itemsize
+    if needed > (free := free_memory(device)) and not hasattr(config, "quantization_config"):
+        half = f"{'train.precision' if key == 'base' else 'dtype'}=bf16 (half of it), " if kind is torch.float32 else ""
+        raise UserError(
+            f"{refused}: its weights need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; take {half}a smaller model, or a "
+            "machine with more memory"
+        )
+
+
+@torch.no_grad()
+def _is_causal(model: nn.Module) -> bool:
+    """Whether two texts that part at their third token give the same logits before it; some encoders load as causal models too."""
+    ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=next(model.parameters()).device)
+    first, second = model(input_ids=ids, use_cache=False).logits[:, :2].float()
+    return bool((first - second).abs().max() <= 1e-3 * first.abs().max())
 
 
 def _weights_hash(model: nn.Module) -> str:

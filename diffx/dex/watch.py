@@ -12,7 +12,7 @@ _ON = 0.01  # a branch that changes the chosen heads' output by less than this s
 
 
 class Watch:
-    """Reads the branches of an adapted model for the log; as ``fit`` wants its probe.
+    """Reads the branches of an adapted model for the log: as ``fit`` wants its probe, and, for the gradients, as it is told each step.
 
     Args:
         adapted: the model.
@@ -22,14 +22,20 @@ class Watch:
     """
 
     def __init__(self, adapted: Adapted):
-        self._branches = adapted.branches
-        self._model = adapted.model
+        self._adapted, self._branches, self._model = adapted, adapted.branches, adapted.model
         self._gradients: dict[str, Tensor] = {}
+        self._hooked = False
         self.ratios: list[float] = []
-        for layer, branch in enumerate(self._branches):
-            for name, parameter in (("w_d", branch.w_d), ("lambda", branch.lambda_learn)):
-                if parameter is not None:
-                    parameter.register_post_accumulate_grad_hook(self._keep(f"dex/grad_norm/{name}/{layer:02d}"))
+
+    def set_step(self, step: int) -> None:
+        """Give lambda(t) its t, before the step or the evaluation; and keep gradients from now on."""
+        self._adapted.set_step(step)
+        if not self._hooked:  # not earlier: sharding makes new parameters
+            self._hooked = True
+            for layer, branch in enumerate(self._branches):
+                for name, parameter in (("w_d", branch.w_d), ("lambda", branch.lambda_learn)):
+                    if parameter is not None:
+                        parameter.register_post_accumulate_grad_hook(self._keep(f"dex/grad_norm/{name}/{layer:02d}"))
 
     def _keep(self, name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
@@ -69,7 +75,11 @@ class Watch:
         on = [layer for layer, ratio in enumerate(self.ratios) if ratio >= _ON]
         changed = f"it changes the chosen heads' output by {sum(self.ratios) / max(len(self.ratios), 1):.2%} on average"
         if not on:
-            return f"the branch is OFF at the end ({changed}): what was gained came from the other trained weights alone"
+            others = any(name.rpartition(".")[2] not in ("w_d", "lambda_learn") for name in self._adapted.trained())
+            meaning = (
+                "what was gained came from the other trained weights alone" if others else "the model is the pretrained one, in effect"
+            )
+            return f"the branch is OFF at the end ({changed}): {meaning}"
         if len(on) == len(self.ratios):
             return f"the branch is ON in every layer at the end ({changed})"
         return f"the branch is ON in {len(on)} of {len(self.ratios)} layers at the end ({changed})"

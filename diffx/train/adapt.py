@@ -5,31 +5,31 @@ what is trained, and nothing of what is frozen.
 """
 
 import dataclasses
+import errno
 import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffx.config import UserError
+from diffx.config import RunError, UserError
 from diffx.config.dex import CRITERIA, AdaptJob
 from diffx.config.train import Precision
-from diffx.console import Reporter, duration, figure, make_table
+from diffx.console import Reporter, duration, make_table
 from diffx.data import Batches, Corpus, open_data
 from diffx.dex.attach import Adapted, attach, parameter_counts
 from diffx.dex.heads import Plan, choose_heads, draw_heads, load_plan
 from diffx.dex.layer import projection_weight
 from diffx.dex.layout import Layer, find_layers
-from diffx.dex.pretrained import Pretrained, load_pretrained
+from diffx.dex.pretrained import Pretrained, free_memory, load_pretrained
 from diffx.dex.watch import Watch
 from diffx.train.checkpoint import WEIGHTS, newest_intact
 from diffx.train.folder import make_folder, new_folder, note_resume, run_name, settle, write_json
 from diffx.train.loop import Fit, fit
-from diffx.train.parallel import World, join_world, leave_world, precision_of
+from diffx.train.parallel import World, autocast, join_world, leave_world, precision_of
 from diffx.train.run import open_tracker, say_read
 
 ADAPTER = "adapter"
@@ -56,7 +56,7 @@ def adapt(job: AdaptJob, words: list[str]) -> Path:
 
     Raises:
         UserError: the job cannot be run as it is; nothing was made.
-        RunError: the loss is not finite or the disk is full.
+        RunError: the loss is not finite, or the disk or the device's memory is full.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
     world = join_world(job.device)
@@ -64,6 +64,17 @@ def adapt(job: AdaptJob, words: list[str]) -> Path:
     reporter = Reporter(quiet=not world.main)
     try:
         return _adapt(job, words, world, reporter)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"the memory of {world.device} is full ({str(error).splitlines()[0][:120]}); lower train.micro_batch_size or train.seq_len, or "
+            "give train.activation_checkpointing=true; a run that has a checkpoint goes on with train.resume"
+        ) from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise RunError(
+            f"no space left on the device while writing {error.filename or job.run.dir or 'the run folder'}; checkpoints are intact"
+        ) from error
     finally:
         reporter.close_log()
         leave_world()
@@ -82,7 +93,10 @@ def _adapt(job: AdaptJob, words: list[str], world: World, reporter: Reporter) ->
     if not world.main:
         corpus = open_data(job.data, base.tokenizer)
     if corpus.tokenizer.fingerprint != base.tokenizer.fingerprint:
-        raise UserError(f"data={job.data.kind} cannot be used with base={job.base}: its tokens come from another tokenizer")
+        raise UserError(
+            f"data={job.data.kind} cannot be used with base={job.base}: its tokens come from another tokenizer; prepare it with "
+            f"tokenizer=hf tokenizer.name={job.base}, or give text"
+        )
     sequences = int(job.train.batch_tokens) // job.train.seq_len
     batches = corpus.batches(job.train.seq_len, sequences, job.seed, world.rank, world.size)
     found = newest_intact(resumed, reporter.warn) if resumed else None
@@ -93,24 +107,22 @@ def _adapt(job: AdaptJob, words: list[str], world: World, reporter: Reporter) ->
             raise UserError(
                 f"train.steps={job.train.num_steps} cannot be used: the run in {resumed} has done {done} steps already; give more"
             )
-    reporter.line(
-        f"choosing heads by {job.dex.heads}" if job.dex.variant.branches else f"variant {job.dex.variant.value}: no heads to choose"
-    )
-    plan = _plan(job, base, layers, corpus, resumed)
+    plan = _plan(job, base, layers, corpus, resumed, reporter)
+    plan = Plan(**json.loads(world.share(json.dumps(dataclasses.asdict(plan)))))  # where rounding differs, the main process decides
     adapted = attach(base.model, layers, job.dex, plan.heads, int(job.dex.anneal_steps or 0), job.seed)
     _enough_memory(job, adapted, world)
     folder = resumed or Path(world.share(str(new_folder(job))))
     if world.main:
         if resumed is None:
             make_folder(folder, job, words)
-            corpus.tokenizer.save(folder / "tokenizer")
-            write_json(folder / "base.json", {"name": base.name, "revision": job.revision, "fingerprint": base.fingerprint})
-            plan.save(folder / "heads.json")
-            (folder / "plots").mkdir()
-            if job.dex.variant.branches:
-                draw_heads(plan, folder / "plots" / "heads.png")
         else:
             note_resume(folder, job, words)
+        corpus.tokenizer.save(folder / "tokenizer")  # in a resumed run too: it may have been killed before it wrote all of them
+        write_json(folder / "base.json", {"name": base.name, "revision": job.revision, "fingerprint": base.fingerprint})
+        plan.save(folder / "heads.json")
+        (folder / "plots").mkdir(exist_ok=True)
+        if job.dex.variant.branches:
+            draw_heads(plan, folder / "plots" / "heads.png")
         write_json(folder / "data.json", corpus.info)
         reporter.open_log(folder / "train.log")
     world.barrier()
@@ -151,8 +163,12 @@ def _run(
             reporter=reporter,
             resume=found,
             probe=watch,
-            on_step=adapted.set_step,
+            on_step=watch.set_step,
         )
+        adapted.set_step(result.progress.step)
+        held_out = next(iter(corpus.val_batches(job.train.seq_len, world.size, world.rank, world.size))).inputs.to(world.device)
+        with autocast(world.device, job.train.precision):
+            watch(lambda: model(held_out))  # for the verdict
         if world.main:
             summary = _summary(job, base, folder, result, counts, watch)
             _save_adapter(job, folder, result.checkpoint)
@@ -208,24 +224,28 @@ def _enough_memory(job: AdaptJob, adapted: Adapted, world: World) -> None:
     trained = sum(parameter.numel() for parameter in adapted.trained().values())
     entries = projection_weight(adapted.model.get_input_embeddings()).shape[0]
     rows = job.train.micro_batch_size or int(job.train.batch_tokens) // job.train.seq_len // world.size
-    logits = 3 * 4 * rows * job.train.seq_len * entries  # and its gradient, in fp32
-    needed = 12 * trained // world.size + logits
-    free = torch.cuda.mem_get_info(world.device)[0] if world.device.type == "cuda" else psutil.virtual_memory().available
+    logits = 3 * 4 * rows * job.train.seq_len * entries  # with their logarithms and their gradient, in fp32
+    needed, free = 12 * trained // world.size + logits, free_memory(world.device)
     if needed > free:
         raise UserError(
-            f"dex.variant={job.dex.variant.value} cannot be trained here: it needs about {figure(needed)} bytes besides the weights and "
-            f"{figure(free)} are free; lower train.micro_batch_size or train.seq_len, or train less (dex.variant=adapter_only)"
+            f"dex.variant={job.dex.variant.value} cannot be trained here: besides the weights it needs {needed / 2**30:.1f} GiB and more "
+            f"({logits / 2**30:.1f} for the logits of {rows} sequences, the rest for gradients and moments) and {free / 2**30:.1f} GiB are "
+            "free; lower train.micro_batch_size or train.seq_len, or train less (dex.variant=adapter_only)"
         )
 
 
-def _plan(job: AdaptJob, base: Pretrained, layers: list[Layer], corpus: Corpus, resumed: Path | None) -> Plan:
+def _plan(job: AdaptJob, base: Pretrained, layers: list[Layer], corpus: Corpus, resumed: Path | None, reporter: Reporter) -> Plan:
     """The heads of a resumed run, those of the heads.json that was named, or those that the calibration text chooses."""
     if resumed and (resumed / "heads.json").exists():
         return load_plan(resumed / "heads.json", base.fingerprint, layers)
     if not job.dex.variant.branches:
         return Plan(base.fingerprint, "none", {}, [layer.num_heads for layer in layers], [], [[] for _ in layers])
     if job.dex.heads not in CRITERIA:
-        return load_plan(Path(job.dex.heads), base.fingerprint, layers)
+        plan = load_plan(Path(job.dex.heads), base.fingerprint, layers)
+        if not any(plan.heads):
+            raise UserError(f"dex.heads={job.dex.heads} cannot be used: it chooses no heads; give that of a run with a branch")
+        return plan
+    reporter.line(f"choosing heads by {job.dex.heads}")
     length = min(job.train.seq_len, base.limit or job.train.seq_len)
     rows = min(-(-int(job.dex.calibration_tokens) // length), len(corpus.train) // length)
     if rows < 1:
