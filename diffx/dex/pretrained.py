@@ -26,7 +26,7 @@ class Pretrained:
         model: in evaluation mode.
         tokenizer: the one that came with it.
         name: the hub's name, or the folder's.
-        fingerprint: the hub's commit; of a folder SHA-256 of the weights.
+        fingerprint: the hub's commit; of a folder SHA-256 of its weight files, whatever type they are loaded as.
         limit: tokens it can read at once; None if its config does not say.
         prefix: tokens that every text begins with.
         ends: tokens that end a text.
@@ -97,7 +97,7 @@ def load_pretrained(
         model,
         tokenizer,
         name=folder.resolve().name if folder.is_dir() else spec,
-        fingerprint=commit if commit and not folder.is_dir() else _weights_hash(model),
+        fingerprint=_weights_hash(folder) if folder.is_dir() else str(commit),
         limit=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         prefix=[bos] if bos is not None and first == bos else [],
         ends={tokenizer.eot_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])},
@@ -137,9 +137,11 @@ def _is_causal(model: nn.Module) -> bool:
     return bool((first - second).abs().max() <= 1e-3 * first.abs().max())
 
 
-def _weights_hash(model: nn.Module) -> str:
+def _weights_hash(folder: Path) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

@@ -76,7 +76,7 @@ def test_heads_that_are_not_chosen_stay_bit_for_bit_and_the_others_are_as_equati
         expected = o.double().clone()
         for head in first.heads:
             w_d = (first.w_d if share is Share.layer else first.w_d[head]).double()
-            expected[..., head, :] -= float(first.lambda_value()) * o[..., head, :].double() @ w_d
+            expected[..., head, :] -= float(first.lambda_value().detach()) * o[..., head, :].double() @ w_d
         torch.testing.assert_close(new.double(), expected, rtol=1e-5, atol=1e-5)
         weight, bias = first.proj.weight.double(), first.proj.bias
         out = expected.flatten(-2) @ (weight if isinstance(first.proj, Conv1D) else weight.T) + (0 if bias is None else bias.double())

@@ -150,7 +150,7 @@ def test_a_file_that_is_no_plan_is_refused(llama, tmp_path, text):
     path = tmp_path / "heads.json"
     if text:
         path.write_text(text)
-    with pytest.raises(UserError, match="must be the heads.json of a run"):
+    with pytest.raises(UserError, match=r"must be the heads\.json of a run"):
         load_plan(path, "base", llama[1])
 
 
