@@ -168,7 +168,7 @@ app.command("adapt-dex")(
 
         \b
         Groups: data= experiment=
-        Keys:   base= dex.variant=dex | dex_plus | attn_only | adapter_only | fixed_lambda | lora | full
+        Keys:   base= dex.variant=dex | dex_plus | attn_only | adapter_only | fixed_lambda | lora | full | dex_mirror
                 dex.heads= dex.k= dex.init= dex.anneal_steps= train.tokens= train.lr= seed= run.dir= and more: --cfg job prints all
 
         \b

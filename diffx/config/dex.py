@@ -24,11 +24,12 @@ class Variant(str, Enum):
     fixed_lambda = "fixed_lambda"
     lora = "lora"
     full = "full"
+    dex_mirror = "dex_mirror"
 
     @property
     def branches(self) -> bool:
         """Whether the model gets W_D."""
-        return self in (Variant.dex, Variant.dex_plus, Variant.adapter_only, Variant.fixed_lambda)
+        return self in (Variant.dex, Variant.dex_plus, Variant.adapter_only, Variant.fixed_lambda, Variant.dex_mirror)
 
     @property
     def anneals(self) -> bool:
@@ -55,7 +56,8 @@ class DexConfig:
     """The differential step (arXiv 2505.16333).
 
     Attributes:
-        variant: ``dex``, or a control: ``dex_plus`` (adds), ``attn_only``, ``adapter_only``, ``fixed_lambda``, ``lora``, ``full``.
+        variant: ``dex``, or a control: ``dex_plus`` (adds), ``attn_only``, ``adapter_only``, ``fixed_lambda``, ``lora``, ``full``;
+            or ``dex_mirror``, which is ``dex_plus`` from the negated W_D: it must train to what ``dex`` does, which checks the machinery.
         heads: how heads are chosen: ``entropy_high``, ``entropy_low``, ``importance_low``, ``random``, ``all``; or a path of a heads.json.
         k: heads chosen in each layer; ``null`` is half of them, rounded down. ``heads=all`` and a heads.json know it themselves.
         share: one W_D a ``layer``, or one a ``head``.

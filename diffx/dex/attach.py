@@ -76,10 +76,12 @@ def attach(
             list(chosen),
             number,
             share=config.share,
-            sign=1 if variant is Variant.dex_plus else -1,
+            sign=1 if variant in (Variant.dex_plus, Variant.dex_mirror) else -1,
             anneal_steps=adapted.anneal_steps,
         )
         branch.initialize(config.init, generator)
+        if variant is Variant.dex_mirror:
+            branch.w_d.data.neg_()
         model.set_submodule(layer.output, branch)
         adapted.branches.append(branch)
     return adapted

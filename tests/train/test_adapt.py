@@ -122,7 +122,7 @@ def test_the_summary_and_the_adapter(run, variant, hf_folder):
     assert found["parameters"]["trained"] == sum(value.numel() for value in saved.values())
     assert ("branch" in str(found["branch"])) is Variant(variant).branches
     parts = {path.name: load_file(path) for path in (folder / "adapter").glob("*.safetensors")}
-    own = {"w_d", "lambda_learn"} if variant in ("dex", "dex_plus", "adapter_only") else {"w_d"}
+    own = {"w_d", "lambda_learn"} if Variant(variant).anneals else {"w_d"}
     if Variant(variant).branches:
         assert {name.rpartition(".")[2] for name in parts["branch.safetensors"]} == own
     assert ("branch.safetensors" in parts) is Variant(variant).branches and ("tuned.safetensors" in parts) is (variant != "adapter_only")
