@@ -36,6 +36,13 @@ class Adapted:
         for branch in self.branches:
             branch.set_step(step)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Give the model's weights one type, save for W_D and lambda; and save for buffers: positions rotated in bf16 are others."""
+        for module in self.model.modules():
+            if not isinstance(module, DexProjection):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}

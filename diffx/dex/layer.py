@@ -5,6 +5,7 @@ Notation: B batch, T tokens, H heads, d_v width of a head's output O, t optimize
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,14 +52,14 @@ class DexProjection(nn.Module):
         self.proj = proj
         self.num_heads, self.width, self.heads, self.sign, self.anneal_steps = num_heads, width, sorted(heads), sign, anneal_steps
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
-        device = next(proj.parameters()).device
+        fp32: dict[str, Any] = {"device": next(proj.parameters()).device, "dtype": torch.float32}
         shape = (width, width) if share is Share.layer else (num_heads, width, width)
-        self.w_d = nn.Parameter(torch.zeros(shape, device=device))
-        self.lambda_learn = None if anneal_steps is None else nn.Parameter(torch.zeros(1, device=device))  # (1,): FSDP cannot shard ()
-        chosen = torch.zeros(num_heads, 1, device=device)
+        self.w_d = nn.Parameter(torch.zeros(shape, **fp32))
+        self.lambda_learn = None if anneal_steps is None else nn.Parameter(torch.zeros(1, **fp32))  # (1,): FSDP cannot shard ()
+        chosen = torch.zeros(num_heads, 1, **fp32)
         chosen[self.heads] = 1
         self.register_buffer("chosen", chosen)  # (H, 1); persistent, so that it survives a model built on the meta device
-        self.register_buffer("schedule", torch.zeros(2, device=device))  # weights of lambda_init and lambda_learn
+        self.register_buffer("schedule", torch.zeros(2, **fp32))  # weights of lambda_init and lambda_learn
         self.set_step(0)
 
     def initialize(self, init: Init, generator: torch.Generator) -> None:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from diffx.config.dex import Share
 from diffx.dex.attach import Adapted
@@ -11,17 +12,18 @@ from diffx.dex.layer import DexProjection
 from diffx.hub.configs import DexConfig
 
 
-class DexForCausalLM(PreTrainedModel):
+class DexForCausalLM(PreTrainedModel, GenerationMixin):
     """A pretrained model with the branch in it; everything else is the base's own."""
 
     config_class = DexConfig
     base_model_prefix = "base"
     _supports_sdpa = _supports_flash_attn = True
+    _keep_in_fp32_modules_strict = {"w_d", "lambda_learn", "chosen", "schedule"}  # noqa: RUF012  # the type that the base class gives it
 
     def __init__(self, config: DexConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
         if base is None:
-            base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.base))
+            base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.base), dtype=torch.get_default_dtype())
             for branch in config.branches:
                 _put(base, branch, config)
         self.base = base
@@ -29,11 +31,6 @@ class DexForCausalLM(PreTrainedModel):
         self._tied_weights_keys = {f"base.{name}": f"base.{other}" for name, other in dict(ties).items()}
         self.generation_config = base.generation_config
         self.post_init()
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        """It can: through the base."""
-        return True
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights come from a file."""
@@ -65,10 +62,10 @@ def to_registered(adapted: Adapted, step: int) -> DexForCausalLM:
         step: t.
     """
     first = adapted.branches[0]
-    names = [name for name, module in adapted.model.named_modules() if isinstance(module, DexProjection)]
+    names = {module: name for name, module in adapted.model.named_modules()}
     branches = [
-        {"output": name, "num_heads": branch.num_heads, "width": branch.width, "heads": branch.heads, "layer": layer}
-        for layer, (name, branch) in enumerate(zip(names, adapted.branches, strict=True))
+        {"output": names[branch], "num_heads": branch.num_heads, "width": branch.width, "heads": branch.heads, "layer": layer}
+        for layer, branch in enumerate(adapted.branches)
     ]
     share = Share.layer if first.w_d.ndim == 2 else Share.head
     base = adapted.model.config.to_dict()

@@ -179,7 +179,7 @@ def _run(
 
 
 def restore(run_dir: Path, checkpoint: Path, job: AdaptJob, device: torch.device, dtype: torch.dtype | str) -> tuple[Pretrained, Adapted]:
-    """Load the base of an adapted run, and put a checkpoint of the run into it.
+    """Load the base of an adapted run, and put a checkpoint of the run into it; all in the base's type, save for W_D and lambda.
 
     Raises:
         UserError: the base is not there any more, or it is not what it was.
@@ -197,6 +197,7 @@ def restore(run_dir: Path, checkpoint: Path, job: AdaptJob, device: torch.device
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
     adapted.set_step(int(checkpoint.name.removeprefix("step_")))
+    adapted.cast(base.dtype)
     adapted.model.requires_grad_(False)
     return base, adapted
 
