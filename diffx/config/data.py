@@ -125,8 +125,9 @@ class RetrievalData(DataConfig):
 
     def text(self) -> DataConfig:
         """The source of the text."""
-        shared = {"val_fraction": self.val_fraction, "val_tokens": self.val_tokens}
-        return StdlibData(**shared) if self.path is None else TextData(path=self.path, **shared)
+        if self.path is None:
+            return StdlibData(val_fraction=self.val_fraction, val_tokens=self.val_tokens)
+        return TextData(path=self.path, val_fraction=self.val_fraction, val_tokens=self.val_tokens)
 
 
 @dataclass(kw_only=True, slots=True)

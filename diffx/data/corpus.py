@@ -12,15 +12,16 @@ from typing import Any
 from filelock import FileLock
 
 from diffx.config import RunError, UserError
-from diffx.config.data import DataConfig, HubData, ShardsData, TokenizerConfig
+from diffx.config.data import BpeTokenizer, DataConfig, HubData, RetrievalData, ShardsData, TokenizerConfig
 from diffx.data.batches import Batch, WindowBatches, val_batches
 from diffx.data.prepare import Progress, Source, build, digest, no_progress, ready, settings
 from diffx.data.shards import HeldOut, Shards, TokenArray
 from diffx.data.sources import documents, file_hashes, reason, source_files
 from diffx.data.stream import StreamBatches
+from diffx.data.synthetic import SampleBatches, held_out, train_tokenizer
 from diffx.data.tokenizers import Tokenizer
 
-Batches = WindowBatches | StreamBatches
+Batches = WindowBatches | StreamBatches | SampleBatches
 _SHARD_TOKENS = 10**8
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Corpus:
 
     Attributes:
         data: the config it was opened with.
-        shards: its tokens on disk; of a stream, those of its first documents.
+        shards: its tokens on disk; of a stream, those of its first documents; of the retrieval task, those of the text around the needles.
         val: held-out tokens.
         info: what the run folder records: the sources with their hashes, documents, tokens and bytes of each split.
     """
@@ -58,6 +59,8 @@ class Corpus:
             UserError: the training text is shorter than one sequence, or the rows do not divide among the processes.
         """
         corpus = digest([self.info["sha256"], self.tokenizer.fingerprint])
+        if isinstance(self.data, RetrievalData):
+            return SampleBatches(self.data, self.shards, corpus, seq_len, batch_size, seed, rank, world_size)
         if not isinstance(self.data, HubData):
             return WindowBatches(self.train, corpus, seq_len, batch_size, seed, rank, world_size)
         return StreamBatches(self.data, self.shards, corpus, seq_len, batch_size, seed, rank, world_size)
@@ -80,6 +83,12 @@ def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progr
         RunError: the cache cannot be written.
     """
     info: dict[str, Any] = {"kind": data.kind}
+    if isinstance(data, RetrievalData):
+        made = train_tokenizer(data, tokenizer.vocab_size) if isinstance(tokenizer, BpeTokenizer) else tokenizer
+        text = open_data(data.text(), made, progress=progress)
+        val = held_out(data, text.shards)
+        measured = {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}
+        return Corpus(data, text.shards, val, text.info | info | {"val": text.info["val"] | {"measured": measured}})
     if isinstance(data, ShardsData):
         shards = Shards(Path(data.path).expanduser())
     elif isinstance(data, HubData):

@@ -82,6 +82,11 @@ def question_of(cities: Sequence[str]) -> str:
     return f" What {verb} the {what} of {_listed(cities)}? The {what} of {_listed(cities)} {verb}"
 
 
+def needle_of(city: str, number: str) -> str:
+    """Tell the number of a city."""
+    return f"The magic number of {city} is {number}."
+
+
 def draw_needles(seed: str, needles: int, asked: int, depth: float, digits: int) -> Needles:
     """Draw cities, numbers and places; the same for the same arguments on every machine."""
     choose = random.Random(seed)
@@ -106,7 +111,7 @@ class Haystack:
 
     def least(self, needles: Needles) -> int:
         """Tokens that needles, question and answer take without any text around them."""
-        hidden = " ".join(map(_needle, needles.cities, needles.numbers))
+        hidden = " ".join(map(needle_of, needles.cities, needles.numbers))
         return sum(self._count([hidden + needles.question, needles.answer]))
 
     def hide(self, needles: Needles, length: int) -> Sample:
@@ -163,14 +168,10 @@ def _join(pieces: list[str], costs: list[int], needles: Needles) -> Sample:
         done = max(done, at[needle])
         if needle == 0:
             start = sum(map(len, parts)) + max(len(parts) - 1, 0)
-        parts.append(_needle(needles.cities[needle], needles.numbers[needle]))
+        parts.append(needle_of(needles.cities[needle], needles.numbers[needle]))
     context = " ".join(parts + pieces[done:])
-    first = _needle(needles.cities[0], needles.numbers[0])
+    first = needle_of(needles.cities[0], needles.numbers[0])
     return Sample(context, needles, (start, start + len(first) + (start > 0)))
-
-
-def _needle(city: str, number: str) -> str:
-    return f"The magic number of {city} is {number}."
 
 
 def _listed(items: Sequence[str]) -> str:

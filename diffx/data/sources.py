@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 import zstandard
 
 from diffx.config import RunError, UserError
-from diffx.config.data import DataConfig, HubData, StdlibData, TextData
+from diffx.config.data import DataConfig, HubData, RetrievalData, StdlibData, TextData
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -56,6 +56,8 @@ def documents(data: DataConfig) -> Iterator[Document]:
     Raises:
         UserError: a file or data set that cannot be read, text that is not UTF-8, a JSON line or a field that is wrong.
     """
+    if isinstance(data, RetrievalData):
+        data = data.text()
     if isinstance(data, HubData):
         yield from hub_documents(data, hub_dataset(data))
         return

@@ -117,10 +117,10 @@ def _read_lines(path: Path) -> list[Row]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line)
-                    values = [row.get(key) if isinstance(row, dict) else None for key in ("text", "label")]
-                    if not all(isinstance(value, str) and value.strip() for value in values):
+                    values = [str(row[key]).strip() for key in ("text", "label") if isinstance(row, dict) and isinstance(row.get(key), str)]
+                    if len(values) < 2 or not all(values):
                         raise UserError(f'suite.tasks={path} cannot be used: line {number} is not {{"text": "...", "label": "..."}}')
-                    rows.append((values[0].strip(), values[1].strip()))
+                    rows.append((values[0], values[1]))
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"suite.tasks={path} cannot be used: {reason(error)}; it must be UTF-8 JSON lines, or those in .gz") from error
     return rows

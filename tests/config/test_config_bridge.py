@@ -43,7 +43,7 @@ def put(config, key, value):
     [
         ("train.stepz", 3, "train.stepz is unknown to this version"),
         ("model.flavour", "odd", "model.flavour is unknown to this version"),
-        ("kind", "cook", "kind=cook must be one of train, prepare, generate"),
+        ("kind", "cook", "kind=cook must be one of train, adapt, prepare, generate"),
         ("model.kind", "diff_v9", "model.kind=diff_v9 must be one of transformer"),
         ("model", "diff_v1", "model.kind=None must be one of"),
         ("train", 5, "train must be a group of keys"),

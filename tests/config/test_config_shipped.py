@@ -30,6 +30,7 @@ EXPERIMENTS = {  # and the jobs of each
     "diff/scaling_nano": 8,
     "diff/scaling_paper": 6,
     "diff/scaling_paper_large": 4,
+    "diff/retrieval_tiny": 4,
     "diff/stable_3b": 1,
     "diff/long_context_64k": 1,
 }
@@ -116,8 +117,8 @@ def test_sizes_suit_every_architecture(size, tmp_path):
 @pytest.mark.parametrize("name", ["train", "prepare"])
 def test_data_and_tokenizers(name, group, kind, tmp_path):
     words = [f"{group}={kind}", *NEEDED.get(kind, []), *(["out=x"] if name == "prepare" else [])]
-    if (name, kind) == ("prepare", "shards"):
-        with pytest.raises(UserError, match="data=shards cannot be prepared"):
+    if name == "prepare" and kind in ("shards", "retrieval"):
+        with pytest.raises(UserError, match=f"data={kind} cannot be prepared"):
             job_of(name, *words)
         return
     job = job_of(name, *words)
