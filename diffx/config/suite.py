@@ -59,7 +59,7 @@ class RetrievalSuite(SuiteConfig):
         depths: places of the first queried needle, as shares of the text.
         samples: samples for each case, length and depth.
         digits: digits of a magic number.
-        constrained: also choose among the numbers in the text by their likelihood.
+        constrained: also choose among the numbers in the text by their likelihood; guessing is right once in N.
     """
 
     kind: str = "retrieval"

@@ -118,7 +118,7 @@ def draw(context: Context, records: list[Record], metrics: list[Metric], path: P
     canvas.legend(*bars[0].get_legend_handles_labels(), loc="outside lower left", ncols=4, frameon=False, fontsize=9.5)
     grid = np.mean([record["heads"]["answer"] for record in records], axis=0)
     image = heads.imshow(grid, aspect="auto", cmap="viridis", vmin=min(0.0, grid.min()))
-    heads.set(xlabel="head", ylabel="layer")
+    heads.set(xlabel="head", ylabel="layer", xticks=range(grid.shape[1]), yticks=range(grid.shape[0]))
     heads.set_title("Attention to the answer, by layer and head", loc="left", fontsize=11, fontweight="bold")
     canvas.colorbar(image, ax=heads)
     canvas.savefig(path, dpi=150)

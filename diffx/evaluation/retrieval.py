@@ -191,7 +191,8 @@ def draw(context: Context, records: list[Record], metrics: list[Metric], path: P
                 axes.text(x, y, f"{grid[y, x]:.2f}", ha="center", va="center", fontsize=9, color="w" if grid[y, x] < 0.6 else "k")
             whole = next(metric for metric in metrics if (metric.group, metric.name) == (case, name))
             theirs = "".join(f"\n{label}, 4K: {value:.2f}" for label, value in whole.published.items())
-            axes.set_title(f"{case}, {name}: {whole.value:.2f}{theirs}", loc="left", fontsize=9)
+            chance = f" (guessing: {1 / int(case.split()[0][2:]):.2f})" if name == "constrained" else ""
+            axes.set_title(f"{case}, {name}: {whole.value:.2f}{chance}{theirs}", loc="left", fontsize=9)
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
             axes.set(xlabel="tokens", ylabel="depth of the answer" if axes is row[0] else "")
