@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from diffx.config import UserError
 from diffx.config.data import TextData
-from diffx.config.eval import AllocationSuite, EvalJob
+from diffx.config.eval import EvalJob
+from diffx.config.suite import AllocationSuite
 from diffx.console import Reporter
 from diffx.evaluation import allocation
 from diffx.evaluation.model import LanguageModel
