@@ -3,13 +3,16 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaModel, T5Config
 
 from diffx.cli import main
+from diffx.hub.configs import DexConfig
 
 TEXT = "data=text data.path=text/good.jsonl"
 TINY = (
@@ -17,10 +20,12 @@ TINY = (
     "train.batch_tokens=32 train.sample_tokens=0 wandb.mode=disabled device=cpu data.val_tokens=500"
 )
 
+ADAPT = f"{TEXT} train.steps=2 train.seq_len=16 train.batch_tokens=32 wandb.mode=disabled device=cpu data.val_tokens=500"
+
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a trained run, text of several kinds of badness, and things that look like what they are not."""
+def place(tmp_path_factory, hf_folder, tokenizer):
+    """A folder with a trained run, text and models of several kinds of badness, and things that look like what they are not."""
     folder = tmp_path_factory.mktemp("place")
     text = folder / "text"
     text.mkdir()
@@ -35,6 +40,19 @@ def place(tmp_path_factory):
     (folder / "notes").mkdir()
     (folder / "notes" / "todo.md").write_text("not a run, not shards")
     (folder / "picture.bmp").write_bytes(b"BM")
+    shutil.copytree(hf_folder, folder / "llama")
+    shape = {"vocab_size": tokenizer.vocab_size, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    for name, model in (
+        ("bert", BertLMHeadModel(BertConfig(**shape, intermediate_size=64))),
+        ("bloom", BloomForCausalLM(BloomConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, n_layer=1, n_head=4))),
+        ("headless", LlamaModel(LlamaConfig(**shape, intermediate_size=64))),
+    ):
+        model.save_pretrained(folder / name)
+        tokenizer.save(folder / name)
+    T5Config().save_pretrained(folder / "t5")
+    DexConfig(LlamaConfig(**shape).to_dict()).save_pretrained(folder / "with_branch")
+    plan = {"base": "f" * 64, "criterion": "random", "settings": {}, "num_heads": [4], "scores": [], "heads": [[0]]}
+    (folder / "heads.json").write_text(json.dumps(plan))
     before = os.getcwd()
     os.chdir(folder)
     patch = pytest.MonkeyPatch()
@@ -42,6 +60,7 @@ def place(tmp_path_factory):
     patch.setenv("HF_HUB_OFFLINE", "1")
     try:
         assert main(["train", "run.dir=trained", *TEXT.split(), *TINY.split()]) == 0
+        assert main(["data", "prepare", *TEXT.split(), "tokenizer=bpe", "tokenizer.vocab_size=300", "out=shards"]) == 0
         yield folder
     finally:
         os.chdir(before)
@@ -145,6 +164,36 @@ TABLE = [
     (f"train {TINY} {TEXT} tokenizer=tiktoken tokenizer.name=cl200k", ["tokenizer.name=cl200k"]),
     (f"train {TINY} {TEXT} model.vocab_size=10", ["model.vocab_size=10", "257"]),
     (f"data prepare {TEXT} out=notes", ["out=notes"]),
+    # Adaptation and export.
+    ("adapt-dex", ["base is missing", "base=FOLDER", "data=text"]),
+    (f"adapt-dex base=nowhere {ADAPT}", ["base=nowhere", "accepted"]),
+    (f"adapt-dex base=notes {ADAPT}", ["base=notes", "accepted"]),
+    (f"adapt-dex base=trained {ADAPT}", ["base=trained", "run folder", "diffx export checkpoint=trained"]),
+    (f"adapt-dex base=t5 {ADAPT}", ["base=t5", "a t5 is no causal language model", "AutoModelForCausalLM"]),
+    (f"adapt-dex base=bert {ADAPT}", ["base=bert", "no causal language model"]),
+    (f"adapt-dex base=headless {ADAPT}", ["base=headless", "lm_head.weight"]),
+    (f"adapt-dex base=bloom {ADAPT}", ["base=bloom", "BloomForCausalLM", "such as Llama"]),
+    (f"adapt-dex base=with_branch {ADAPT}", ["base=with_branch", "adapted already", "fold=true"]),
+    (f"adapt-dex base=llama {ADAPT} dex.k=5", ["dex.k=5", "4 heads"]),
+    (f"adapt-dex base=llama {ADAPT} dex.k=0", ["dex.k=0"]),
+    (f"adapt-dex base=llama {ADAPT} dex.k=2 dex.heads=all", ["dex.k=2", "dex.heads=all"]),
+    (f"adapt-dex base=llama {ADAPT} dex.heads=entropy", ["dex.heads=entropy", "entropy_high", "heads.json"]),
+    (f"adapt-dex base=llama {ADAPT} dex.heads=heads.json", ["dex.heads=heads.json", "another model"]),
+    (f"adapt-dex base=llama {ADAPT} dex.heads=nowhere.json", ["dex.heads=nowhere.json"]),
+    (f"adapt-dex base=llama {ADAPT} dex.variant=dexx", ["dex.variant=dexx", "attn_only"]),
+    (f"adapt-dex base=llama {ADAPT} dex.anneal_steps=0", ["dex.anneal_steps=0", "dex.init=linear"]),
+    (f"adapt-dex base=llama {ADAPT} train.seq_len=512 train.batch_tokens=512", ["train.seq_len=512", "256"]),
+    (f"adapt-dex base=llama {ADAPT} train.sample_tokens=5", ["train.sample_tokens=5"]),
+    (f"adapt-dex base=llama {ADAPT} train.mask_documents=true", ["train.mask_documents=true"]),
+    (f"adapt-dex base=llama {ADAPT} train.init_from=trained", ["train.init_from=trained", "base="]),
+    (f"adapt-dex base=llama {ADAPT} train.resume=trained", ["train.resume=trained", "train run"]),
+    (f"adapt-dex base=llama {ADAPT} data=shards data.path=shards", ["data=shards", "base=llama", "another tokenizer"]),
+    ("export", ["checkpoint is missing"]),
+    ("export checkpoint=trained out=notes", ["out=notes", "exists"]),
+    ("export checkpoint=trained out=x format=gguf", ["format=gguf", "hf"]),
+    ("export checkpoint=trained out=x fold=false", ["fold=false", "trained"]),
+    ("export checkpoint=llama out=x", ["checkpoint=llama", "run folder"]),
+    ("eval checkpoint=bert suite=icl", ["checkpoint=bert", "no causal language model"]),
     # Evaluations.
     ("eval", ["suite is missing", "retrieval", "paper_lm"]),
     ("eval suite=icl", ["checkpoint is missing"]),
