@@ -287,6 +287,7 @@ def compare(
     """Compare runs, or with suite=S their evaluations, in a table and a picture.
 
     Runs: means over seeds, parameters, tokens, the token ratio at equal loss, and the loss curves.
+    Adaptations: every variant against attn_only and the base, beside the noise floor.
     Evaluations: differences to the first checkpoint over the same examples, with bootstrap intervals.
 
     \b

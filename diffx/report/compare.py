@@ -12,17 +12,7 @@ from diffx.report.findings import analyse
 from diffx.report.picture import FORMATS, draw
 from diffx.report.runs import group_runs, read_runs, sweep_jobs
 
-_COLUMNS = (
-    "runs",
-    "seeds",
-    "parameters\n(embedding + rest)",
-    "tokens",
-    "final val loss",
-    "bpb",
-    "difference\n[95% interval]",
-    "tokens at\nequal loss",
-    "tokens/s",
-)
+_INTERVAL = "[95% interval]"
 
 
 def compare_runs(paths: list[Path], out: Path | None = None) -> None:
@@ -31,7 +21,7 @@ def compare_runs(paths: list[Path], out: Path | None = None) -> None:
     Runs that differ only in their seed form a group. Beside the picture a JSON file of its name holds every figure.
 
     Args:
-        paths: run folders of ``diffx train``; a sweep folder stands for the job folders in it.
+        paths: run folders of ``diffx train`` or of ``diffx adapt-dex``; a sweep folder stands for the job folders in it.
         out: the picture; None is ``compare.png`` in the sweep folder if one alone was given, else in the current folder.
 
     Raises:
@@ -52,7 +42,10 @@ def compare_runs(paths: list[Path], out: Path | None = None) -> None:
         raise UserError(f"RUN={paths[0]} cannot be compared: no run given has a validation loss yet")
     report = analyse(group_runs(measured))
 
-    reporter.table(make_table(f"runs: {len(measured)}, groups: {len(report['groups'])}", _COLUMNS, map(_row, report["groups"])))
+    rows = [_row(group) for group in report["groups"]]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    title = f"runs: {len(measured)}, groups: {len(rows)}"
+    reporter.table(make_table(title, columns, [[row.get(name, "-") for name in columns] for row in rows]))
     for line in report["warnings"]:
         reporter.warn(line)
     for line in report["sentences"]:
@@ -82,21 +75,28 @@ def _write_json(report: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def _row(group: dict[str, Any]) -> list[str]:
-    count, gap, equal = group["parameters"], group["difference"], group["tokens_at_equal_loss"]
-    loss = group["val/loss"]
-    if gap is None:
-        difference = "baseline" if group["baseline"] == group["label"] else "-"
+def _row(group: dict[str, Any]) -> dict[str, str]:
+    """Cells of a group by column; an adaptation has what it trains in the place of its size, and its difference to the base."""
+    count, equal, loss = group["parameters"] or {}, group["tokens_at_equal_loss"], group["val/loss"]
+    cells = {"runs": group["label"], "seeds": " ".join(map(str, group["seeds"]))}
+    if group["adapted"]:
+        cells["trained\nparameters"] = figure(count["trained"]) if count else "-"
     else:
-        difference = f"{gap['mean']:+.4f}" + (f" [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap["low"] is not None else "")
-    return [
-        group["label"],
-        " ".join(map(str, group["seeds"])),
-        f"{figure(count['embedding'])} + {figure(count['rest'])}" if count else "-",
-        figure(group["tokens"]),
-        f"{loss['mean']:.4f}" + (f" ± {loss['std']:.4f} (n={len(loss['by_seed'])})" if loss["std"] is not None else ""),
-        f"{group['val/bpb']['mean']:.4f}" if group["val/bpb"] else "-",
-        difference,
-        f"{equal['ratio']:.1%}" if equal else "-",
-        figure(group["tokens_per_second"]) if group["tokens_per_second"] else "-",
-    ]
+        cells["parameters\n(embedding + rest)"] = f"{figure(count['embedding'])} + {figure(count['rest'])}" if count else "-"
+    cells |= {
+        "tokens": figure(group["tokens"]),
+        "final val loss": f"{loss['mean']:.4f}" + (f" ± {loss['std']:.4f} (n={len(loss['by_seed'])})" if loss["std"] is not None else ""),
+        "bpb": f"{group['val/bpb']['mean']:.4f}" if group["val/bpb"] else "-",
+        f"difference\n{_INTERVAL}": "baseline" if group["baseline"] == group["label"] else _gap(group["difference"]),
+    }
+    if group["adapted"]:
+        cells[f"to the base\n{_INTERVAL}"] = _gap(group["difference_to_base"])
+    else:
+        cells["tokens at\nequal loss"] = f"{equal['ratio']:.1%}" if equal else "-"
+    return cells | {"tokens/s": figure(group["tokens_per_second"]) if group["tokens_per_second"] else "-"}
+
+
+def _gap(gap: dict[str, Any] | None) -> str:
+    if gap is None:
+        return "-"
+    return f"{gap['mean']:+.4f}" + (f" [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap["low"] is not None else "")

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from diffx.console import figure
-from diffx.report.runs import SHAPE_KEYS, Group, as_word
+from diffx.report.adaptations import CONTROL, noise_floor, read_adaptations
+from diffx.report.runs import BASE, SHAPE_KEYS, Group, as_word, base_groups
 from diffx.report.scaling import PowerLaw, fit_power_law
 from diffx.report.statistics import paired_difference, tokens_at_equal_loss
 
@@ -15,11 +16,19 @@ from diffx.report.statistics import paired_difference, tokens_at_equal_loss
 def analyse(groups: list[Group]) -> dict[str, Any]:
     """Work out every figure of the comparison, JSON-able: groups, scaling, warnings and sentences.
 
-    Losses are in nats a token; ``difference`` and ``tokens_at_equal_loss`` are against the group's baseline.
+    Losses are in nats a token; ``difference`` and ``tokens_at_equal_loss`` are against the group's baseline. Adaptations have the
+    pretrained model as a group of its own, first, ``difference_to_base``, and ``noise_floor``.
     """
     groups, warnings = _leave_out_unfinished(groups)
+    warnings += _warnings(groups)
+    bases = base_groups(groups)
+    groups = [*{base.label: base for base in bases.values()}.values(), *groups]
     baselines = [_baseline(group, groups) for group in groups]
-    rows = [_figures(group, base) for group, base in zip(groups, baselines, strict=True)]
+    rows = [_figures(group, base, bases.get(group.label)) for group, base in zip(groups, baselines, strict=True)]
+    if bases:
+        noise = noise_floor(rows)
+        sentences, faults = read_adaptations(rows, noise)
+        return {"groups": rows, "scaling": None, "noise_floor": noise, "warnings": warnings + faults, "sentences": sentences}
     scaling = _scaling(groups)
     sentences = [_verdict(base, rows) for base in dict.fromkeys(b.label for b in baselines if b is not None)]
     sentences += [row["tokens_at_equal_loss"]["sentence"] for row in rows if row["tokens_at_equal_loss"]]
@@ -29,7 +38,7 @@ def analyse(groups: list[Group]) -> dict[str, Any]:
         )
     if scaling:
         sentences += [law["sentence"] for law in scaling["laws"]] + [pair["sentence"] for pair in scaling["equal_loss"]]
-    return {"groups": rows, "scaling": scaling, "warnings": warnings + _warnings(groups), "sentences": [s for s in sentences if s]}
+    return {"groups": rows, "scaling": scaling, "warnings": warnings, "sentences": [s for s in sentences if s]}
 
 
 def _leave_out_unfinished(groups: list[Group]) -> tuple[list[Group], list[str]]:
@@ -47,35 +56,39 @@ def _leave_out_unfinished(groups: list[Group]) -> tuple[list[Group], list[str]]:
 
 
 def _baseline(group: Group, groups: list[Group]) -> Group | None:
-    """The transformer (else the first architecture given); of several, the one with the group's shape and recipe."""
+    """The transformer or ``attn_only`` (else the first architecture given); of several, the one with the group's shape and recipe."""
     kinds = [g.kind for g in groups]
-    pool = [g for g in groups if g.kind == ("transformer" if "transformer" in kinds else kinds[0])]
+    pool = [g for g in groups if g.kind == next((kind for kind in ("transformer", CONTROL) if kind in kinds), kinds[0])]
     if len(pool) == 1 or len(set(kinds)) == 1:
         return pool[0]
     return next((g for g in pool if g.common == group.common), None)
 
 
-def _figures(group: Group, base: Group | None) -> dict[str, Any]:
+def _figures(group: Group, base: Group | None, pretrained: Group | None) -> dict[str, Any]:
+    adapted = "dex.variant" in group.settings
     tokens, losses = group.curves()
     final, bpb = group.final("val/loss"), group.final("val/bpb")
     speeds = [np.median(run.curve("train/tokens_per_second")[1]) for run in group.runs if run.curve("train/tokens_per_second")[1].size]
     difference = difference_curve = equal = None
     if base is not None and base is not group:
         difference = asdict(paired_difference(final, base.final("val/loss")))
-        difference_curve = _difference_curve(group, base)
-        equal = _equal_loss(group, base)
+        difference_curve = None if group.kind == BASE else _difference_curve(group, base)
+        equal = None if adapted else _equal_loss(group, base)  # an adaptation starts from the base's loss and not from chance
     return {
         "label": group.label,
         "kind": group.kind,
+        "adapted": adapted,
         "runs": [str(run.path) for run in group.runs],
         "seeds": list(final),
         "parameters": group.parameters,
-        "tokens": max(run.curve("val/loss")[0][-1] for run in group.runs),
+        "tokens": 0.0 if group.kind == BASE else max(run.curve("val/loss")[0][-1] for run in group.runs),
         "val/loss": _spread(final),
         "val/bpb": _spread(bpb),
         "tokens_per_second": float(np.mean(speeds)) if speeds else None,
         "baseline": base.label if base else None,
         "difference": difference,
+        "difference_to_base": asdict(paired_difference(final, pretrained.final("val/loss"))) if pretrained else None,
+        "branch": next((run.summary["branch"] for run in group.runs if run.summary.get("branch")), None),
         "tokens_at_equal_loss": equal,
         "curve": _curve(tokens, losses),
         "difference_curve": difference_curve,

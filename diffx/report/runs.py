@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from diffx.config import UserError
 from diffx.config.bridge import load_config
+from diffx.config.dex import AdaptJob, DexConfig, Variant
 from diffx.config.model import MODEL_CONFIGS, ModelConfig
 from diffx.config.train import TrainJob
 
@@ -23,6 +24,8 @@ _BOOKKEEPING = {"seed", "device", "train.tokens"} | {
     f"train.{name}" for name in ("resume", "log_every", "eval_every", "save_every", "keep_last", "sample_prompt", "sample_tokens")
 }
 _BASE_MODEL_KEYS = {f"model.{f.name}" for f in fields(ModelConfig)} - {"model.kind"}
+BASE = "base"  # the kind of a pretrained model, beside the variants adapted from it
+_KINDS = ("model.kind", "dex.variant")  # what is compared: architectures, or variants of an adaptation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +41,7 @@ class Run:
     """
 
     path: Path
-    job: TrainJob
+    job: TrainJob | AdaptJob
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
     data: dict[str, Any]
@@ -59,17 +62,20 @@ def read_run(path: str | Path) -> Run:
     """Read a run folder; one that is still going, or was killed, reads as far as it got.
 
     Raises:
-        UserError: it is no run folder of ``diffx train``, or one of its files is damaged.
+        UserError: it is no run folder of ``diffx train`` or ``diffx adapt-dex``, or one of its files is damaged.
     """
     path = Path(path)
     if not (path / "config.yaml").is_file():
         reason = "it has no config.yaml" if path.is_dir() else "there is no such folder"
         raise UserError(
-            f"RUN={path} cannot be used: {reason}; give run folders of `diffx train`, or a sweep folder that holds numbered ones"
+            f"RUN={path} cannot be used: {reason}; give run folders of `diffx train` or `diffx adapt-dex`, or a sweep folder that holds "
+            "numbered ones"
         )
     job = load_config(path / "config.yaml")
-    if not isinstance(job, TrainJob):
-        raise UserError(f"RUN={path} cannot be used: its config.yaml is not of `diffx train`; give run folders of `diffx train`")
+    if not isinstance(job, TrainJob | AdaptJob):
+        raise UserError(
+            f"RUN={path} cannot be used: its config.yaml is of another command; give run folders of `diffx train` or `adapt-dex`"
+        )
     return Run(
         path=path,
         job=job,
@@ -112,13 +118,19 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     """Read run folders; a sweep folder stands for the numbered job folders in it, in their order.
 
     Raises:
-        UserError: as ``read_run``.
+        UserError: as ``read_run``; or trained and adapted runs are mixed.
     """
     found: dict[Path, Path] = {}  # a run named twice counts once
     for path in map(Path, paths):
         for folder in sweep_jobs(path) or [path]:
             found.setdefault(folder.resolve(), folder)
-    return [read_run(folder) for folder in found.values()]
+    runs = [read_run(folder) for folder in found.values()]
+    other = next((run for run in runs if run.job.kind != runs[0].job.kind), None)
+    if other:
+        raise UserError(
+            f"RUN={other.path} cannot be compared with {runs[0].path}: one was trained from nothing, the other is an adaptation"
+        )
+    return runs
 
 
 def sweep_jobs(path: Path) -> list[Path]:
@@ -134,7 +146,7 @@ class Group:
     """Runs that differ in nothing but their seed.
 
     Attributes:
-        label: the architecture, and the settings in which the compared groups differ.
+        label: the architecture or the variant, and the settings in which the compared groups differ.
         settings: the config that the runs share, flat: ``model.hidden_size`` and so on.
         runs: at least one, each with a validation.
     """
@@ -145,18 +157,13 @@ class Group:
 
     @property
     def kind(self) -> str:
-        """The architecture."""
-        return self.settings["model.kind"]
+        """The architecture, or the variant of an adaptation."""
+        return _kind(self.settings)
 
     @property
     def common(self) -> dict[str, Any]:
-        """Shape and recipe: the settings that every architecture has."""
+        """Shape and recipe: the settings that every architecture or variant has."""
         return {key: value for key, value in self.settings.items() if not _is_own(key)}
-
-    @property
-    def variant(self) -> dict[str, Any]:
-        """The architecture and its own options."""
-        return {key: value for key, value in self.settings.items() if _is_own(key)}
 
     @property
     def parameters(self) -> dict[str, int] | None:
@@ -186,8 +193,12 @@ class Group:
         return grid, np.stack([np.interp(grid, tokens, losses) for tokens, losses in each])
 
 
+def _kind(settings: dict[str, Any]) -> str:
+    return next(settings[key] for key in _KINDS if key in settings)
+
+
 def _is_own(key: str) -> bool:
-    return key.startswith("model.") and key not in _BASE_MODEL_KEYS
+    return key.startswith("dex.") or (key.startswith("model.") and key not in _BASE_MODEL_KEYS)
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
@@ -200,7 +211,29 @@ def group_runs(runs: list[Run]) -> list[Group]:
     return [Group(label=label, settings=s, runs=group) for label, s, group in zip(labels, settings, members.values(), strict=True)]
 
 
-def _settings(job: TrainJob) -> dict[str, Any]:
+def base_groups(groups: list[Group]) -> dict[str, Group]:
+    """The pretrained model of each group of adaptations as a group of its own, by the adaptations' label; of trained groups there is none.
+
+    Its curve is flat: the loss at step 0 of the runs that started from it and measured it on the same text at the same context length.
+    """
+    members: dict[str, list[Group]] = {}
+    for group in groups:
+        if "dex.variant" in group.settings:
+            same = {k: v for k, v in group.settings.items() if k in ("base", "revision", "train.seq_len") or k.startswith("data.")}
+            members.setdefault(json.dumps(same, sort_keys=True), []).append(group)
+    settings = [{"dex.variant": BASE, **json.loads(same)} for same in members]
+    made: dict[str, Group] = {}
+    for s, label, adapted in zip(settings, _labels(settings), members.values(), strict=True):
+        runs = {run.job.seed: replace(run, metrics=_flat(run), summary={}) for group in adapted for run in group.runs}
+        made |= dict.fromkeys((group.label for group in adapted), Group(label=label, settings=s, runs=list(runs.values())))
+    return made
+
+
+def _flat(run: Run) -> list[dict[str, Any]]:
+    return [{**run.metrics[0], "tokens": tokens} for tokens in run.curve("val/loss")[0]]
+
+
+def _settings(job: TrainJob | AdaptJob) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -212,22 +245,35 @@ def _settings(job: TrainJob) -> dict[str, Any]:
 
     walk("", asdict(job))
     flat["train.steps"] = job.train.num_steps  # however the length was given
+    if isinstance(job, AdaptJob):
+        for key in _unread(job.dex.variant):
+            del flat[key]
     return flat
 
 
-def _labels(settings: list[dict[str, Any]]) -> list[str]:
-    """The architecture, then ``key=value`` for each key in which groups differ.
+def _unread(variant: Variant) -> list[str]:
+    """Options that do not matter to a variant, or that it sets itself: they do not make it another experiment."""
+    names = [] if variant is Variant.lora else ["lora_rank"]
+    if not variant.branches:
+        names += ["heads", "k", "share", "init", "anneal_steps", "calibration_tokens"]
+    elif not variant.anneals:
+        names += ["init", "anneal_steps"]
+    return [f"dex.{name}" for name in names]
 
-    Two things keep labels short: an architecture's own option is left out where it has its default, and of the keys of the shape, which a
+
+def _labels(settings: list[dict[str, Any]]) -> list[str]:
+    """The architecture or variant, then ``key=value`` for each key in which groups differ.
+
+    Two things keep labels short: an own option is left out where it has its default, and of the keys of the shape, which a
     size sets all at once, only those are named that tell apart what the ones before do not.
     """
-    labels = [s["model.kind"] for s in settings]
-    for key in dict.fromkeys(key for s in settings for key in s if key != "model.kind"):
+    labels = [_kind(s) for s in settings]
+    for key in dict.fromkeys(key for s in settings for key in s if key not in _KINDS):
         if len({repr(s[key]) for s in settings if key in s}) < 2:
             continue
-        name = key.removeprefix("model.").removeprefix("train.").removesuffix(".kind")
+        name = key.removeprefix("model.").removeprefix("dex.").removeprefix("train.").removesuffix(".kind")
         named = [
-            f"{label} {name}={as_word(s[key])}" if key in s and not _is_default(s["model.kind"], key, s[key]) else label
+            f"{label} {name}={as_word(s[key])}" if key in s and not _is_default(_kind(s), key, s[key]) else label
             for label, s in zip(labels, settings, strict=True)
         ]
         if key not in SHAPE_KEYS or len(set(named)) > len(set(labels)):
@@ -243,5 +289,5 @@ def as_word(value: Any) -> str:
 def _is_default(kind: str, key: str, value: Any) -> bool:
     if not _is_own(key):
         return False
-    option = key.removeprefix("model.")
-    return any(f.name == option and f.default == value for f in fields(MODEL_CONFIGS[kind]))
+    option = key.removeprefix("model.").removeprefix("dex.")
+    return any(f.name == option and f.default == value for f in fields(DexConfig if key.startswith("dex.") else MODEL_CONFIGS[kind]))
