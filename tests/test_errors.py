@@ -109,6 +109,8 @@ TABLE = [
     ("train --config-dir nowhere", ["--config-dir=nowhere"]),
     ("compare", ["RUN"]),
     ("bench train --rounds 0", ["--rounds"]),
+    ("bench adapt --base nowhere/x", ["base=nowhere/x"]),
+    ("bench adapt --base llama --seq-len 256", ["seq_len=256", "256 tokens at most"]),
     # Types and choices.
     ("train train.lr=fast", ["train.lr=fast", "a number"]),
     ("train train.eval_every=1.5", ["train.eval_every=1.5", "a whole number"]),
