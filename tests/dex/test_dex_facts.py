@@ -21,6 +21,10 @@ def skip_without_peft(variant):
         pytest.importorskip("peft")
 
 
+def lambda_of(branch):
+    return float(branch.lambda_value().detach())
+
+
 class Entering:
     """What enters a module, by forward pre-hook."""
 
@@ -76,7 +80,7 @@ def test_heads_that_are_not_chosen_stay_bit_for_bit_and_the_others_are_as_equati
         expected = o.double().clone()
         for head in first.heads:
             w_d = (first.w_d if share is Share.layer else first.w_d[head]).double()
-            expected[..., head, :] -= float(first.lambda_value().detach()) * o[..., head, :].double() @ w_d
+            expected[..., head, :] -= lambda_of(first) * o[..., head, :].double() @ w_d
         torch.testing.assert_close(new.double(), expected, rtol=1e-5, atol=1e-5)
         weight, bias = first.proj.weight.double(), first.proj.bias
         out = expected.flatten(-2) @ (weight if isinstance(first.proj, Conv1D) else weight.T) + (0 if bias is None else bias.double())
@@ -143,18 +147,18 @@ def test_lambda_is_equation_4(layer):
         a = min(1.0, step / total)
         expected = (1 - a) * (step / total) * lambda_init + a * learned
         branch.set_step(step)
-        assert float(branch.lambda_value()) == pytest.approx(expected, rel=1e-6, abs=0)
+        assert lambda_of(branch) == pytest.approx(expected, rel=1e-6, abs=0)
     assert branch.lambda_value().dtype is torch.float32
-    assert float(branch.lambda_value()) == learned  # from T on it is the learned one, to the last bit
+    assert lambda_of(branch) == learned  # from T on it is the learned one, to the last bit
     branch.set_step(0)
-    assert float(branch.lambda_value()) == 0.0
+    assert lambda_of(branch) == 0.0
 
 
 def test_fixed_lambda_is_lambda_init_at_every_step(make_model, put):
     adapted = put(make_model("llama"), "fixed_lambda")
     for step in (0, 3, 100):
         adapted.set_step(step)
-        assert [float(b.lambda_value()) for b in adapted.branches] == pytest.approx([0.2, 0.8 - 0.6 * math.exp(-0.3)])
+        assert [lambda_of(branch) for branch in adapted.branches] == pytest.approx([0.2, 0.8 - 0.6 * math.exp(-0.3)])
     assert all(branch.lambda_learn is None for branch in adapted.branches)
 
 

@@ -17,12 +17,6 @@ SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, 
 IDS = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(3))
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
-ORDERS = {
-    "transformers first": "from transformers import AutoConfig, AutoModelForCausalLM; AutoConfig; AutoModelForCausalLM; import diffx",
-    "transformers half loaded": "import transformers; from transformers import AutoConfig; import diffx; "
-    "from transformers import AutoModelForCausalLM",
-}
-
 
 @pytest.fixture(params=["transformer", "diff_v1", "diff_v2"])
 def pair(request):
@@ -43,9 +37,9 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_registration_whatever_is_imported_first(order, folder):
-    script = f"{ORDERS[order]}\nmodel = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+def test_registration_where_transformers_was_loaded_before(folder):  # the other way round is what the exports' tests do
+    script = "from transformers import AutoConfig, AutoModelForCausalLM; AutoConfig; AutoModelForCausalLM; import diffx\n"
+    script += f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
     script += f"print(type(model).__name__, type(AutoConfig.from_pretrained({str(folder)!r})).__name__)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["DiffxForCausalLM", "DiffxConfig"], done.stderr[-2000:]

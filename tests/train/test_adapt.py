@@ -369,6 +369,7 @@ adapt(load_config(Path(sys.argv[1])), [])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(run, tmp_path):
     text = (run() / "config.yaml").read_text()
     (tmp_path / "job.yaml").write_text(text.replace(str(run()), str(tmp_path / "two")))
