@@ -66,13 +66,10 @@ def load(
     """
     if not _names_run(spec):
         return _load_pretrained(spec, device, dtype, revision, trust_remote_code)
-    loaded = load_run(spec, device)
-    if dtype is not Dtype.auto:  # a model of ours, or an adapted one
-        loaded.model.to(DTYPES[dtype])
-    return loaded
+    return load_run(spec, device, dtype)
 
 
-def load_run(spec: str, device: Device = Device.auto) -> Loaded:
+def load_run(spec: str, device: Device = Device.auto, dtype: Dtype = Dtype.auto) -> Loaded:
     """Load ``runs/x`` (its newest checkpoint), ``runs/x@best`` or ``runs/x@1000``.
 
     Raises:
@@ -82,12 +79,12 @@ def load_run(spec: str, device: Device = Device.auto) -> Loaded:
     run_dir, folder = find_checkpoint(spec)
     job = load_config(run_dir / "config.yaml")
     if isinstance(job, AdaptJob):
-        return _load_adapted(run_dir, folder, job, where)
+        return _load_adapted(run_dir, folder, job, where, dtype)
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     model = build_model(dataclasses.replace(job.model, vocab_size=job.model.vocab_size or tokenizer.vocab_size))
     model.load_state_dict(load_file(folder / WEIGHTS))
     return Loaded(
-        model.to(where).eval(),
+        model.to(where, DTYPES.get(dtype)).eval(),
         tokenizer,
         name=run_dir.resolve().name,
         fingerprint=read_state(folder)["sha256"][WEIGHTS],
@@ -101,12 +98,10 @@ def load_run(spec: str, device: Device = Device.auto) -> Loaded:
     )
 
 
-def _load_adapted(run_dir: Path, folder: Path, job: AdaptJob, where: torch.device) -> Loaded:
-    wanted: torch.dtype | str = torch.float32 if where.type == "cpu" else "auto"
-    base, adapted = restore(run_dir, folder, job, where, wanted)
-    model: Any = adapted.model
+def _load_adapted(run_dir: Path, folder: Path, job: AdaptJob, where: torch.device, dtype: Dtype) -> Loaded:
+    base, adapted = restore(run_dir, folder, job, where, _wanted(dtype, where))
     return Loaded(
-        model.to(base.dtype).eval(),  # one type for all; W_D and lambda stay fp32 in themselves
+        adapted.model.eval(),
         base.tokenizer,
         name=run_dir.resolve().name,
         fingerprint=read_state(folder)["sha256"][WEIGHTS],
@@ -130,8 +125,7 @@ def _names_run(spec: str) -> bool:
 
 def _load_pretrained(spec: str, device: Device, dtype: Dtype, revision: str | None, trust_remote_code: bool) -> Loaded:
     where = pick_device(device)
-    wanted = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")
-    found = load_pretrained("checkpoint", spec, wanted, where, revision, trust_remote_code)
+    found = load_pretrained("checkpoint", spec, _wanted(dtype, where), where, revision, trust_remote_code)
     return Loaded(
         found.model,
         found.tokenizer,
@@ -144,3 +138,8 @@ def _load_pretrained(spec: str, device: Device, dtype: Dtype, revision: str | No
         prefix=found.prefix,
         ends=found.ends,
     )
+
+
+def _wanted(dtype: Dtype, where: torch.device) -> torch.dtype | str:
+    """The type to load a pretrained model in: what was asked for, else its own, or fp32 on a CPU."""
+    return DTYPES.get(dtype, torch.float32 if where.type == "cpu" else "auto")

@@ -7,7 +7,6 @@ what is trained, and nothing of what is frozen.
 import dataclasses
 import errno
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,18 @@ from diffx.config import RunError, UserError
 from diffx.config.dex import CRITERIA, AdaptJob
 from diffx.config.train import Precision
 from diffx.console import Reporter, duration, make_table
-from diffx.data import Batches, Corpus, open_data
+from diffx.data import Batches, Corpus
 from diffx.dex.attach import Adapted, attach, parameter_counts
 from diffx.dex.heads import Plan, choose_heads, draw_heads, load_plan
 from diffx.dex.layer import projection_weight
 from diffx.dex.layout import Layer, find_layers
 from diffx.dex.pretrained import Pretrained, free_memory, load_pretrained
 from diffx.dex.watch import Watch
-from diffx.train.checkpoint import WEIGHTS, newest_intact
+from diffx.train.checkpoint import WEIGHTS
 from diffx.train.folder import make_folder, new_folder, note_resume, run_name, settle, write_json
 from diffx.train.loop import Fit, fit
 from diffx.train.parallel import World, autocast, join_world, leave_world, precision_of
-from diffx.train.run import open_tracker, say_read
+from diffx.train.run import open_corpus, open_tracker, take_up
 
 ADAPTER = "adapter"
 
@@ -86,27 +85,13 @@ def _adapt(job: AdaptJob, words: list[str], world: World, reporter: Reporter) ->
     _same_base(base, resumed)
     layers = find_layers(base.model, {"input_ids": torch.tensor([[0, 1]], device=world.device)})
     _enough_context(job, base)
-    if world.main:
-        with reporter.progress("corpus", None, unit="MB") as bar:
-            corpus = open_data(job.data, base.tokenizer, progress=partial(say_read, bar))
-    world.barrier()
-    if not world.main:
-        corpus = open_data(job.data, base.tokenizer)
+    corpus = open_corpus(job.data, base.tokenizer, world, reporter)
     if corpus.tokenizer.fingerprint != base.tokenizer.fingerprint:
         raise UserError(
             f"data={job.data.kind} cannot be used with base={job.base}: its tokens come from another tokenizer; prepare it with "
             f"tokenizer=hf tokenizer.name={job.base}, or give text"
         )
-    sequences = int(job.train.batch_tokens) // job.train.seq_len
-    batches = corpus.batches(job.train.seq_len, sequences, job.seed, world.rank, world.size)
-    found = newest_intact(resumed, reporter.warn) if resumed else None
-    if found:
-        batches.load_state_dict(found[1]["data"])
-        done = found[1]["progress"]["step"]
-        if done > job.train.num_steps:
-            raise UserError(
-                f"train.steps={job.train.num_steps} cannot be used: the run in {resumed} has done {done} steps already; give more"
-            )
+    batches, found = take_up(job, corpus, world, resumed, reporter)
     plan = _plan(job, base, layers, corpus, resumed, reporter)
     plan = Plan(**json.loads(world.share(json.dumps(dataclasses.asdict(plan)))))  # where rounding differs, the main process decides
     adapted = attach(base.model, layers, job.dex, plan.heads, int(job.dex.anneal_steps or 0), job.seed)

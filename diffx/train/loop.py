@@ -139,7 +139,7 @@ def fit(
         reporter: says what happens.
         resume: a checkpoint's folder and state, as ``newest_intact`` found them.
         probe: gives figures for the log; it is handed a call that runs the model on one sequence, for what it looks at by hooks.
-        on_step: told the number of steps done before each step, and before each evaluation (DEX sets lambda(t) by it).
+        on_step: told the number of steps done, at the start and after each step (DEX sets lambda(t) by it).
 
     Raises:
         RunError: the loss is not finite, or the disk is full.
@@ -159,13 +159,13 @@ def fit(
         now, validation = Progress(**state["progress"]), state["validation"]
         reporter.line(f"resumed from step {now.step} ({checkpoint})")
 
+    if on_step is not None:
+        on_step(now.step)
     eot = corpus.tokenizer.eot_id
     last, batch_tokens = config.num_steps, int(config.batch_tokens)
 
     def measure() -> str:
         nonlocal validation
-        if on_step is not None:
-            on_step(now.step)
         validation = evaluate(model, corpus, config, world)
         if not math.isfinite(validation["val/loss"]):
             raise _not_finite("validation loss", validation["val/loss"], now.step, "all held-out text", run_dir, reporter)
@@ -194,8 +194,6 @@ def fit(
         while now.step < last:
             # Data
             batch = next(batches)
-            if on_step is not None:
-                on_step(now.step)
             rate = learning_rate(now.step, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -208,6 +206,8 @@ def fit(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             now.step += 1
+            if on_step is not None:
+                on_step(now.step)
             now.tokens += batch_tokens
             now.val_loss = None
             unread.append((now.step, loss, batch.position))

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from diffx.config import RunError, UserError
+from diffx.config.data import DataConfig, TokenizerConfig
 from diffx.config.dex import AdaptJob
 from diffx.config.train import TrainJob
 from diffx.console import Bar, Reporter, duration, figure, make_table
 from diffx.data import Batches, Corpus, open_data
 from diffx.data.ngram import baselines
-from diffx.data.tokenizers import load_tokenizer
+from diffx.data.tokenizers import Tokenizer, load_tokenizer
 from diffx.models import Decoder, build_model, generate, init_weights
 from diffx.tracking import NullTracker, Tracker
 from diffx.train.checkpoint import WEIGHTS, find_checkpoint, newest_intact
@@ -55,29 +56,15 @@ def train(job: TrainJob, words: list[str]) -> Path:
 
 def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter) -> Path:
     job, resumed = settle(job, words)
-    # Everything that can be refused is tried before anything is written. The main process fills the caches, the others find them.
+    # Everything that can be refused is tried before anything is written.
     # A resumed run keeps the tokenizer in its folder: one trained anew could differ, and what made it may be gone.
     tokenizer = load_tokenizer(resumed / "tokenizer") if resumed and (resumed / "tokenizer").is_dir() else job.tokenizer
-    if world.main:
-        with reporter.progress("corpus", None, unit="MB") as bar:
-            corpus = open_data(job.data, tokenizer, progress=partial(say_read, bar))
-    world.barrier()
-    if not world.main:
-        corpus = open_data(job.data, tokenizer)
+    corpus = open_corpus(job.data, tokenizer, world, reporter)
     if job.data.kind == "shards" and corpus.tokenizer.kind != job.tokenizer.kind and any(word.startswith("tokenizer") for word in words):
         raise UserError(
             f"tokenizer={job.tokenizer.kind} cannot be used with data=shards: these hold {corpus.tokenizer.kind} tokens; leave it out"
         )
-    sequences = int(job.train.batch_tokens) // job.train.seq_len
-    batches = corpus.batches(job.train.seq_len, sequences, job.seed, world.rank, world.size)
-    found = newest_intact(resumed, reporter.warn) if resumed else None
-    if found:
-        batches.load_state_dict(found[1]["data"])
-        done = found[1]["progress"]["step"]
-        if done > job.train.num_steps:
-            raise UserError(
-                f"train.steps={job.train.num_steps} cannot be used: the run in {resumed} has done {done} steps already; give more"
-            )
+    batches, found = take_up(job, corpus, world, resumed, reporter)
     model = _build(job, corpus, world, initial=found is None)
     folder = resumed or Path(world.share(str(new_folder(job))))
     if world.main:
@@ -96,6 +83,36 @@ def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter) ->
         reporter.close_log()
 
 
+def open_corpus(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, world: World, reporter: Reporter) -> Corpus:
+    """Open a corpus: the main process fills the caches, the others find them."""
+    if world.main:
+        with reporter.progress("corpus", None, unit="MB") as bar:
+            corpus = open_data(data, tokenizer, progress=partial(_say_read, bar))
+    world.barrier()
+    return corpus if world.main else open_data(data, tokenizer)
+
+
+def take_up(
+    job: TrainJob | AdaptJob, corpus: Corpus, world: World, resumed: Path | None, reporter: Reporter
+) -> tuple[Batches, tuple[Path, dict[str, Any]] | None]:
+    """Give this process's batches, at the step of the newest intact checkpoint of a resumed run, and that checkpoint.
+
+    Raises:
+        UserError: the batches cannot be cut like that, or the run has done more steps than the job asks for.
+    """
+    sequences = int(job.train.batch_tokens) // job.train.seq_len
+    batches = corpus.batches(job.train.seq_len, sequences, job.seed, world.rank, world.size)
+    found = newest_intact(resumed, reporter.warn) if resumed else None
+    if found:
+        batches.load_state_dict(found[1]["data"])
+        done = found[1]["progress"]["step"]
+        if done > job.train.num_steps:
+            raise UserError(
+                f"train.steps={job.train.num_steps} cannot be used: the run in {resumed} has done {done} steps already; give more"
+            )
+    return batches, found
+
+
 def _run(
     job: TrainJob,
     corpus: Corpus,
@@ -112,7 +129,7 @@ def _run(
     rivals: dict[str, dict[str, float]] = {}
     if world.main:
         with reporter.progress("n-gram baselines", None, unit="MB") as bar:
-            rivals = baselines(corpus, progress=partial(say_read, bar))
+            rivals = baselines(corpus, progress=partial(_say_read, bar))
     for name, values in rivals.items():
         reporter.line(f"{name}: " + ", ".join(f"{value:.4f} {unit}" for unit, value in values.items()))
     reporter.line(
@@ -156,8 +173,7 @@ def open_tracker(
     return Tracker(folder, job.wandb, run_name(job), dataclasses.asdict(job), reporter.warn, step, float(spent["seconds"]))
 
 
-def say_read(bar: Bar, stage: str, done: int, total: int | None) -> None:
-    """Show how far a corpus has been read."""
+def _say_read(bar: Bar, stage: str, done: int, total: int | None) -> None:
     bar.at(done // 10**6, stage + (f" of {figure(total)} bytes" if total else ""))
 
 

@@ -158,6 +158,11 @@ def test_lambda_is_the_learned_one_after_annealing_and_fixed_lambda_stays(run):
         assert line["dex/lambda/00"] == pytest.approx(0.2) and line["dex/lambda/01"] == pytest.approx(0.8 - 0.6 * math.exp(-0.3))
 
 
+def test_lambda_is_logged_as_of_its_step(run):
+    a, learned = 4 / 6, weights(run(), 4)["model.model.layers.0.self_attn.o_proj.lambda_learn"]
+    assert rows(run())[4]["dex/lambda/00"] == pytest.approx((1 - a) * a * 0.2 + a * float(learned), rel=1e-6)
+
+
 def test_fixed_lambda_starts_with_zeros_and_says_so(run):
     assert yaml.safe_load((run("fixed_lambda") / "config.yaml").read_text())["dex"]["init"] == "zeros"
     assert yaml.safe_load((run() / "config.yaml").read_text())["dex"]["init"] == "linear"
