@@ -110,7 +110,7 @@ TABLE = [
     ("compare", ["RUN"]),
     ("bench train --rounds 0", ["--rounds"]),
     ("bench adapt --base nowhere/x", ["base=nowhere/x"]),
-    ("bench adapt --base llama --seq-len 256", ["seq_len=256", "256 tokens at most"]),
+    ("bench adapt --base llama --seq-len 257", ["seq_len=257", "256 tokens at most"]),
     # Types and choices.
     ("train train.lr=fast", ["train.lr=fast", "a number"]),
     ("train train.eval_every=1.5", ["train.eval_every=1.5", "a whole number"]),

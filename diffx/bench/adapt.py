@@ -66,8 +66,8 @@ def bench_adapt(out: Path | None, base: str, seq_len: int, batch: int, rounds: i
     where = pick_device(Device(device))
     dtype: torch.dtype | str = "auto" if precision_of(where, Precision.auto) is Precision.bf16 else torch.float32  # as in an adaptation
     found = load_pretrained("base", base, dtype, where)
-    if found.limit is not None and seq_len >= found.limit:
-        raise UserError(f"seq_len={seq_len} cannot be used: {found.name} reads {found.limit} tokens at most, one more than that is needed")
+    if found.limit is not None and seq_len > found.limit:
+        raise UserError(f"seq_len={seq_len} cannot be used: {found.name} reads {found.limit} tokens at most")
     layers = find_layers(found.model, {"input_ids": torch.tensor([[0, 1]], device=where)})
     tokens = torch.randint(found.tokenizer.vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(where)
     report: dict[str, Any] = {

@@ -70,7 +70,7 @@ def test_contestants_do_the_same_and_start_from_the_same_weights(hf_folder):
 def test_input_that_cannot_be_used(hf_folder, tmp_path, capsys):
     with pytest.raises(UserError, match=r"out=.* cannot be used: it must be the name"):
         bench.bench_adapt(tmp_path, str(hf_folder), 8, 1, 1, "cpu")
-    with pytest.raises(UserError, match="seq_len=256 cannot be used: tiny-llama reads 256 tokens at most"):
-        bench.bench_adapt(None, str(hf_folder), 256, 1, 1, "cpu")
+    with pytest.raises(UserError, match="seq_len=257 cannot be used: tiny-llama reads 256 tokens at most"):
+        bench.bench_adapt(None, str(hf_folder), 257, 1, 1, "cpu")
     assert main(["bench", "adapt", "--base", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: base={tmp_path} cannot be used")
