@@ -86,16 +86,20 @@ class DexProjection(nn.Module):
         fixed = self.schedule[:1] * self.lambda_init
         return fixed if self.lambda_learn is None else fixed + self.schedule[1:] * self.lambda_learn
 
-    def branch(self, o: Tensor) -> Tensor:
-        """Give O W_D of every head, for O (B, T, H, d_v)."""
-        w = self.w_d.to(o.dtype)
+    def matrix(self) -> Tensor:
+        """What O is multiplied by and added to, fp32, (d_v, d_v) or (H, d_v, d_v): lambda(t) W_D with the branch's sign."""
+        return self.sign * self.lambda_value() * self.w_d  # lambda in here, and not behind the product, spares a (B, T, D) for the backward
+
+    def change(self, o: Tensor) -> Tensor:
+        """Give O (B, T, H, d_v) times ``matrix``, for every head."""
+        w = self.matrix().to(o.dtype)
         return o @ w if w.ndim == 2 else torch.einsum("...hd,hde->...he", o, w)
 
     def forward(self, o: Tensor) -> Tensor:
         """Map (B, T, H·d_v) to (B, T, D)."""
         heads = o.unflatten(-1, (self.num_heads, self.width))  # (B, T, H, d_v)
-        scale = (self.sign * self.lambda_value() * self.chosen).to(o.dtype)  # (H, 1): a head that is not chosen stays as it is, bit for bit
-        return self.proj(torch.addcmul(heads, self.branch(heads).to(o.dtype), scale).flatten(-2))
+        # chosen is (H, 1): a head that is not stays as it is, bit for bit
+        return self.proj(torch.addcmul(heads, self.change(heads).to(o.dtype), self.chosen.to(o.dtype)).flatten(-2))
 
     @torch.no_grad()
     def folded_weight(self) -> Tensor:
@@ -103,8 +107,8 @@ class DexProjection(nn.Module):
         weight = projection_weight(self.proj).double()
         columns = weight if isinstance(self.proj, Conv1D) else weight.T  # (H·d_v, D)
         per_head = columns.unflatten(0, (self.num_heads, self.width))  # (H, d_v, D)
-        w = self.w_d.double().expand(self.num_heads, self.width, self.width)
-        folded = per_head + (self.sign * self.lambda_value().double() * self.chosen.double())[..., None] * (w @ per_head)
+        w = self.matrix().double().expand(self.num_heads, self.width, self.width)
+        folded = per_head + self.chosen.double()[..., None] * (w @ per_head)
         folded = folded.flatten(0, 1)
         return folded if isinstance(self.proj, Conv1D) else folded.T
 

@@ -90,7 +90,7 @@ def _reader(found: dict[str, Tensor], layer: int) -> Callable[[nn.Module, tuple[
         assert isinstance(branch, DexProjection)
         o = args[0].unflatten(-1, (branch.num_heads, branch.width))  # (B, T, H, d_v)
         lam = branch.lambda_value()
-        change = (lam * branch.branch(o))[..., branch.heads, :].float()
+        change = branch.sign * branch.change(o)[..., branch.heads, :].float()
         o = o[..., branch.heads, :].float()
         size = o.norm()
         found[f"dex/lambda/{layer:02d}"] = lam

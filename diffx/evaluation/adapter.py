@@ -140,7 +140,8 @@ class PretrainedLM:
 
     def __init__(self, lm: LanguageModel, job: EvalJob):
         # a tokenizer of its own: ours reads special tokens as the text they are, which a chat template must not
-        tokenizer = AutoTokenizer.from_pretrained(job.checkpoint, revision=job.revision, trust_remote_code=job.trust_remote_code)
+        where = job.checkpoint if lm.loaded.adapted is None else str(lm.loaded.folder / "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=job.revision, trust_remote_code=job.trust_remote_code)
         self.hflm = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=1)
         self._batch = job.batch
         self.cut = 0
