@@ -203,13 +203,31 @@ def test_in_bf16_the_branch_stays_fp32(export, run):
 # What comes after: evaluation takes the run, folded or not, with equal results.
 
 
-@pytest.mark.parametrize("suite", ["icl suite.shots=[1,2] suite.queries=6 suite.labels=3", "outliers suite.tokens=256"])
+TASK = """
+task: squares
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: [" yes", " no, it is not"]
+doc_to_target: 0
+"""
+
+
+@pytest.mark.parametrize(
+    "suite", ["icl suite.shots=[1,2] suite.queries=6 suite.labels=3", "outliers suite.tokens=256", "harness suite.tasks=[squares]"]
+)
 def test_evaluations_are_equal(suite, run, export, place):
     found = {}
+    tasks = place / "tasks"
+    tasks.mkdir(exist_ok=True)
+    (tasks / "squares.yaml").write_text(TASK.format(path=place / "other.jsonl"))
     for name, spec in (("run", run("dex")), ("folded", export("dex")), ("unfolded", export("dex", fold=False))):
         name_of, *options = suite.split()
         words = ["eval", f"checkpoint={spec}", f"suite={name_of}", *options, "limit=4", "wandb.mode=disabled", "device=cpu"]
         words += ["data=text", f"data.path={place / 'other.jsonl'}"] if name_of == "outliers" else []
+        words += [f"suite.include_path={tasks}"] if name_of == "harness" else []
         before = set(place.rglob("results.json"))
         assert main(words) == 0
         (path,) = set(place.rglob("results.json")) - before
