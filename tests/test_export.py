@@ -65,8 +65,6 @@ def run(place, hf_folder):
     """A run of ``RUNS``; each is made once."""
 
     def run(name):
-        if name == "lora":
-            pytest.importorskip("peft")
         folder = place / "runs" / name
         if not folder.exists():
             adapts = "dex." in RUNS[name]

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from diffx.config import UserError
 from diffx.config.dex import DexConfig, Variant
 from diffx.dex.layer import DexProjection, PartlyTrained, projection_weight
 from diffx.dex.layout import Layer
@@ -138,10 +137,8 @@ def _master(module: nn.Module) -> None:
 
 
 def _lora(model: PreTrainedModel, layers: Sequence[Layer], rank: int, seed: int) -> Any:
-    try:
-        from peft import LoraConfig, LoraModel
-    except ImportError as error:
-        raise UserError("dex.variant=lora cannot be used: peft is not installed; run pip install 'diffx[peft]'") from error
+    from peft import LoraConfig, LoraModel  # slow to import, and only one variant needs it
+
     names = [projection.name for layer in layers for projection in [*layer.queries, *layer.keys, *layer.values]]
     targets = sorted({*names, *(layer.output for layer in layers)})
     torch.manual_seed(seed)

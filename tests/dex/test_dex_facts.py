@@ -16,11 +16,6 @@ EVERY = [variant.value for variant in Variant]
 STEP = 3  # of 8: in the middle of annealing
 
 
-def skip_without_peft(variant):
-    if variant == "lora":
-        pytest.importorskip("peft")
-
-
 def lambda_of(branch):
     return float(branch.lambda_value().detach())
 
@@ -37,7 +32,6 @@ class Entering:
 
 @pytest.mark.parametrize("variant", EVERY)
 def test_at_step_0_the_model_is_the_pretrained_one_bit_for_bit(family, variant, make_model, put, read):
-    skip_without_peft(variant)
     model = make_model(family)
     before = read(model)
     put(model, variant)
@@ -117,7 +111,6 @@ def test_why_it_is_one(init, anneal_steps, w_d, lam, make_model, put, inputs_of)
 
 @pytest.mark.parametrize("variant", EVERY)
 def test_the_fold_is_exact(family, variant, make_model, put, read, shake):
-    skip_without_peft(variant)
     model = make_model(family)
     before = read(model)
     adapted = put(model, variant, share=Share.head if variant == "dex_plus" else Share.layer)
@@ -205,7 +198,6 @@ def test_dex_and_dex_plus_from_the_negated_w_d_are_mirror_images(make_model, put
 
 @pytest.mark.parametrize("variant", EVERY)
 def test_under_a_bf16_base_what_is_trained_is_fp32(variant, make_model, put, inputs_of):
-    skip_without_peft(variant)
     model = make_model("phi3").to(torch.bfloat16)
     adapted = put(model, variant)
     assert {parameter.dtype for parameter in adapted.trained().values()} == {torch.float32}

@@ -76,8 +76,6 @@ def test_gradients_reach_what_the_table_says_and_nothing_else(family, variant, m
 
 @pytest.mark.parametrize("variant", ["dex", "attn_only", "lora"])
 def test_what_is_frozen_stays_bit_for_bit_under_weight_decay(family, variant, make_model, put, inputs_of):
-    if variant == "lora":
-        pytest.importorskip("peft")
     before = {name: value.clone() for name, value in make_model(family).named_parameters()}
     model = make_model(family)
     adapted = put(model, variant)
@@ -112,7 +110,6 @@ def test_full_trains_everything(make_model, put, inputs_of):
 
 
 def test_lora_trains_its_adapters_on_all_four_projections(make_model, put, inputs_of):
-    pytest.importorskip("peft")
     model = make_model("qwen2")
     adapted = put(model, "lora", lora_rank=4)
     gradients = run_steps(model, adapted, inputs_of(model)["input_ids"])

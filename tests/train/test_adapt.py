@@ -57,8 +57,6 @@ def run(place, words):
     """The finished run of a variant; each is made once."""
 
     def run(variant="dex"):
-        if variant == "lora":
-            pytest.importorskip("peft")
         folder = place / variant
         if not folder.exists():
             assert main(words(f"run.dir={folder}", f"dex.variant={variant}")) == 0
