@@ -75,13 +75,15 @@ class DexConfig(PretrainedConfig):
 
 
 class _Later:
-    """Stands for a model class until a model is asked for."""
+    """Stands for a model class until a model is asked for; the class may stand in a room above this one, which loads it by name."""
 
     config_class: type[PretrainedConfig]
+    place: tuple[str, str]
 
     @classmethod
     def model_class(cls) -> Any:
-        raise NotImplementedError
+        module, name = cls.place
+        return getattr(import_module(module), name)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -96,24 +98,14 @@ class DiffxLater(_Later):
     """Our decoders."""
 
     config_class = DiffxConfig
-
-    @classmethod
-    def model_class(cls) -> Any:
-        """The class itself."""
-        from diffx.hub.registered import DiffxForCausalLM
-
-        return DiffxForCausalLM
+    place = ("diffx.hub.registered", "DiffxForCausalLM")
 
 
 class DexLater(_Later):
-    """Adapted models that keep their branch; their class stands in a room above this one, which loads it by name."""
+    """Adapted models that keep their branch."""
 
     config_class = DexConfig
-
-    @classmethod
-    def model_class(cls) -> Any:
-        """The class itself."""
-        return import_module("diffx.dex.registered").DexForCausalLM
+    place = ("diffx.dex.registered", "DexForCausalLM")
 
 
 for later in (DiffxLater, DexLater):

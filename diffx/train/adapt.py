@@ -5,7 +5,6 @@ what is trained, and nothing of what is frozen.
 """
 
 import dataclasses
-import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from diffx.train.checkpoint import WEIGHTS
 from diffx.train.folder import make_folder, new_folder, note_resume, run_name, settle, write_json
 from diffx.train.loop import Fit, fit
 from diffx.train.parallel import World, autocast, join_world, leave_world, precision_of
-from diffx.train.run import open_corpus, open_tracker, take_up
+from diffx.train.run import full_disk_in_a_line, open_corpus, open_tracker, take_up
 
 ADAPTER = "adapter"
 
@@ -62,17 +61,12 @@ def adapt(job: AdaptJob, words: list[str]) -> Path:
     torch.manual_seed(job.seed)
     reporter = Reporter(quiet=not world.main)
     try:
-        return _adapt(job, words, world, reporter)
+        with full_disk_in_a_line(job.run):
+            return _adapt(job, words, world, reporter)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"the memory of {world.device} is full ({str(error).splitlines()[0][:120]}); lower train.micro_batch_size or train.seq_len, or "
             "give train.activation_checkpointing=true; a run that has a checkpoint goes on with train.resume"
-        ) from error
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise RunError(
-            f"no space left on the device while writing {error.filename or job.run.dir or 'the run folder'}; checkpoints are intact"
         ) from error
     finally:
         reporter.close_log()

@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 from diffx.config import RunError, UserError
 from diffx.config.data import DataConfig, TokenizerConfig
 from diffx.config.dex import AdaptJob
-from diffx.config.train import TrainJob
+from diffx.config.train import RunConfig, TrainJob
 from diffx.console import Bar, Reporter, duration, figure, make_table
 from diffx.data import Batches, Corpus, open_data
 from diffx.data.ngram import baselines
@@ -43,13 +45,8 @@ def train(job: TrainJob, words: list[str]) -> Path:
     world = join_world(job.device)
     torch.manual_seed(job.seed)
     try:
-        return _train(job, words, world, Reporter(quiet=not world.main))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise RunError(
-            f"no space left on the device while writing {error.filename or job.run.dir or 'the run folder'}; checkpoints are intact"
-        ) from error
+        with full_disk_in_a_line(job.run):
+            return _train(job, words, world, Reporter(quiet=not world.main))
     finally:
         leave_world()
 
@@ -81,6 +78,19 @@ def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter) ->
         return _run(job, corpus, batches, model, folder, world, reporter, resumed is not None, found)
     finally:
         reporter.close_log()
+
+
+@contextmanager
+def full_disk_in_a_line(run: RunConfig) -> Iterator[None]:
+    """Turn an error of a full disk into a ``RunError``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise RunError(
+            f"no space left on the device while writing {error.filename or run.dir or 'the run folder'}; checkpoints are intact"
+        ) from error
 
 
 def open_corpus(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, world: World, reporter: Reporter) -> Corpus:
