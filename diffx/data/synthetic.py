@@ -22,6 +22,8 @@ from diffx.data.tokenizers import Tokenizer, make_tokenizer
 
 _TEXT_TOKENS = 500_000  # of the text, as many are used
 _DOCUMENTS, _NEEDLES = 20, 40_000  # that a tokenizer is trained on: cities and short numbers are to be one token each
+# Where each form of the curriculum's pairs ends, as a share of it; each form is a small step from the one before.
+_CURRICULUM = ((1 / 2, ("", "")), (4 / 6, ("", ".")), (5 / 6, (" is", "")), (1, (" is", ".")))
 
 
 class Samples:
@@ -43,13 +45,14 @@ class Samples:
         Raises:
             UserError: it is longer than ``data.length``.
         """
-        data, tokenizer, choose = self._data, self._tokenizer, random.Random(key)
-        count = choose.randint(1, data.needles)
-        needles = draw_needles(key, count, choose.randint(1, min(count, data.asked)), choose.random(), data.digits)
+        data, tokenizer = self._data, self._tokenizer
+        choose = random.Random(f"{key}/shape")  # not the needles' own draw, or a city would tell where it stands
+        told = choose.randint(1, data.needles)
+        needles = draw_needles(key, told, choose.randint(1, min(told, data.asked)), choose.random(), data.digits)
         rest = list(zip(needles.cities, needles.numbers, strict=True))[needles.asked :]
         choose.shuffle(rest)
-        told = [(f" {needle_of(city, number)}".removesuffix(f" {number}."), f" {number}.") for city, number in rest]
-        spans = [needles.answer, *(text for pair in told for text in pair)]  # scored and not, in turn
+        again = [(f" {needle_of(city, number)}".removesuffix(f" {number}."), f" {number}.") for city, number in rest]
+        spans = [needles.answer, *(text for pair in again for text in pair)]  # scored and not, in turn
         encoded = tokenizer.encode_batch(spans)
         behind = sum(map(len, encoded[1:]))
         try:
@@ -66,6 +69,35 @@ class Samples:
             mask[place : place + len(ids)] = scored
             place += len(ids)
         return tokens, mask
+
+    def make_pairs(self, key: str, form: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
+        """Make a sample of bare pairs: each needle's city and number, then twice as many of them, drawn anew, whose numbers are scored.
+
+        Args:
+            key: of the sample.
+            form: what stands behind a city, and behind a number.
+
+        Returns:
+            Tokens and loss mask, as ``make`` does.
+        """
+        data, tokenizer, choose = self._data, self._tokenizer, random.Random(f"{key}/pairs")
+        needles = draw_needles(key, data.needles, 1, 0.0, data.digits)
+        told = list(zip(needles.cities, needles.numbers, strict=True))
+        again = choose.choices(told, k=2 * len(told))
+        spans = [text for city, number in told + again for text in (f" {city}{form[0]}", f" {number}{form[1]}")]
+        encoded = tokenizer.encode_batch(spans)
+        used = 1 + sum(map(len, encoded))  # less than the same needles take in sentences
+        tokens = np.full(data.length, tokenizer.eot_id, token_dtype(tokenizer.vocab_size))
+        mask = np.zeros(data.length, np.uint8)
+        tokens[1:used] = list(chain.from_iterable(encoded))
+        mask[1:used] = [index >= 2 * len(told) and index % 2 for index, ids in enumerate(encoded) for _ in ids]
+        return tokens, mask
+
+    def make_training(self, key: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Make the sample that training sees as its ``number``-th: one of the curriculum, as long as that lasts."""
+        share = number / self._data.curriculum if number < self._data.curriculum else 1.0
+        form = next((form for end, form in _CURRICULUM if share < end), None)
+        return self.make(key) if form is None else self.make_pairs(key, form)
 
 
 class SampleBatches:
@@ -89,7 +121,7 @@ class SampleBatches:
         first = self._step * self._batch_size
         rows: list[tuple[np.ndarray, np.ndarray | None]] = []
         for number in range(first + self._rank, first + self._batch_size, self._world_size):
-            tokens, mask = self._samples.make(f"{self._seed}/{number}")
+            tokens, mask = self._samples.make_training(f"{self._seed}/{number}", number)
             rows.append((np.append(tokens, tokens.dtype.type(self._eot)), np.append(mask, np.uint8(0))))
         batch = make_batch(rows, f"batch {self._step}, samples from {first}")
         self._step += 1

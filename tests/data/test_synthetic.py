@@ -69,6 +69,36 @@ def test_samples(corpus):
     assert {len(asked) for _, asked in seen} == {1, 2} and {len(NEEDLE.findall(context)) for context, _ in seen} == {1, 2, 3}
 
 
+def test_a_city_does_not_tell_where_its_needle_stands(corpus):
+    rows = []
+    for inputs, targets in rows_of(corpus.batches(400, 100, seed=0), 4):
+        context, asked = check_sample(corpus, inputs, targets)
+        told = NEEDLE.findall(context)
+        number = dict(told)[asked[0]]
+        rows.append((len(told), len(asked), context.index(f" {number}."), CITIES.index(asked[0]), int(number)))
+    correlations = np.corrcoef(np.array(rows).T)[:3, 3:]
+    assert np.abs(correlations).max() < 4 / len(rows) ** 0.5
+
+
+def test_the_curriculum_goes_from_bare_pairs_to_text(text):
+    data = RetrievalData(path=text, length=400, needles=3, digits=3, val_tokens=4000, val_fraction=0.2, curriculum=12)
+    corpus = open_data(data, BytesTokenizer())
+    rows = rows_of(corpus.batches(400, 3, seed=0), 5)
+    forms = [(r"", r"")] * 6 + [(r"", r"\.")] * 2 + [(r" is", r"")] * 2 + [(r" is", r"\.")] * 2
+    for (inputs, targets), (middle, end) in zip(rows[:12], forms, strict=True):
+        whole = corpus.tokenizer.decode([token for token in inputs.tolist() if token != corpus.tokenizer.eot_id])
+        pairs = re.findall(rf" ([A-Z]\w+){middle} (\d{{3}}){end}", whole)
+        assert len(pairs) == 9 and "".join(f" {city}{middle} {number}{end}" for city, number in pairs).replace("\\", "") == whole
+        assert len(dict(pairs[:3])) == 3 and all(dict(pairs[:3])[city] == number for city, number in pairs[3:])
+        scored = corpus.tokenizer.decode(targets[targets >= 0].tolist())
+        assert scored == "".join(f" {number}{end}" for _, number in pairs[3:]).replace("\\", "")
+    assert len({tuple(inputs.tolist()) for inputs, _ in rows}) == 15
+    for row in rows[12:]:
+        check_sample(corpus, *row)
+    for batch in corpus.val_batches(400, 3):
+        assert "What" in corpus.tokenizer.decode(batch.inputs[0].tolist())
+
+
 def test_held_out_samples_stand_in_held_out_text(corpus, text):
     held_out = " ".join(read_texts(corpus.data, held_out=True)[0])
     batches = list(corpus.val_batches(400, 3))
@@ -130,6 +160,8 @@ def test_refusals(corpus, text):
         RetrievalData(needles=2, asked=3)
     with pytest.raises(UserError, match=r"data\.needles=20 cannot be used"):
         RetrievalData(needles=20, digits=1)
+    with pytest.raises(UserError, match=r"data\.curriculum=-1 cannot be used: it must be zero or more"):
+        RetrievalData(curriculum=-1)
 
 
 def test_a_run_resumes_exactly(text, tmp_path):
