@@ -9,12 +9,11 @@ import typer
 from typer.exceptions import TyperException
 
 from diffx import __version__
+from diffx.cli.bench import SETTINGS, bench
 from diffx.config.errors import RunError, Stopped, UserError
 
-_SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
-app = typer.Typer(name="diffx", **_SETTINGS)
-data = typer.Typer(help="Prepare training data.", **_SETTINGS)
-bench = typer.Typer(help="Measure side by side.", **_SETTINGS)
+app = typer.Typer(name="diffx", **SETTINGS)
+data = typer.Typer(help="Prepare training data.", **SETTINGS)
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 
@@ -63,6 +62,22 @@ def _eval(job: Any, words: list[str]) -> None:
     evaluate(job, words)
 
 
+def _quantize(job: Any, words: list[str]) -> dict[int, str]:
+    """Quantize; returns the folder of results for each number of bits."""
+    from diffx.quantization.run import quantize
+
+    return {bits: str(folder) for bits, folder in quantize(job).items()}
+
+
+def _report_quantization(found: list[dict[Any, str]], sweep: Path | None) -> None:
+    from diffx.report.quantized import report_quantization
+
+    folders = [{int(bits): Path(folder) for bits, folder in own.items()} for own in found]  # JSON's keys are text
+    step = next(iter(folders[0].values())).parents[1]
+    name = folders[0][min(folders[0])].parent.name.rpartition("-")[0] or "quantized"
+    report_quantization(folders, (sweep or step) / f"{name}.png")
+
+
 def _adapt(job: Any, words: list[str]) -> float | None:
     """Adapt; returns the held-out loss, which a sweeper minimises."""
     import json
@@ -97,8 +112,10 @@ def _prepare(job: Any, words: list[str]) -> None:
     reporter.line(f"token shards in {folder}")
 
 
-def _composed(config: str, work: Callable[[Any, list[str]], Any], text: str) -> Callable[..., None]:
-    """Make the command that composes ``config`` from its words and does ``work`` with the job."""
+def _composed(
+    config: str, work: Callable[[Any, list[str]], Any], text: str, after: Callable[[list[Any], Path | None], None] | None = None
+) -> Callable[..., None]:
+    """Make the command that composes ``config`` from its words, does ``work`` with the job, and ``after`` it all what there is to do."""
 
     def candidates(ctx: typer.Context, incomplete: str) -> list[str]:
         from diffx.config.completion import complete
@@ -126,7 +143,7 @@ def _composed(config: str, work: Callable[[Any, list[str]], Any], text: str) -> 
         show = [*(["--cfg", cfg] if cfg else []), *(["--resolve"] if resolve else []), *(["--package", package] if package else [])]
         show += ["--info", info] if info else []
         try:
-            code = launch(config, work, words or [], multirun=multirun, show=show, config_dir=config_dir)
+            code = launch(config, work, words or [], multirun=multirun, show=show, config_dir=config_dir, after=after)
         except Stopped as stop:  # Typer would make 130 of it
             print(stop, file=sys.stderr)
             code = 0
@@ -241,6 +258,28 @@ app.command("eval")(
         """,
     )
 )
+app.command("quantize")(
+    _composed(
+        "quantize",
+        _quantize,
+        """Measure a model at few bits.
+
+        Attention logits or hidden states are rounded while a suite runs, by default the loss on held-out text, and the figures held
+        against those of the model as it is. Several checkpoints (-m) stand in one table and one picture.
+
+        \b
+        Groups: method=attention_logits | activations   suite= data=
+        Keys:   checkpoint= bits=[16,8,6,4] method.scope= suite.KEY= data.path= limit= device= seed= force= and more: --cfg job prints all
+
+        \b
+        Examples:
+          diffx quantize checkpoint=runs/x
+          diffx quantize -m checkpoint=runs/transformer,runs/diff method=activations bits=[8,6,4]
+          diffx quantize checkpoint=Qwen/Qwen2.5-0.5B suite=harness suite.tasks=[hellaswag] limit=200
+        """,
+        _report_quantization,
+    )
+)
 app.command("params")(
     _composed(
         "train",
@@ -305,75 +344,6 @@ def compare(
         from diffx.report.compare import compare_runs
 
         compare_runs([Path(word) for word in words], out)
-
-
-@bench.command("train")
-def bench_train(
-    out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
-    size: Annotated[list[str], typer.Option(help="A size of diffx train; may be given several times.")] = ["nano", "25m"],  # noqa: B006 - Typer's way
-    seq_len: Annotated[list[int], typer.Option(help="A context length in tokens; may be given several times.")] = [512, 2048],  # noqa: B006
-    rounds: Annotated[int, typer.Option(min=1, help="How often each model takes its turn.")] = 5,
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
-) -> None:
-    """Measure training speed and peak memory.
-
-    Every architecture beside transformers' Llama and DiffLlama, taking turns on the same data.
-
-    \b
-    Examples:
-      diffx bench train
-      diffx bench train --size nano --seq-len 512 --rounds 3
-      diffx bench train --out bench.json
-    """
-    from diffx.bench.train import bench_train
-
-    bench_train(out=out, sizes=size, seq_lens=seq_len, rounds=rounds, device=device)
-
-
-@bench.command("eval")
-def bench_eval(
-    checkpoint: Annotated[str, typer.Option(help="A Llama of the Hugging Face hub, by name or folder.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
-    documents: Annotated[int, typer.Option(min=1, help="Documents of each kind of request.")] = 24,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 3,
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
-) -> None:
-    """Measure the harness adapter's requests a second.
-
-    A Llama made into our transformer, beside lm-eval's own class on the original, on the same requests.
-
-    \b
-    Examples:
-      diffx bench eval --checkpoint HuggingFaceTB/SmolLM2-135M
-      diffx bench eval --checkpoint models/smollm2 --documents 16 --out bench.json
-    """
-    from diffx.bench.eval import bench_eval
-
-    bench_eval(out=out, checkpoint=checkpoint, documents=documents, rounds=rounds, device=device)
-
-
-@bench.command("adapt")
-def bench_adapt(
-    base: Annotated[str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
-    seq_len: Annotated[int, typer.Option(min=1, help="Context length in tokens.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 2,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
-) -> None:
-    """Measure what DEX costs on a pretrained model.
-
-    Training steps of dex beside attn_only and peft's LoRA, with peak memory; inference of dex, folded and unfolded, beside the base.
-
-    \b
-    Examples:
-      diffx bench adapt --base Qwen/Qwen2.5-0.5B
-      diffx bench adapt --base models/smollm2 --seq-len 128 --batch 1 --rounds 3
-      diffx bench adapt --base models/smollm2 --out bench.json
-    """
-    from diffx.bench.adapt import bench_adapt
-
-    bench_adapt(out=out, base=base, seq_len=seq_len, batch=batch, rounds=rounds, device=device)
 
 
 def main(argv: list[str] | None = None) -> int:

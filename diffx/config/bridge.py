@@ -19,6 +19,7 @@ from diffx.config.errors import UserError
 from diffx.config.eval import JUDGE_CONFIGS, EvalJob, ExportJob
 from diffx.config.messages import explain, unknown
 from diffx.config.model import MODEL_CONFIGS
+from diffx.config.quantize import METHOD_CONFIGS, QuantizeJob
 from diffx.config.suite import SUITE_CONFIGS
 from diffx.config.train import GenerateJob, PrepareJob, TrainJob
 
@@ -29,6 +30,7 @@ JOBS: dict[str, type] = {
     "generate": GenerateJob,
     "eval": EvalJob,
     "export": ExportJob,
+    "quantize": QuantizeJob,
 }
 GROUPS: dict[str, Mapping[str, type]] = {
     "model": MODEL_CONFIGS,
@@ -36,6 +38,7 @@ GROUPS: dict[str, Mapping[str, type]] = {
     "tokenizer": TOKENIZER_CONFIGS,
     "suite": SUITE_CONFIGS,
     "judge": JUDGE_CONFIGS,
+    "method": METHOD_CONFIGS,
 }
 
 Job = TypeVar("Job")

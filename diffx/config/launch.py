@@ -31,7 +31,7 @@ from diffx.config.messages import explain, keys, unknown
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIGS = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())  # a wheel's, or a checkout's
 _RUN_DIR = "run.dir={} cannot be used in a multirun: each job's folder is <hydra.sweep.dir>/<job number>; set hydra.sweep.dir instead"
-_FAILED = "failed.jsonl"
+_FAILED, _RESULT = "failed.jsonl", "result_{}.json"
 _TEXT_KEYS = ("prompt", "train.sample_prompt")
 
 
@@ -70,6 +70,8 @@ class Task:
         work: what is done with the job.
         given: the words of the command line, a sweep's several values among them.
         argv: the command line.
+        keep: write what ``work`` returned to the sweep's folder, for what is done after it.
+        result: what a single run's ``work`` returned.
         error: what a single run raised.
     """
 
@@ -77,6 +79,8 @@ class Task:
     work: Callable[[Any, list[str]], Any]
     given: list[str]
     argv: list[str]
+    keep: bool = False
+    result: Any = None
     error: Exception | None = None
 
     def __call__(self, cfg: DictConfig) -> Any:
@@ -91,7 +95,11 @@ class Task:
                     raise UserError(_RUN_DIR.format(cfg.run.dir))
                 cfg.run.dir = str(sweep / str(settings.job.num))
                 cfg.wandb.group = cfg.wandb.group or sweep.name
-            return self.work(to_typed(cfg, self.job_class), words)
+            self.result = result = self.work(to_typed(cfg, self.job_class), words)
+            if sweep and self.keep:
+                sweep.mkdir(parents=True, exist_ok=True)
+                (sweep / _RESULT.format(settings.job.num)).write_text(json.dumps(result), encoding="utf-8")
+            return result
         except Exception as error:
             if sweep:
                 _tell(_record(sweep, settings.job.num, words, error), self.given)
@@ -159,6 +167,7 @@ def launch(
     multirun: bool = False,
     show: list[str] | None = None,
     config_dir: Path | None = None,
+    after: Callable[[list[Any], Path | None], None] | None = None,
 ) -> int:
     """Run one command's job, or its sweep, through Hydra.
 
@@ -169,6 +178,7 @@ def launch(
         multirun: run every combination of values.
         show: Hydra's flags that print instead of running (``--cfg job``, ``--info searchpath``).
         config_dir: a folder of configs that come before ours.
+        after: called with what ``work`` returned (JSON-able), for each job that did not fail, and with the sweep's folder, if it is one.
 
     Returns:
         0, or a sweep's exit code: 2 if all of its failed jobs were user errors, else 1.
@@ -183,19 +193,22 @@ def launch(
         cfg = app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
     if show and "--package" in show and OmegaConf.select(cfg, package := show[show.index("--package") + 1]) is None:
         raise UserError(unknown(package, list(keys(cfg))))  # Hydra would end the process
-    task = Task(JOBS[name], work, words, sys.argv)
+    task = Task(JOBS[name], work, words, sys.argv, keep=after is not None)
     if show or not (multirun or cfg.hydra.mode is RunMode.MULTIRUN):
         with _one_line(app, name, words):
             _hydra_main(task, name, [*(show or []), "--", *words])
         if task.error:
             raise task.error
+        if after and not show:
+            after([task.result], None)
         return 0
 
     if "run" in cfg and cfg.run.dir is not None:
         raise UserError(_RUN_DIR.format(cfg.run.dir))
     sweep = Path(cfg.hydra.sweep.dir)
     made = [folder for folder in (sweep, *sweep.parents) if not folder.exists()]
-    (sweep / _FAILED).unlink(missing_ok=True)
+    for stale in (sweep / _FAILED, *sweep.glob(_RESULT.format("*"))):
+        stale.unlink(missing_ok=True)
     # The folder's name holds the time: resolved once, here, it is the same for every job, process and machine.
     words = [*words, "hydra.sweep.dir='" + str(sweep).replace("'", "\\'") + "'"]
     try:
@@ -210,6 +223,9 @@ def launch(
             with suppress(OSError):
                 for folder in made:
                     folder.rmdir()
+    kept = sorted(sweep.glob(_RESULT.format("*")), key=lambda path: int(path.stem.rpartition("_")[2]))
+    if after and kept:
+        after([json.loads(path.read_text(encoding="utf-8")) for path in kept], sweep)
     return min((entry["exit_code"] for entry in failed), default=0)
 
 

@@ -125,9 +125,13 @@ def _training_tokens(context: Context, corpus: np.ndarray) -> tuple[str, TokenAr
 def token_losses(lm: LanguageModel, tokens: Sequence[int], chunk: int) -> np.ndarray:
     """Negative log-likelihood, in nats, of each token (T,) but the first, fp64 (T - 1,).
 
-    The text is read behind a key/value cache, ``chunk`` tokens at a time: memory grows with T, and with chunk · V.
+    The text is read behind a key/value cache, ``chunk`` tokens at a time: memory grows with T, and with chunk · V. Without a cache it is
+    read at once.
     """
     inputs, targets = list(tokens[:-1]), torch.tensor(tokens[1:], device=lm.device)
+    if not lm.caches:
+        places = torch.arange(len(inputs))
+        return -lm.score(torch.tensor([inputs]), torch.zeros_like(places), places, targets)[0].double().cpu().numpy()
     state = lm.start([inputs[:1]])
     losses = [F.cross_entropy(state.logits, targets[:1], reduction="none")]
     for start in range(1, len(inputs), chunk):

@@ -44,9 +44,12 @@ class LanguageModel:
 
     Args:
         loaded: what ``diffx.loading.load`` gave.
+        caches: keep keys and values of what was read. Without, each text is read whole each time, as a quantization needs whose scale
+            is that of a whole text; give it one text at a time then.
 
     Attributes:
-        loaded: the same.
+        loaded: what it was given.
+        caches: the same.
         model: the decoder or the pretrained model.
         tokenizer: text to tokens and back.
         device: where the model is.
@@ -57,7 +60,8 @@ class LanguageModel:
         pads: whether texts of different lengths can share a cache.
     """
 
-    def __init__(self, loaded: Loaded):
+    def __init__(self, loaded: Loaded, caches: bool = True):
+        self.caches = caches
         self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
         self.device = next(loaded.model.parameters()).device
         self.context, self.limit, self.prefix, self.ends = loaded.context, loaded.limit, loaded.prefix, loaded.ends
@@ -111,7 +115,7 @@ class LanguageModel:
     @torch.inference_mode()
     def start(self, texts: list[list[int]]) -> Prefix:
         """Read texts of one token or more into a cache."""
-        if not self.pads and len({len(text) for text in texts}) > 1:
+        if not self.caches or (not self.pads and len({len(text) for text in texts}) > 1):
             return self._reread(texts)
         ids, padding = self._padded(texts)
         if self._theirs is None:
@@ -155,8 +159,7 @@ class LanguageModel:
         stop = stop or []
         tail = max(map(len, stop), default=0) + 8  # tokens that may hold a stop string that ends now
         state = self.start(prompts)
-        if self._theirs is None:
-            state = self._select(state, list(range(len(prompts))), max_tokens)
+        self._make_room(state, max_tokens)
         drawn: list[list[int]] = [[] for _ in prompts]
         active = set(range(len(prompts)))
         for step in range(max_tokens):
@@ -171,22 +174,21 @@ class LanguageModel:
                         active.remove(row)
             if not active or step + 1 == max_tokens:
                 break
-            state.logits = self._append(state, chosen[:, None], [0] * len(prompts), keep=1)[:, -1]
+            self._read_on(state, chosen)
         return drawn
 
     def sample(self, prompt: list[int], max_tokens: int, *, temperature: float, top_k: int, top_p: float, seed: int) -> Iterator[int]:
         """Continue a prompt, yielding each token as soon as it is drawn; see ``diffx.models.generate`` for the arguments."""
         generator = torch.Generator().manual_seed(seed)
         state = self.start([prompt])
-        if self._theirs is None:
-            state = self._select(state, [0], max_tokens)
+        self._make_room(state, max_tokens)
         for _ in range(max_tokens):
             token = sample(state.logits[0], temperature, top_k, top_p, generator)
             if token in self.ends:
                 return
             yield token
             with torch.inference_mode():  # not around the yield, where the caller's code runs
-                state.logits = self._append(state, torch.tensor([[token]], device=self.device), [0], keep=1)[:, -1]
+                self._read_on(state, torch.tensor([token], device=self.device))
 
     @torch.inference_mode()
     def observe(
@@ -233,6 +235,19 @@ class LanguageModel:
             prefix.valid = torch.cat([before if prefix.valid is None else prefix.valid, real], dim=1)
         assert self._theirs is not None
         return self._theirs(input_ids=ids, past_key_values=prefix.cache, use_cache=True, **options).logits[:, -keep:].float()
+
+    def _make_room(self, prefix: Prefix, tokens: int) -> None:
+        """Let our cache hold more tokens; theirs grows by itself."""
+        if self._theirs is None and prefix.cache is not None:
+            prefix.cache = prefix.cache.select(torch.arange(len(prefix.tokens), device=self.device), tokens)
+
+    def _read_on(self, prefix: Prefix, chosen: Tensor) -> None:
+        """Read one token more of each text, chosen (B,), in the prefix's place."""
+        if prefix.cache is None:
+            prefix.tokens = [[*text, token] for text, token in zip(prefix.tokens, chosen.tolist(), strict=True)]  # device sync
+            prefix.logits = self._reread(prefix.tokens).logits
+        else:
+            prefix.logits = self._append(prefix, chosen[:, None], [0] * len(chosen), keep=1)[:, -1]
 
     def _select(self, prefix: Prefix, rows: list[int], room: int) -> Prefix:
         index = torch.tensor(rows, device=self.device)

@@ -13,7 +13,9 @@ import math
 import os
 import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 
 import zstandard
 from filelock import FileLock, Timeout
+from torch import nn
 
 import diffx
 from diffx.config import UserError
@@ -32,6 +35,24 @@ from diffx.evaluation.suite import Context, Example, Metric, Record
 from diffx.loading import load
 from diffx.tracking import show_evaluation
 from diffx.train.folder import write_json
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is done to a model while a suite runs, such as a quantization.
+
+    Attributes:
+        name: ends the name of the folder.
+        settings: part of what the settings hash is of.
+        applied: the change, for as long as a context lasts.
+        caches: whether it is right with a key/value cache; one that looks at whole texts is not.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    applied: Callable[[nn.Module], AbstractContextManager[None]]
+    caches: bool
+
 
 _MODULES = {"attention_allocation": "allocation"}  # where a module's name is not its suites' kind
 _RECORDS = "records.jsonl"
@@ -50,32 +71,38 @@ def evaluate(job: EvalJob, words: list[str]) -> Path:
         UserError: the checkpoint or the suite cannot be used as they are; nothing was made.
         RunError: something outside failed; what was measured is kept, and the same command goes on.
     """
+    return measure(job, LanguageModel(load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code)))
+
+
+def measure(job: EvalJob, lm: LanguageModel, change: Change | None = None, table: bool = True) -> Path:
+    """Run a job's suite on a model, or on one that is changed for that time; see ``evaluate``. The table is printed if ``table``."""
     started = time.time()
     reporter = Reporter()
     module: ModuleType = import_module(f"diffx.evaluation.{_MODULES.get(job.suite.kind, job.suite.kind)}")
-    lm = LanguageModel(load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code))
     context = Context(job, lm, Path(), reporter)
     examples = module.plan(context)
-    settings = _settings(context)
+    settings = _settings(context) | ({"change": change.settings} if change else {})
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder = context.folder = lm.loaded.folder / "evals" / str(lm.loaded.step) / job.suite.name / digest
-    reporter.line(f"{job.suite.name} on {lm.name}, {len(examples)} examples, in {folder}")
+    name = f"{job.suite.name}-{change.name}" if change else job.suite.name
+    folder = context.folder = lm.loaded.folder / "evals" / str(lm.loaded.step) / name / digest
+    reporter.line(f"{name} on {lm.name}, {len(examples)} examples, in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            return _evaluate(module, context, examples, settings, started)
+        with FileLock(folder / ".lock", timeout=0), change.applied(lm.model) if change else nullcontext():
+            return _evaluate(module, context, examples, settings, started, table)
     except Timeout as error:
         raise UserError(f"suite={job.suite.name} cannot be run: another process is writing {folder}") from error
 
 
-def _evaluate(module: ModuleType, context: Context, examples: list[Example], settings: dict[str, Any], started: float) -> Path:
+def _evaluate(module: ModuleType, context: Context, examples: list[Example], settings: dict[str, Any], started: float, table: bool) -> Path:
     job, lm, folder, reporter = context.job, context.lm, context.folder, context.reporter
     _prepare(context, settings)
     finished = folder / "results.json"
     if finished.exists() and (job.judge.kind == "none" or not hasattr(module, "judge")):
         results = json.loads(finished.read_text(encoding="utf-8"))
         reporter.line("measured before with the same settings: these are its figures; force=true measures again")
-        _show(context, [Metric(**metric) for metric in results["metrics"]])
+        if table:
+            _show(context, [Metric(**metric) for metric in results["metrics"]])
         return folder
     records = _answer(module, context, examples)
     seconds = time.time() - started
@@ -103,12 +130,12 @@ def _evaluate(module: ModuleType, context: Context, examples: list[Example], set
     }
     write_json(finished, results)
     (folder / _RECORDS).unlink(missing_ok=True)
-    rows = _show(context, metrics)
+    rows = _show(context, metrics) if table else [_row(metric) for metric in metrics]
     figures = {f"{metric.group}/{metric.name}": metric.value for metric in metrics}
     show_evaluation(
         folder,
         job.wandb,
-        f"{lm.name}-{job.suite.name}",
+        f"{lm.name}-{folder.parent.name}",
         settings,
         [name.replace("\n", " ") for name in _COLUMNS],
         rows,
@@ -116,7 +143,8 @@ def _evaluate(module: ModuleType, context: Context, examples: list[Example], set
         picture,
         reporter.warn,
     )
-    reporter.line(f"results: {finished}   records: {folder / (_RECORDS + '.zst')}   picture: {picture}")
+    if table:
+        reporter.line(f"results: {finished}   records: {folder / (_RECORDS + '.zst')}   picture: {picture}")
     return folder
 
 

@@ -20,6 +20,7 @@ from diffx.models import Decoder
 from diffx.models.attention import Attention
 from diffx.models.diff_v1 import DiffV1Attention
 from diffx.models.diff_v2 import DiffV2Attention
+from diffx.ops import QuantizedLogits, attending_by
 
 _NAME = "diffx_observed"  # our attention function's in transformers' interface
 _ROWS = 256  # query rows of a map that are formed at once
@@ -105,7 +106,7 @@ def observing(model: nn.Module, attention: AttentionCallback | None = None, hidd
     ours = isinstance(model, Decoder)
     with ExitStack() as stack:
         if hidden is not None:
-            for layer, block in enumerate(model.layers if isinstance(model, Decoder) else _blocks(model)):
+            for layer, block in enumerate(decoder_blocks(model)):
                 stack.enter_context(block.register_forward_hook(_hidden_hook(layer, hidden)))
         if attention is not None and ours:
             for module in model.modules():
@@ -123,8 +124,14 @@ def _hidden_hook(layer: int, tell: HiddenCallback) -> Callable[..., None]:
     return hook
 
 
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks of a model of transformers: its outermost list of as many modules as its config says that it has layers."""
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a decoder: for ``transformers``, its outermost list of as many modules as its config says that it has layers.
+
+    Raises:
+        UserError: there is none.
+    """
+    if isinstance(model, Decoder):
+        return model.layers
     if isinstance(model, PreTrainedModel):
         layers = model.config.get_text_config().num_hidden_layers
         for module in model.get_decoder().modules():
@@ -215,6 +222,33 @@ def attending_with(model: PreTrainedModel, attend: Callable[..., Any]) -> Iterat
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[None]:
+    """Let a model, ours or one of ``transformers``, quantize its attention logits for as long as the context lasts.
+
+    Raises:
+        UserError: the model's attention does not go through ``transformers``' interface, or is more than queries, keys and a mask.
+    """
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        extra = [name for name in (*_UNSEEN, "softcap") if kwargs.get(name) is not None]
+        if extra or (attention_mask is not None and attention_mask.dtype != torch.bool):
+            raise _cannot_see(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
+        causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, heads, width)
+        sets = 2 if isinstance(module, DiffLlamaAttention) else 1  # the A1 of its heads stand before their A2
+        return quantized.attention(q, k, v, bool(causal), kwargs.get("scaling"), mask=attention_mask, sets=sets), None
+
+    if any(isinstance(module, Decoder) for module in model.modules()):
+        with attending_by(quantized):
+            yield
+    elif isinstance(model, PreTrainedModel):
+        with attending_with(model, attend):
+            yield
+    else:
+        raise _cannot_see(model, "is no model of transformers")
 
 
 def _diffllama_lambda(module: DiffLlamaAttention) -> Tensor:

@@ -8,7 +8,10 @@ Notation, one layout everywhere, (B, T, H, D):
     d       width of a query or key; dv width of a value
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from torch import Tensor
 from diffx.ops import blocks, reference, sdpa
 
 _IMPLEMENTATIONS = {"reference": reference, "sdpa": sdpa, "blocks": blocks}
+_instead: Any = None  # what `attending_by` was given
 
 
 def attention(
@@ -117,9 +121,20 @@ def _eager_cpu(q: Tensor) -> bool:
     return q.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _pick(impl: str | None, default: ModuleType) -> ModuleType:
+@contextmanager
+def attending_by(implementation: Any) -> Iterator[None]:
+    """Let another implementation, such as ``QuantizedLogits``, serve all calls that do not name one, for as long as the context lasts."""
+    global _instead
+    before, _instead = _instead, implementation
+    try:
+        yield
+    finally:
+        _instead = before
+
+
+def _pick(impl: str | None, default: ModuleType) -> Any:
     if impl is None:
-        return default
+        return _instead or default
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(_IMPLEMENTATIONS)}, or None")
     return _IMPLEMENTATIONS[impl]

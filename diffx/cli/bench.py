@@ -1,0 +1,78 @@
+"""``diffx bench``: one command for each thing that is measured side by side."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
+bench = typer.Typer(help="Measure side by side.", **SETTINGS)
+
+
+@bench.command("train")
+def bench_train(
+    out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
+    size: Annotated[list[str], typer.Option(help="A size of diffx train; may be given several times.")] = ["nano", "25m"],  # noqa: B006 - Typer's way
+    seq_len: Annotated[list[int], typer.Option(help="A context length in tokens; may be given several times.")] = [512, 2048],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="How often each model takes its turn.")] = 5,
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Measure training speed and peak memory.
+
+    Every architecture beside transformers' Llama and DiffLlama, taking turns on the same data.
+
+    \b
+    Examples:
+      diffx bench train
+      diffx bench train --size nano --seq-len 512 --rounds 3
+      diffx bench train --out bench.json
+    """
+    from diffx.bench.train import bench_train
+
+    bench_train(out=out, sizes=size, seq_lens=seq_len, rounds=rounds, device=device)
+
+
+@bench.command("eval")
+def bench_eval(
+    checkpoint: Annotated[str, typer.Option(help="A Llama of the Hugging Face hub, by name or folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents of each kind of request.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 3,
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Measure the harness adapter's requests a second.
+
+    A Llama made into our transformer, beside lm-eval's own class on the original, on the same requests.
+
+    \b
+    Examples:
+      diffx bench eval --checkpoint HuggingFaceTB/SmolLM2-135M
+      diffx bench eval --checkpoint models/smollm2 --documents 16 --out bench.json
+    """
+    from diffx.bench.eval import bench_eval
+
+    bench_eval(out=out, checkpoint=checkpoint, documents=documents, rounds=rounds, device=device)
+
+
+@bench.command("adapt")
+def bench_adapt(
+    base: Annotated[str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
+    seq_len: Annotated[int, typer.Option(min=1, help="Context length in tokens.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Measure what DEX costs on a pretrained model.
+
+    Training steps of dex beside attn_only and peft's LoRA, with peak memory; inference of dex, folded and unfolded, beside the base.
+
+    \b
+    Examples:
+      diffx bench adapt --base Qwen/Qwen2.5-0.5B
+      diffx bench adapt --base models/smollm2 --seq-len 128 --batch 1 --rounds 3
+      diffx bench adapt --base models/smollm2 --out bench.json
+    """
+    from diffx.bench.adapt import bench_adapt
+
+    bench_adapt(out=out, base=base, seq_len=seq_len, batch=batch, rounds=rounds, device=device)

@@ -1,0 +1,1 @@
+"""Low bits: attention logits and hidden states, simulated."""

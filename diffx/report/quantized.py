@@ -1,0 +1,182 @@
+"""What few bits cost: a suite's main figure against the bits, for one checkpoint or for several side by side."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from diffx.config import UserError
+from diffx.config.quantize import EXACT
+from diffx.console import Reporter, make_table
+from diffx.report.compare import write_report
+from diffx.report.evals import paired_rows
+from diffx.report.evaluations import Evaluation
+from diffx.report.picture import COLOURS, TITLE
+from diffx.report.runs import group_runs, read_run
+from diffx.report.statistics import paired_difference
+
+_LOSSES = ("nll", "loss", "perplexity", "bpb")  # scores of which less is better
+_PUBLISHED = (
+    "published (arXiv 2410.05258, section 3.7; attention logits, HellaSwag): DIFF holds from 16 to 6 bits; at 4 bits it is about where the "
+    "Transformer is at 6, and about 25 points above the Transformer at 4"
+)
+Found = dict[int, Path]  # bits to the folder of results
+
+
+def report_quantization(found: list[Found], out: Path) -> None:
+    """Print, draw and write what the bits cost each checkpoint.
+
+    Args:
+        found: of each checkpoint its evaluations by bits, 16 among them; all of one suite and method.
+        out: the picture; beside it a JSON file of its name holds every figure.
+
+    Raises:
+        UserError: the records are damaged.
+        RunError: the picture cannot be written.
+    """
+    reporter = Reporter()
+    report = analyse_quantization(found)
+    reporter.table(make_table(report["title"], *_table(report)))
+    for line in report["sentences"]:
+        reporter.line(line)
+    if report["method"]["kind"] == "attention_logits":
+        reporter.line(_PUBLISHED)
+    write_report(report, out, draw, reporter)
+
+
+def analyse_quantization(found: list[Found]) -> dict[str, Any]:
+    """Work out every figure and sentence, JSON-able."""
+    checkpoints = [{bits: _read(folder) for bits, folder in own.items()} for own in found]
+    first = checkpoints[0]
+    fewest = next(evaluation for bits, evaluation in first.items() if bits != EXACT or len(first) == 1)
+    method = {key: value for key, value in fewest.results["settings"].get("change", {}).items() if key != "bits"}
+    rows = [{bits: paired_rows(own[EXACT].scores(), few.scores()) for bits, few in own.items()} for own in checkpoints]
+    group, score = _headline(rows[0][EXACT])
+    worse = 1 if any(part in score for part in _LOSSES) else -1  # the sign of a change for the worse
+    models = []
+    for label, seeds in _groups([own[EXACT] for own in checkpoints]):
+        members = [rows[index] for index in seeds]
+        bits = sorted(set.intersection(*({*own} for own in members)), reverse=True)
+        models.append(
+            {"label": label, "checkpoints": len(seeds), "by_bits": {b: _figures(members, b, (group, score), worse) for b in bits}}
+        )
+    what = f"{group}, {score}" if group else score
+    return {
+        "title": f"{fewest.results['settings']['suite']['name']}: {what} by bits of {method.get('kind', 'nothing')}",
+        "suite": first[EXACT].results["suite"],
+        "group": group,
+        "score": score,
+        "less_is_better": worse > 0,
+        "method": method,
+        "models": models,
+        "sentences": _sentences(models),
+        "folders": [{bits: str(folder) for bits, folder in own.items()} for own in found],
+    }
+
+
+def _read(folder: Path) -> Evaluation:
+    try:
+        results = json.loads((folder / "results.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be used: its results.json is missing or damaged; run it again with force=true") from error
+    return Evaluation(label=results["checkpoint"]["name"], folder=folder, results=results)
+
+
+def _headline(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """The group and score that stand for the suite: its first average over groups, else its first figure."""
+    row = next((row for row in rows if row["group"].startswith("average")), rows[0])
+    return row["group"], row["score"]
+
+
+def _groups(exact: list[Evaluation]) -> list[tuple[str, list[int]]]:
+    """Label and places of the checkpoints that differ only in their seed; a model of the hub stands alone."""
+    runs = {index: evaluation.run for index, evaluation in enumerate(exact) if (evaluation.run / "config.yaml").is_file()}
+    read = {index: read_run(path) for index, path in runs.items()}
+    places = {id(run): index for index, run in read.items()}
+    found = [(group.label, [places[id(run)] for run in group.runs]) for group in group_runs(list(read.values()))]
+    found += [(evaluation.label, [index]) for index, evaluation in enumerate(exact) if index not in runs]
+    return sorted(found, key=lambda pair: pair[1])
+
+
+def _figures(members: list[dict[int, list[dict[str, Any]]]], bits: int, key: tuple[str, str], worse: int) -> dict[str, Any]:
+    """Value and loss against 16 bits, means over seeds; the interval is over seeds where there are several, else over examples."""
+    rows = [next(row for row in own[bits] if (row["group"], row["score"]) == key) for own in members]
+    loss = [worse * row["difference"] for row in rows]
+    if len(rows) > 1:
+        between = paired_difference(dict(enumerate(loss)), dict.fromkeys(range(len(loss)), 0.0))
+        low, high = between.low, between.high
+    else:
+        ends = [None if rows[0][end] is None else worse * rows[0][end] for end in ("low", "high")]
+        low, high = ends if worse > 0 else ends[::-1]
+    return {
+        "value": float(np.mean([row["value"] for row in rows])),
+        "loss": float(np.mean(loss)),
+        "low": low,
+        "high": high,
+        "n": rows[0]["n"],
+    }
+
+
+def _sentences(models: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    shared = set.intersection(*({*model["by_bits"]} for model in models)) - {EXACT}
+    for bits in sorted(shared, reverse=True):
+        costs = sorted(((model["by_bits"][bits], model["label"]) for model in models), key=lambda pair: pair[0]["loss"])
+        told = ", ".join(f"{label} loses {_change(figures)}" for figures, label in costs)
+        line = f"At {bits} bits, against {EXACT}: {told}."
+        if len(costs) > 1:
+            (least, first), (most, last) = costs[0], costs[-1]
+            apart = least["high"] is not None and most["low"] is not None and least["high"] < most["low"]
+            told = "" if apart else " The intervals overlap or are not known: this is not told from chance."
+            line += f" {first} loses less than {last}, by {most['loss'] - least['loss']:.4f}.{told}"
+        lines.append(line)
+    return lines
+
+
+def _change(figures: dict[str, Any]) -> str:
+    ends = f" [{figures['low']:+.4f}, {figures['high']:+.4f}]" if figures["low"] is not None else ""
+    return f"{figures['loss']:+.4f}{ends}"
+
+
+def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    several = any(model["checkpoints"] > 1 for model in report["models"])
+    over = "seeds" if several else "examples"
+    columns = ["model", "runs", "bits", report["score"], f"change for the worse\n[95% interval over {over}]", "examples"]
+    rows = [
+        [model["label"], str(model["checkpoints"]), str(bits), f"{own['value']:.4f}", _change(own) if bits != EXACT else "-", str(own["n"])]
+        for model in report["models"]
+        for bits, own in model["by_bits"].items()
+    ]
+    return columns, rows
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """The figure against the bits, and what it lost against 16 bits."""
+    canvas = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = canvas.subplots(1, 2)
+    for place, model in enumerate(report["models"]):
+        bits, own = list(model["by_bits"]), list(model["by_bits"].values())
+        look: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": "o", "markersize": 4.5, "linewidth": 1.8}
+        runs = f" ({model['checkpoints']} runs)" if model["checkpoints"] > 1 else ""
+        left.plot(bits, [figures["value"] for figures in own], label=f"{model['label']}{runs}", **look)
+        losses = np.array([figures["loss"] for figures in own])
+        ends = np.array([[figures["loss"] if figures[end] is None else figures[end] for figures in own] for end in ("low", "high")])
+        right.errorbar(bits, losses, yerr=np.abs(ends - losses), capsize=3, **look)
+    shown = sorted({bits for model in report["models"] for bits in model["by_bits"]}, reverse=True)
+    direction = "less is better" if report["less_is_better"] else "more is better"
+    left.set(ylabel=f"{report['score']} ({direction})")
+    right.set(ylabel="change for the worse (bars: 95% interval)")
+    left.set_title(report["title"], **TITLE)
+    right.set_title(f"against {EXACT} bits", **TITLE)
+    right.axhline(0, color="#444444", linewidth=1)
+    for axes in (left, right):
+        axes.set(xlabel=f"bits of {report['method'].get('kind', 'nothing')}")
+        axes.set_xticks(shown, [f"{bits}" for bits in shown])
+        axes.invert_xaxis()
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=9.5)
+    canvas.savefig(path, dpi=150)
