@@ -12,17 +12,19 @@ from diffx.config.quantize import EXACT
 from diffx.console import Reporter, make_table
 from diffx.report.compare import write_report
 from diffx.report.evals import paired_rows
-from diffx.report.evaluations import Evaluation
+from diffx.report.evaluations import Evaluation, Key
 from diffx.report.picture import COLOURS, TITLE
 from diffx.report.runs import group_runs, read_run
 from diffx.report.statistics import paired_difference
 
 _LOSSES = ("nll", "loss", "perplexity", "bpb")  # scores of which less is better
+_EQUAL = 5e-5  # what is smaller is shown as 0
 _PUBLISHED = (
     "published (arXiv 2410.05258, section 3.7; attention logits, HellaSwag): DIFF holds from 16 to 6 bits; at 4 bits it is about where the "
     "Transformer is at 6, and about 25 points above the Transformer at 4"
 )
 Found = dict[int, Path]  # bits to the folder of results
+Scores = dict[Key, dict[str, float]]
 
 
 def report_quantization(found: list[Found], out: Path) -> None:
@@ -52,16 +54,15 @@ def analyse_quantization(found: list[Found]) -> dict[str, Any]:
     first = checkpoints[0]
     fewest = next(evaluation for bits, evaluation in first.items() if bits != EXACT or len(first) == 1)
     method = {key: value for key, value in fewest.results["settings"].get("change", {}).items() if key != "bits"}
-    rows = [{bits: paired_rows(own[EXACT].scores(), few.scores()) for bits, few in own.items()} for own in checkpoints]
-    group, score = _headline(rows[0][EXACT])
+    scores = [{bits: evaluation.scores() for bits, evaluation in own.items()} for own in checkpoints]
+    group, score = _headline(paired_rows(scores[0][EXACT], scores[0][EXACT]))
     worse = 1 if any(part in score for part in _LOSSES) else -1  # the sign of a change for the worse
     models = []
     for label, seeds in _groups([own[EXACT] for own in checkpoints]):
-        members = [rows[index] for index in seeds]
-        bits = sorted(set.intersection(*({*own} for own in members)), reverse=True)
-        models.append(
-            {"label": label, "checkpoints": len(seeds), "by_bits": {b: _figures(members, b, (group, score), worse) for b in bits}}
-        )
+        members = [scores[index] for index in seeds]
+        shared = sorted(set.intersection(*({*own} for own in members)), reverse=True)
+        by_bits = {bits: _figures(members, bits, (group, score), worse) for bits in shared}
+        models.append({"label": label, "checkpoints": len(seeds), "by_bits": by_bits})
     what = f"{group}, {score}" if group else score
     return {
         "title": f"{fewest.results['settings']['suite']['name']}: {what} by bits of {method.get('kind', 'nothing')}",
@@ -84,7 +85,7 @@ def _read(folder: Path) -> Evaluation:
     return Evaluation(label=results["checkpoint"]["name"], folder=folder, results=results)
 
 
-def _headline(rows: list[dict[str, Any]]) -> tuple[str, str]:
+def _headline(rows: list[dict[str, Any]]) -> Key:
     """The group and score that stand for the suite: its first average over groups, else its first figure."""
     row = next((row for row in rows if row["group"].startswith("average")), rows[0])
     return row["group"], row["score"]
@@ -100,23 +101,25 @@ def _groups(exact: list[Evaluation]) -> list[tuple[str, list[int]]]:
     return sorted(found, key=lambda pair: pair[1])
 
 
-def _figures(members: list[dict[int, list[dict[str, Any]]]], bits: int, key: tuple[str, str], worse: int) -> dict[str, Any]:
-    """Value and loss against 16 bits, means over seeds; the interval is over seeds where there are several, else over examples."""
-    rows = [next(row for row in own[bits] if (row["group"], row["score"]) == key) for own in members]
-    loss = [worse * row["difference"] for row in rows]
-    if len(rows) > 1:
-        between = paired_difference(dict(enumerate(loss)), dict.fromkeys(range(len(loss)), 0.0))
-        low, high = between.low, between.high
-    else:
-        ends = [None if rows[0][end] is None else worse * rows[0][end] for end in ("low", "high")]
-        low, high = ends if worse > 0 else ends[::-1]
-    return {
-        "value": float(np.mean([row["value"] for row in rows])),
-        "loss": float(np.mean(loss)),
-        "low": low,
-        "high": high,
-        "n": rows[0]["n"],
-    }
+def _figures(members: list[dict[int, Scores]], bits: int, key: Key, worse: int) -> dict[str, Any]:
+    """Value and loss against 16 bits, means over seeds; the interval is the hull of that over examples and that over seeds."""
+
+    def row(exact: Scores, few: Scores) -> dict[str, Any]:
+        return next(row for row in paired_rows(exact, few) if (row["group"], row["score"]) == key)
+
+    whole = row(_mean([own[EXACT] for own in members]), _mean([own[bits] for own in members]))
+    ends = [] if whole["low"] is None else [worse * whole["low"], worse * whole["high"]]
+    if len(members) > 1:
+        losses = {seed: worse * row(own[EXACT], own[bits])["difference"] for seed, own in enumerate(members)}
+        between = paired_difference(losses, dict.fromkeys(losses, 0.0))
+        ends += [end for end in (between.low, between.high) if end is not None]
+    low, high = (min(ends), max(ends)) if ends else (None, None)
+    return {"value": whole["value"], "loss": worse * whole["difference"], "low": low, "high": high, "n": whole["n"]}
+
+
+def _mean(seeds: list[Scores]) -> Scores:
+    """Every example's mean over seeds."""
+    return {key: {example: float(np.mean([own[key][example] for own in seeds])) for example in first} for key, first in seeds[0].items()}
 
 
 def _sentences(models: list[dict[str, Any]]) -> list[str]:
@@ -126,23 +129,26 @@ def _sentences(models: list[dict[str, Any]]) -> list[str]:
         costs = sorted(((model["by_bits"][bits], model["label"]) for model in models), key=lambda pair: pair[0]["loss"])
         told = ", ".join(f"{label} loses {_change(figures)}" for figures, label in costs)
         line = f"At {bits} bits, against {EXACT}: {told}."
-        if len(costs) > 1:
-            (least, first), (most, last) = costs[0], costs[-1]
+        (least, first), (most, last) = costs[0], costs[-1]
+        gap = most["loss"] - least["loss"]
+        if len(costs) > 1 and gap < _EQUAL:
+            line += " They lose alike."
+        elif len(costs) > 1:
             apart = least["high"] is not None and most["low"] is not None and least["high"] < most["low"]
             told = "" if apart else " The intervals overlap or are not known: this is not told from chance."
-            line += f" {first} loses less than {last}, by {most['loss'] - least['loss']:.4f}.{told}"
+            line += f" {first} loses less than {last}, by {gap:.4f}.{told}"
         lines.append(line)
     return lines
 
 
 def _change(figures: dict[str, Any]) -> str:
-    ends = f" [{figures['low']:+.4f}, {figures['high']:+.4f}]" if figures["low"] is not None else ""
-    return f"{figures['loss']:+.4f}{ends}"
+    loss, low, high = (None if (x := figures[key]) is None else f"{x if abs(x) >= _EQUAL else 0.0:+.4f}" for key in ("loss", "low", "high"))
+    return f"{loss} [{low}, {high}]" if low else str(loss)
 
 
 def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     several = any(model["checkpoints"] > 1 for model in report["models"])
-    over = "seeds" if several else "examples"
+    over = "examples and over seeds" if several else "examples"
     columns = ["model", "runs", "bits", report["score"], f"change for the worse\n[95% interval over {over}]", "examples"]
     rows = [
         [model["label"], str(model["checkpoints"]), str(bits), f"{own['value']:.4f}", _change(own) if bits != EXACT else "-", str(own["n"])]
