@@ -36,6 +36,11 @@ from diffx.loading import load
 from diffx.tracking import show_evaluation
 from diffx.train.folder import write_json
 
+_MODULES = {"attention_allocation": "allocation"}  # where a module's name is not its suites' kind
+_RECORDS = "records.jsonl"
+_ROWS = 60  # of a table on the terminal; the rest is in results.json
+_COLUMNS = ("", "metric", "value", "standard\nerror", "95% interval", "n", "published")
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -52,12 +57,6 @@ class Change:
     settings: dict[str, Any]
     applied: Callable[[nn.Module], AbstractContextManager[None]]
     caches: bool
-
-
-_MODULES = {"attention_allocation": "allocation"}  # where a module's name is not its suites' kind
-_RECORDS = "records.jsonl"
-_ROWS = 60  # of a table on the terminal; the rest is in results.json
-_COLUMNS = ("", "metric", "value", "standard\nerror", "95% interval", "n", "published")
 
 
 def evaluate(job: EvalJob, words: list[str]) -> Path:
