@@ -84,14 +84,14 @@ def test_the_curriculum_goes_from_bare_pairs_to_text(text):
     data = RetrievalData(path=text, length=400, needles=3, digits=3, val_tokens=4000, val_fraction=0.2, curriculum=12)
     corpus = open_data(data, BytesTokenizer())
     rows = rows_of(corpus.batches(400, 3, seed=0), 5)
-    forms = [(r"", r"")] * 6 + [(r"", r"\.")] * 2 + [(r" is", r"")] * 2 + [(r" is", r"\.")] * 2
-    for (inputs, targets), (middle, end) in zip(rows[:12], forms, strict=True):
+    forms = [("", "", "")] * 6 + [("", " is", "")] * 2 + [(" is", " is", "")] * 2 + [(" is", " is", ".")] * 2
+    for (inputs, targets), (told, asked, end) in zip(rows[:12], forms, strict=True):
         whole = corpus.tokenizer.decode([token for token in inputs.tolist() if token != corpus.tokenizer.eot_id])
-        pairs = re.findall(rf" ([A-Z]\w+){middle} (\d{{3}}){end}", whole)
-        assert len(pairs) == 9 and "".join(f" {city}{middle} {number}{end}" for city, number in pairs).replace("\\", "") == whole
-        assert len(dict(pairs[:3])) == 3 and all(dict(pairs[:3])[city] == number for city, number in pairs[3:])
-        scored = corpus.tokenizer.decode(targets[targets >= 0].tolist())
-        assert scored == "".join(f" {number}{end}" for _, number in pairs[3:]).replace("\\", "")
+        pairs = re.findall(r" ([A-Z]\w+)(?: is)? (\d{3})", whole)
+        assert len(pairs) == 9 and len(dict(pairs[:3])) == 3 and all(dict(pairs[:3])[city] == number for city, number in pairs[3:])
+        middles = [told] * 3 + [asked] * 6
+        assert whole == "".join(f" {city}{middle} {number}{end}" for (city, number), middle in zip(pairs, middles, strict=True))
+        assert corpus.tokenizer.decode(targets[targets >= 0].tolist()) == "".join(f" {number}{end}" for _, number in pairs[3:])
     assert len({tuple(inputs.tolist()) for inputs, _ in rows}) == 15
     for row in rows[12:]:
         check_sample(corpus, *row)
