@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from diffx.config import RunError, UserError
 from diffx.config.eval import Dtype, ExportJob
 from diffx.config.train import Device
 from diffx.console import Reporter
+from diffx.data.tokenizers import Tokenizer
 from diffx.dex.attach import fold
 from diffx.dex.registered import to_registered as keep_branch
 from diffx.hub.convert import to_diffllama, to_llama
@@ -34,41 +37,61 @@ def export(job: ExportJob) -> Path:
     """
     reporter, out = Reporter(), Path(job.out).expanduser()
     loaded = load_run(job.checkpoint, Device.cpu)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(loaded.tokenizer.vocab_size, (1, 16), generator=generator)
-    before = _logits(loaded.model, ids)
-    model = _theirs(loaded, job)
-    after = _logits(model, ids)
-    error = float((after - before).norm() / before.norm())
-    if not error < _CLOSE:
-        raise RunError(f"the exported logits differ from the run's by {error:.2g} of their norm: this is a defect, and nothing was written")
+    model: Any
+    model, error = to_transformers(loaded, job.fold)
     if job.dtype is not Dtype.auto:
         model.to(DTYPES[job.dtype])
-    model.generation_config.eos_token_id = sorted(loaded.ends)
-    model.config.eos_token_id = loaded.tokenizer.eot_id
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
-        loaded.tokenizer.save(temporary)
-        os.replace(temporary, out)
-    except OSError as failure:
-        raise RunError(f"out={out} cannot be written: {failure.strerror or failure}") from failure
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write_pretrained(model, loaded.tokenizer, out, "out")
     needs = " (load it after `import diffx`)" if model.config.model_type.startswith("diffx") else ""
     reporter.line(f"{type(model).__name__} in {out}{needs}; its logits differ from the run's by {error:.1e} of their norm")
     return out
 
 
-def _theirs(loaded: Loaded, job: ExportJob) -> Any:
+def to_transformers(loaded: Loaded, fold_branch: bool = True) -> tuple[PreTrainedModel, float]:
+    """A run's model, on the CPU, as one of ``transformers``, and by how much of their norm its logits differ; the run's own is used up.
+
+    Raises:
+        UserError: there is no branch to keep.
+        RunError: the logits are not the run's.
+    """
+    ids = torch.randint(loaded.tokenizer.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0))
+    before = _logits(loaded.model, ids)
+    model = _theirs(loaded, fold_branch)
+    error = float((_logits(model, ids) - before).norm() / before.norm())
+    if not error < _CLOSE:
+        raise RunError(f"the exported logits differ from the run's by {error:.2g} of their norm: this is a defect, and nothing was written")
+    model.generation_config.eos_token_id = sorted(loaded.ends)
+    model.config.eos_token_id = loaded.tokenizer.eot_id
+    return model, error
+
+
+def write_pretrained(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, key: str) -> None:
+    """Write a model and its tokenizer as a folder, all of it or nothing; ``key`` names the folder in messages.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    disable_progress_bar()
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        tokenizer.save(temporary)
+        os.replace(temporary, out)
+    except OSError as failure:
+        raise RunError(f"{key}={out} cannot be written: {failure.strerror or failure}") from failure
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _theirs(loaded: Loaded, fold_branch: bool) -> Any:
     if loaded.adapted is not None:
-        if job.fold or not loaded.adapted.branches:
+        if fold_branch or not loaded.adapted.branches:
             return fold(loaded.adapted)
         fold(loaded.adapted, keep_branch=True)
         return keep_branch(loaded.adapted, loaded.step)
-    if not job.fold:
-        raise UserError(f"fold=false cannot be used: {job.checkpoint} is no adapted run, so there is no branch to keep")
+    if not fold_branch:
+        raise UserError(f"fold=false cannot be used: {loaded.folder} is no adapted run, so there is no branch to keep")
     model: Decoder = loaded.model
     if model.config.kind == "transformer":
         return to_llama(model)

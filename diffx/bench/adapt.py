@@ -1,9 +1,7 @@
 """``diffx bench adapt``: what DEX costs on a pretrained model, in training beside its controls and afterwards beside the plain model."""
 
 import copy
-import inspect
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffx.bench.timing import alternate, machine, peak_memory, speed_ratio
+from diffx.bench.targets import DECODED, check_out, inference, show_ratios, target_ratio
+from diffx.bench.timing import alternate, machine, peak_memory
 from diffx.bench.train import training_step
 from diffx.config import UserError
 from diffx.config.dex import DexConfig, Init, Variant
 from diffx.config.train import Device, Precision
-from diffx.console import Reporter, make_table
 from diffx.dex.attach import Adapted, attach, fold, parameter_counts
 from diffx.dex.heads import choose_heads
 from diffx.dex.layout import Layer, find_layers
 from diffx.dex.pretrained import Pretrained, load_pretrained
 from diffx.train.adapt import ForTraining
-from diffx.train.folder import write_json
 from diffx.train.parallel import pick_device, precision_of
 
 # What is compared: the work, the figure, whose it is, to whose; and the lowest and the highest ratio that meet the target that we set.
@@ -36,7 +33,6 @@ RATIOS = (
     ("decoding", "speed", "folded", "base", (0.98, 1.02)),
     ("decoding", "speed", "unfolded", "base", (0.93, None)),
 )
-DECODED = 32  # tokens
 TURNS = 4  # of inference for each of training: it is quicker, and its targets are narrower
 
 
@@ -61,8 +57,7 @@ def bench_adapt(out: Path | None, base: str, seq_len: int, batch: int, rounds: i
     Raises:
         UserError: a base that cannot be used or reads less than T, a device that is not there, or ``out`` is no file's name.
     """
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):  # said now, and not after the measurement
-        raise UserError(f"out={out} cannot be used: it must be the name of a JSON file in a folder that exists")
+    check_out(out)
     where = pick_device(Device(device))
     dtype: torch.dtype | str = "auto" if precision_of(where, Precision.auto) is Precision.bf16 else torch.float32  # as in an adaptation
     found = load_pretrained("base", base, dtype, where)
@@ -81,16 +76,8 @@ def bench_adapt(out: Path | None, base: str, seq_len: int, batch: int, rounds: i
         **_training(found, layers, tokens, rounds),
     }
     report["seconds"] |= _inference(found, layers, tokens[:, :-1], TURNS * rounds)
-    report["ratios"] = [_ratio(report, *row) for row in RATIOS]
-    reporter = Reporter()
-    title = f"{found.name}, T={seq_len}, batch {batch}, {where}"
-    columns = ("work", "figure", "", "median ratio", "lowest to highest round", "target", "met")
-    reporter.table(make_table(title, columns, map(_row, report["ratios"])))
-    missed = [f"{ratio['work']}, {ratio['figure']} of {ratio['of']}" for ratio in report["ratios"] if ratio["met"] is False]
-    reporter.line(f"targets not met: {'; '.join(missed)}" if missed else "all targets are met")
-    if out is not None:
-        write_json(out, report)
-        reporter.line(f"figures: {out}")
+    report["ratios"] = [target_ratio(report, *row) for row in RATIOS]
+    show_ratios(report["ratios"], f"{found.name}, T={seq_len}, batch {batch}, {where}", report, out)
     return report
 
 
@@ -112,7 +99,7 @@ def _training(found: Pretrained, layers: list[Layer], tokens: Tensor, rounds: in
     seconds = alternate({name: build(name) for name in names}, rounds, tokens.device)
     return {
         "parameters": {name: parameter_counts(_adapted(found, layers, name)) for name in names},
-        "peak_memory_bytes": memory,
+        "bytes": {"peak memory": memory},
         "seconds": {"training step": seconds},
     }
 
@@ -125,43 +112,4 @@ def _inference(found: Pretrained, layers: list[Layer], ids: Tensor, rounds: int)
     }
     for model in models.values():
         model.requires_grad_(False).to(found.dtype).eval()  # as diffx eval loads an adapted run
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(found.model.forward).parameters else {}
-
-    @torch.inference_mode()
-    def prefill(model: Any) -> None:
-        model(input_ids=ids, use_cache=True, **last)
-
-    @torch.inference_mode()
-    def decode(model: Any) -> None:
-        cache, token = None, ids[:, :1]
-        for _ in range(DECODED):
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
-            cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
-
-    return {
-        work: alternate({name: partial(call, model) for name, model in models.items()}, rounds, ids.device)
-        for work, call in (("prefill", prefill), ("decoding", decode))
-    }
-
-
-def _ratio(report: dict[str, Any], work: str, figure: str, of: str, to: str, target: tuple[float | None, float | None]) -> dict[str, Any]:
-    found: dict[str, Any] = {"work": work, "figure": figure, "of": of, "to": to}
-    if figure == "peak memory":
-        memory = report["peak_memory_bytes"]
-        found |= {"median": memory[of] / memory[to] if memory[of] else None, "low": None, "high": None}
-    else:
-        seconds = report["seconds"][work]
-        found |= asdict(speed_ratio(seconds, of, to) if figure == "speed" else speed_ratio(seconds, to, of))
-    low, high = target
-    median, wanted = found["median"], low is not None or high is not None
-    met = (low is None or median >= low) and (high is None or median <= high) if wanted and median is not None else None
-    return {**found, "target": target, "met": met}
-
-
-def _row(ratio: dict[str, Any]) -> list[str]:
-    low, high = ratio["target"]
-    span = "-" if ratio["low"] is None else f"{ratio['low']:.3f} to {ratio['high']:.3f}"
-    wanted = f"{low:.2f} to {high:.2f}" if low and high else f"at least {low:.2f}" if low else f"at most {high:.2f}" if high else "-"
-    median = "-" if ratio["median"] is None else f"{ratio['median']:.3f}"
-    met = {None: "-", True: "yes", False: "no"}[ratio["met"]]
-    return [ratio["work"], ratio["figure"], f"{ratio['of']} / {ratio['to']}", median, span, wanted, met]
+    return inference(models, ids, rounds)

@@ -12,6 +12,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from transformers import LlamaForCausalLM
 
+from diffx.bench.targets import check_out
 from diffx.bench.timing import alternate, machine, speed_ratio
 from diffx.config import UserError
 from diffx.config.eval import EvalJob
@@ -52,8 +53,7 @@ def bench_eval(out: Path | None, checkpoint: str, documents: int, rounds: int, d
     Raises:
         UserError: a checkpoint that is no Llama of our shape, a device that is not there, or ``out`` is no file's name.
     """
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):  # said now, and not after the measurement
-        raise UserError(f"out={out} cannot be used: it must be the name of a JSON file in a folder that exists")
+    check_out(out)
     loaded = load(checkpoint, Device(device))
     if not isinstance(loaded.model, LlamaForCausalLM):
         raise UserError(f"checkpoint={checkpoint} cannot be used: it must be a Llama of the hub, which our transformer can be made of")

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DiffLlamaConfig, LlamaConfig
 
+from diffx.bench.targets import check_out
 from diffx.bench.timing import Ratio, alternate, machine, peak_memory, speed_ratio
-from diffx.config import UserError, require
+from diffx.config import require
 from diffx.config.data import BpeTokenizer
 from diffx.config.launch import compose
 from diffx.config.model import MODEL_CONFIGS, ModelConfig
@@ -49,8 +50,7 @@ def bench_train(out: Path | None, sizes: list[str], seq_lens: list[int], rounds:
     Raises:
         UserError: an unknown size, one that an architecture cannot have, a device that is not there, or ``out`` is no file's name.
     """
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):  # said now, and not after the measurement
-        raise UserError(f"out={out} cannot be used: it must be the name of a JSON file in a folder that exists")
+    check_out(out)
     for seq_len in seq_lens:
         require(seq_len >= 1, "seq_len", seq_len, "a positive whole number")
     configs = {size: {kind: compose("train", [f"model={kind}", f"size={size}"]).model for kind in MODEL_CONFIGS} for size in sizes}

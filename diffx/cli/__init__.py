@@ -1,5 +1,6 @@
 """The doors: one Typer command each, a few lines long. Nothing heavy is imported before a command runs."""
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -264,18 +265,21 @@ app.command("quantize")(
         _quantize,
         """Measure a model at few bits.
 
-        Attention logits or hidden states are rounded while a suite runs, by default the loss on held-out text, and the figures held
-        against those of the model as it is. Several checkpoints (-m) stand in one table and one picture.
+        Attention logits or hidden states are rounded while a suite runs, by default the loss on held-out text, or the weights are stored
+        as a smaller model; the figures are held against those of the model as it is. Several checkpoints (-m) stand in one table and one
+        picture.
 
         \b
-        Groups: method=attention_logits | activations   suite= data=
-        Keys:   checkpoint= bits=[16,8,6,4] method.scope= suite.KEY= data.path= limit= device= seed= force= and more: --cfg job prints all
+        Groups: method=attention_logits | activations | weights   suite= data=
+        Keys:   checkpoint= bits=[16,8,6,4] suite.KEY= data.path= limit= device= seed= force= and more: --cfg job prints all
+                method.scope= (logits, activations)   method.scheme= method.group_size= method.skip= (weights)
 
         \b
         Examples:
           diffx quantize checkpoint=runs/x
           diffx quantize -m checkpoint=runs/transformer,runs/diff method=activations bits=[8,6,4]
           diffx quantize checkpoint=Qwen/Qwen2.5-0.5B suite=harness suite.tasks=[hellaswag] limit=200
+          diffx quantize checkpoint=runs/x method=weights bits=[8,4] method.skip=[o_proj]
         """,
         _report_quantization,
     )
@@ -356,6 +360,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, 1 for a run that failed, 2 for input that cannot be used, 130 for an interrupt. The latter three come
         with one line on standard error. Any other exception is a bug, and keeps its traceback.
     """
+    for talker in ("torchao", "torch.utils._pytree"):  # at import torchao tells of each kernel that it has no use for here
+        logging.getLogger(talker).setLevel(logging.ERROR)
     try:
         return app(argv, prog_name="diffx", standalone_mode=False) or 0
     except (UserError, RunError) as error:

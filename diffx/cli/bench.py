@@ -76,3 +76,27 @@ def bench_adapt(
     from diffx.bench.adapt import bench_adapt
 
     bench_adapt(out=out, base=base, seq_len=seq_len, batch=batch, rounds=rounds, device=device)
+
+
+@bench.command("quantize")
+def bench_quantize(
+    checkpoint: Annotated[str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
+    seq_len: Annotated[int, typer.Option(min=1, help="Context length in tokens.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Measure what few bits cost and save.
+
+    Inference, memory and size of weights stored at 8 bits beside the original; attention with rounded logits beside the reference.
+
+    \b
+    Examples:
+      diffx bench quantize --checkpoint Qwen/Qwen2.5-0.5B
+      diffx bench quantize --checkpoint models/smollm2 --seq-len 256 --rounds 3
+      diffx bench quantize --checkpoint models/smollm2 --out bench.json
+    """
+    from diffx.bench.quantize import bench_quantize
+
+    bench_quantize(out=out, checkpoint=checkpoint, seq_len=seq_len, batch=batch, rounds=rounds, device=device)

@@ -1,7 +1,8 @@
 """The job of ``diffx quantize``."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -19,6 +20,15 @@ class LogitScope(str, Enum):
     map = "map"
     head = "head"
     row = "row"
+
+
+class Scheme(str, Enum):
+    """What is stored and computed with: integer weights of any width, or the 8-bit forms in which activations are rounded too."""
+
+    weight_only = "weight_only"
+    int8_dynamic = "int8_dynamic"
+    float8 = "float8"
+    float8_dynamic = "float8_dynamic"
 
 
 class StateScope(str, Enum):
@@ -60,6 +70,28 @@ class Activations(MethodConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class Weights(MethodConfig):
+    """Weights of the linear layers but the output projection, stored at few bits by torchao: a model that is saved and loaded like any.
+
+    Attributes:
+        scheme: ``weight_only``; ``int8_dynamic`` also rounds activations to 8 bits, each token by its own scale; ``float8`` stores 8-bit
+            floats; ``float8_dynamic`` multiplies them too, on hardware that can.
+        group_size: weights of a row that share a scale, with ``weight_only``; ``null`` is the whole row at 8 bits, and 64 at fewer.
+        skip: layers to leave as they are, by whole parts of their names, such as ``o_proj`` or ``layers.0``.
+    """
+
+    kind: str = "weights"
+    scheme: Scheme = Scheme.weight_only
+    group_size: int | None = None
+    skip: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        require(self.group_size is None or self.group_size >= 1, "method.group_size", self.group_size, "1 or more, or null")
+        if self.group_size is not None and self.scheme is not Scheme.weight_only:
+            raise UserError(f"method.group_size cannot be used with method.scheme={self.scheme.value}: only weight_only has groups")
+
+
+@dataclass(kw_only=True, slots=True)
 class QuantizeJob(EvalJob):
     """``diffx quantize``: the keys of ``diffx eval``, and these.
 
@@ -78,6 +110,11 @@ class QuantizeJob(EvalJob):
         require(len(self.bits) > 0, "bits", self.bits, "a list of widths, such as [16,8,6,4]")
         for bits in self.bits:
             require(2 <= bits <= EXACT, "bits", bits, f"from 2 to {EXACT}")
+        if isinstance(self.method, Weights):
+            widths = (*range(2, 9), EXACT) if self.method.scheme is Scheme.weight_only else (8, EXACT)
+            for bits in self.bits:
+                require(bits in widths, "bits", bits, f"{', '.join(map(str, widths))} with method.scheme={self.method.scheme.value}")
+            return
         if self.suite.kind == "speed":
             raise UserError("suite=speed cannot be used: a simulated quantization says nothing about speed")
         if self.suite.kind in _SEES_ATTENTION:
@@ -86,4 +123,9 @@ class QuantizeJob(EvalJob):
             )
 
 
-METHOD_CONFIGS: dict[str, type[MethodConfig]] = {"attention_logits": AttentionLogits, "activations": Activations}
+METHOD_CONFIGS: dict[str, type[MethodConfig]] = {"attention_logits": AttentionLogits, "activations": Activations, "weights": Weights}
+
+
+def change_settings(method: MethodConfig, bits: int) -> dict[str, Any]:
+    """What decides the figures besides the suite's own settings, JSON-able."""
+    return {"bits": bits, **{key: getattr(value, "value", value) for key, value in asdict(method).items()}}

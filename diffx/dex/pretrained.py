@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from diffx.config import UserError
 from diffx.data.sources import reason
@@ -44,7 +45,13 @@ class Pretrained:
 
 
 def load_pretrained(
-    key: str, spec: str, dtype: torch.dtype | str, device: torch.device, revision: str | None = None, trust_remote_code: bool = False
+    key: str,
+    spec: str,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: QuantizationConfigMixin | None = None,
 ) -> Pretrained:
     """Load a causal language model whose weights are safetensors.
 
@@ -55,12 +62,15 @@ def load_pretrained(
         device: where it goes.
         revision: the hub's revision.
         trust_remote_code: run Python code that comes with it.
+        quantization: quantize it so while it is loaded.
 
     Raises:
         UserError: it cannot be found, reached or used, or there is not enough memory for it.
     """
     disable_progress_bar()
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    # the device's own format of few bits is made there
+    how: dict[str, Any] = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
     refused = f"{key}={spec} cannot be used"
     if key == "base" and Path(spec, "config.yaml").is_file() and not Path(spec, "config.json").is_file():
         raise UserError(f"{refused}: it is a run folder; `diffx export checkpoint={spec} out=FOLDER` makes a model of it")
@@ -68,7 +78,9 @@ def load_pretrained(
         with quiet_transformers():
             config = AutoConfig.from_pretrained(spec, **options)
             _check(key, refused, config, dtype, device, trust_remote_code)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(spec, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                spec, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **how
+            )
             pretrained: Any = AutoTokenizer.from_pretrained(spec, **options)
     except UserError:
         raise

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -51,12 +51,14 @@ class Change:
         settings: part of what the settings hash is of.
         applied: the change, for as long as a context lasts.
         caches: whether it is right with a key/value cache; one that looks at whole texts is not.
+        facts: what else the results say of it.
     """
 
     name: str
     settings: dict[str, Any]
     applied: Callable[[nn.Module], AbstractContextManager[None]]
     caches: bool
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(job: EvalJob, words: list[str]) -> Path:
@@ -88,12 +90,20 @@ def measure(job: EvalJob, lm: LanguageModel, change: Change | None = None, table
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0), change.applied(lm.model) if change else nullcontext():
-            return _evaluate(module, context, examples, settings, started, table)
+            return _evaluate(module, context, examples, settings, change.facts if change else {}, started, table)
     except Timeout as error:
         raise UserError(f"suite={job.suite.name} cannot be run: another process is writing {folder}") from error
 
 
-def _evaluate(module: ModuleType, context: Context, examples: list[Example], settings: dict[str, Any], started: float, table: bool) -> Path:
+def _evaluate(
+    module: ModuleType,
+    context: Context,
+    examples: list[Example],
+    settings: dict[str, Any],
+    facts: dict[str, Any],
+    started: float,
+    table: bool,
+) -> Path:
     job, lm, folder, reporter = context.job, context.lm, context.folder, context.reporter
     _prepare(context, settings)
     finished = folder / "results.json"
@@ -120,6 +130,7 @@ def _evaluate(module: ModuleType, context: Context, examples: list[Example], set
         "data": asdict(context.data) if "data" in context.sources else None,
         "checkpoint": {"name": lm.name, "step": lm.loaded.step, "fingerprint": lm.loaded.fingerprint},
         "judge": asdict(job.judge),
+        "change": facts,
         "metrics": [_finite(asdict(metric)) for metric in metrics],
         "examples": len(records),
         "versions": {"diffx": diffx.__version__, **{name: version(name) for name in ("torch", "transformers", "lm_eval")}},

@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffx.config.eval import EvalJob
-from diffx.config.quantize import EXACT, Activations, AttentionLogits, LogitScope, QuantizeJob, StateScope
+from diffx.config.quantize import EXACT, AttentionLogits, LogitScope, QuantizeJob, StateScope, Weights, change_settings
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.run import Change, measure
 from diffx.hub.attention import decoder_blocks, quantizing_logits
-from diffx.loading import load
+from diffx.loading import Loaded, load
 from diffx.ops import QuantizedLogits, absmax_quantize
+from diffx.quantization.weights import check_weights, quantize_weights
 
 
 def quantize(job: QuantizeJob) -> dict[int, Path]:
@@ -26,25 +28,31 @@ def quantize(job: QuantizeJob) -> dict[int, Path]:
     """
     loaded = load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code)
     keys = {key.name: getattr(job, key.name) for key in fields(EvalJob)} | {"kind": "eval"}
+    left = check_weights(job, loaded) if isinstance(job.method, Weights) else []
     found = {}
     for bits in sorted({EXACT, *job.bits}, reverse=True):
-        change = None if bits == EXACT else change_of(job, bits)
+        few, change = (loaded, None) if bits == EXACT else _quantized(job, loaded, bits, left)
         caches = change is None or change.caches
-        lm = LanguageModel(loaded, caches)
-        found[bits] = measure(EvalJob(**keys | ({} if caches else {"batch": 1})), lm, change, table=False)
+        own = {} if caches else {"batch": 1}
+        if few is not loaded:
+            own["checkpoint"] = few.model.name_or_path
+        found[bits] = measure(EvalJob(**keys | own), LanguageModel(few, caches), change, table=False)
     return found
 
 
-def change_of(job: QuantizeJob, bits: int) -> Change:
-    """What the job's method does to a model at ``bits`` bits."""
+def _quantized(job: QuantizeJob, loaded: Loaded, bits: int, left: list[str]) -> tuple[Loaded, Change]:
+    """The model to measure at ``bits`` bits, and what the job's method does to it; of its layers ``left`` stay as they are."""
     method: Any = job.method
-    settings = {"bits": bits, **{key: getattr(value, "value", value) for key, value in asdict(method).items()}}
+    if isinstance(method, Weights):
+        return quantize_weights(job, loaded, bits, left)
+    settings = change_settings(method, bits)
     name = f"{method.kind}-{bits}bit"
     if isinstance(method, AttentionLogits):
         logits = QuantizedLogits(bits, method.scope.value)
-        return Change(name, settings, lambda model: quantizing_logits(model, logits), caches=method.scope is LogitScope.row)
-    assert isinstance(method, Activations)
-    return Change(name, settings, lambda model: quantizing_states(model, bits, method.scope), caches=method.scope is StateScope.token)
+        return loaded, Change(name, settings, lambda model: quantizing_logits(model, logits), caches=method.scope is LogitScope.row)
+    return loaded, Change(
+        name, settings, lambda model: quantizing_states(model, bits, method.scope), caches=method.scope is StateScope.token
+    )
 
 
 @contextmanager
@@ -54,7 +62,8 @@ def quantizing_states(model: nn.Module, bits: int, scope: StateScope) -> Iterato
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         states: Tensor = output[0] if isinstance(output, tuple) else output
-        few = absmax_quantize(states.float(), bits, states.float().abs().amax(shared, keepdim=True)).to(states.dtype)
+        exact = states.to(torch.float32, copy=True)  # what others may look at stays as it is
+        few = absmax_quantize(exact, bits, exact.abs().amax(shared, keepdim=True)).to(states.dtype)
         return (few, *output[1:]) if isinstance(output, tuple) else few
 
     with ExitStack() as stack:

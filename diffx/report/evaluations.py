@@ -92,6 +92,18 @@ def _examples(record: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
         yield from ((example, name, score) for name, score in record["scores"].items())
 
 
+def read_evaluation(folder: Path) -> Evaluation:
+    """A finished evaluation, labelled with its checkpoint's name.
+
+    Raises:
+        UserError: its results are missing or damaged.
+    """
+    results = _read(folder / "results.json")
+    if not results.get("finished"):
+        raise UserError(f"{folder} cannot be used: its results.json is missing or damaged; run it again with force=true")
+    return Evaluation(label=results["checkpoint"]["name"], folder=folder, results=results)
+
+
 def find_evaluations(spec: str, suite: str) -> list[Evaluation]:
     """The finished evaluations of a suite at the step that ``spec`` names, else at the newest that has one; the newest first.
 

@@ -1,18 +1,16 @@
 """What few bits cost: a suite's main figure against the bits, for one checkpoint or for several side by side."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from diffx.config import UserError
 from diffx.config.quantize import EXACT
 from diffx.console import Reporter, make_table
 from diffx.report.compare import write_report
 from diffx.report.evals import paired_rows
-from diffx.report.evaluations import Evaluation, Key
+from diffx.report.evaluations import Evaluation, Key, read_evaluation
 from diffx.report.picture import COLOURS, TITLE
 from diffx.report.runs import group_runs, read_run
 from diffx.report.statistics import paired_difference
@@ -50,10 +48,11 @@ def report_quantization(found: list[Found], out: Path) -> None:
 
 def analyse_quantization(found: list[Found]) -> dict[str, Any]:
     """Work out every figure and sentence, JSON-able."""
-    checkpoints = [{bits: _read(folder) for bits, folder in own.items()} for own in found]
+    checkpoints = [{bits: read_evaluation(folder) for bits, folder in own.items()} for own in found]
     first = checkpoints[0]
-    fewest = next(evaluation for bits, evaluation in first.items() if bits != EXACT or len(first) == 1)
+    fewest = first[min(first)]
     method = {key: value for key, value in fewest.results["settings"].get("change", {}).items() if key != "bits"}
+    method.setdefault("kind", "nothing")  # only 16 bits were asked for
     scores = [{bits: evaluation.scores() for bits, evaluation in own.items()} for own in checkpoints]
     group, score = _headline(paired_rows(scores[0][EXACT], scores[0][EXACT]))
     worse = 1 if any(part in score for part in _LOSSES) else -1  # the sign of a change for the worse
@@ -62,10 +61,12 @@ def analyse_quantization(found: list[Found]) -> dict[str, Any]:
         members = [scores[index] for index in seeds]
         shared = sorted(set.intersection(*({*own} for own in members)), reverse=True)
         by_bits = {bits: _figures(members, bits, (group, score), worse) for bits in shared}
+        for bits, size in _sizes([checkpoints[index] for index in seeds], shared).items():
+            by_bits[bits]["bytes"] = size
         models.append({"label": label, "checkpoints": len(seeds), "by_bits": by_bits})
     what = f"{group}, {score}" if group else score
     return {
-        "title": f"{fewest.results['settings']['suite']['name']}: {what} by bits of {method.get('kind', 'nothing')}",
+        "title": f"{fewest.results['settings']['suite']['name']}: {what} by bits of {method['kind']}",
         "suite": first[EXACT].results["suite"],
         "group": group,
         "score": score,
@@ -75,14 +76,6 @@ def analyse_quantization(found: list[Found]) -> dict[str, Any]:
         "sentences": _sentences(models),
         "folders": [{bits: str(folder) for bits, folder in own.items()} for own in found],
     }
-
-
-def _read(folder: Path) -> Evaluation:
-    try:
-        results = json.loads((folder / "results.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be used: its results.json is missing or damaged; run it again with force=true") from error
-    return Evaluation(label=results["checkpoint"]["name"], folder=folder, results=results)
 
 
 def _headline(rows: list[dict[str, Any]]) -> Key:
@@ -122,6 +115,13 @@ def _mean(seeds: list[Scores]) -> Scores:
     return {key: {example: float(np.mean([own[key][example] for own in seeds])) for example in first} for key, first in seeds[0].items()}
 
 
+def _sizes(members: list[dict[int, Evaluation]], shared: list[int]) -> dict[int, int]:
+    """Bytes of the weights at each number of bits, where they were stored; of the seeds' the first, for they are alike."""
+    facts = {bits: members[0][bits].results.get("change", {}) for bits in shared}
+    sizes = {bits: own["bytes"] for bits, own in facts.items() if "bytes" in own}
+    return sizes | {EXACT: facts[min(sizes)]["bytes_before"]} if sizes else {}
+
+
 def _sentences(models: list[dict[str, Any]]) -> list[str]:
     lines = []
     shared = set.intersection(*({*model["by_bits"]} for model in models)) - {EXACT}
@@ -148,10 +148,13 @@ def _change(figures: dict[str, Any]) -> str:
 
 def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     several = any(model["checkpoints"] > 1 for model in report["models"])
+    sizes = any("bytes" in own for model in report["models"] for own in model["by_bits"].values())
     over = "examples and over seeds" if several else "examples"
     columns = ["model", "runs", "bits", report["score"], f"change for the worse\n[95% interval over {over}]", "examples"]
+    columns += ["weights"] if sizes else []
     rows = [
         [model["label"], str(model["checkpoints"]), str(bits), f"{own['value']:.4f}", _change(own) if bits != EXACT else "-", str(own["n"])]
+        + ([f"{own['bytes'] / 1e6:,.1f} MB"] if sizes else [])
         for model in report["models"]
         for bits, own in model["by_bits"].items()
     ]
@@ -178,7 +181,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     right.set_title(f"against {EXACT} bits", **TITLE)
     right.axhline(0, color="#444444", linewidth=1)
     for axes in (left, right):
-        axes.set(xlabel=f"bits of {report['method'].get('kind', 'nothing')}")
+        axes.set(xlabel=f"bits of {report['method']['kind']}")
         axes.set_xticks(shown, [f"{bits}" for bits in shown])
         axes.invert_xaxis()
         axes.grid(color="#e6e6e6", linewidth=0.8)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffx.bench import adapt as bench
-from diffx.bench import timing
+from diffx.bench import targets, timing
 from diffx.cli import main
 from diffx.config import UserError
 
@@ -12,7 +12,7 @@ from diffx.config import UserError
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(timing, "ROUND_SECONDS", 0)
-    monkeypatch.setattr(bench, "DECODED", 2)
+    monkeypatch.setattr(targets, "DECODED", 2)
 
 
 def test_figures_and_table(hf_folder, tmp_path, capsys):
@@ -21,7 +21,7 @@ def test_figures_and_table(hf_folder, tmp_path, capsys):
     saved = json.loads(out.read_text())
     assert saved == json.loads(json.dumps(report))  # tuples become lists
     assert report["seconds"].keys() == {"training step", "prefill", "decoding"}
-    assert list(report["seconds"]["training step"]) == list(report["peak_memory_bytes"]) == ["dex", "attn_only", "lora"]
+    assert list(report["seconds"]["training step"]) == list(report["bytes"]["peak memory"]) == ["dex", "attn_only", "lora"]
     for work in ("prefill", "decoding"):
         assert list(report["seconds"][work]) == ["base", "folded", "unfolded"]
     rounds = {work: {len(times) for times in seconds.values()} for work, seconds in report["seconds"].items()}
@@ -30,7 +30,7 @@ def test_figures_and_table(hf_folder, tmp_path, capsys):
     counts = report["parameters"]
     assert counts["dex"]["trained"] - counts["attn_only"]["trained"] == 2 * (64 + 1)
     assert counts["attn_only"]["trained"] == 2 * (2 * 32 * 16 + 32 * 32) and counts["lora"]["W_D"] == 0
-    memory = report["peak_memory_bytes"]
+    memory = report["bytes"]["peak memory"]
     assert memory["dex"] > memory["attn_only"] > 4 * counts["attn_only"]["total"]
     printed = " ".join(capsys.readouterr().out.split())
     assert "dex / attn_only" in printed and "at most 1.10" in printed and "at least 0.93" in printed and "0.98 to 1.02" in printed
@@ -39,19 +39,19 @@ def test_figures_and_table(hf_folder, tmp_path, capsys):
 def test_ratios_and_whether_targets_are_met():
     report = {
         "seconds": {"training step": {"dex": [2.4, 2.2, 2.0], "attn_only": [2.0] * 3}, "prefill": {"base": [1.0], "folded": [1.25]}},
-        "peak_memory_bytes": {"dex": 105, "attn_only": 100},
+        "bytes": {"peak memory": {"dex": 105, "attn_only": 100}},
     }
-    time = bench._ratio(report, "training step", "time", "dex", "attn_only", (None, 1.10))
+    time = targets.target_ratio(report, "training step", "time", "dex", "attn_only", (None, 1.10))
     assert [time[key] for key in ("low", "median", "high", "met")] == [1.0, 1.1, pytest.approx(1.2), True]
-    assert bench._ratio(report, "training step", "time", "dex", "attn_only", (None, 1.09))["met"] is False
-    memory = bench._ratio(report, "training step", "peak memory", "dex", "attn_only", (None, 1.05))
+    assert targets.target_ratio(report, "training step", "time", "dex", "attn_only", (None, 1.09))["met"] is False
+    memory = targets.target_ratio(report, "training step", "peak memory", "dex", "attn_only", (None, 1.05))
     assert (memory["median"], memory["met"], memory["low"]) == (1.05, True, None)
-    speed = bench._ratio(report, "prefill", "speed", "folded", "base", (0.98, 1.02))
+    speed = targets.target_ratio(report, "prefill", "speed", "folded", "base", (0.98, 1.02))
     assert (speed["median"], speed["met"]) == (0.8, False)
-    assert bench._ratio(report, "prefill", "speed", "base", "folded", (0.98, 1.02))["met"] is False  # too fast is not equal either
-    assert bench._ratio(report, "prefill", "speed", "base", "folded", (None, None))["met"] is None
-    report["peak_memory_bytes"] = {"dex": None, "attn_only": None}  # on MPS
-    assert bench._ratio(report, "training step", "peak memory", "dex", "attn_only", (None, 1.05))["met"] is None
+    assert targets.target_ratio(report, "prefill", "speed", "base", "folded", (0.98, 1.02))["met"] is False  # too fast is not equal either
+    assert targets.target_ratio(report, "prefill", "speed", "base", "folded", (None, None))["met"] is None
+    report["bytes"]["peak memory"] = {"dex": None, "attn_only": None}  # on MPS
+    assert targets.target_ratio(report, "training step", "peak memory", "dex", "attn_only", (None, 1.05))["met"] is None
 
 
 def test_contestants_do_the_same_and_start_from_the_same_weights(hf_folder):

@@ -23,27 +23,7 @@ from diffx.ops import QuantizedLogits
 from diffx.quantization.run import quantize, quantizing_states
 from diffx.report.quantized import analyse_quantization
 
-TRAIN = (
-    "tokenizer=bytes model.hidden_size=32 model.num_layers=2 model.num_heads=4 model.num_kv_heads=2 model.init_std=0.2 train.steps=2 "
-    "train.seq_len=64 train.batch_tokens=128 train.sample_tokens=0 wandb.mode=disabled device=cpu data.val_tokens=2000 "
-    "data.val_fraction=0.2 data=text"
-)
 SUITE = "suite.texts=6 suite.chunk=7 wandb.mode=disabled device=cpu"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Two seeds of two architectures."""
-    folder = tmp_path_factory.mktemp("runs")
-    rows = ({"text": f"Note {n}. The square of {n} is {n * n}. Nothing else is known of it. " * 3} for n in range(100))
-    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIFFX_CACHE", str(folder / "cache"))
-        for kind in ("transformer", "diff_v1"):
-            for seed in (0, 1):
-                where = f"run.dir={folder}/{kind}-{seed} data.path={folder}/text.jsonl model={kind} seed={seed}"
-                assert main(["train", *TRAIN.split(), *where.split()]) == 0
-    return folder
 
 
 def words(runs, *more, spec="diff_v1-0"):
