@@ -169,9 +169,7 @@ def _interface(model: nn.Module, tell: AttentionCallback) -> Iterator[None]:
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
         nonlocal second_call
-        extra = [name for name in _UNSEEN if kwargs.get(name) is not None]
-        if extra or (attention_mask is not None and attention_mask.dtype != torch.bool):
-            raise _cannot_see(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
+        _refuse_extras(model, attention_mask, kwargs, _UNSEEN)
         q, k = query.transpose(1, 2), key.transpose(1, 2)  # (B, T, M, d), (B, T, G, d)
         maps, scale = q.shape[2], kwargs.get("scaling")
         order, lam = list(range(maps)), None
@@ -186,7 +184,7 @@ def _interface(model: nn.Module, tell: AttentionCallback) -> Iterator[None]:
             lam=lam,
             mask=attention_mask,
             softcap=kwargs.get("softcap"),
-            causal=bool(getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]),
+            causal=_causal(module, kwargs),
         )
         if not second_call:
             tell(module.layer_idx, view)
@@ -233,13 +231,10 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
     """
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-        extra = [name for name in (*_UNSEEN, "softcap") if kwargs.get(name) is not None]
-        if extra or (attention_mask is not None and attention_mask.dtype != torch.bool):
-            raise _cannot_see(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
-        causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
+        _refuse_extras(model, attention_mask, kwargs, (*_UNSEEN, "softcap"))
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, heads, width)
         sets = 2 if isinstance(module, DiffLlamaAttention) else 1  # the A1 of its heads stand before their A2
-        return quantized.attention(q, k, v, bool(causal), kwargs.get("scaling"), mask=attention_mask, sets=sets), None
+        return quantized.attention(q, k, v, _causal(module, kwargs), kwargs.get("scaling"), mask=attention_mask, sets=sets), None
 
     if any(isinstance(module, Decoder) for module in model.modules()):
         with attending_by(quantized):
@@ -249,6 +244,18 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
             yield
     else:
         raise _cannot_see(model, "is no model of transformers")
+
+
+def _refuse_extras(model: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Raise ``UserError`` if the attention is more than queries, keys and a mask that says what is seen."""
+    extra = [name for name in names if kwargs.get(name) is not None]
+    if extra or (mask is not None and mask.dtype != torch.bool):
+        raise _cannot_see(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
+
+
+def _causal(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether ``transformers`` means a decoder's attention where there is no mask."""
+    return bool(getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"])
 
 
 def _diffllama_lambda(module: DiffLlamaAttention) -> Tensor:
