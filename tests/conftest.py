@@ -7,6 +7,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels run on the CPU; said before Triton is imported
 
 
 @pytest.fixture(scope="session")

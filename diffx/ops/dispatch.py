@@ -10,6 +10,7 @@ Notation, one layout everywhere, (B, T, H, D):
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from diffx.ops import blocks, reference, sdpa
 
-_IMPLEMENTATIONS = {"reference": reference, "sdpa": sdpa, "blocks": blocks}
+_IMPLEMENTATIONS = {"reference": reference, "sdpa": sdpa, "blocks": blocks, "triton": None}  # Triton is imported when it is asked for
 _instead: Any = None  # what `attending_by` was given
 
 
@@ -79,8 +80,9 @@ def differential_attention(
         lam: lambda, a number, a scalar tensor, or one for each head (h,).
         causal: query i stands at position Tk - Tq + i and sees no later key.
         scale: factor on the logits; None is 1/sqrt(d).
-        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), or None to pick.
-        key_mask: keys that are false in it, (B, Tk), are not seen; not for ``blocks``. Each query must see one key at least.
+        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), ``triton`` (fused, for a GPU), or
+            None to pick among the first three.
+        key_mask: keys that are false in it, (B, Tk), are not seen; not for ``blocks`` or ``triton``. Each query must see one key at least.
 
     Returns:
         (B, Tq, h, 2d), in the type of ``v``.
@@ -137,4 +139,4 @@ def _pick(impl: str | None, default: ModuleType) -> Any:
         return _instead or default
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(_IMPLEMENTATIONS)}, or None")
-    return _IMPLEMENTATIONS[impl]
+    return _IMPLEMENTATIONS[impl] or import_module("diffx.ops.triton_attention")

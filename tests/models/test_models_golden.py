@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from diffx.config.model import DiffV1Config, DiffV2Config, TransformerConfig
 from diffx.models.decoder import ATTENTION
 from diffx.models.layers import rope_tables
-from diffx.ops import dispatch
+from diffx.ops import attending_by, dispatch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -52,6 +52,14 @@ def test_golden(name, dtype, rtol, impl, monkeypatch):
         assert ours.shape == golden.shape
         error = (ours.double() - golden).norm() / golden.norm()
         assert error < bound, f"{tensor}: {error:.2e}"
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["arch"] == "diff_v1"])
+def test_golden_by_the_fused_kernels(name):
+    triton_attention = pytest.importorskip("diffx.ops.triton_attention", exc_type=ImportError)
+    with attending_by(triton_attention):
+        for tensor, (ours, golden) in run_case(name, torch.float32).items():
+            assert (ours.double() - golden).norm() < 2e-5 * golden.norm(), tensor
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,224 @@
+"""Differential attention by our Triton kernels, as operations of ``torch.library``: autograd, compilation and checkpointing see one op.
+
+Needs a CUDA device, or ``TRITON_INTERPRET=1``. Gradients of queries, keys, values and lambda are the same at every run.
+
+Notation as in ``diffx.ops.triton_kernels``.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from diffx.ops import triton_kernels as kernels
+from diffx.ops.sdpa import attention as attention  # ordinary attention is PyTorch's
+
+WIDEST = 128  # queries and keys; values are twice as wide
+_SPLIT = 256  # keys that one program of the decoding kernel reads at least
+# Rows and keys of a block and warps, for d up to 64 and above: few or no registers spilled, and at most 99 KiB of shared memory, on
+# compute capabilities 8.0 and 9.0 as the compiler tells of them. No GPU has timed them.
+_SIZES = {
+    ("forward", False): ((128, 32, 8), (64, 32, 8)),
+    ("forward", True): ((32, 32, 8), (16, 16, 8)),
+    ("row_sums", False): ((32, 0, 4), (32, 0, 4)),
+    ("row_sums", True): ((32, 0, 4), (32, 0, 4)),
+    ("keys", False): ((64, 32, 4), (32, 32, 8)),
+    ("keys", True): ((16, 32, 8), (16, 16, 8)),
+    ("queries", False): ((64, 64, 4), (32, 32, 8)),
+    ("queries", True): ((32, 32, 8), (32, 16, 8)),
+    ("decode", False): ((0, 64, 4), (0, 64, 8)),
+    ("decode", True): ((0, 32, 4), (0, 16, 8)),
+}
+_LOG2E = 1.4426950408889634
+
+
+def differential_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    causal: bool,
+    scale: float | None,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """See ``diffx.ops.differential_attention``.
+
+    Args:
+        q: query maps (B, Tq, 2h, d), d at most 128.
+        k: key maps (B, Tk, 2G, d).
+        v: values (B, Tk, G, 2d).
+        lam: lambda, a scalar tensor or (h,).
+        causal: query i stands at position Tk - Tq + i and sees no later key.
+        scale: factor on the logits; None is 1/sqrt(d).
+        key_mask: must be None.
+        window: positions from a query's that it sees at most, its own among them.
+        cu_seqlens: where documents begin and, last, where they all end, ascending from 0 to T (N + 1,): queries see their own alone.
+
+    Returns:
+        (B, Tq, h, 2d), in the type of ``v``.
+
+    Raises:
+        ValueError: a ``key_mask``, a width or a type that the kernels do not take, or ``cu_seqlens`` with a cache.
+    """
+    if key_mask is not None:
+        raise ValueError("impl='triton' takes no key_mask: choose sdpa or reference, or None")
+    if q.shape[3] > WIDEST:
+        raise ValueError(f"impl='triton' takes maps of {WIDEST} features at most, and these have {q.shape[3]}: choose sdpa, or None")
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"impl='triton' takes q, k and v all fp32, bf16 or fp16, and these are {q.dtype}, {k.dtype} and {v.dtype}")
+    if cu_seqlens is not None and q.shape[1] != k.shape[1]:
+        raise ValueError("cu_seqlens cannot be used with a cache: there must be a query for each key")
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    lam = lam.float().expand(q.shape[2] // 2)
+    if q.shape[1] == 1 and window is None and cu_seqlens is None and not torch.is_grad_enabled():
+        return _decode(q, k, v, lam, scale)
+    out, _, _ = _forward(q, k, v, lam, causal, scale, window, cu_seqlens)
+    return out
+
+
+def key_ranges(
+    tq: int, tk: int, causal: bool, window: int | None, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The keys [low, high) that each query sees, both int32 (Tq,) and ascending."""
+    place = torch.arange(tk - tq, tk, device=device)
+    low, high = torch.zeros_like(place), torch.full_like(place, tk)
+    if cu_seqlens is not None:
+        ends = cu_seqlens.to(device, torch.int64)
+        document = torch.searchsorted(ends, place, right=True)
+        low, high = ends[document - 1], ends[document]
+    if causal:
+        high = place + 1
+    if window is not None:
+        low, high = torch.maximum(low, place - window + 1), torch.minimum(high, place + window)
+    return low.int(), high.int()
+
+
+@torch.library.custom_op("diffx::differential_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float, window: int | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, O2 and the logarithms of both maps' sums, as ``forward_kernel`` gives them."""
+    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
+    batch, tq, heads, d = q.shape[0], q.shape[1], q.shape[2] // 2, q.shape[3]
+    out, out2 = q.new_empty(batch, tq, heads, 2 * d), q.new_empty(batch, tq, heads, 2 * d)
+    lse = q.new_empty(2, batch, heads, tq, dtype=torch.float32)
+    low, high = key_ranges(tq, k.shape[1], causal, window, cu_seqlens, q.device)
+    block = _blocks("forward", d, q.dtype)
+    kernels.forward_kernel[triton.cdiv(tq, block["M"]), batch * heads](
+        q, k, v, lam.contiguous(), low, high, out, out2, lse,
+        scale * _LOG2E, tq, k.shape[1], heads, heads // v.shape[2], *_strides(q, k, v), D=d, **block,
+    )  # fmt: skip
+    return out, out2, lse
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: Any, scale: Any, window: Any, cu_seqlens: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tq, maps, d = q.shape
+    out = q.new_empty(batch, tq, maps // 2, 2 * d)
+    return out, torch.empty_like(out), q.new_empty(2, batch, maps // 2, tq, dtype=torch.float32)
+
+
+@torch.library.custom_op("diffx::differential_attention_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    out: Tensor,
+    out2: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and lambda (h,)."""
+    q, k, v, d_out, lam = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v), d_out.contiguous(), lam.contiguous()
+    batch, tq, heads, d = q.shape[0], q.shape[1], q.shape[2] // 2, q.shape[3]
+    tk, groups = k.shape[1], v.shape[2]
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    sums = torch.empty_like(lse)
+    low, high = key_ranges(tq, tk, causal, window, cu_seqlens, q.device)
+    key = torch.arange(tk, device=q.device, dtype=torch.int32)
+    first, last = torch.searchsorted(high, key, right=True, out_int32=True), torch.searchsorted(low, key, right=True, out_int32=True)
+    block = _blocks("row_sums", d, q.dtype)
+    kernels.row_sums_kernel[triton.cdiv(tq, block["M"]), batch * heads](d_out, out, out2, lam, sums, tq, heads, D=d, **block)
+    shared = (scale * _LOG2E, scale, tq, tk, heads, heads // groups, *_strides(q, k, v))
+    block = _blocks("keys", d, q.dtype)
+    kernels.keys_kernel[triton.cdiv(tk, block["N"]), batch * groups](
+        q, k, v, lam, low, high, first, last, d_out, lse, sums, dk, dv, *shared, D=d, **block
+    )
+    block = _blocks("queries", d, q.dtype)
+    kernels.queries_kernel[triton.cdiv(tq, block["M"]), batch * heads](q, k, v, lam, low, high, d_out, lse, sums, dq, *shared, D=d, **block)
+    return dq, dk, dv, -sums[1].sum((0, 2))
+
+
+@_backward.register_fake
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lam.new_empty(lam.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, lam, causal, scale, window, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, lam, *output, cu_seqlens)
+    ctx.options = (causal, scale, window)
+
+
+def _gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, cu_seqlens = ctx.saved_tensors
+    return (*_backward(d_out, *saved, *ctx.options, cu_seqlens), None, None, None, None)
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("diffx::differential_attention_decode", mutates_args=())
+def _decode(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, scale: float) -> Tensor:
+    """One query a sequence, (B, 1, 2h, d), against a cache: its keys are split among programs, whose parts are weighed at the end."""
+    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
+    batch, tk, groups, d = q.shape[0], k.shape[1], v.shape[2], q.shape[3]
+    members = q.shape[2] // 2 // groups
+    block = _blocks("decode", d, q.dtype)
+    split = triton.cdiv(max(_SPLIT, triton.cdiv(tk, 64)), block["N"]) * block["N"]
+    splits = triton.cdiv(tk, split)
+    out = q.new_empty(batch, groups, splits, 2, members, 2 * d, dtype=torch.float32)
+    lse = q.new_empty(batch, groups, splits, 2, members, dtype=torch.float32)
+    kernels.decode_kernel[batch * groups, splits](
+        q, k, v, out, lse, scale * _LOG2E, tk, split, groups, splits,
+        q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
+        R=members, BLOCK_R=max(16, triton.next_power_of_2(members)), D=d, **block,
+    )  # fmt: skip
+    share = (lse * (1 / _LOG2E)).softmax(2)[..., None]  # of each part in its map
+    first, second = (out * share).sum(2).unbind(2)  # (B, G, R, 2d) each
+    return torch.addcmul(first, lam.view(groups, members, 1), second, value=-1).view(batch, 1, groups * members, 2 * d).to(v.dtype)
+
+
+@_decode.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, scale: float) -> Tensor:
+    return v.new_empty(q.shape[0], 1, q.shape[2] // 2, 2 * q.shape[3])
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def _blocks(kernel: str, d: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Sizes of blocks and how a kernel is launched."""
+    exact = dtype is torch.float32
+    rows, keys, warps = _SIZES[kernel, exact][d > 64]
+    sizes: dict[str, Any] = {"M": rows} if rows else {}
+    sizes |= {"N": keys} if keys else {}
+    if kernel != "row_sums":
+        sizes["EXACT"] = exact or isinstance(kernels.forward_kernel, InterpretedFunction)
+    return sizes | {"BLOCK_D": max(16, triton.next_power_of_2(d)), "num_warps": warps, "num_stages": 1 if exact else 2}

@@ -1,0 +1,260 @@
+"""The Triton kernels, through the interpreter where there is no GPU, against explicit maps in fp64; and that they compile for GPUs."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("triton")
+
+from diffx.config.model import MODEL_CONFIGS
+from diffx.models import build_model, init_weights
+from diffx.ops import attending_by, differential_attention
+from diffx.ops import triton_attention as ours
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RELATIVE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of the norm of each output and gradient
+
+
+def draw(shape, dtype=torch.float32, seed=0):
+    """q, k, v, lambda and weights of the output for a shape (B, Tq, Tk, h, G, d)."""
+    batch, tq, tk, heads, groups, d = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(*size):
+        return torch.randn(size, generator=generator).to(DEVICE, dtype).requires_grad_()
+
+    q, k, v = tensor(batch, tq, 2 * heads, d), tensor(batch, tk, 2 * groups, d), tensor(batch, tk, groups, 2 * d)
+    lam = torch.linspace(0.2, 0.9, heads, device=DEVICE).requires_grad_()
+    return q, k, v, lam, tensor(batch, tq, heads, 2 * d).detach()
+
+
+def seen_by_loop(tq, tk, causal, window, documents):
+    """Which keys each query sees, by the words of the docstring."""
+    seen = torch.zeros(tq, tk, dtype=torch.bool)
+    for i in range(tq):
+        place = tk - tq + i
+        for j in range(tk):
+            near = window is None or abs(place - j) < window
+            same = documents is None or sum(j >= start for start in documents) == sum(place >= start for start in documents)
+            seen[i, j] = near and same and (not causal or j <= place)
+    return seen
+
+
+def explicit(q, k, v, lam, weights, seen, scale=None):
+    """Output and gradients in fp64."""
+    inputs = [x.detach().double().requires_grad_() for x in (q, k, v, lam)]
+    q, k, v, lam = inputs
+    per_group = v.shape[2] and q.shape[2] // 2 // v.shape[2]
+    order = [2 * (m // 2 // per_group) + m % 2 for m in range(q.shape[2])]
+    logits = torch.einsum("bqmd,bkmd->bmqk", q, k[:, :, order]) * (q.shape[3] ** -0.5 if scale is None else scale)
+    maps = logits.masked_fill(~seen.to(q.device), -torch.inf).softmax(-1)
+    signed = maps[:, 0::2] - lam.view(-1, 1, 1) * maps[:, 1::2]
+    out = torch.einsum("bhqk,bkhd->bqhd", signed, v.repeat_interleave(per_group, 2))
+    return [out, *torch.autograd.grad(out, inputs, weights.double())]
+
+
+def fused(q, k, v, lam, weights, **options):
+    out = ours.differential_attention(q, k, v, lam, options.pop("causal", True), options.pop("scale", None), **options)
+    return [out, *torch.autograd.grad(out, (q, k, v, lam), weights)]
+
+
+def assert_close(found, expected, rtol):
+    for name, one, other in zip(("out", "dq", "dk", "dv", "dlam"), found, expected, strict=True):
+        assert one.shape == other.shape
+        scale = other.norm() if other.norm() > 1e-6 else expected[0].norm()  # where one key is seen, two gradients are zero in theory
+        error = (one.double() - other).norm() / scale
+        assert error <= rtol, (name, float(error))
+
+
+SHAPES = [
+    (1, 1, 1, 1, 1, 32),
+    (2, 2, 2, 2, 1, 64),
+    (1, 17, 17, 4, 2, 96),  # a width that is no power of two
+    (2, 64, 64, 2, 2, 32),
+    (1, 100, 100, 4, 1, 64),
+    (1, 129, 129, 2, 1, 128),
+    (1, 3, 77, 2, 1, 64),  # a cache
+    (1, 513, 513, 2, 1, 32),
+]
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_output_and_every_gradient(shape, dtype):
+    q, k, v, lam, weights = draw(shape, dtype)
+    expected = explicit(q, k, v, lam, weights, seen_by_loop(shape[1], shape[2], True, None, None))
+    found = fused(q, k, v, lam, weights)
+    assert [x.dtype for x in found] == [dtype] * 4 + [torch.float32]
+    assert_close(found, expected, RELATIVE[dtype])
+
+
+@pytest.mark.slow
+def test_a_long_text():
+    shape = (1, 4097, 4097, 1, 1, 64)
+    q, k, v, lam, weights = draw(shape)
+    place = torch.arange(4097)
+    assert_close(fused(q, k, v, lam, weights), explicit(q, k, v, lam, weights, place <= place[:, None]), 4e-6)
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "documents"),
+    [
+        (False, None, None),
+        (True, 1, None),
+        (True, 40, None),
+        (False, 40, None),
+        (True, None, [0, 50, 51, 130]),
+        (False, None, [0, 1, 64, 130]),
+        (True, 20, [0, 64, 100, 130]),
+    ],
+)
+def test_what_is_seen(causal, window, documents):
+    q, k, v, lam, weights = draw((2, 130, 130, 4, 2, 32))
+    cu_seqlens = None if documents is None else torch.tensor(documents, dtype=torch.int32, device=DEVICE)
+    found = fused(q, k, v, lam, weights, causal=causal, window=window, cu_seqlens=cu_seqlens, scale=0.3)
+    seen = seen_by_loop(130, 130, causal, window, documents and documents[:-1])
+    assert_close(found, explicit(q, k, v, lam, weights, seen, scale=0.3), 2e-6)
+
+
+def test_each_document_is_as_it_is_alone():
+    q, k, v, lam, _ = draw((1, 90, 90, 2, 1, 32))
+    whole = ours.differential_attention(q, k, v, lam, True, None, cu_seqlens=torch.tensor([0, 37, 90], device=DEVICE))
+    for part in (slice(0, 37), slice(37, 90)):
+        alone = ours.differential_attention(q[:, part], k[:, part], v[:, part], lam, True, None)
+        torch.testing.assert_close(whole[:, part], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scalar_lambda_and_tensors_that_are_not_contiguous():
+    q, k, v, _, weights = draw((2, 33, 33, 2, 2, 32))
+    lam = torch.tensor(0.4, device=DEVICE, requires_grad=True)
+    q2, k2, v2 = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
+    assert not q2.is_contiguous()
+    found = fused(q2, k2, v2, lam, weights.transpose(0, 1).contiguous().transpose(0, 1))
+    expected = explicit(q, k, v, lam, weights, seen_by_loop(33, 33, True, None, None))
+    assert_close(found, expected, 2e-6)
+
+
+def test_gradients_are_the_same_bit_for_bit_each_time():
+    inputs = draw((2, 70, 70, 4, 2, 64), torch.float16)
+    first, second = fused(*inputs), fused(*inputs)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 2, 1, 32), (2, 1, 700, 4, 2, 64), (1, 1, 513, 6, 1, 96)], ids=str)
+@pytest.mark.parametrize("dtype", RELATIVE)
+def test_decoding_with_a_cache(shape, dtype):
+    q, k, v, lam, weights = draw(shape, dtype)
+    with torch.no_grad():
+        out = ours.differential_attention(q, k, v, lam, True, None)
+    expected = explicit(q, k, v, lam, weights, torch.ones(1, shape[2], dtype=torch.bool))[0]
+    assert out.dtype == dtype and (out.double() - expected).norm() <= RELATIVE[dtype] * expected.norm()
+
+
+def test_the_operations_keep_the_rules_of_torch_library():
+    q, k, v, lam, weights = draw((1, 20, 20, 2, 1, 32))
+    cu_seqlens = torch.tensor([0, 7, 20], device=DEVICE)
+    torch.library.opcheck(torch.ops.diffx.differential_attention, (q, k, v, lam, True, 0.2, 5, cu_seqlens))
+    with torch.no_grad():
+        out = torch.ops.diffx.differential_attention(q, k, v, lam, True, 0.2, None, None)
+        torch.library.opcheck(torch.ops.diffx.differential_attention_backward, (weights, q, k, v, lam, *out, True, 0.2, None, None))
+        torch.library.opcheck(torch.ops.diffx.differential_attention_decode, (q[:, :1].contiguous(), k, v, lam, 0.2))
+
+
+def test_compiled_without_a_graph_break_and_checkpointed():
+    q, k, v, lam, weights = draw((1, 40, 40, 2, 1, 32))
+
+    def block(q, k, v, lam):
+        return ours.differential_attention(q * 2, k, v, lam.tanh(), True, None) + 1
+
+    expected = [block(q, k, v, lam), *torch.autograd.grad(block(q, k, v, lam), (q, k, v, lam), weights)]
+    for way in (torch.compile(block, fullgraph=True, backend="aot_eager"), partial(checkpoint, block, use_reentrant=False)):
+        out = way(q, k, v, lam)
+        found = [out, *torch.autograd.grad(out, (q, k, v, lam), weights)]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_autocast_computes_in_its_type():
+    q, k, v, lam, weights = draw((1, 30, 30, 2, 1, 32))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = ours.differential_attention(q, k, v, lam, True, None)
+    assert out.dtype == torch.bfloat16
+    found = [out, *torch.autograd.grad(out, (q, k, v, lam), weights.bfloat16())]
+    assert [x.dtype for x in found[1:]] == [torch.float32] * 4
+    assert_close(found, explicit(q, k, v, lam, weights, seen_by_loop(30, 30, True, None, None)), 1.2e-2)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_whole_model(kv_heads):
+    config = MODEL_CONFIGS["diff_v1"](
+        vocab_size=50, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=kv_heads, intermediate_size=48, init_std=0.2
+    )
+    model = build_model(config).to(DEVICE)
+    init_weights(model, 0)
+    ids = torch.randint(50, (2, 19), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = []
+    for implementation in (None, ours):
+        with attending_by(implementation):
+            logits = model(ids)
+        logits.square().mean().backward()
+        found.append([logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        model.zero_grad()
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm().clamp_min(1e-6)
+
+
+def test_what_it_does_not_take_is_said():
+    q, k, v, lam, _ = draw((1, 4, 4, 2, 1, 32))
+    call = partial(differential_attention, impl="triton")
+    torch.testing.assert_close(call(q, k, v, lam), differential_attention(q, k, v, lam, impl="reference"), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="key_mask"):
+        call(q, k, v, lam, key_mask=torch.ones(1, 4, dtype=torch.bool, device=DEVICE))
+    with pytest.raises(ValueError, match=r"float64"):
+        call(q.double(), k.double(), v.double(), lam)
+    with pytest.raises(ValueError, match="128 features"):
+        call(*draw((1, 4, 4, 2, 1, 160))[:4])
+    with pytest.raises(ValueError, match="a query for each key"):
+        ours.differential_attention(q[:, :1], k, v, lam, True, None, cu_seqlens=torch.tensor([0, 4], device=DEVICE))
+
+
+COMPILE = """
+import json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from diffx.ops import triton_attention, triton_kernels
+
+POINTERS = {"LAM": "*fp32", "LSE": "*fp32", "SUMS": "*fp32", "LOW": "*i32", "HIGH": "*i32", "FIRST": "*i32", "LAST": "*i32"}
+shared = {}
+for capability, d, dtype, name in ((80, 64, torch.bfloat16, "*bf16"), (90, 128, torch.float32, "*fp32")):
+    for kernel in ("forward", "row_sums", "keys", "queries", "decode"):
+        function = getattr(triton_kernels, f"{kernel}_kernel")
+        sizes = triton_attention._blocks(kernel, d, dtype) | {"D": d} | ({"R": 2, "BLOCK_R": 16} if kernel == "decode" else {})
+        options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
+        signature = {}
+        for argument in function.arg_names:
+            kind = POINTERS.get(argument, name if argument.isupper() else "fp32" if argument in ("scale", "factor") else "i32")
+            signature[argument] = "constexpr" if argument in sizes else kind
+        if kernel == "decode":
+            signature["OUT"] = "*fp32"
+        constants = {(function.arg_names.index(key),): value for key, value in sizes.items()}
+        done = compile(ASTSource(function, signature, constexprs=constants), target=GPUTarget("cuda", capability, 32), options=options)
+        shared[f"{capability} {d} {kernel}"] = done.metadata.shared
+print(json.dumps(shared))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's compiler is for Linux")
+def test_the_kernels_compile_for_gpus_and_fit_in_their_shared_memory(tmp_path):
+    """No GPU is needed to compile. 99 KiB are what a block of any GPU since 2020 can have."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shared = json.loads(done.stdout.splitlines()[-1])
+    assert len(shared) == 10 and max(shared.values()) <= 99 * 1024, shared
