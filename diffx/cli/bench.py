@@ -100,3 +100,28 @@ def bench_quantize(
     from diffx.bench.quantize import bench_quantize
 
     bench_quantize(out=out, checkpoint=checkpoint, seq_len=seq_len, batch=batch, rounds=rounds, device=device)
+
+
+@bench.command("attention")
+def bench_attention(
+    out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
+    heads: Annotated[int, typer.Option(min=2, help="Heads of the baseline; two make a differential one.")] = 16,
+    width: Annotated[int, typer.Option(min=1, max=128, help="Features of a query and a key.")] = 64,
+    seq_len: Annotated[list[int], typer.Option(min=1, help="A context length in tokens; may be given several times.")] = [1024, 2048],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
+    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="The tensors' type.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Measure differential attention, forward and backward.
+
+    Ours beside two padded calls, the four calls of public libraries, and the baseline's attention.
+
+    \b
+    Examples:
+      diffx bench attention
+      diffx bench attention --width 128 --heads 8 --seq-len 4096 --rounds 3
+      diffx bench attention --device cuda --seq-len 2048 --seq-len 16384 --out bench.json
+    """
+    from diffx.bench.attention import bench_attention
+
+    bench_attention(out=out, heads=heads, width=width, seq_lens=seq_len, rounds=rounds, dtype=dtype, device=device)

@@ -1,0 +1,125 @@
+"""``diffx bench attention``: differential attention, forward and backward, beside what public libraries do and the baseline's attention."""
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffx.bench.targets import Target, check_out, show_ratios, target_ratio
+from diffx.bench.timing import alternate, machine, peak_memory
+from diffx.config import UserError
+from diffx.config.train import Device
+from diffx.ops import attention, differential_attention
+from diffx.train.parallel import pick_device
+
+LAMBDA = 0.5
+OURS = {"cpu": "blocks", "cuda": "triton"}
+# the highest ratio of time that meets what we set ourselves: to whom, on which device, at which T (None is any)
+TARGETS: dict[tuple[str, str, int | None], float] = {
+    ("padded", "cpu", 1024): 0.65,
+    ("padded", "cpu", 2048): 0.70,
+    ("padded", "cpu", 4096): 0.70,
+    ("four calls", "cuda", None): 0.70,
+    ("baseline", "cuda", None): 1.25,
+}
+# Floating-point operations, forward and backward, that each way asks for: for a query-key pair and a differential head, in units of d
+FLOPS = {"baseline": 28, "padded": 56, "four calls": 56, "ours": 32}
+
+
+def bench_attention(out: Path | None, heads: int, width: int, seq_lens: list[int], rounds: int, dtype: str, device: str) -> dict[str, Any]:
+    """Measure causal attention of one sequence, forward and backward, on random queries, keys and values.
+
+    All contestants have as many weights: ``heads`` heads of the baseline, or half of them with values twice as wide. ``padded`` are two
+    calls of PyTorch's attention with queries and keys filled up to the value's width, ``four calls`` those of public libraries, with the
+    value cut in halves, ``baseline`` is ordinary attention, and ours is one fused operation.
+
+    Args:
+        out: where to write the figures as JSON; None writes none.
+        heads: the baseline's heads.
+        width: d of a query and key.
+        seq_lens: context lengths T.
+        rounds: turns of each contestant.
+        dtype: ``auto`` (fp32 on a CPU, else bf16), ``fp32``, ``bf16`` or ``fp16``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Returns:
+        What is written: the machine, peak memory, the seconds of every round, floating-point operations a second with those of a plain
+        matrix product, and the ratios with their targets.
+
+    Raises:
+        UserError: an odd number of heads, a device that is not there, no Triton on a GPU, or ``out`` is no file's name.
+    """
+    check_out(out)
+    where = pick_device(Device(device))
+    if heads % 2:
+        raise UserError(f"heads={heads} cannot be used: it must be even, for two make one differential head")
+    if where.type == "cuda" and find_spec("triton") is None:
+        raise UserError("device=cuda cannot be used: the fused kernels need Triton; pip install 'diffx[triton]' installs it")
+    kind = {"auto": torch.float32 if where.type == "cpu" else torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}.get(
+        dtype, torch.float16
+    )
+    report: dict[str, Any] = {
+        "machine": machine(where),
+        "heads": heads,
+        "width": width,
+        "dtype": str(kind).removeprefix("torch."),
+        "rounds": rounds,
+        "seconds": {},
+        "bytes": {},
+        "ratios": [],
+        "flops_per_second": {"matrix product": _matrix_product(where, kind, rounds)},
+    }
+    for seq_len in seq_lens:
+        work = f"T={seq_len}"
+        builds = {name: partial(_step, name, heads, width, seq_len, kind, where) for name in FLOPS}
+        report["bytes"][f"peak memory, {work}"] = {name: peak_memory(build, where) for name, build in builds.items()}
+        seconds = report["seconds"][work] = alternate({name: build() for name, build in builds.items()}, rounds, where)
+        pairs = heads // 2 * seq_len * (seq_len + 1) / 2
+        report["flops_per_second"][work] = {name: FLOPS[name] * width * pairs / min(own) for name, own in seconds.items()}
+        for to in ("four calls", "padded", "baseline"):
+            target: Target = (None, TARGETS.get((to, where.type, seq_len), TARGETS.get((to, where.type, None))))
+            report["ratios"].append(target_ratio(report, work, "time", "ours", to, target))
+        report["ratios"].append(target_ratio(report, work, f"peak memory, {work}", "ours", "padded", (None, None)))
+    show_ratios(report["ratios"], f"attention of {heads} heads, d={width}, {report['dtype']}, {where}", report, out)
+    return report
+
+
+def _matrix_product(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
+    """Floating-point operations a second of a square matrix product: what the machine can do."""
+    size = 1024 if device.type == "cpu" else 8192
+    x = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(alternate({"product": lambda: x @ x}, rounds, device)["product"])
+
+
+def _step(name: str, heads: int, width: int, seq_len: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """A contestant's forward and backward pass."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, seq_len, heads, width, generator=generator).to(device, dtype) for _ in range(3))
+    wide = v.view(1, seq_len, heads // 2, 2 * width)
+    lam = torch.tensor(LAMBDA, device=device)
+    inputs = [x.requires_grad_() for x in ((q, k, v) if name == "baseline" else (q, k, wide.detach(), lam))]
+    impl = {"ours": OURS.get(device.type, "sdpa"), "padded": "sdpa"}.get(name)
+    call: Callable[..., Tensor]
+    if name == "baseline":
+        call = partial(attention, impl="sdpa")
+    elif name == "four calls":
+        call = _four_calls
+    else:
+        call = partial(differential_attention, impl=impl)
+    d_out = torch.randn(call(*inputs).shape, generator=generator).to(device, dtype)
+
+    def step() -> None:
+        torch.autograd.grad(call(*inputs), inputs, d_out)
+
+    return step
+
+
+def _four_calls(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
+    """Differential attention as the public libraries compute it, in calls of equal widths."""
+    first, second = v.chunk(2, dim=-1)
+    one, two = (torch.cat([attention(q[:, :, s::2], k[:, :, s::2], half, impl="sdpa") for half in (first, second)], -1) for s in (0, 1))
+    return one - lam.to(one.dtype) * two
