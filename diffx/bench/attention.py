@@ -103,7 +103,7 @@ def _step(name: str, heads: int, width: int, seq_len: int, dtype: torch.dtype, d
     lam = torch.tensor(LAMBDA, device=device)
     inputs = [x.requires_grad_() for x in ((q, k, v) if name == "baseline" else (q, k, wide.detach(), lam))]
     impl = {"ours": OURS.get(device.type, "sdpa"), "padded": "sdpa"}.get(name)
-    call: Callable[..., Tensor]
+    call: Any
     if name == "baseline":
         call = partial(attention, impl="sdpa")
     elif name == "four calls":
