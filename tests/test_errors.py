@@ -114,6 +114,7 @@ TABLE = [
     # Types and choices.
     ("train train.lr=fast", ["train.lr=fast", "a number"]),
     ("train train.eval_every=1.5", ["train.eval_every=1.5", "a whole number"]),
+    ("train train.fused_attention=true device=cpu", ["train.fused_attention=true", "cpu", "GPU"]),
     ("train train.compile=maybe", ["train.compile=maybe", "true or false"]),
     ("train seed=null", ["seed=null"]),
     ("train train=3", ["train=3"]),

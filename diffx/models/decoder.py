@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffx.config.model import ModelConfig
 from diffx.models.attention import Attention
@@ -28,6 +29,8 @@ ATTENTION: dict[str, Callable[[Any, int], Attention]] = {
     "diff_v1": DiffV1Attention,
     "diff_v2": DiffV2Attention,
 }
+
+LOGITS = 2**26  # held at once where a loss is computed; backward computes those of each chunk again
 
 
 class Block(nn.Module):
@@ -71,22 +74,38 @@ class Decoder(nn.Module):
         """The matrix (V, D) that turns hidden states into logits."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, input_ids: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Logits of the next token.
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token, or with ``targets`` the loss.
 
         Args:
             input_ids: tokens (B, T).
             cache: keys and values of the tokens before these, which it then takes in; inference only.
             cu_seqlens: boundaries of the documents in the flattened batch (n + 1,), from 0 to B·T, the ends of rows among
                 them; attention then stays within each document, at the cost of one call a document.
+            targets: next tokens (B, T), -100 where there is no loss.
 
         Returns:
-            (B, T, V).
+            (B, T, V); or the sum of the targets' cross-entropies in nats, for which no more than a chunk of the logits is held at a time.
 
         Raises:
             ValueError: a cache that is full, boundaries that do not fit the batch, or both given.
         """
-        return F.linear(self.forward_hidden(input_ids, cache=cache, cu_seqlens=cu_seqlens), self.output_weight)
+        hidden = self.forward_hidden(input_ids, cache=cache, cu_seqlens=cu_seqlens)
+        if targets is None:
+            return F.linear(hidden, self.output_weight)
+        rows = max(1, LOGITS // self.embed_tokens.num_embeddings)
+        if targets.numel() <= rows:
+            return _loss(hidden.flatten(0, 1), self.output_weight, targets.flatten())
+        chunks = zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+        losses = [checkpoint(_loss, part, self.output_weight, own, use_reentrant=False) for part, own in chunks]
+        return torch.stack(losses).sum()
 
     def forward_hidden(self, input_ids: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """As ``forward``, up to the final norm: (B, T, D)."""
@@ -136,6 +155,11 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
     with torch.device("meta"):  # so that no layer draws random numbers of its own
         model = Decoder(config)
     return model.to_empty(device=torch.get_default_device() if device is None else device)
+
+
+def _loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies of targets (N,) that are not -100 behind hidden states (N, D)."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum")
 
 
 def _document_lengths(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:

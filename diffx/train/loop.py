@@ -20,6 +20,7 @@ from diffx.config.errors import Stopped
 from diffx.config.train import TrainConfig
 from diffx.console import Reporter, figure
 from diffx.data import Batch, Batches, Corpus, cu_seqlens
+from diffx.models import Decoder
 from diffx.tracking import Tracker
 from diffx.train.checkpoint import load_training_state, newest_intact, prune, save_checkpoint
 from diffx.train.optimizer import build_optimizer, learning_rate
@@ -75,11 +76,14 @@ def token_losses(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, 
     """Sum of the cross-entropies in nats of the targets that are not -100.
 
     Args:
-        model: gives logits.
+        model: a decoder of ours, or gives logits.
         inputs: (B, T) token ids.
         targets: (B, T) next tokens, -100 where there is no loss.
         boundaries: (n+1,) document boundaries in the flattened batch, or ``None`` to attend across documents.
     """
+    if isinstance(model, Decoder):
+        loss: torch.Tensor = model(inputs, cu_seqlens=boundaries, targets=targets)
+        return loss
     logits = model(inputs, cu_seqlens=boundaries)  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
 

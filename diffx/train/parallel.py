@@ -6,9 +6,10 @@ Order: activation checkpointing, then compile each block, then ``fully_shard`` e
 import ctypes
 import os
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from diffx.config import UserError
 from diffx.config.train import Device, Precision, TrainConfig
+from diffx.ops import attending_by
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,26 @@ def clip_gradients(parameters: Iterable[nn.Parameter], bound: float) -> torch.Te
     norm = nn.utils.clip_grad_norm_(parameters, bound or float("inf"))
     full = getattr(norm, "full_tensor", None)
     return full() if full is not None else norm
+
+
+@contextmanager
+def fused_attention(wanted: bool, device: torch.device) -> Iterator[None]:
+    """Let the fused kernels compute differential attention for as long as the context lasts, if that is ``wanted``.
+
+    Raises:
+        UserError: there is no GPU, or no Triton.
+    """
+    if not wanted:
+        yield
+        return
+    if device.type != "cuda":
+        raise UserError(f"train.fused_attention=true cannot be used on {device}: the kernels are for a GPU (device=cuda)")
+    try:
+        kernels = import_module("diffx.ops.triton_attention")
+    except ImportError as error:
+        raise UserError("train.fused_attention=true cannot be used: it needs Triton; pip install 'diffx[triton]' installs it") from error
+    with attending_by(kernels):
+        yield
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:

@@ -25,7 +25,7 @@ from diffx.tracking import NullTracker, Tracker
 from diffx.train.checkpoint import WEIGHTS, find_checkpoint, newest_intact
 from diffx.train.folder import make_folder, new_folder, note_resume, run_name, settle, write_json
 from diffx.train.loop import Fit, fit
-from diffx.train.parallel import World, join_world, leave_world
+from diffx.train.parallel import World, fused_attention, join_world, leave_world
 from diffx.train.params import counts_table
 from diffx.train.probes import diff_statistics
 
@@ -45,7 +45,7 @@ def train(job: TrainJob, words: list[str]) -> Path:
     world = join_world(job.device)
     torch.manual_seed(job.seed)
     try:
-        with full_disk_in_a_line(job.run):
+        with full_disk_in_a_line(job.run), fused_attention(job.train.fused_attention, world.device):
             return _train(job, words, world, Reporter(quiet=not world.main))
     finally:
         leave_world()

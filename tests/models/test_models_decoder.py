@@ -6,6 +6,9 @@ from operator import mul
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffx.config.model import (
     MODEL_CONFIGS,
@@ -15,7 +18,7 @@ from diffx.config.model import (
     TransformerConfig,
     TransformerWideHeadConfig,
 )
-from diffx.models import KVCache, build_model, init_weights
+from diffx.models import KVCache, build_model, decoder, init_weights
 from diffx.models.layers import apply_rope, rope_tables
 
 SHAPE = {"hidden_size": 64, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 96, "vocab_size": 50, "init_std": 0.15}
@@ -268,3 +271,44 @@ def test_compiles(kind):
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     compiled.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loss_in_chunks_is_the_loss(tied, monkeypatch):
+    config = MODEL_CONFIGS["diff_v1"](**SHAPE, tie_embeddings=tied)
+    model = build_model(config)
+    init_weights(model, 0)
+    generator = torch.Generator().manual_seed(0)
+    ids, targets = torch.randint(50, (2, 2, 11), generator=generator)
+    targets[0, :4] = -100
+    expected = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    gradients, whole = torch.autograd.grad(expected, list(model.parameters())), decoder._loss
+    for rows, chunks in ((22, 1), (21, 2), (5, 5), (1, 22)):
+        monkeypatch.setattr(decoder, "LOGITS", 50 * rows)
+        calls = []
+        monkeypatch.setattr(decoder, "_loss", lambda *args, whole=whole, calls=calls: (calls.append(1), whole(*args))[1])
+        loss = model(ids, targets=targets)
+        assert len(calls) == chunks  # backward calls them again
+        torch.testing.assert_close(loss, expected)
+        for one, other in zip(torch.autograd.grad(loss, list(model.parameters())), gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_holds_no_more_logits_than_a_chunk(monkeypatch):
+    """Of 1,000 tokens and 2,000 entries, in chunks of 50 tokens; forward and backward."""
+    model = build_model(MODEL_CONFIGS["transformer"](**{**SHAPE, "vocab_size": 2000}))
+    init_weights(model, 0)
+    ids = torch.zeros(10, 100, dtype=torch.long)
+    monkeypatch.setattr(decoder, "LOGITS", 2000 * 50)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max([largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+            return out
+
+    with Watch():
+        model(ids, targets=ids).backward()
+    assert largest < 1000 * 2000 / 8  # what the blocks hold is as large as a few chunks
