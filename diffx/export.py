@@ -14,12 +14,11 @@ from diffx.config import RunError, UserError
 from diffx.config.eval import Dtype, ExportJob
 from diffx.config.train import Device
 from diffx.console import Reporter
-from diffx.data.tokenizers import Tokenizer
 from diffx.dex.attach import fold
 from diffx.dex.registered import to_registered as keep_branch
 from diffx.hub.convert import to_diffllama, to_llama
 from diffx.hub.registered import to_registered
-from diffx.loading import DTYPES, Loaded, load_run
+from diffx.loading import DTYPES, Loaded, load_run, write_origin
 from diffx.models import Decoder
 
 _CLOSE = 1e-3  # relative; of logits before and after, which differ by rounding alone
@@ -41,7 +40,7 @@ def export(job: ExportJob) -> Path:
     model, error = to_transformers(loaded, job.fold)
     if job.dtype is not Dtype.auto:
         model.to(DTYPES[job.dtype])
-    write_pretrained(model, loaded.tokenizer, out, "out")
+    write_pretrained(model, loaded, out, "out")
     needs = " (load it after `import diffx`)" if model.config.model_type.startswith("diffx") else ""
     reporter.line(f"{type(model).__name__} in {out}{needs}; its logits differ from the run's by {error:.1e} of their norm")
     return out
@@ -65,8 +64,8 @@ def to_transformers(loaded: Loaded, fold_branch: bool = True) -> tuple[PreTraine
     return model, error
 
 
-def write_pretrained(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, key: str) -> None:
-    """Write a model and its tokenizer as a folder, all of it or nothing; ``key`` names the folder in messages.
+def write_pretrained(model: PreTrainedModel, loaded: Loaded, out: Path, key: str) -> None:
+    """Write a model with the tokenizer and the origin of ``loaded`` as a folder, all or nothing; ``key`` names the folder in messages.
 
     Raises:
         RunError: it cannot be written.
@@ -76,7 +75,8 @@ def write_pretrained(model: PreTrainedModel, tokenizer: Tokenizer, out: Path, ke
     try:
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary)
-        tokenizer.save(temporary)
+        loaded.tokenizer.save(temporary)
+        write_origin(loaded, temporary)
         os.replace(temporary, out)
     except OSError as failure:
         raise RunError(f"{key}={out} cannot be written: {failure.strerror or failure}") from failure

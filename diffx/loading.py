@@ -1,14 +1,19 @@
 """What ``checkpoint=`` means: a run folder, ``@best`` or ``@STEP`` after it, or a model of the Hugging Face hub, by name or folder."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 
+from diffx.config import UserError
 from diffx.config.bridge import load_config
+from diffx.config.data import DATA_CONFIGS, DataConfig
 from diffx.config.dex import AdaptJob
 from diffx.config.eval import Dtype
 from diffx.config.train import Device, TrainJob
@@ -18,9 +23,11 @@ from diffx.dex.pretrained import load_pretrained
 from diffx.models import build_model
 from diffx.train.adapt import restore
 from diffx.train.checkpoint import WEIGHTS, find_checkpoint, read_state
+from diffx.train.folder import write_json
 from diffx.train.parallel import pick_device
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
+_ORIGIN = "diffx.json"
 
 
 @dataclass
@@ -39,6 +46,7 @@ class Loaded:
         prefix: tokens that every text begins with.
         ends: tokens that end a text.
         job: the job that trained or adapted it; None for a model that is no run.
+        data: the text that it was trained on, where that is known: of a run, of its export and of what was quantized of it.
         adapted: of an adapted run, what was put into the model.
     """
 
@@ -53,6 +61,7 @@ class Loaded:
     prefix: list[int]
     ends: set[int]
     job: TrainJob | AdaptJob | None = None
+    data: DataConfig | None = None
     adapted: Adapted | None = None
 
 
@@ -95,6 +104,7 @@ def load_run(spec: str, device: Device = Device.auto, dtype: Dtype = Dtype.auto)
         prefix=[tokenizer.eot_id],
         ends={tokenizer.eot_id},
         job=job,
+        data=job.data,
     )
 
 
@@ -112,6 +122,7 @@ def _load_adapted(run_dir: Path, folder: Path, job: AdaptJob, where: torch.devic
         prefix=base.prefix,
         ends=base.ends,
         job=job,
+        data=job.data,
         adapted=adapted,
     )
 
@@ -126,7 +137,7 @@ def _names_run(spec: str) -> bool:
 def _load_pretrained(spec: str, device: Device, dtype: Dtype, revision: str | None, trust_remote_code: bool) -> Loaded:
     where = pick_device(device)
     found = load_pretrained("checkpoint", spec, _wanted(dtype, where), where, revision, trust_remote_code)
-    return Loaded(
+    loaded = Loaded(
         found.model,
         found.tokenizer,
         name=found.name,
@@ -138,6 +149,32 @@ def _load_pretrained(spec: str, device: Device, dtype: Dtype, revision: str | No
         prefix=found.prefix,
         ends=found.ends,
     )
+    return dataclasses.replace(loaded, **_origin(Path(spec)))
+
+
+def write_origin(loaded: Loaded, folder: Path) -> None:
+    """Write beside an exported model what its config cannot say: how its texts begin, how long and what text it was trained on."""
+    data = None if loaded.data is None else OmegaConf.to_container(OmegaConf.structured(loaded.data), enum_to_str=True)
+    write_json(folder / _ORIGIN, {"prefix": loaded.prefix, "context": loaded.context, "data": data})
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """The fields of ``Loaded`` that ``write_origin`` kept; none where it wrote nothing.
+
+    Raises:
+        UserError: the file is damaged, or of another version.
+    """
+    path = folder / _ORIGIN
+    if not path.is_file():
+        return {}
+    try:
+        saved = json.loads(path.read_bytes())
+        found: dict[str, Any] = {"prefix": [int(token) for token in saved["prefix"]], "context": int(saved["context"])}
+        if (data := saved["data"]) is not None:
+            found["data"] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DATA_CONFIGS[data["kind"]]), data))
+        return found
+    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException, UserError) as error:
+        raise UserError(f"{path} cannot be used: it is damaged or of another version; export the model again") from error
 
 
 def _wanted(dtype: Dtype, where: torch.device) -> torch.dtype | str:

@@ -49,7 +49,9 @@ def test_a_sweep_in_two_processes(here):
     failed = [json.loads(line) for line in (here / "s" / "failed.jsonl").read_text().splitlines()]
     assert sorted(entry["job"] for entry in failed) == [1, 3]
     for number, model in ((1, "transformer"), (3, "diff_v1")):
-        assert done.stderr.count(f"error: job {number} (model={model} train.lr=-1): train.lr=-1.0 cannot be used") == 2
+        assert done.stderr.count(f"error: job {number} (model={model} train.lr=-1): train.lr=-1.0 cannot be used") == 1
+    both = "1 (model=transformer train.lr=-1), 3 (model=diff_v1 train.lr=-1)"
+    assert done.stderr.splitlines()[-1] == f"error: 2 jobs of the sweep failed: {both}; the reasons are in s/failed.jsonl"
     for number in ("0", "2"):
         assert json.loads((here / "s" / number / "summary.json").read_text())["finished"]
     assert not (here / "s" / "1").exists()

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaModel, T5Config
 
 from diffx.cli import main
@@ -117,7 +118,7 @@ TABLE = [
     ("train train.fused_attention=true device=cpu", ["train.fused_attention=true", "cpu", "GPU"]),
     ("train train.compile=maybe", ["train.compile=maybe", "true or false"]),
     ("train seed=null", ["seed=null"]),
-    ("train train=3", ["train=3"]),
+    ("train train=3", ["train=3", "a group of keys, set one by one"]),
     ("train train.schedule=cosin", ["train.schedule=cosin", "cosine"]),
     ("train wandb.mode=offlin", ["wandb.mode=offlin", "offline"]),
     ("train device=gpu", ["device=gpu", "cuda"]),
@@ -169,7 +170,8 @@ TABLE = [
     (f"data prepare {TEXT} out=notes", ["out=notes"]),
     # Adaptation and export.
     ("adapt-dex", ["base is missing", "base=FOLDER", "data=text"]),
-    (f"adapt-dex base=nowhere {ADAPT}", ["base=nowhere", "accepted"]),
+    (f"adapt-dex base=nowhere {ADAPT}", ["base=nowhere", "there is no folder nowhere here", "offline mode is on", "accepted"]),
+    (f"adapt-dex base=some/deep/name {ADAPT}", ["there is no folder some/deep/name here", "accepted"]),
     (f"adapt-dex base=notes {ADAPT}", ["base=notes", "accepted"]),
     (f"adapt-dex base=trained {ADAPT}", ["base=trained", "run folder", "diffx export checkpoint=trained"]),
     (f"adapt-dex base=t5 {ADAPT}", ["base=t5", "a t5 is no causal language model", "AutoModelForCausalLM"]),
@@ -201,7 +203,7 @@ TABLE = [
     ("eval", ["suite is missing", "retrieval", "paper_lm"]),
     ("eval suite=icl", ["checkpoint is missing"]),
     ("eval checkpoint=trained suite=foo", ["suite=foo", "icl_order"]),
-    ("eval checkpoint=nowhere suite=icl", ["checkpoint=nowhere", "accepted: a run"]),
+    ("eval checkpoint=nowhere suite=icl", ["checkpoint=nowhere", "there is no folder", "offline mode is on", "accepted: a run"]),
     ("eval checkpoint=notes suite=icl", ["checkpoint=notes"]),
     ("eval checkpoint=trained@7 suite=icl", ["checkpoint=trained@7", "2"]),
     ("eval checkpoint=trained suite=icl dtype=int8", ["dtype=int8", "bf16"]),
@@ -220,6 +222,10 @@ TABLE = [
     ("quantize checkpoint=trained bits=[1]", ["bits=1", "from 2 to 16"]),
     ("quantize checkpoint=trained bits=[17,4]", ["bits=17", "from 2 to 16"]),
     ("quantize checkpoint=trained bits=[]", ["bits=[]", "[16,8,6,4]"]),
+    ("quantize checkpoint=trained bits=8", ["bits=8 cannot be used: it must be a list such as [8]"]),
+    ("quantize checkpoint=trained bits=few", ["bits=few", "a list", "a whole number"]),
+    ("quantize checkpoint=trained bits=null", ["bits=null", "a list", "a whole number"]),
+    ("quantize checkpoint=trained method=weights method.skip=o_proj", ["method.skip=o_proj", "a list such as [o_proj]"]),
     ("quantize checkpoint=trained method=magic", ["method=magic", "attention_logits"]),
     ("quantize checkpoint=trained method.scope=layer", ["method.scope", "layer", "head"]),
     ("quantize checkpoint=trained suite=speed", ["suite=speed", "speed"]),
@@ -284,6 +290,40 @@ def test_bad_input_is_one_line(place, capfd, command, mentions):
 def test_the_program_says_the_same(place, command, mentions):
     done = subprocess.run([sys.executable, "-m", "diffx", *words(command)], capture_output=True, text=True, timeout=120)
     check(done.returncode, done.stderr, mentions)
+
+
+@pytest.mark.parametrize("command", [f"adapt-dex base=no/where {ADAPT}", "eval checkpoint=no/where suite=icl"])
+def test_without_a_network_the_hub_is_not_asked(place, capfd, monkeypatch, command):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")  # RFC 6761: resolves nowhere
+    monkeypatch.setattr("diffx.dex.pretrained.getproxies", dict)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it is asked again and again"))
+    code = main(words(command))
+    check(code, capfd.readouterr().err, ["there is no folder no/where here", "hub.invalid cannot be reached", "accepted"])
+
+
+INTERRUPTED = [
+    ("eval checkpoint=trained suite=icl", "evaluation.run.evaluate", "interrupted: what was measured is kept, and the same command"),
+    ("eval -m checkpoint=trained suite=icl,math", "evaluation.run.evaluate", "interrupted: what was measured is kept"),
+    ("quantize checkpoint=trained", "quantization.run.quantize", "interrupted: what was measured is kept, and the same command"),
+    ("generate checkpoint=trained", "evaluation.generate.generate_text", "interrupted"),
+    ("export checkpoint=trained out=x", "export.export", "interrupted"),
+    ("compare trained", "report.compare.compare_runs", "interrupted"),
+]
+
+
+@pytest.mark.parametrize(("command", "work", "line"), INTERRUPTED)
+def test_an_interrupt_is_one_line(place, capfd, monkeypatch, command, work, line):
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"diffx.{work}", interrupted)
+    assert main(words(command)) == 130
+    (told,) = capfd.readouterr().err.splitlines()
+    assert told.startswith(line) and len(calls) == 1, "a sweep goes on"
 
 
 def words(command):

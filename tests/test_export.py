@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,3 +273,24 @@ def test_an_export_that_does_not_say_the_same_is_not_written(run, place, monkeyp
     capfd.readouterr()
     line = error_of(capfd, ["export", f"checkpoint={checkpoint}", f"out={place / 'wrong'}"], code=1)
     assert "this is a defect, and nothing was written" in line and not (place / "wrong").exists()
+
+
+def test_an_export_is_measured_as_its_run_is(tmp_path, monkeypatch):
+    """The first token, the context and the held-out text are those of the run, with ``data=`` and without."""
+    monkeypatch.chdir(tmp_path)
+    rows = ({"text": f"Note {n}. The square of {n} is {n * n}. " * 4} for n in range(100))
+    Path("text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = "tokenizer=bytes size=pico train.steps=2 train.seq_len=48 train.batch_tokens=96 train.sample_tokens=0 data.val_fraction=0.2"
+    off = ["wandb.mode=disabled", "device=cpu"]
+    assert main(["train", *keys.split(), "data.val_tokens=2000", "data=text", "data.path=text.jsonl", "run.dir=run", *off]) == 0
+    assert main(["export", "checkpoint=run", "out=model"]) == 0
+    for more in ([], ["data=text", "data.path=text.jsonl"]):
+        losses = []
+        for spec, where in (("run", "run/evals"), ("model", "runs/hub/model@*/evals")):
+            assert main(["eval", f"checkpoint={spec}", "suite=long_context", "suite.texts=4", *more, *off]) == 0
+            (newest,) = Path().glob(f"{where}/*/long_context/*/results.json")
+            losses.append([metric["value"] for metric in json.loads(newest.read_text())["metrics"]])
+            shutil.rmtree(newest.parent)
+        assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    (Path("model") / "diffx.json").write_text("{}")
+    assert main(["eval", "checkpoint=model", "suite=long_context", *off]) == 2

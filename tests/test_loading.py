@@ -1,12 +1,19 @@
 """What ``checkpoint=`` means."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffx.config import UserError
 from diffx.config.eval import Dtype
 from diffx.config.train import Device
+from diffx.dex import pretrained
 from diffx.loading import load
 
 
@@ -60,6 +67,49 @@ def test_what_is_not_there(spec, reason):
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_in_the_hubs_cache_needs_no_network(hf_folder, tmp_path, monkeypatch):
+    commit = "0123456789" * 4
+    own = tmp_path / "models--someone--tiny"
+    shutil.copytree(hf_folder, own / "snapshots" / commit)
+    (own / "refs").mkdir()
+    (own / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for revision in (None, commit):
+        assert load("someone/tiny", Device.cpu, revision=revision).name == "someone/tiny"
+    with pytest.raises(UserError, match="there is no folder someone/other here"):
+        load("someone/other", Device.cpu)
+
+
+@pytest.mark.parametrize("proxies", [{}, {"https": "http://localhost:1"}])
+def test_a_name_that_may_be_reached_is_asked_for(monkeypatch, proxies):
+    def asked(*args, **options):
+        raise OSError("asked " + "word " * 100)
+
+    def resolve(host, port):
+        assert host == "huggingface.co" and not proxies
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
+    monkeypatch.setattr(pretrained, "getproxies", lambda: proxies)
+    monkeypatch.setattr(pretrained.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(pretrained.AutoConfig, "from_pretrained", asked)
+    with pytest.raises(UserError, match=r"loaded: asked (word )+…; accepted"):
+        load("someone/model", Device.cpu)
+
+
 def test_a_folder_that_is_neither(tmp_path):
     with pytest.raises(UserError, match=r"not a run folder"):
         load(str(tmp_path), Device.cpu)
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(hf_folder, tmp_path):
+    """From the hub's cache, laid out as huggingface_hub does, in a process of its own that reads the variable."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(hf_folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    script = "from diffx.loading import load; found = load('org/tiny'); print(found.fingerprint, found.folder)"
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [commit, f"runs/hub/org--tiny@{commit[:12]}"], done.stderr

@@ -19,6 +19,10 @@ app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 
 
+_KEPT = "interrupted: what was measured is kept, and the same command (without force=true) goes on"
+_INTERRUPTED = {"eval": _KEPT, "quantize": _KEPT}
+
+
 def _show_version(asked: bool) -> None:
     if asked:
         typer.echo(f"diffx {__version__}")
@@ -363,7 +367,11 @@ def main(argv: list[str] | None = None) -> int:
     for talker in ("torchao", "torch.utils._pytree"):  # at import torchao tells of each kernel that it has no use for here
         logging.getLogger(talker).setLevel(logging.ERROR)
     try:
-        return app(argv, prog_name="diffx", standalone_mode=False) or 0
+        code = app(argv, prog_name="diffx", standalone_mode=False) or 0
+        if code == 130:  # what Typer makes of a KeyboardInterrupt
+            command = (sys.argv[1:] if argv is None else argv)[0]
+            print(_INTERRUPTED.get(command, "interrupted"), file=sys.stderr)
+        return code
     except (UserError, RunError) as error:
         code, line = 2 if isinstance(error, UserError) else 1, str(error)
     except TyperException as error:

@@ -102,7 +102,8 @@ class Task:
             return result
         except Exception as error:
             if sweep:
-                _tell(_record(sweep, settings.job.num, words, error), self.given)
+                entry = _record(sweep, settings.job.num, words, error)
+                print(f"error: job {_job(entry, self.given)}: {entry['error']}", file=sys.stderr, flush=True)
             else:
                 self.error = error
             return None
@@ -133,10 +134,10 @@ def _record(sweep: Path, number: int, words: list[str], error: Exception) -> dic
     return entry
 
 
-def _tell(entry: dict[str, Any], given: list[str]) -> None:
-    """Print a failed job's line, with the words that set it apart from the sweep's other jobs."""
+def _job(entry: dict[str, Any], given: list[str]) -> str:
+    """Name a failed job by its number and the words that set it apart from the sweep's other jobs."""
     own = " ".join(word for word in entry["overrides"] if word not in given)
-    print(f"error: job {entry['job']} ({own}): {entry['error']}", file=sys.stderr, flush=True)
+    return f"{entry['job']} ({own})"
 
 
 @contextmanager
@@ -216,8 +217,10 @@ def launch(
             _hydra_main(task, name, ["--multirun", "--", *words])
     finally:
         failed = _failed(sweep)
-        for entry in failed:
-            _tell(entry, words)
+        if failed:
+            jobs = ", ".join(_job(entry, words) for entry in failed)
+            count = f"{len(failed)} jobs" if len(failed) > 1 else "1 job"
+            print(f"error: {count} of the sweep failed: {jobs}; the reasons are in {sweep / _FAILED}", file=sys.stderr)
         if [path.name for path in sweep.glob("*")] == ["multirun.yaml"]:  # refused before its first job
             (sweep / "multirun.yaml").unlink()
             with suppress(OSError):

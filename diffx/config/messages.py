@@ -112,6 +112,9 @@ def _accepted(hint: Any, value: Any) -> str:
         return " or ".join(_accepted(part, value) for part in get_args(hint))
     if names := names_of(hint):
         return f"one of {', '.join(names)}{_nearest(str(value), names)}"
+    if get_origin(hint) is list:
+        (part,) = get_args(hint)
+        return f"a list such as [{value}]" if type(value) is part else f"a list, each part of it {_accepted(part, value)}"
     return _TYPE_NAMES.get(hint, "a group of keys, set one by one")
 
 

@@ -76,7 +76,7 @@ class Weights(MethodConfig):
     Attributes:
         scheme: ``weight_only``; ``int8_dynamic`` also rounds activations to 8 bits, each token by its own scale; ``float8`` stores 8-bit
             floats; ``float8_dynamic`` multiplies them too, on hardware that can.
-        group_size: weights of a row that share a scale, with ``weight_only``; ``null`` is the whole row at 8 bits, and 64 at fewer.
+        group_size: weights of a row that share a scale, with ``weight_only``; ``null`` is the whole row at 8 bits, and 32 at fewer.
         skip: layers to leave as they are, by whole parts of their names, such as ``o_proj`` or ``layers.0``.
     """
 

@@ -55,7 +55,8 @@ class RetrievalSuite(SuiteConfig):
 
     Attributes:
         cases: pairs [N, R]: needles in the text, and how many of them are asked for.
-        lengths: lengths of the whole input in tokens; ``null`` is the model's context and its half and quarter, 4096 at most.
+        lengths: lengths of the whole input in tokens; ``null`` is the model's context and its half and quarter, 4096 at most, without
+            those that do not hold the needles.
         depths: places of the first queried needle, as shares of the text.
         samples: samples for each case, length and depth.
         digits: digits of a magic number.
@@ -224,7 +225,7 @@ class HallucinationSuite(SuiteConfig):
 
     Attributes:
         tasks: ``xsum``, ``cnn_dm``, ``multinews``, ``qasper``, ``hotpotqa``, ``2wikimqa`` (from the hub), or paths of JSON lines:
-            {"document", "reference"} for a summary, {"context", "question", "answers"} for a question.
+            {"document", "reference"} for a summary, {"context", "question", "answers"} for a question; several references are a list.
         samples: samples a task.
         max_tokens: tokens of an answer; ``null`` is 128 for a summary and 32 for an answer.
         data_dir: a folder with local copies of the hub's data, rows as there: ``<data_dir>/<task>.jsonl`` or ``.jsonl.gz``.

@@ -1,12 +1,20 @@
 """A pretrained causal model of ``transformers`` with its tokenizer, from the hub or a folder."""
 
 import hashlib
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import psutil
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import logging as hub_logging
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -75,7 +83,8 @@ def load_pretrained(
     if key == "base" and Path(spec, "config.yaml").is_file() and not Path(spec, "config.json").is_file():
         raise UserError(f"{refused}: it is a run folder; `diffx export checkpoint={spec} out=FOLDER` makes a model of it")
     try:
-        with quiet_transformers():
+        _check_reach(spec, revision)
+        with quiet_transformers(), _quiet_hub():
             config = AutoConfig.from_pretrained(spec, **options)
             _check(key, refused, config, dtype, device, trust_remote_code)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -86,8 +95,10 @@ def load_pretrained(
         raise
     except Exception as error:  # any library below may fail here, each with an exception of its own
         runs = "a run (runs/x, runs/x@best, runs/x@1000), " if key == "checkpoint" else ""
+        missing = "" if Path(spec).is_dir() else f"there is no folder {spec} here, and from the hub it cannot be loaded: "
+        why = shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".: ")
         raise UserError(
-            f"{refused}: {reason(error)}; accepted: {runs}a folder with a Hugging Face model in safetensors, or a hub "
+            f"{refused}: {missing}{why}; accepted: {runs}a folder with a Hugging Face model in safetensors, or a hub "
             "name that can be reached"
         ) from error
     model, report = loaded
@@ -101,7 +112,7 @@ def load_pretrained(
     if tokenizer.vocab_size > entries:
         raise UserError(f"{refused}: its tokenizer has {tokenizer.vocab_size} entries and the model {entries}")
     ends = getattr(model.generation_config, "eos_token_id", None)
-    commit, folder = getattr(model.config, "_commit_hash", None), Path(spec)
+    folder = Path(spec)
     model = model.to(device).eval()
     if not _is_causal(model):
         raise UserError(f"{refused}: it is no causal language model: its logits at a token depend on the tokens after it")
@@ -109,7 +120,7 @@ def load_pretrained(
         model,
         tokenizer,
         name=folder.resolve().name if folder.is_dir() else spec,
-        fingerprint=_weights_hash(folder) if folder.is_dir() else str(commit),
+        fingerprint=_weights_hash(folder) if folder.is_dir() else _commit(spec, revision),
         limit=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         prefix=[bos] if bos is not None and first == bos else [],
         ends={tokenizer.eot_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])},
@@ -120,6 +131,32 @@ def load_pretrained(
 def free_memory(device: torch.device) -> int:
     """Bytes that are free where a model is to be."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _check_reach(spec: str, revision: str | None) -> None:
+    """Refuse at once what only the hub can have while it cannot be asked; ``huggingface_hub`` would try for half a minute."""
+    if Path(spec).is_dir() or isinstance(try_to_load_from_cache(spec, "config.json", revision=revision), str):
+        return
+    if constants.is_offline_mode():
+        raise ConnectionError("offline mode is on (HF_HUB_OFFLINE) and it is not in the cache")
+    hub = urlsplit(constants.ENDPOINT)
+    if getproxies().keys() & {hub.scheme, "all"}:  # a proxy looks names up itself
+        return
+    try:
+        socket.getaddrinfo(hub.hostname, None)
+    except OSError as error:
+        raise ConnectionError(f"{hub.hostname} cannot be reached ({reason(error)})") from error
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep back what ``huggingface_hub`` tells of each request that it sends again."""
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
 
 
 def _check(key: str, refused: str, config: Any, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool) -> None:
@@ -147,6 +184,11 @@ def _is_causal(model: nn.Module) -> bool:
     ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=next(model.parameters()).device)
     first, second = model(input_ids=ids, use_cache=False).logits[:, :2].float()
     return bool((first - second).abs().max() <= 1e-3 * first.abs().max())
+
+
+def _commit(spec: str, revision: str | None) -> str:
+    """The commit of a model that was loaded from the hub: the name of its folder in the cache."""
+    return Path(str(try_to_load_from_cache(spec, "config.json", revision=revision))).parent.name
 
 
 def _weights_hash(folder: Path) -> str:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from diffx.data.needles import Sample
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.published import published
-from diffx.evaluation.retrieval import check_lengths, haystack_of, hide
+from diffx.evaluation.retrieval import haystack_of, hide, long_enough
 from diffx.evaluation.suite import Context, Example, Metric, Record, mean_metrics
 from diffx.hub.attention import AttentionView
 
@@ -39,8 +39,7 @@ def plan(context: Context) -> list[Example]:
         data = {"group": f"depth {depth:.0%}", "needles": needles, "asked": asked, "length": length, "depth": depth}
         name = f"N={needles} R={asked}/T={length}/depth={depth:g}"
         examples += context.limited([Example(f"{name}/{number}", data | {"number": number}) for number in range(suite.samples)])
-    check_lengths(context, haystack_of(context), examples, "suite.length")
-    return examples
+    return long_enough(context, haystack_of(context), examples, "suite.length")
 
 
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:

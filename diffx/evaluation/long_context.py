@@ -112,11 +112,11 @@ def count_pairs(tokens: TokenArray, wanted: np.ndarray) -> np.ndarray:
 
 
 def _training_tokens(context: Context, corpus: np.ndarray) -> tuple[str, TokenArray]:
-    """The tokens that a run was trained on; those of the evaluated corpus for a model of which they are not known or not here."""
-    run = context.lm.loaded.job
-    if run is not None:
+    """The tokens that the model was trained on; those of the evaluated corpus for a model of which they are not known or not here."""
+    data = context.lm.loaded.data
+    if data is not None:
         try:
-            return "the training tokens", open_data(run.data, context.lm.tokenizer).train
+            return "the training tokens", open_data(data, context.lm.tokenizer).train
         except (UserError, RunError) as error:
             context.reporter.warn(f"frequent pairs are counted in the evaluated corpus: the training text is not here ({error})")
     return "the evaluated corpus", TokenArray([corpus])

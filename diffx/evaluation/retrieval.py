@@ -31,24 +31,19 @@ def plan(context: Context) -> list[Example]:
     Raises:
         UserError: a length that the model cannot read, that does not hold the needles, or is more than the text.
     """
-    suite, lm = context.suite, context.lm
-    most = min(lm.context, 4096)
-    lengths = suite.lengths or [most // 4, most // 2, most]
-    cells = [(length, depth) for length in lengths for depth in suite.depths]
+    suite = context.suite
+    most = min(context.lm.context, 4096)
     examples = []
     for needles, asked in suite.cases:
         group = f"N={needles} R={asked}"
-        case = [
-            Example(
-                f"{group}/T={length}/depth={depth:g}/{number}",
-                {"group": group, "needles": needles, "asked": asked, "length": length, "depth": depth, "number": number},
-            )
-            for number in range(suite.samples)  # outermost, so that a limit leaves some of every cell
-            for length, depth in cells
-        ]
-        examples += context.limited(case)
-    check_lengths(context, haystack_of(context), examples, "suite.lengths")
-    return examples
+        for length in suite.lengths or [most // 4, most // 2, most]:
+            for depth in suite.depths:
+                data = {"group": group, "needles": needles, "asked": asked, "length": length, "depth": depth}
+                cell = [
+                    Example(f"{group}/T={length}/depth={depth:g}/{number}", data | {"number": number}) for number in range(suite.samples)
+                ]
+                examples += context.limited(cell)
+    return long_enough(context, haystack_of(context), examples, "suite.lengths")
 
 
 def haystack_of(context: Context) -> Haystack:
@@ -68,11 +63,17 @@ def hide(context: Context, haystack: Haystack, example: Example) -> Sample:
     return haystack.hide(needles_of(context, example), example.data["length"] - len(context.lm.prefix))
 
 
-def check_lengths(context: Context, haystack: Haystack, examples: list[Example], key: str) -> None:
-    """Refuse what cannot be asked.
+def long_enough(context: Context, haystack: Haystack, examples: list[Example], key: str) -> list[Example]:
+    """Leave out default lengths that do not hold the needles, and refuse what cannot be asked.
+
+    Args:
+        context: what the suite works with.
+        haystack: the text.
+        examples: of every length.
+        key: the lengths' setting; the lengths are the default's where it is null.
 
     Raises:
-        UserError: as ``plan`` says.
+        UserError: as ``plan`` says, or no default length holds the needles.
     """
     lm, digits = context.lm, context.suite.digits
     needles = max(example.data["needles"] for example in examples)
@@ -80,8 +81,17 @@ def check_lengths(context: Context, haystack: Haystack, examples: list[Example],
         raise UserError(f"suite.digits={digits} cannot be used with {needles} needles: there are not so many numbers; give more digits")
     least = len(lm.prefix) + max(haystack.least(needles_of(context, example)) for example in examples)
     lengths = sorted({example.data["length"] for example in examples})
-    if lengths[0] < least:
-        raise UserError(f"{key}={lengths[0]} cannot be used: {needles} needles, question and answer take {least} tokens; give more")
+    short = [length for length in lengths if length < least]
+    what = f"{needles} needles, question and answer take {least} tokens"
+    if short and getattr(context.suite, key.removeprefix("suite.")) is not None:
+        raise UserError(f"{key}={short[0]} cannot be used: {what}; give more")
+    if short == lengths:
+        cases = key.replace("length", "case")
+        ways = f"give fewer needles by {cases}, or more tokens by {key}"
+        raise UserError(f"{key}=null cannot be used with {lm.name}: {what}, and the longest default is {lengths[-1]}; {ways}")
+    if short:
+        context.reporter.warn(f"{key}=null leaves out {' and '.join(map(str, short))}: {what}")
+        examples = [example for example in examples if example.data["length"] >= least]
     if lengths[-1] > (lm.limit or lengths[-1]):
         raise UserError(f"{key}={lengths[-1]} cannot be used with {lm.name}: it reads {lm.limit} tokens at most")
     if lengths[-1] > lm.context:
@@ -90,6 +100,7 @@ def check_lengths(context: Context, haystack: Haystack, examples: list[Example],
         haystack.hide(needles_of(context, examples[0]), lengths[-1])
     except ValueError as error:
         raise UserError(f"{key}={lengths[-1]} cannot be used: {error}; choose more text by data=, or give less") from error
+    return examples
 
 
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
@@ -154,8 +165,18 @@ def _share(said: list[str], asked: list[str]) -> float:
 
 
 def summarize(context: Context, records: list[Record]) -> list[Metric]:
-    """Means by case; where there are several lengths by case and length; and by cell of the grid."""
-    metrics = mean_metrics(records, _published)
+    """Means by case; where there are several lengths by case and length; and by cell of the grid.
+
+    The same needles are hidden at every length, so that a case's examples are its needles, each with its mean over lengths.
+    """
+    drawn: dict[str, list[Record]] = {}
+    for record in records:
+        drawn.setdefault(record["id"].replace(f"/T={record['length']}/", "/"), []).append(record)
+    over_lengths = [
+        {"group": same[0]["group"], "scores": {name: np.mean([record["scores"][name] for record in same]) for name in same[0]["scores"]}}
+        for same in drawn.values()
+    ]
+    metrics = mean_metrics(over_lengths, _published)
     groups = ["{group} T={length}"] if len({record["length"] for record in records}) > 1 else []
     for template in [*groups, "{group} T={length} depth {depth:.0%}"]:
         renamed = [record | {"group": template.format(**record)} for record in records]
@@ -191,7 +212,7 @@ def draw(context: Context, records: list[Record], metrics: list[Metric], path: P
                 axes.text(x, y, f"{grid[y, x]:.2f}", ha="center", va="center", fontsize=9, color="w" if grid[y, x] < 0.6 else "k")
             whole = next(metric for metric in metrics if (metric.group, metric.name) == (case, name))
             theirs = "".join(f"\n{label}, 4K: {value:.2f}" for label, value in whole.published.items())
-            chance = f" (guessing: {1 / int(case.split()[0][2:]):.2f})" if name == "constrained" else ""
+            chance = f"\nguessing: {1 / int(case.split()[0][2:]):.2f}" if name == "constrained" else ""
             axes.set_title(f"{case}, {name}: {whole.value:.2f}{chance}{theirs}", loc="left", fontsize=9)
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

@@ -107,18 +107,17 @@ class Context:
 
     @property
     def data(self) -> DataConfig:
-        """The text's source: ``data=``, else what the run was trained on, else Python's source."""
-        run = self.lm.loaded.job
-        return self.job.data or (run.data if run else StdlibData())
+        """The text's source: ``data=``, else what the model was trained on, where that is known, else Python's source."""
+        return self.job.data or self.lm.loaded.data or StdlibData()
 
     @cached_property
     def _texts(self) -> tuple[list[str], str]:
-        run, data = self.lm.loaded.job, self.data
-        seen = run is not None and all(getattr(run.data, key, None) == getattr(data, key, None) for key in ("kind", "path", "name"))
+        own, data = self.lm.loaded.data, self.data
+        seen = own is not None and all(getattr(own, key, None) == getattr(data, key, None) for key in ("kind", "path", "name"))
         return read_texts(data, held_out=seen)
 
     def documents(self) -> list[str]:
-        """The documents of ``data=``, in a fixed order; of the text that a run was trained on only those that were held out."""
+        """The documents of ``data=``, in a fixed order; of the text that the model was trained on only those that were held out."""
         self.sources["data"] = self._texts[1]
         return self._texts[0]
 
@@ -131,7 +130,7 @@ def mean_metrics(
     Args:
         records: the records.
         published: the papers' figures for a group and a score.
-        average: also the mean over groups of each score that every group has, if there are several groups.
+        average: also the mean over groups of each score that every group has, if there are several groups; these must not share examples.
     """
     values: dict[tuple[str, str], list[float]] = {}
     for record in records:
@@ -164,6 +163,7 @@ def _average(name: str, parts: list[Metric], scores: list[np.ndarray]) -> Metric
     if any(metric.stderr is None for metric in parts):
         return Metric("average", name, value, n=n)
     stderr = float(np.sqrt(sum((metric.stderr or 0.0) ** 2 for metric in parts)) / len(parts))
-    means = np.mean([resampled_means(own, name) for own in scores], axis=0)
+    # Each group has draws of its own: the same draws for all would tie groups together that do not share examples.
+    means = np.mean([resampled_means(own, f"{metric.group}/{name}") for metric, own in zip(parts, scores, strict=True)], axis=0)
     low, high = interval(means)
     return Metric("average", name, value, stderr, low, high, n)

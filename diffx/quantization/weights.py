@@ -24,7 +24,7 @@ from diffx.evaluation.run import Change
 from diffx.export import to_transformers, write_pretrained
 from diffx.loading import Loaded, load, load_run
 
-_GROUP = 64  # weights that share a scale where nothing is said, below 8 bits
+_GROUP = 32  # weights that share a scale where nothing is said, below 8 bits
 _ROW_BITS = 8  # at which a whole row can share one
 
 
@@ -104,12 +104,12 @@ def _make(job: QuantizeJob, loaded: Loaded, bits: int, left: list[str], out: Pat
         source = job.checkpoint
         if loaded.job is not None:
             source = f"{scratch}/plain"
-            write_pretrained(_plain(job, loaded), loaded.tokenizer, Path(source), "checkpoint")
+            write_pretrained(_plain(job, loaded), loaded, Path(source), "checkpoint")
         if bits < _ROW_BITS and device.type == "cpu":
             Reporter().warn(f"on a CPU torchao stores {bits}-bit weights one to a byte: it computes as at {bits} bits, and is larger")
         config = TorchAoConfig(_recipe(job.method, bits, device), modules_to_not_convert=left)
         found = load_pretrained("checkpoint", source, dtype, device, job.revision, job.trust_remote_code, config)
-        write_pretrained(found.model, found.tokenizer, out, "checkpoint")
+        write_pretrained(found.model, loaded, out, "checkpoint")
 
 
 def _plain(job: QuantizeJob, loaded: Loaded) -> PreTrainedModel:

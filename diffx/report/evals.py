@@ -20,7 +20,7 @@ from diffx.report.picture import FORMATS
 from diffx.report.runs import read_run
 from diffx.report.speed import speed_sentences
 
-_FEW = 10  # examples below which no verdict is given
+FEW = 10  # examples below which no verdict is given
 
 
 def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
@@ -208,7 +208,7 @@ def _main(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _verdict(suite: str, base: str, rival: str, row: dict[str, Any], several: bool) -> str:
     what = f"{suite} {row['score']}" + (f" ({row['group']})" if several else "")
-    if row["low"] is None or row["n"] < _FEW:
+    if row["low"] is None or row["n"] < FEW:
         return f"No verdict on {what}: {rival} differs from {base} by {_text(row['difference'], '+')} in too few examples ({row['n']})."
     gap = f"{_text(row['difference'], '+')} [{_text(row['low'], '+')}, {_text(row['high'], '+')}] over {row['n']} examples"
     if row["low"] <= 0 <= row["high"]:

@@ -13,6 +13,7 @@ from diffx.report.picture import COLOURS, TITLE
 
 _COLUMNS = 3
 _LABEL = 24  # characters of a group's name in a line
+_NOTE = 13  # characters of the legend's title in an inch
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -24,18 +25,21 @@ def draw(report: dict[str, Any], path: Path) -> None:
     tallest = [max(len(groups[score]) for score in scores[line * columns : (line + 1) * columns]) for line in range(lines)]
     rivals = len(report["comparisons"])
     heights = [1.3 + n * (0.3 + 0.14 * (rivals - 1)) for n in tallest]
-    canvas = Figure(figsize=(1 + 4.6 * columns, 0.9 + sum(heights)), layout="constrained")
+    width = 1 + 4.6 * columns
+    examples = "rounds" if report["what"] == "ratio" else "examples"
+    what = f"against {report['baseline']['checkpoint']}; lines: 95% bootstrap intervals over {examples}; hollow: none; diamonds: averages"
+    note = fill(what, int(_NOTE * width))
+    canvas = Figure(figsize=(width, 0.9 + 0.15 * note.count("\n") + sum(heights)), layout="constrained")
     panels = list(canvas.subplots(lines, columns, squeeze=False, height_ratios=heights).flat)
     for axes, score in zip(panels, scores, strict=False):
         _panel(axes, report, score, groups[score])
     for axes in panels[len(scores) :]:
         axes.set_axis_off()
     handles, labels = canvas.axes[0].get_legend_handles_labels()
-    examples = "rounds" if report["what"] == "ratio" else "examples"
-    what = f"against {report['baseline']['checkpoint']}; lines: 95% bootstrap intervals over {examples}; hollow: none; diamonds: averages"
-    canvas.legend(
-        handles, labels, loc="outside lower center", ncols=min(rivals, 3), frameon=False, fontsize=9.5, title=what, title_fontsize=9
+    legend = canvas.legend(
+        handles, labels, loc="outside lower center", ncols=min(rivals, 3), frameon=False, fontsize=9.5, title=note, title_fontsize=9
     )
+    legend.get_title().set_multialignment("center")
     canvas.suptitle(report["suite"], x=0.01, ha="left", fontweight="bold")
     canvas.savefig(path, dpi=150)
 

@@ -1,6 +1,7 @@
 """What few bits cost: a suite's main figure against the bits, for one checkpoint or for several side by side."""
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from diffx.config.quantize import EXACT
 from diffx.console import Reporter, make_table
 from diffx.report.compare import write_report
-from diffx.report.evals import paired_rows
+from diffx.report.evals import FEW, paired_rows
 from diffx.report.evaluations import Evaluation, Key, read_evaluation
 from diffx.report.picture import COLOURS, TITLE
 from diffx.report.runs import group_runs, read_run
@@ -123,20 +124,23 @@ def _sizes(members: list[dict[int, Evaluation]], shared: list[int]) -> dict[int,
 
 
 def _sentences(models: list[dict[str, Any]]) -> list[str]:
+    """What each number of bits costs; who loses less is said where the intervals tell it."""
     lines = []
     shared = set.intersection(*({*model["by_bits"]} for model in models)) - {EXACT}
     for bits in sorted(shared, reverse=True):
         costs = sorted(((model["by_bits"][bits], model["label"]) for model in models), key=lambda pair: pair[0]["loss"])
-        told = ", ".join(f"{label} loses {_change(figures)}" for figures, label in costs)
-        line = f"At {bits} bits, against {EXACT}: {told}."
+        told = ", ".join(f"{label} {_change(figures)}" for figures, label in costs)
+        line = f"Change for the worse at {bits} bits: {told}."
         (least, first), (most, last) = costs[0], costs[-1]
-        gap = most["loss"] - least["loss"]
+        gap, few = most["loss"] - least["loss"], min(figures["n"] for figures, _ in costs)
         if len(costs) > 1 and gap < _EQUAL:
             line += " They lose alike."
+        elif len(costs) > 1 and few < FEW:
+            line += f" No verdict: {few} examples are too few."
+        elif len(costs) > 1 and least["high"] is not None and most["low"] is not None and least["high"] < most["low"]:
+            line += f" {first} loses less than {last}, by {gap:.4f}."
         elif len(costs) > 1:
-            apart = least["high"] is not None and most["low"] is not None and least["high"] < most["low"]
-            told = "" if apart else " The intervals overlap or are not known: this is not told from chance."
-            line += f" {first} loses less than {last}, by {gap:.4f}.{told}"
+            line += f" No verdict: {first} and {last} differ by {gap:.4f}, and their intervals overlap or are not known."
         lines.append(line)
     return lines
 
@@ -152,12 +156,12 @@ def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     over = "examples and over seeds" if several else "examples"
     columns = ["model", "runs", "bits", report["score"], f"change for the worse\n[95% interval over {over}]", "examples"]
     columns += ["weights"] if sizes else []
-    rows = [
-        [model["label"], str(model["checkpoints"]), str(bits), f"{own['value']:.4f}", _change(own) if bits != EXACT else "-", str(own["n"])]
-        + ([f"{own['bytes'] / 1e6:,.1f} MB"] if sizes else [])
-        for model in report["models"]
-        for bits, own in model["by_bits"].items()
-    ]
+    rows = []
+    for model in report["models"]:
+        for bits, own in model["by_bits"].items():
+            exact = bits == EXACT
+            row = [model["label"], str(model["checkpoints"]), f"{bits} (as it is)" if exact else str(bits), f"{own['value']:.4f}"]
+            rows.append([*row, "-" if exact else _change(own), str(own["n"]), *([f"{own['bytes'] / 1e6:,.1f} MB"] if sizes else [])])
     return columns, rows
 
 
@@ -188,4 +192,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=9.5)
+    if report["method"]["kind"] == "attention_logits":
+        canvas.supxlabel(fill(_PUBLISHED, 150), fontsize=8.5, color="#444444")
     canvas.savefig(path, dpi=150)

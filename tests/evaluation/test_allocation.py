@@ -117,9 +117,24 @@ def test_summary_and_picture(context, tmp_path):
     assert imread(tmp_path / "allocation.png").std() > 0.05
 
 
+def test_the_average_over_depths_takes_them_as_independent(context):
+    """Samples of the same number at two depths share nothing: not even a shift of one against the other narrows the interval."""
+    made = context()
+    random = np.random.default_rng(0).normal(size=20)
+    records = [{"group": f"depth {d}", "scores": {"answer": sign * score}} for d, sign in (("0%", 1), ("100%", -1)) for score in random]
+    *_, average = allocation.summarize(made, records)
+    half = random.std(ddof=1) / np.sqrt(20)  # a depth's standard error
+    assert average.group == "average" and average.stderr == pytest.approx(half / np.sqrt(2))
+    assert (average.high - average.low) / average.stderr == pytest.approx(2 * 1.96, rel=0.1)
+
+
 def test_refusals(context, wrap, tiny):
     with pytest.raises(UserError, match=r"suite\.length=60 cannot be used: 2 needles, question and answer take \d+ tokens"):
         allocation.plan(context(length=60))
     with pytest.raises(UserError, match=r"suite\.length=600 cannot be used with tiny: it reads 512 tokens at most"):
         allocation.plan(context(wrap(tiny().model, limit=512), length=600))
     assert {example.data["length"] for example in allocation.plan(context(length=None))} == {256}, "the model's context"
+    lm = tiny()
+    lm.context = 64
+    with pytest.raises(UserError, match=r"suite\.length=null cannot be used with tiny: .+ is 64; .+ suite\.case, .+ suite\.length$"):
+        allocation.plan(context(lm, length=None))

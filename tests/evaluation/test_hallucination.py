@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sys
 import zipfile
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from matplotlib.image import imread
 
 from diffx.config import UserError
 from diffx.config.eval import EvalJob
+from diffx.config.launch import CONFIGS
 from diffx.config.suite import HallucinationSuite
 from diffx.console import Reporter
 from diffx.evaluation import hallucination
@@ -55,6 +57,13 @@ def test_the_plan(ask, both):
     assert [example.id for example in plan(ask(both, limit=2))] == ids[:2] + ids[6:8], "a limit takes the first"
     assert [example.id for example in plan(ask(both, samples=6, seed=1))] != ids
     assert set(ids) < {example.id for example in plan(ask(both))}
+
+
+def test_the_layouts_that_the_config_shows_are_read(ask, tmp_path):
+    shown = re.findall(r"^# +(\{.+\})$", (CONFIGS / "suite/hallucination.yaml").read_text(), re.MULTILINE)
+    tasks = [write(tmp_path / f"{number}.jsonl", [json.loads(line)]) for number, line in enumerate(shown)]
+    assert [example.data["kind"] for example in plan(ask(tasks))] == ["summary", "question"]
+    assert [example.data["references"] for example in plan(ask(tasks))] == [["its summary"], ["right", "right too"]]
 
 
 def test_sources_are_of_the_rows(ask, both, tmp_path):

@@ -8,10 +8,9 @@ import torch
 from matplotlib.image import imread
 
 from diffx.config import UserError
-from diffx.config.data import BytesTokenizer, TextData
+from diffx.config.data import TextData
 from diffx.config.eval import EvalJob
 from diffx.config.suite import LongContextSuite
-from diffx.config.train import TrainJob
 from diffx.console import Reporter
 from diffx.data import open_data
 from diffx.data.shards import TokenArray
@@ -121,11 +120,11 @@ def test_a_runs_own_training_tokens_decide_what_is_frequent(context, tiny, tmp_p
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps({"text": f"{n} squared is what? The square of"}) + "\n" for n in range(60)))
     lm = tiny()
-    lm.loaded.job = TrainJob(data=TextData(path=str(path)), tokenizer=BytesTokenizer())
+    lm.loaded.data = TextData(path=str(path))
     made = context(lm)
     examples = long_context.plan(made)
     records = list(long_context.answer(made, examples))
-    train = open_data(lm.loaded.job.data, lm.tokenizer).train
+    train = open_data(lm.loaded.data, lm.tokenizer).train
     training = train.read(0, len(train))[0].tolist()
     for example, record in zip(examples, records, strict=True):
         row = example.data["tokens"].tolist()

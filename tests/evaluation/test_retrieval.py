@@ -1,10 +1,15 @@
 """The retrieval suite: what is asked, how answers are scored, what is refused."""
 
 import re
+from collections import Counter
+from itertools import combinations, product
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from diffx.config import UserError
 from diffx.config.data import TextData
@@ -140,10 +145,11 @@ def test_examples_do_not_depend_on_the_model_but_on_the_seed(context, hf_folder)
     assert len(set(map(str, needles[0]))) == len(needles[0])
 
 
-def test_a_limit_leaves_every_cell(context):
-    examples = retrieval.plan(context(limit=4))
-    assert len(examples) == 8
-    assert {(example.data["length"], example.data["depth"]) for example in examples} == {(400, 0.0), (400, 1.0), (500, 0.0), (500, 1.0)}
+def test_a_limit_is_that_of_each_cell(context):
+    examples = retrieval.plan(context(limit=2))
+    cells = Counter((example.data["group"], example.data["length"], example.data["depth"]) for example in examples)
+    assert cells == dict.fromkeys(product(("N=2 R=1", "N=3 R=2"), (400, 500), (0.0, 1.0)), 2)
+    assert {example.data["number"] for example in examples} == {0, 1}
 
 
 def test_default_lengths_are_the_context_and_its_parts(context, tiny):
@@ -152,6 +158,18 @@ def test_default_lengths_are_the_context_and_its_parts(context, tiny):
     assert sorted({example.data["length"] for example in retrieval.plan(context(lm, lengths=None, cases=[[1, 1]]))}) == [250, 500, 1000]
     lm.context = 65536
     assert max(example.data["length"] for example in retrieval.plan(context(lm, lengths=None))) == 4096
+
+
+def test_default_lengths_that_are_too_short_are_left_out(context, tiny, monkeypatch):
+    lm, warnings = tiny(), []
+    monkeypatch.setattr(Reporter, "warn", lambda self, text: warnings.append(text))
+    lm.context = 400
+    assert {example.data["length"] for example in retrieval.plan(context(lm, lengths=None))} == {400}
+    (warning,) = warnings
+    assert re.fullmatch(r"suite\.lengths=null leaves out 100 and 200: 3 needles, question and answer take 2\d\d tokens", warning)
+    lm.context = 64
+    with pytest.raises(UserError, match=r"suite\.lengths=null cannot be used with tiny: .+ is 64; .+ suite\.cases, .+ suite\.lengths$"):
+        retrieval.plan(context(lm, lengths=None))
 
 
 def test_refusals(context, wrap, tiny):
@@ -175,7 +193,7 @@ def test_summary_and_picture(context, oracle, tmp_path):
     records = list(retrieval.answer(made, retrieval.plan(made)))
     metrics = {(metric.group, metric.name): metric for metric in retrieval.summarize(made, records)}
     whole = metrics["N=2 R=2", "greedy"]
-    assert (whole.value, whole.n, metrics["N=3 R=1", "greedy"].value) == (0.5, 12, 1.0)
+    assert (whole.value, whole.n, metrics["N=3 R=1", "greedy"].value) == (0.5, 6, 1.0), "the same needles at both lengths are one example"
     assert set(whole.published.values()) == {0.85, 0.92} and all("(paper)" in name for name in whole.published)
     assert not metrics["N=2 R=2", "constrained"].published
     assert metrics["N=2 R=2 T=4096", "greedy"].n == 6
@@ -183,6 +201,37 @@ def test_summary_and_picture(context, oracle, tmp_path):
     assert metrics["average", "greedy"].value == 0.75
     retrieval.draw(made, records, list(metrics.values()), tmp_path / "retrieval.png")
     assert imread(tmp_path / "retrieval.png").std() > 0.05
+
+
+def test_the_same_needles_at_another_length_are_no_more_evidence(context):
+    def metrics(lengths):
+        made = context(lengths=lengths, samples=20)
+        right = {}  # by needles, whatever the length
+        records = []
+        for example in retrieval.plan(made):
+            key = example.data["group"], example.data["depth"], example.data["number"]
+            score = right.setdefault(key, float(np.random.default_rng(len(right)).random() < 0.4))
+            records.append({"id": example.id, "scores": {"greedy": score}, **example.data})
+        return {metric.group: metric for metric in retrieval.summarize(made, records)}
+
+    one, two = metrics([400]), metrics([400, 500])
+    for group in ("N=2 R=1", "N=3 R=2", "average"):
+        assert two[group] == one[group]
+        assert (one[group].high - one[group].low) / one[group].stderr == pytest.approx(2 * 1.96, rel=0.1)
+
+
+def test_titles_of_a_single_length_stand_apart(context, oracle, tmp_path, monkeypatch):
+    oracle(lambda numbers: f" {numbers[0]}.")
+    made = context(lengths=[400], cases=[[1, 1], [2, 2], [4, 2]], samples=1)
+    records = list(retrieval.answer(made, retrieval.plan(made)))
+    drawn = []
+    monkeypatch.setattr(retrieval, "Figure", lambda **settings: drawn.append(Figure(**settings)) or drawn[-1])
+    retrieval.draw(made, records, retrieval.summarize(made, records), tmp_path / "retrieval.png")
+    drawn[0].draw_without_rendering()
+    panels = [axes for axes in drawn[0].axes if axes.get_title("left")]
+    titles = [next(text for text in axes.findobj(Text) if text.get_text() == axes.get_title("left")) for axes in panels]
+    boxes = [title.get_window_extent() for title in titles]
+    assert len(boxes) == 6 and not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
 def test_eight_needles_have_the_published_figures_of_their_length(context, oracle):

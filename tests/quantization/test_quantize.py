@@ -104,7 +104,9 @@ def test_a_sweep_ends_in_one_report(runs, monkeypatch, capsys):
     every = ",".join(f"{runs}/{kind}-{seed}" for kind in ("transformer", "diff_v1") for seed in (0, 1))
     assert main(["quantize", "-m", f"checkpoint={every}", *SUITE.split(), "bits=[2]", f"hydra.sweep.dir={runs}/sweep"]) == 0
     out = capsys.readouterr().out
-    assert "published (arXiv 2410.05258" in out and "At 2 bits, against 16:" in out
+    assert (
+        "published (arXiv 2410.05258" in out and "Change for the worse at 2 bits: " in out and "No verdict: 6 examples are too few" in out
+    )
     report = json.loads((runs / "sweep" / "long_context-attention_logits.json").read_text())
     assert (runs / "sweep" / "long_context-attention_logits.png").read_bytes().startswith(b"\x89PNG")
     assert [(model["label"], model["checkpoints"]) for model in report["models"]] == [("transformer", 2), ("diff_v1", 2)]

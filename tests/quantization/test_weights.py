@@ -21,7 +21,7 @@ from diffx.quantization import weights
 from diffx.quantization.run import quantize
 
 SUITE = "method=weights suite.texts=6 wandb.mode=disabled device=cpu"
-GROUP = "method.group_size=16"  # 64, the usual one, does not divide these widths
+GROUP = "method.group_size=16"
 PROMPT = [[72, 101, 108, 108]]
 GENERATES = f"""
 import sys, torch, diffx
@@ -53,7 +53,7 @@ def loss(folder):
     return next(metric["value"] for metric in results(folder)["metrics"] if metric["name"] == "nll")
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 16), (4, 16), (2, 16)])
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 16), (4, None), (4, 16), (2, 16)])
 @pytest.mark.parametrize("kind", ["transformer", "diff_v1"])
 def test_stored_weights_are_the_nearest_of_their_grid(runs, kind, bits, group, monkeypatch):
     """Against NumPy in fp64: w = q·s with whole q and s = max|w| / (2^(bits-1) - 1/2) over a group, off by half a step at most."""
@@ -70,7 +70,7 @@ def test_stored_weights_are_the_nearest_of_their_grid(runs, kind, bits, group, m
             assert torch.equal(parameter, exact[name]), name
             continue
         before = exact[name].detach().double().numpy()
-        before = before.reshape(before.shape[0], -1, group or before.shape[1])
+        before = before.reshape(before.shape[0], -1, group or (before.shape[1] if bits == 8 else 32))
         step = np.abs(before).max(-1, keepdims=True) / (2 ** (bits - 1) - 0.5)
         after = parameter.dequantize().detach().double().numpy().reshape(before.shape)
         whole = np.rint(after / step)
@@ -93,11 +93,9 @@ def test_it_loads_and_is_measured_like_any_model(runs, kind, tmp_path, monkeypat
     here = model.generate(torch.tensor(PROMPT), max_new_tokens=12, do_sample=False).tolist()
     there = subprocess.run([sys.executable, "-c", GENERATES, few], capture_output=True, text=True, check=True)
     assert there.stdout.split("\n")[-2] == str(here)
-    text = load_run("run").job.data.path
-    words_of_eval = f"suite=long_context suite.texts=6 suite.length=64 data=text data.path={text} wandb.mode=disabled device=cpu"
-    assert main(["eval", f"checkpoint={few}", *words_of_eval.split()]) == 0
+    assert main(["eval", f"checkpoint={few}", "suite=long_context", "suite.texts=6", "wandb.mode=disabled", "device=cpu"]) == 0
     (own,) = Path("runs/hub").glob("*/evals/0/long_context/*")
-    assert len(results(own)["metrics"]) > 0
+    assert loss(own) == pytest.approx(loss(found[8]), abs=1e-6)
 
 
 def test_an_adapted_run_is_folded_first(runs, tmp_path, hf_folder, monkeypatch):
@@ -151,7 +149,7 @@ def test_speed_can_be_measured(runs, tmp_path, monkeypatch, capsys):
     copy(runs / "transformer-0", "run")
     speed = "suite=speed suite.lengths=[16] suite.batches=[1] suite.rounds=2 suite.decode_tokens=4 suite.train=false"
     assert main(["quantize", "checkpoint=run", "method=weights", "bits=[8]", "wandb.mode=disabled", "device=cpu", *speed.split()]) == 0
-    assert "At 8 bits, against 16" in capsys.readouterr().out
+    assert "Change for the worse at 8 bits" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +166,7 @@ def gpt2(tmp_path_factory, tokenizer):
         ("bits=[8] method.skip=[k_proj,nothing]", ["method.skip=nothing", "q_proj", "down_proj"]),
         ("bits=[8] method.skip=[proj]", ["method.skip=proj", "q_proj"]),  # a part of a name is a whole one
         ("bits=[8] method.skip=[self_attn,mlp]", ["no linear layer left"]),
-        ("bits=[8,4]", ["method.group_size=64", "divisor of 32"]),
+        ("bits=[8,4] method.group_size=64", ["method.group_size=64", "divisor of 32"]),
         ("bits=[8] method.group_size=24", ["method.group_size=24", "divisor of 32"]),
         ("bits=[8] method.scheme=float8_dynamic", ["float8_dynamic", "cpu", "8.9"]),
         ("bits=[12]", ["bits=12", "2, 3, 4, 5, 6, 7, 8, 16"]),

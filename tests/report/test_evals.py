@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from scipy.stats import bootstrap
 
 from diffx.cli import main
 from diffx.config import UserError
+from diffx.report import evals_picture
 from diffx.report.evals import compare_evaluations, paired_rows
 
 
@@ -254,6 +256,21 @@ def test_different_judges_are_said(evaluated, capsys):
         (folder / "results.json").write_text(json.dumps(results | {"judge": {"kind": "endpoint", "model": run}}))
     compare_evaluations(["a", "b", "suite=hallucination"])
     assert "a and b had different judges" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("runs", [["a", "b"], ["runs/diff_v1_of_a_long_name_in_a_folder", "b", "c"]])
+def test_the_note_is_whole_where_there_is_one_panel(evaluated, monkeypatch, runs):
+    for run in runs:
+        evaluated(run, cells({"synthetic 1 shots": 0.5}, n=12, name="accuracy"), "icl")
+    drawn = []
+    monkeypatch.setattr(evals_picture, "Figure", lambda **settings: drawn.append(Figure(**settings)) or drawn[-1])
+    compared(*runs, "suite=icl")
+    (canvas,) = drawn
+    canvas.draw_without_rendering()
+    note = canvas.legends[0].get_title()
+    assert " ".join(note.get_text().split()).endswith("diamonds: averages")
+    box = note.get_window_extent()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= canvas.bbox.x1 and box.y1 < canvas.axes[0].get_tightbbox().y0
 
 
 def bad(words, *mentions):
