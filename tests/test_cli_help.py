@@ -12,7 +12,18 @@ import pytest
 from diffx import __version__
 from diffx.cli import main
 
-COMMANDS = ["train", "generate", "params", "compare", "data prepare", "bench train", "bench adapt", "bench quantize", "bench attention"]
+COMMANDS = [
+    "train",
+    "generate",
+    "params",
+    "compare",
+    "data prepare",
+    "bench train",
+    "bench adapt",
+    "bench quantize",
+    "bench attention",
+    "bench profile",
+]
 
 
 def run(*words, code="from diffx.cli import main; sys.exit(main())"):
@@ -51,7 +62,14 @@ def test_each_command_shows_three_real_examples(command, capsys):
     lines = [line.strip() for line in capsys.readouterr().out.partition("Examples:")[2].splitlines()]
     examples = [shlex.split(line.rpartition("| ")[2]) for line in lines if f"diffx {command}" in line]
     assert len(examples) >= 3
-    if command not in ("compare", "bench train", "bench adapt", "bench quantize", "bench attention"):  # the others' words compose
+    if command not in (
+        "compare",
+        "bench train",
+        "bench adapt",
+        "bench quantize",
+        "bench attention",
+        "bench profile",
+    ):  # the others' words compose
         for _, *words in examples:
             one_job = [word.partition(",")[0] for word in words if word != "-m"]
             assert main([*one_job, "--cfg", "job"]) == 0

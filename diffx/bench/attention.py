@@ -12,9 +12,10 @@ from torch import Tensor
 from diffx.bench.targets import Target, check_out, show_ratios, target_ratio
 from diffx.bench.timing import alternate, machine, peak_memory
 from diffx.config import UserError
-from diffx.config.train import Device
+from diffx.config.train import Device, Precision
 from diffx.ops import attention, differential_attention
 from diffx.train.parallel import pick_device
+from diffx.train.throughput import matmul_ceiling
 
 LAMBDA = 0.5
 OURS = {"cpu": "blocks", "cuda": "triton"}
@@ -71,7 +72,7 @@ def bench_attention(out: Path | None, heads: int, width: int, seq_lens: list[int
         "seconds": {},
         "bytes": {},
         "ratios": [],
-        "flops_per_second": {"matrix product": _matrix_product(where, kind, rounds)},
+        "flops_per_second": {"matrix product": matmul_ceiling(where, Precision.fp32 if kind is torch.float32 else Precision.bf16)},
     }
     for seq_len in seq_lens:
         work = f"T={seq_len}"
@@ -86,13 +87,6 @@ def bench_attention(out: Path | None, heads: int, width: int, seq_lens: list[int
         report["ratios"].append(target_ratio(report, work, f"peak memory, {work}", "ours", "padded", (None, None)))
     show_ratios(report["ratios"], f"attention of {heads} heads, d={width}, {report['dtype']}, {where}", report, out)
     return report
-
-
-def _matrix_product(device: torch.device, dtype: torch.dtype, rounds: int) -> float:
-    """Floating-point operations a second of a square matrix product: what the machine can do."""
-    size = 1024 if device.type == "cpu" else 8192
-    x = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / min(alternate({"product": lambda: x @ x}, rounds, device)["product"])
 
 
 def _step(name: str, heads: int, width: int, seq_len: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:

@@ -125,3 +125,24 @@ def bench_attention(
     from diffx.bench.attention import bench_attention
 
     bench_attention(out=out, heads=heads, width=width, seq_lens=seq_len, rounds=rounds, dtype=dtype, device=device)
+
+
+@bench.command("profile")
+def bench_profile(
+    words: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What diffx train takes.")] = None,
+    trace: Annotated[Path, typer.Option(help="The trace to write (JSON, for https://ui.perfetto.dev).")] = Path("trace.json"),
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 10,
+) -> None:
+    """Measure where the time of a training job's steps goes.
+
+    A table of a step's parts, one of its operators, and a trace.
+
+    \b
+    Examples:
+      diffx bench profile
+      diffx bench profile model=transformer size=25m train.seq_len=512 train.batch_tokens=2048
+      diffx bench profile size=1.4b train.compile=true device=cuda --trace step.json
+    """
+    from diffx.bench.profile import bench_profile
+
+    bench_profile(words or [], trace, steps)
