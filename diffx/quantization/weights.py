@@ -78,7 +78,7 @@ def quantize_weights(job: QuantizeJob, loaded: Loaded, bits: int, left: list[str
     """
     method: Any = job.method
     dtype = next(loaded.model.parameters()).dtype
-    settings = change_settings(method, bits)
+    settings = change_settings(method, bits) | {"group_size": _group(method, bits)}  # the one that null stands for
     known = json.dumps({"fingerprint": loaded.fingerprint, "dtype": str(dtype), **settings}, sort_keys=True)
     name = f"{method.scheme.value}-{bits}bit-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     out = loaded.folder / "quantized" / str(loaded.step) / name
