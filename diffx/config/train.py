@@ -71,7 +71,7 @@ class TrainConfig:
         compile: ``torch.compile`` each block.
         fused_attention: differential attention by our Triton kernels, on a GPU; they were proved by Triton's interpreter and compiled for
             GPUs, but have not been timed on one yet: ``diffx bench attention`` does.
-        activation_checkpointing: recompute each block's activations in the backward pass.
+        activation_checkpointing: recompute each block's activations in the backward pass, all but what attention kernels gave.
         mask_documents: attention stays within a document.
         log_every: steps between lines of ``metrics.jsonl``.
         eval_every: steps between validations; the first is at step 0, the last at the end.

@@ -58,7 +58,8 @@ class Evaluation:
     def scores(self) -> dict[Key, dict[str, float]]:
         """Every example's finite scores by id, for each group and name of a score.
 
-        In ``icl_order`` one query stands in every order; it counts as one example, with its mean. In ``speed`` rounds are examples.
+        In ``icl_order`` one query stands in every order, and in ``retrieval`` the same needles at every length; either counts as one
+        example, with its mean. In ``speed`` rounds are examples.
 
         Raises:
             UserError: the records are missing or damaged.
@@ -86,6 +87,7 @@ class Evaluation:
 def _examples(record: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     """Each score of a record with the example that it is of."""
     example = re.sub(r"/\d+(?=/\d+$)", "", record["id"]) if "order" in record else record["id"]
+    example = example.replace(f"/T={record.get('length')}/", "/")
     if "rounds" in record:
         yield from ((f"{example}/{number}", name, value) for name, own in record["rounds"].items() for number, value in enumerate(own))
     else:

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from diffx.config import UserError
 from diffx.config.train import Device, Precision, TrainConfig
@@ -127,8 +130,9 @@ def parallelize(model: nn.Module, blocks: nn.ModuleList, config: TrainConfig, wo
         world: the processes to shard over; one process shards nothing.
     """
     if config.activation_checkpointing:
+        contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
         for index, block in enumerate(blocks):
-            blocks[index] = checkpoint_wrapper(block)
+            blocks[index] = checkpoint_wrapper(block, context_fn=contexts)
     if config.compile:
         for block in blocks:
             block.compile()
@@ -139,6 +143,12 @@ def parallelize(model: nn.Module, blocks: nn.ModuleList, config: TrainConfig, wo
         fully_shard(model, mesh=mesh)
         if hasattr(model, "forward_hidden"):  # sampling enters here, and needs the weights whole as forward does
             register_fsdp_forward_method(model, "forward_hidden")
+
+
+def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what attention kernels give, which costs most to compute again and is no larger than a block's input; recompute the rest."""
+    attention = isinstance(op, torch._ops.OpOverload) and ("scaled_dot_product" in op.name() or op.namespace == "diffx")
+    return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def accumulate(model: nn.Module, last: bool) -> None:

@@ -147,6 +147,18 @@ def test_one_query_in_many_orders_is_one_example(evaluated):
     assert len(figures["comparisons"][0]["rows"]) == 2
 
 
+def test_the_same_needles_at_several_lengths_are_one_example(evaluated):
+    for run, right in (("a", 0.0), ("b", 1.0)):
+        records = [
+            {"id": f"N=1 R=1/T={length}/depth=0/{n}", "group": "N=1 R=1", "length": length, "scores": {"greedy": right * (length > 100)}}
+            for length in (100, 200)
+            for n in range(12)
+        ]
+        evaluated(run, records, "retrieval")
+    row = row_of(compared("a", "b", "suite=retrieval"), "N=1 R=1", "greedy")
+    assert row["n"] == 12 and row["difference"] == 0.5
+
+
 def test_what_is_no_mean_is_not_taken_for_one(evaluated):
     for run, scale in (("a", 2.0), ("b", 1.0)):
         records = [(f"{g}/{i}", g, {"top-1": scale * (i + 1)}) for g in ("attention logits", "hidden states") for i in range(12)]

@@ -1,0 +1,52 @@
+"""What distribution and memory do to a model leaves its figures as they are."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffx.config.model import MODEL_CONFIGS
+from diffx.config.train import TrainConfig
+from diffx.models import build_model, init_weights
+from diffx.ops import attending_by, sdpa
+from diffx.train.parallel import World, parallelize
+
+
+class Count(TorchDispatchMode):
+    """How often each operator runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def step(config, implementation, checkpointing):
+    model = build_model(config)
+    init_weights(model, 0)
+    parallelize(model, model.layers, TrainConfig(activation_checkpointing=checkpointing), World(torch.device("cpu")))
+    ids = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(0))
+    with Count() as count, attending_by(implementation):
+        loss = model(ids, targets=ids)
+        loss.backward()
+    return loss, [parameter.grad for parameter in model.parameters()], count.calls
+
+
+@pytest.mark.parametrize("kernels", ["sdpa", "triton"])
+def test_activations_are_computed_again_but_not_attention(kernels):
+    """Attention runs once a layer and call, matrix products of the blocks twice; the figures are the same."""
+    config = MODEL_CONFIGS["diff_v1"](vocab_size=50, hidden_size=64, num_layers=3, num_heads=4, intermediate_size=48, init_std=0.2)
+    implementation, name, calls = sdpa, "aten::_scaled_dot_product_flash_attention_for_cpu", 2 * 3
+    if kernels == "triton":
+        implementation = pytest.importorskip("diffx.ops.triton_attention", exc_type=ImportError)
+        name, calls = "diffx::differential_attention", 3
+    plain, checkpointed = step(config, implementation, False), step(config, implementation, True)
+    torch.testing.assert_close(plain[0], checkpointed[0])
+    for one, other in zip(plain[1], checkpointed[1], strict=True):
+        torch.testing.assert_close(one, other)
+    assert plain[2][name] == checkpointed[2][name] == calls
+    assert checkpointed[2]["aten::mm"] > plain[2]["aten::mm"]
