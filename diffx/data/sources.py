@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, BinaryIO, cast
 
 import zstandard
@@ -123,7 +124,7 @@ def label(data: DataConfig) -> str:
 def reason(error: Exception) -> str:
     """Make one line, not too long, of an exception of another library."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:200].rstrip(".: ")
+    return shorten(text, 200, placeholder=" …").rstrip(".: ")
 
 
 def _cannot(path: Any) -> str:

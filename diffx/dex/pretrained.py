@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -96,9 +95,8 @@ def load_pretrained(
     except Exception as error:  # any library below may fail here, each with an exception of its own
         runs = "a run (runs/x, runs/x@best, runs/x@1000), " if key == "checkpoint" else ""
         missing = "" if Path(spec).is_dir() else f"there is no folder {spec} here, and from the hub it cannot be loaded: "
-        why = shorten(str(error) or type(error).__name__, 200, placeholder=" …").rstrip(".: ")
         raise UserError(
-            f"{refused}: {missing}{why}; accepted: {runs}a folder with a Hugging Face model in safetensors, or a hub "
+            f"{refused}: {missing}{reason(error)}; accepted: {runs}a folder with a Hugging Face model in safetensors, or a hub "
             "name that can be reached"
         ) from error
     model, report = loaded

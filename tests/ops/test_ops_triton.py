@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from diffx.config.model import MODEL_CONFIGS
 from diffx.models import build_model, init_weights
+from diffx.models.generation import generate
 from diffx.ops import attending_by, differential_attention
 from diffx.ops import triton_attention as ours
 
@@ -258,3 +259,18 @@ def test_the_kernels_compile_for_gpus_and_fit_in_their_shared_memory(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     shared = json.loads(done.stdout.splitlines()[-1])
     assert len(shared) == 10 and max(shared.values()) <= 99 * 1024, shared
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_model_generates_with_its_cache_as_it_does_otherwise(kv_heads):
+    config = MODEL_CONFIGS["diff_v1"](
+        vocab_size=50, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=kv_heads, intermediate_size=48, init_std=0.2
+    )
+    model = build_model(config).to(DEVICE)
+    init_weights(model, 0)
+    ids = torch.randint(50, (1, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    said = []
+    for implementation in (None, ours):
+        with attending_by(implementation):
+            said.append(list(generate(model.eval(), ids, max_tokens=12, temperature=0.0)))
+    assert said[0] == said[1] and len(said[0]) == 12
