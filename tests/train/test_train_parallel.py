@@ -1,15 +1,19 @@
 """What distribution and memory do to a model leaves its figures as they are."""
 
 from collections import Counter
+from functools import partialmethod
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffx.config.model import MODEL_CONFIGS
 from diffx.config.train import TrainConfig
 from diffx.models import build_model, init_weights
 from diffx.ops import attending_by, sdpa
+from diffx.train.loop import token_losses
+from diffx.train.optimizer import build_optimizer
 from diffx.train.parallel import World, parallelize
 
 
@@ -50,3 +54,30 @@ def test_activations_are_computed_again_but_not_attention(kernels):
         torch.testing.assert_close(one, other)
     assert plain[2][name] == checkpointed[2][name] == calls
     assert checkpointed[2]["aten::mm"] > plain[2]["aten::mm"]
+
+
+@pytest.mark.parametrize("kind", ["transformer", "diff_v1", "diff_v2"])
+def test_compiled_blocks_are_not_compiled_again(kind, monkeypatch):
+    """Two steps with a validation between compile all there is; after that nothing does, step after step."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))  # which is quick
+    model = build_model(MODEL_CONFIGS[kind](vocab_size=50, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48))
+    init_weights(model, 0)
+    parallelize(model, model.layers, TrainConfig(compile=True), World(torch.device("cpu")))
+    optimizer = build_optimizer(model, TrainConfig())
+    generator = torch.Generator().manual_seed(0)
+
+    def run(steps):
+        for _ in range(steps):
+            ids = torch.randint(50, (2, 20), generator=generator)
+            token_losses(model.train(), ids, ids, None).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            token_losses(model.eval(), ids, ids, None)
+
+    torch._dynamo.reset()
+    run(1)
+    run(1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(3)
+        run(2)
