@@ -5,7 +5,6 @@ Notation: B batch, T tokens, Tk keys (more than T with a cache), D model width, 
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from diffx.config.model import ModelConfig
@@ -61,20 +60,18 @@ class Attention(nn.Module):
 
 
 def attend(op: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: list[int] | None, cache: KVCache | None = None) -> Tensor:
-    """Apply ``op(q, k, v)``; with ``documents``, the lengths in tokens that cut the flattened batch, once to each of them.
+    """Apply ``op``, one of ``diffx.ops``; with ``documents`` to the flattened batch, which they cut.
 
     Args:
         op: maps q (B, T, H, d), k and v to (B, T, heads, width).
         q: queries.
         k: keys.
         v: values.
-        documents: lengths whose sum is B·T; none may cross the end of a row.
+        documents: lengths in tokens whose sum is B·T; none may cross the end of a row.
         cache: where the keys come from; those that are padding are masked.
     """
     if cache is not None and cache.valid is not None:
         return op(q, k, v, key_mask=cache.valid[:, : k.shape[1]])
     if documents is None:
         return op(q, k, v)
-    # split, unlike slices, has a backward pass that is one concatenation
-    parts = zip(*(x.flatten(0, 1)[None].split(documents, dim=1) for x in (q, k, v)), strict=True)
-    return torch.cat([op(*part) for part in parts], dim=1).reshape(*q.shape[:2], -1, v.shape[-1])
+    return op(*(x.flatten(0, 1)[None] for x in (q, k, v)), documents=documents).reshape(*q.shape[:2], -1, v.shape[-1])

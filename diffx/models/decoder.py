@@ -88,7 +88,7 @@ class Decoder(nn.Module):
             input_ids: tokens (B, T).
             cache: keys and values of the tokens before these, which it then takes in; inference only.
             cu_seqlens: boundaries of the documents in the flattened batch (n + 1,), from 0 to B·T, the ends of rows among
-                them; attention then stays within each document, at the cost of one call a document.
+                them; attention then stays within each document, at the cost of one call a document, but for the fused kernels.
             targets: next tokens (B, T), -100 where there is no loss.
 
         Returns:

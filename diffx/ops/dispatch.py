@@ -8,9 +8,11 @@ Notation, one layout everywhere, (B, T, H, D):
     d       width of a query or key; dv width of a value
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +33,7 @@ def attention(
     scale: float | None = None,
     impl: str | None = None,
     key_mask: Tensor | None = None,
+    documents: list[int] | None = None,
 ) -> Tensor:
     """Softmax attention with grouped queries: query head i reads key/value head i // (H / H_kv).
 
@@ -42,6 +45,7 @@ def attention(
         scale: factor on the logits; None is 1/sqrt(d).
         impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), or None to pick.
         key_mask: keys that are false in it, (B, Tk), are not seen; not for ``blocks``. Each query must see one key at least.
+        documents: lengths in tokens that cut a batch of one (B = 1, Tq = Tk), whose queries then see their own document alone.
 
     Returns:
         (B, Tq, H, dv), in the type of ``v``.
@@ -53,8 +57,10 @@ def attention(
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads and v has {v.shape[2]}: they must be equal")
     # beyond about a thousand rows PyTorch's kernel is as fast as our blocks for a single map
-    default = blocks if _eager_cpu(q) and q.shape[1] <= 1024 and key_mask is None else sdpa
-    return _pick(impl, default).attention(q, k, v, causal, scale, key_mask)
+    rows = q.shape[1] if documents is None else max(documents)
+    default = blocks if _eager_cpu(q) and rows <= 1024 and key_mask is None else sdpa
+    op = partial(_pick(impl, default).attention, causal=causal, scale=scale, key_mask=key_mask)
+    return op(q, k, v) if documents is None else _apart(op, documents, q, k, v)
 
 
 def differential_attention(
@@ -66,6 +72,7 @@ def differential_attention(
     scale: float | None = None,
     impl: str | None = None,
     key_mask: Tensor | None = None,
+    documents: list[int] | None = None,
 ) -> Tensor:
     """Differential attention (arXiv 2410.05258, equation 1): head j is (A1 - lambda A2) v.
 
@@ -83,6 +90,7 @@ def differential_attention(
         impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), ``triton`` (fused, for a GPU), or
             None to pick among the first three.
         key_mask: keys that are false in it, (B, Tk), are not seen; not for ``blocks`` or ``triton``. Each query must see one key at least.
+        documents: lengths in tokens that cut a batch of one (B = 1, Tq = Tk), whose queries then see their own document alone.
 
     Returns:
         (B, Tq, h, 2d), in the type of ``v``.
@@ -100,7 +108,16 @@ def differential_attention(
     if lam.shape not in ((), (maps // 2,)):
         raise ValueError(f"lam has shape {tuple(lam.shape)}: it must be a scalar or ({maps // 2},)")
     default = blocks if _eager_cpu(q) and key_mask is None else sdpa
-    return _pick(impl, default).differential_attention(q, k, v, lam, causal, scale, key_mask)
+    picked = _pick(impl, default)
+    op = partial(picked.differential_attention, lam=lam, causal=causal, scale=scale, key_mask=key_mask)
+    if documents is not None and getattr(picked, "TAKES_DOCUMENTS", False):
+        return op(q, k, v, cu_seqlens=torch.tensor([0, *accumulate(documents)], device=q.device))
+    return op(q, k, v) if documents is None else _apart(op, documents, q, k, v)
+
+
+def _apart(op: Callable[..., Tensor], documents: list[int], *tensors: Tensor) -> Tensor:
+    """Apply ``op`` once to each document; split, unlike slices, has a backward pass that is one concatenation."""
+    return torch.cat([op(*part) for part in zip(*(x.split(documents, dim=1) for x in tensors), strict=True)], dim=1)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:

@@ -15,6 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from diffx.ops import triton_kernels as kernels
 from diffx.ops.sdpa import attention as attention  # ordinary attention is PyTorch's
 
+TAKES_DOCUMENTS = True  # in one call, by cu_seqlens
 WIDEST = 128  # queries and keys; values are twice as wide
 _SPLIT = 256  # keys that one program of the decoding kernel reads at least
 # Rows and keys of a block and warps, for d up to 64 and above: few or no registers spilled, and at most 99 KiB of shared memory, on

@@ -261,6 +261,26 @@ def test_the_kernels_compile_for_gpus_and_fit_in_their_shared_memory(tmp_path):
     assert len(shared) == 10 and max(shared.values()) <= 99 * 1024, shared
 
 
+def test_documents_of_a_batch_are_one_call(monkeypatch):
+    config = MODEL_CONFIGS["diff_v1"](vocab_size=50, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=48, init_std=0.2)
+    model = build_model(config).to(DEVICE)
+    init_weights(model, 0)
+    ids = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    bounds = torch.tensor([0, 7, 20, 23, 40], device=DEVICE)
+    seen, whole = [], ours.differential_attention
+    monkeypatch.setattr(ours, "differential_attention", lambda *args, **options: (seen.append(options), whole(*args, **options))[1])
+    found = []
+    for implementation in (None, ours):
+        with attending_by(implementation):
+            logits = model(ids, cu_seqlens=bounds)
+        logits.square().mean().backward()
+        found.append([logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        model.zero_grad()
+    assert [options["cu_seqlens"].tolist() for options in seen] == [bounds.tolist()] * 2  # once in each layer
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm().clamp_min(1e-6)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_a_model_generates_with_its_cache_as_it_does_otherwise(kv_heads):
     config = MODEL_CONFIGS["diff_v1"](
