@@ -40,6 +40,8 @@ GROUPS: dict[str, Mapping[str, type]] = {
     "judge": JUDGE_CONFIGS,
     "method": METHOD_CONFIGS,
 }
+# Keys that came after the first saved configs, with what was done before; a key without a row here makes older runs unreadable.
+_LATER = {("train", "fused_attention"): False}
 
 Job = TypeVar("Job")
 
@@ -97,6 +99,9 @@ def load_config(path: Path) -> Any:
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as a saved config: {' '.join(str(error).split())}") from error
+    for (group, key), value in _LATER.items():
+        if isinstance(saved, dict) and isinstance(saved.get(group), dict):
+            saved[group].setdefault(key, value)
     schema = _schema(saved, path)
     _same_keys(saved, OmegaConf.to_container(schema), path)
     try:

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from diffx.config import UserError
-from diffx.config.bridge import load_config, save_config
+from diffx.config.bridge import _LATER, load_config, save_config
 from diffx.config.data import BytesTokenizer, TextData
 from diffx.config.model import DiffV1Config, LambdaScope
 from diffx.config.train import Schedule, TrainConfig, TrainJob
@@ -73,6 +73,15 @@ def test_a_key_that_an_older_version_did_not_write_is_named(saved, key):
     path.write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=f"{key} is missing, which is needed by this version"):
         load_config(path)
+
+
+@pytest.mark.parametrize(("group", "key"), _LATER)
+def test_a_key_that_came_later_has_the_value_of_before(saved, group, key):
+    _, path = saved
+    config = yaml.safe_load(path.read_text())
+    del config[group][key]
+    path.write_text(yaml.safe_dump(config))
+    assert getattr(getattr(load_config(path), group), key) == _LATER[group, key]
 
 
 @pytest.mark.parametrize("content", [b"train: [", b"\xff\xfe", b"", b"- 1\n- 2\n", b"kind: !!python/object:os.system {}\n"])
