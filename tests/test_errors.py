@@ -178,6 +178,7 @@ TABLE = [
     (f"adapt-dex base=bert {ADAPT}", ["base=bert", "no causal language model"]),
     (f"adapt-dex base=headless {ADAPT}", ["base=headless", "lm_head.weight"]),
     (f"adapt-dex base=bloom {ADAPT}", ["base=bloom", "BloomForCausalLM", "such as Llama"]),
+    (f"adapt-dex base=hub train.fused_attention=true {ADAPT}", ["train.fused_attention=true", "attention of its own"]),
     (f"adapt-dex base=with_branch {ADAPT}", ["base=with_branch", "adapted already", "fold=true"]),
     (f"adapt-dex base=llama {ADAPT} dex.k=5", ["dex.k=5", "4 heads"]),
     (f"adapt-dex base=llama {ADAPT} dex.k=0", ["dex.k=0"]),

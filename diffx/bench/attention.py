@@ -13,6 +13,7 @@ from diffx.bench.targets import Target, check_out, show_ratios, target_ratio
 from diffx.bench.timing import alternate, machine, peak_memory
 from diffx.config import UserError
 from diffx.config.train import Device, Precision
+from diffx.console import Reporter
 from diffx.ops import attention, differential_attention
 from diffx.train.parallel import pick_device
 from diffx.train.throughput import matmul_ceiling
@@ -85,6 +86,10 @@ def bench_attention(out: Path | None, heads: int, width: int, seq_lens: list[int
             target: Target = (None, TARGETS.get((to, where.type, seq_len), TARGETS.get((to, where.type, None))))
             report["ratios"].append(target_ratio(report, work, "time", "ours", to, target))
         report["ratios"].append(target_ratio(report, work, f"peak memory, {work}", "ours", "padded", (None, None)))
+    ceiling = report["flops_per_second"]["matrix product"]
+    for work in report["seconds"]:
+        reached = ", ".join(f"{name} {own / ceiling:.0%}" for name, own in report["flops_per_second"][work].items())
+        Reporter().line(f"{work}, of a plain matrix product's operations a second: {reached}")
     show_ratios(report["ratios"], f"attention of {heads} heads, d={width}, {report['dtype']}, {where}", report, out)
     return report
 

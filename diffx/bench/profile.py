@@ -16,7 +16,7 @@ from diffx.bench.timing import machine
 from diffx.config import RunError, UserError
 from diffx.config.launch import compose
 from diffx.console import Reporter, make_table
-from diffx.data import open_data
+from diffx.data import cu_seqlens, open_data
 from diffx.models import build_model, init_weights
 from diffx.train.checkpoint import save_checkpoint
 from diffx.train.loop import token_losses
@@ -59,7 +59,7 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
     parallelize(model, model.layers, job.train, world)
     optimizer = build_optimizer(model, job.train)
     batches = corpus.batches(job.train.seq_len, int(job.train.batch_tokens) // job.train.seq_len, job.seed)
-    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+    spent: list[dict[str, float]] = []  # seconds of each step's parts
 
     @contextmanager
     def part(name: str) -> Iterator[None]:
@@ -68,16 +68,22 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
         with record_function(name):
             yield
             synchronize(world.device)
-        seconds[name].append(time.perf_counter() - start)
+        spent[-1][name] += time.perf_counter() - start
 
     def step() -> None:
+        spent.append(dict.fromkeys(PARTS, 0.0))
         with part("data"):
             batch = next(batches)
-            inputs, targets = batch.inputs.to(world.device), batch.targets.to(world.device)
-        with part("forward"), autocast(world.device, job.train.precision):
-            loss = token_losses(model, inputs, targets, None) / targets.numel()
-        with part("backward"):
-            loss.backward()
+        rows = batch.inputs.shape[0]
+        size = job.train.micro_batch_size or rows
+        for start in range(0, rows, size):
+            with part("data"):
+                inputs, targets = (x[start : start + size].to(world.device) for x in (batch.inputs, batch.targets))
+                boundaries = cu_seqlens(inputs, corpus.tokenizer.eot_id) if job.train.mask_documents else None
+            with part("forward"), autocast(world.device, job.train.precision):
+                loss = token_losses(model, inputs, targets, boundaries) / batch.targets.numel()
+            with part("backward"):
+                loss.backward()
         with part("clip"):
             clip_gradients(model.parameters(), job.train.grad_clip)
         with part("optimizer"):
@@ -87,7 +93,7 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
     with fused_attention(job.train.fused_attention, world.device):
         for _ in range(_WARM + steps):
             step()
-        medians = {name: statistics.median(own[_WARM:]) for name, own in seconds.items()}
+        medians = {name: statistics.median(own[name] for own in spent[_WARM:]) for name in PARTS}
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]
         with profile(activities=kinds) as recorded:

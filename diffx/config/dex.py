@@ -139,6 +139,8 @@ class AdaptJob:
             raise UserError(f"train.init_from={self.train.init_from} cannot be used: an adaptation starts from base=")
         if self.train.mask_documents:
             raise UserError("train.mask_documents=true cannot be used: a pretrained model reads its text without document masks")
+        if self.train.fused_attention:
+            raise UserError("train.fused_attention=true cannot be used: a pretrained model has an attention of its own")
         if self.train.sample_tokens:
             raise UserError(f"train.sample_tokens={self.train.sample_tokens} cannot be used: `diffx generate` draws samples afterwards")
         if self.train.steps is None and self.train.tokens is None:

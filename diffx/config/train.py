@@ -69,8 +69,8 @@ class TrainConfig:
         grad_clip: bound on the global gradient norm; 0 turns clipping off.
         precision: ``auto``, ``fp32`` or ``bf16`` autocast.
         compile: ``torch.compile`` each block.
-        fused_attention: differential attention by our Triton kernels, on a GPU; they were proved by Triton's interpreter and compiled for
-            GPUs, but have not been timed on one yet: ``diffx bench attention`` does.
+        fused_attention: the differential attention of diff_v1 by our Triton kernels, on a GPU; they were proved by Triton's interpreter and
+            compiled for GPUs, but have not been timed on one yet: ``diffx bench attention`` does.
         activation_checkpointing: recompute each block's activations in the backward pass, all but what attention kernels gave.
         mask_documents: attention stays within a document.
         log_every: steps between lines of ``metrics.jsonl``.

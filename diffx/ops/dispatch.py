@@ -10,7 +10,7 @@ Notation, one layout everywhere, (B, T, H, D):
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from itertools import accumulate
 from types import ModuleType
@@ -111,8 +111,14 @@ def differential_attention(
     picked = _pick(impl, default)
     op = partial(picked.differential_attention, lam=lam, causal=causal, scale=scale, key_mask=key_mask)
     if documents is not None and getattr(picked, "TAKES_DOCUMENTS", False):
-        return op(q, k, v, cu_seqlens=torch.tensor([0, *accumulate(documents)], device=q.device))
+        return op(q, k, v, cu_seqlens=_bounds(tuple(documents), q.device))
     return op(q, k, v) if documents is None else _apart(op, documents, q, k, v)
+
+
+@lru_cache(maxsize=2)  # the layers of a model ask for the same, and each copy to a device would wait for it
+def _bounds(documents: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where documents of these lengths begin and, last, where they all end (N + 1,)."""
+    return torch.tensor([0, *accumulate(documents)], device=device)
 
 
 def _apart(op: Callable[..., Tensor], documents: list[int], *tensors: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ def test_figures_and_table(tmp_path, capsys, monkeypatch):
     assert all(memory > 0 for own in report["bytes"].values() for memory in own.values())
     assert report["flops_per_second"]["matrix product"] > 0
     printed = " ".join(capsys.readouterr().out.split())
+    assert "T=48, of a plain matrix product's operations a second: baseline" in printed
     assert "ours / four calls" in printed and "ours / baseline" in printed
 
 

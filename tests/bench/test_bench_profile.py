@@ -2,8 +2,10 @@ import json
 
 import pytest
 
+from diffx.bench import profile
 from diffx.bench.profile import PARTS, bench_profile
 from diffx.cli import main
+from diffx.train.loop import token_losses
 
 WORDS = ["tokenizer=bytes", "size=pico", "train.seq_len=32", "train.batch_tokens=64", "device=cpu", "data=text"]
 
@@ -24,6 +26,16 @@ def test_parts_operators_and_a_trace(text, tmp_path, capsys):
     assert {event.get("name") for event in events} >= set(PARTS)
     printed = capsys.readouterr().out
     assert "aten::" in printed and "loader" in printed and "checkpoints" in printed
+
+
+def test_micro_batches_and_documents_are_those_of_the_loop(text, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(profile, "token_losses", lambda model, *args: (seen.append(args), token_losses(model, *args))[1])
+    words = [*WORDS, text, "data.val_tokens=2000", "train.micro_batch_size=1", "train.mask_documents=true"]
+    report = bench_profile(words, tmp_path / "trace.json", steps=1)
+    assert {inputs.shape for inputs, _, _ in seen} == {(1, 32)} and len(seen) == 2 * (profile._WARM + 1 + profile.TRACED)
+    assert all(boundaries[0] == 0 and boundaries[-1] == 32 for _, _, boundaries in seen)
+    assert min(report["seconds"].values()) > 0
 
 
 @pytest.mark.parametrize(
