@@ -20,10 +20,10 @@ from diffx.config.train import Device, TrainJob
 from diffx.data.tokenizers import Tokenizer, load_tokenizer
 from diffx.dex.attach import Adapted
 from diffx.dex.pretrained import load_pretrained
+from diffx.files import write_json
 from diffx.models import build_model
 from diffx.train.adapt import restore
 from diffx.train.checkpoint import WEIGHTS, find_checkpoint, read_state
-from diffx.train.folder import write_json
 from diffx.train.parallel import pick_device
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}

@@ -27,9 +27,11 @@ ROOMS = [
     ["ops"],
     ["tracking", "console"],
     ["config"],
+    ["files"],
+    ["errors"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
-WITHOUT_TORCH = {"cli", "report", "tracking", "console", "config"}
+WITHOUT_TORCH = {"cli", "report", "tracking", "console", "config", "files", "errors"}
 OUTSIDE = {"__init__", "__main__"}  # the package itself, and the program, which is the door
 
 
@@ -72,7 +74,7 @@ def test_rooms_without_torch(path):
     at_once = {module for module, at_once in imports(path) if at_once}
     assert not {module for module in at_once if module.partition(".")[0] in ("torch", "transformers")}
     if room_of(path) == "cli":  # no room before a command runs
-        own = {"diffx", "diffx.__version__", "diffx.config.errors", "diffx.cli.bench"}
+        own = {"diffx", "diffx.__version__", "diffx.errors", "diffx.cli.bench"}
         assert {module for module in at_once if module.startswith("diffx")} <= own
 
 

@@ -21,9 +21,9 @@ from diffx.config.train import Device
 from diffx.console import Reporter, make_table
 from diffx.evaluation.adapter import DecoderLM, PretrainedLM, quiet
 from diffx.evaluation.model import LanguageModel
+from diffx.files import write_json
 from diffx.hub.convert import from_llama
 from diffx.loading import load
-from diffx.train.folder import write_json
 
 # Kinds of requests, the method of lm-eval that answers them, and the speed ratio that we set ourselves.
 CASES = {

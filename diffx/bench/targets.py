@@ -13,7 +13,7 @@ from torch import Tensor
 from diffx.bench.timing import alternate, speed_ratio
 from diffx.config import UserError
 from diffx.console import Reporter, make_table
-from diffx.train.folder import write_json
+from diffx.files import write_json
 
 DECODED = 32  # tokens
 Target = tuple[float | None, float | None]  # the lowest and the highest ratio that meet it

@@ -20,8 +20,8 @@ from diffx.config.launch import compose
 from diffx.config.model import MODEL_CONFIGS, ModelConfig
 from diffx.config.train import Device, TrainConfig
 from diffx.console import Reporter, make_table
+from diffx.files import write_json
 from diffx.models import build_model, init_weights
-from diffx.train.folder import write_json
 from diffx.train.optimizer import build_optimizer
 from diffx.train.parallel import autocast, clip_gradients, pick_device
 

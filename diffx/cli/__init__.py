@@ -11,7 +11,7 @@ from typer.exceptions import TyperException
 
 from diffx import __version__
 from diffx.cli.bench import SETTINGS, bench
-from diffx.config.errors import RunError, Stopped, UserError
+from diffx.errors import RunError, Stopped, UserError, storage_failure
 
 app = typer.Typer(name="diffx", **SETTINGS)
 data = typer.Typer(help="Prepare training data.", **SETTINGS)
@@ -379,5 +379,10 @@ def main(argv: list[str] | None = None) -> int:
             print(text)
             return 0
         code, line = 2, " ".join(text.split())
+    except Exception as error:
+        failure = storage_failure(error)
+        if failure is None:
+            raise
+        code, line = 1, failure
     print(f"error: {line}", file=sys.stderr)
     return code

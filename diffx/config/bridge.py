@@ -15,13 +15,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.data import DATA_CONFIGS, TOKENIZER_CONFIGS
 from diffx.config.dex import AdaptJob
-from diffx.config.errors import UserError
 from diffx.config.eval import JUDGE_CONFIGS, EvalJob, ExportJob
 from diffx.config.messages import explain, unknown
 from diffx.config.model import MODEL_CONFIGS
 from diffx.config.quantize import METHOD_CONFIGS, QuantizeJob
 from diffx.config.suite import SUITE_CONFIGS
 from diffx.config.train import GenerateJob, PrepareJob, TrainJob
+from diffx.errors import UserError
 
 JOBS: dict[str, type] = {
     "train": TrainJob,

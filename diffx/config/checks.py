@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from diffx.config.errors import UserError
+from diffx.errors import UserError
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 

@@ -10,9 +10,9 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffx.config.errors import UserError
 from diffx.config.launch import composer, config_groups
 from diffx.config.messages import keys, names_of
+from diffx.errors import UserError
 
 
 def complete(name: str, before: list[str], incomplete: str, config_dir: Path | None = None) -> list[str]:

@@ -7,8 +7,8 @@ from omegaconf import MISSING
 
 from diffx.config.checks import count, require
 from diffx.config.data import DataConfig
-from diffx.config.errors import UserError
 from diffx.config.train import Device, RunConfig, Schedule, TrainConfig, WandbConfig
+from diffx.errors import UserError
 
 _TOKENS = 10**6  # a short adaptation; the paper: 887M
 CRITERIA = ("entropy_high", "entropy_low", "importance_low", "random", "all")

@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 from omegaconf import MISSING
 
 from diffx.config.checks import count, require
-from diffx.config.errors import UserError
 from diffx.config.suite import SuiteConfig
 from diffx.config.train import Device, WandbConfig
+from diffx.errors import UserError
 
 
 class Dtype(str, Enum):

@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.bridge import JOBS, register_schemas, to_typed
-from diffx.config.errors import RunError, UserError
 from diffx.config.messages import explain, keys, unknown
+from diffx.errors import RunError, UserError, storage_failure
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIGS = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())  # a wheel's, or a checkout's
@@ -123,9 +123,8 @@ def config_groups(app: Any, name: str) -> dict[str, list[str]]:
 
 def _record(sweep: Path, number: int, words: list[str], error: Exception) -> dict[str, Any]:
     """Append a failed job to the sweep's list, in one write so that jobs side by side do not mix."""
-    if isinstance(error, UserError | RunError):
-        reason = str(error)
-    else:
+    reason = str(error) if isinstance(error, UserError | RunError) else storage_failure(error)
+    if reason is None:
         traceback.print_exception(error)
         reason = f"{type(error).__name__}: {error}"
     entry = {"job": number, "overrides": words, "error": reason, "exit_code": 2 if isinstance(error, UserError) else 1}

@@ -9,7 +9,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from diffx.config.checks import require
-from diffx.config.errors import UserError
+from diffx.errors import UserError
 
 
 class LambdaScope(str, Enum):

@@ -7,8 +7,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from diffx.config.checks import require
-from diffx.config.errors import UserError
 from diffx.config.eval import EvalJob
+from diffx.errors import UserError
 
 EXACT = 16  # bits at which nothing is quantized
 _SEES_ATTENTION = ("attention_allocation", "outliers")

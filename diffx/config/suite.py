@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from diffx.config.checks import count, require
-from diffx.config.errors import UserError
+from diffx.errors import UserError
 
 
 @dataclass(kw_only=True, slots=True)

@@ -7,8 +7,8 @@ from omegaconf import MISSING
 
 from diffx.config.checks import count, require
 from diffx.config.data import DataConfig, TokenizerConfig
-from diffx.config.errors import UserError
 from diffx.config.model import ModelConfig
+from diffx.errors import UserError
 
 DEFAULT_STEPS = 6000  # about five minutes of the default run on two cores
 

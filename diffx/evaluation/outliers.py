@@ -24,8 +24,8 @@ from diffx.config import RunError, UserError
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.published import published
 from diffx.evaluation.suite import Context, Example, Metric, Record
+from diffx.files import write_json
 from diffx.hub.attention import AttentionView
-from diffx.train.folder import write_json
 
 LOGITS, STATES = _GROUPS = ("attention logits", "hidden states")
 

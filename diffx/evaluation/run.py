@@ -32,9 +32,9 @@ from diffx.config.eval import EvalJob
 from diffx.console import Reporter, make_table
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context, Example, Metric, Record
+from diffx.files import write_json
 from diffx.loading import load
 from diffx.tracking import show_evaluation
-from diffx.train.folder import write_json
 
 _MODULES = {"attention_allocation": "allocation"}  # where a module's name is not its suites' kind
 _RECORDS = "records.jsonl"

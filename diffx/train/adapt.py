@@ -24,8 +24,9 @@ from diffx.dex.layer import projection_weight
 from diffx.dex.layout import Layer, find_layers
 from diffx.dex.pretrained import Pretrained, free_memory, load_pretrained
 from diffx.dex.watch import Watch
+from diffx.files import write_json
 from diffx.train.checkpoint import WEIGHTS
-from diffx.train.folder import make_folder, new_folder, note_resume, run_name, settle, write_json
+from diffx.train.folder import make_folder, new_folder, note_resume, run_name, settle
 from diffx.train.loop import Fit, fit
 from diffx.train.parallel import World, autocast, join_world, leave_world, precision_of
 from diffx.train.run import full_disk_in_a_line, open_corpus, open_tracker, take_up

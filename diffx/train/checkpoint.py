@@ -5,7 +5,6 @@ damaged checkpoint is named and passed over. Nothing in it is a pickle.
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from diffx.config import RunError, UserError
+from diffx.files import sha256
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -70,7 +70,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
         save_file({name: value.contiguous() for name, value in flat.items()}, temporary / OPTIMIZER)
-        sums = {name: _sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+        sums = {name: sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
         text = json.dumps({"step": step, "sha256": sums, **state}, indent=1)
         (temporary / STATE).write_text(text, encoding="utf-8")
         for path in temporary.iterdir():
@@ -104,7 +104,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpointError(f"{folder} is damaged: {name} is missing")
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             raise DamagedCheckpointError(f"{folder} is damaged: {name} does not have the checksum it was written with")
     return state
 
@@ -198,13 +198,6 @@ def find_checkpoint(spec: str, key: str = "checkpoint") -> tuple[Path, Path]:
         folder = there[max(there)]
     read_state(folder)
     return run_dir, folder
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
-        )
 
 
 def _sync(path: Path) -> None:

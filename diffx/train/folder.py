@@ -24,6 +24,7 @@ from diffx.config.bridge import load_config, save_config
 from diffx.config.data import HfTokenizer
 from diffx.config.dex import AdaptJob
 from diffx.config.train import TrainJob
+from diffx.files import write_json
 from diffx.train.checkpoint import find_checkpoint
 
 # What may differ between a run and its resumption: how long, how often, where, and the tracker.
@@ -188,13 +189,6 @@ def environment(seed: int) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "seed": seed,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _commit() -> str | None:

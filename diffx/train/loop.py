@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffx.config import RunError
-from diffx.config.errors import Stopped
 from diffx.config.train import TrainConfig
 from diffx.console import Reporter, figure
 from diffx.data import Batch, Batches, Corpus, cu_seqlens
+from diffx.errors import Stopped
 from diffx.models import Decoder
 from diffx.tracking import Tracker
 from diffx.train.checkpoint import load_training_state, newest_intact, prune, save_checkpoint

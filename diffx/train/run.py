@@ -20,10 +20,11 @@ from diffx.console import Bar, Reporter, duration, figure, make_table
 from diffx.data import Batches, Corpus, open_data
 from diffx.data.ngram import baselines
 from diffx.data.tokenizers import Tokenizer, load_tokenizer
+from diffx.files import write_json
 from diffx.models import Decoder, build_model, generate, init_weights
 from diffx.tracking import NullTracker, Tracker
 from diffx.train.checkpoint import WEIGHTS, find_checkpoint, newest_intact
-from diffx.train.folder import make_folder, new_folder, note_resume, run_name, settle, write_json
+from diffx.train.folder import make_folder, new_folder, note_resume, run_name, settle
 from diffx.train.loop import Fit, fit
 from diffx.train.parallel import World, fused_attention, join_world, leave_world
 from diffx.train.params import counts_table

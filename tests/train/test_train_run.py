@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from diffx.config import RunError, UserError
 from diffx.config.bridge import save_config
 from diffx.config.data import BpeTokenizer, ShardsData, TextData
-from diffx.config.errors import Stopped
 from diffx.config.model import MODEL_CONFIGS
 from diffx.config.train import Precision, PrepareJob
 from diffx.data import open_data
 from diffx.data.prepare import prepare
+from diffx.errors import Stopped
 from diffx.loading import load_run
 from diffx.train import loop
 from diffx.train.run import train

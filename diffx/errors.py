@@ -1,0 +1,36 @@
+"""The ways in which a command ends early. The command line turns each into one line and an exit code."""
+
+import errno
+
+
+class UserError(ValueError):
+    """Input that cannot be used: the message names the value, the reason and what would be accepted (exit code 2)."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on though its input was good: a full disk, a loss that is not finite (exit code 1)."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM asked a run to stop, and it saved a checkpoint first: a clean end (exit code 0)."""
+
+
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def storage_failure(error: BaseException) -> str | None:
+    """Describe a failure of the file system in one line: a full disk, a folder that cannot be written, a quota.
+
+    Args:
+        error: any exception.
+
+    Returns:
+        The line, or ``None`` if the exception is something else.
+    """
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}; files that were finished are intact, and the same command goes on once this is mended"
+    # safetensors and pyarrow report a full disk in exceptions of their own, by the text alone.
+    if "No space left on device" in str(error):
+        return "No space left on device; files that were finished are intact, and the same command goes on once this is mended"
+    return None
