@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors.torch import load_file
 
 from diffx.config import UserError
 from diffx.config.bridge import load_config
@@ -23,7 +22,7 @@ from diffx.dex.pretrained import load_pretrained
 from diffx.files import write_json
 from diffx.models import build_model
 from diffx.train.adapt import restore
-from diffx.train.checkpoint import WEIGHTS, find_checkpoint, read_state
+from diffx.train.checkpoint import WEIGHTS, find_checkpoint, read_state, read_tensors, trained_shapes
 from diffx.train.parallel import pick_device
 
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
@@ -91,7 +90,7 @@ def load_run(spec: str, device: Device = Device.auto, dtype: Dtype = Dtype.auto)
         return _load_adapted(run_dir, folder, job, where, dtype)
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     model = build_model(dataclasses.replace(job.model, vocab_size=job.model.vocab_size or tokenizer.vocab_size))
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    model.load_state_dict(read_tensors(folder / WEIGHTS, trained_shapes(model)))
     return Loaded(
         model.to(where, DTYPES.get(dtype)).eval(),
         tokenizer,

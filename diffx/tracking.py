@@ -1,13 +1,14 @@
 """Where a run's figures go: ``metrics.jsonl`` always, Weights & Biases as well if it works. W&B never stops a run."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffx.config.train import WandbConfig, WandbMode
+from diffx.errors import RunError
+from diffx.files import read_json_lines, write_text
 
 
 class Tracker:
@@ -61,7 +62,12 @@ class Tracker:
             step: optimizer steps done.
             tokens: training tokens seen.
             metrics: flat names (``train/loss``) and figures.
+
+        Raises:
+            RunError: the run folder was deleted or moved.
         """
+        if not self._path.exists():  # what is written to a deleted file is lost in silence
+            raise RunError(f"{self._path} was deleted or moved while the run was going; it ends at step {step}")
         row = {"step": step, "tokens": tokens, "time": round(self.seconds, 3), **metrics}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -186,17 +192,11 @@ def _stopped(error: Exception) -> str:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the lines after ``step``, and a last line that was torn by a kill, from a metrics file."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # only the line being written at a kill can be torn; what follows it is later still
-            break
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    """Drop the lines after ``step``, and a last line that was torn by a kill, from a metrics file.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    rows = read_json_lines(path)
+    if path.exists():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row.get("step", 0) <= step))

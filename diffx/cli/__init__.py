@@ -1,6 +1,7 @@
 """The doors: one Typer command each, a few lines long. Nothing heavy is imported before a command runs."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -384,5 +385,6 @@ def main(argv: list[str] | None = None) -> int:
         if failure is None:
             raise
         code, line = 1, failure
-    print(f"error: {line}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every process refuses the same words
+        print(f"error: {line}", file=sys.stderr)
     return code

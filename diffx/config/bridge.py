@@ -3,7 +3,6 @@
 OmegaConf cannot tell which subclass of a group's dataclass a saved config meant, so every group carries a ``kind``.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -22,6 +21,7 @@ from diffx.config.quantize import METHOD_CONFIGS, QuantizeJob
 from diffx.config.suite import SUITE_CONFIGS
 from diffx.config.train import GenerateJob, PrepareJob, TrainJob
 from diffx.errors import UserError
+from diffx.files import write_text
 
 JOBS: dict[str, type] = {
     "train": TrainJob,
@@ -84,9 +84,7 @@ def _no_additions(cfg: DictConfig, prefix: str = "") -> None:
 
 def save_config(job: Any, path: Path) -> None:
     """Write a job as YAML that ``load_config`` reads back to an equal job."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(job)), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(job)))
 
 
 def load_config(path: Path) -> Any:

@@ -21,6 +21,7 @@ from diffx.config import UserError
 from diffx.config.dex import CRITERIA, DexConfig
 from diffx.data.sources import reason
 from diffx.dex.layout import Layer
+from diffx.files import write_json
 from diffx.hub.attention import AttentionView, observing
 
 _ROWS = 256  # rows of a map that exist at once
@@ -48,7 +49,7 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write ``heads.json``."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
 
 
 def load_plan(path: Path, base: str, layers: Sequence[Layer]) -> Plan:

@@ -6,6 +6,8 @@ what is trained, and nothing of what is frozen.
 
 import dataclasses
 import json
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,12 @@ from diffx.dex.layer import projection_weight
 from diffx.dex.layout import Layer, find_layers
 from diffx.dex.pretrained import Pretrained, free_memory, load_pretrained
 from diffx.dex.watch import Watch
-from diffx.files import write_json
-from diffx.train.checkpoint import WEIGHTS
-from diffx.train.folder import make_folder, new_folder, note_resume, run_name, settle
+from diffx.files import read_json, read_json_lines, replacing_folder, write_json
+from diffx.train.checkpoint import WEIGHTS, read_tensors
+from diffx.train.folder import hold_folder, new_folder, run_name, settle, write_start
 from diffx.train.loop import Fit, fit
-from diffx.train.parallel import World, autocast, join_world, leave_world, precision_of
-from diffx.train.run import full_disk_in_a_line, open_corpus, open_tracker, take_up
+from diffx.train.parallel import World, autocast, join_world, precision_of
+from diffx.train.run import open_corpus, open_tracker, take_up
 
 ADAPTER = "adapter"
 
@@ -58,24 +60,21 @@ def adapt(job: AdaptJob, words: list[str]) -> Path:
         RunError: the loss is not finite, or the disk or the device's memory is full.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
-    world = join_world(job.device)
-    torch.manual_seed(job.seed)
-    reporter = Reporter(quiet=not world.main)
-    try:
-        with full_disk_in_a_line(job.run):
-            return _adapt(job, words, world, reporter)
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"the memory of {world.device} is full ({str(error).splitlines()[0][:120]}); lower train.micro_batch_size or train.seq_len, or "
-            "give train.activation_checkpointing=true; a run that has a checkpoint goes on with train.resume"
-        ) from error
-    finally:
-        reporter.close_log()
-        leave_world()
+    with join_world(job.device) as world, ExitStack() as held:
+        torch.manual_seed(job.seed)
+        try:
+            return _adapt(job, words, world, Reporter(quiet=not world.main), held)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"the memory of {world.device} is full ({str(error).splitlines()[0][:120]}); lower train.micro_batch_size or "
+                "train.seq_len, or give train.activation_checkpointing=true; a run that has a checkpoint goes on with train.resume"
+            ) from error
 
 
-def _adapt(job: AdaptJob, words: list[str], world: World, reporter: Reporter) -> Path:
+def _adapt(job: AdaptJob, words: list[str], world: World, reporter: Reporter, held: ExitStack) -> Path:
     job, resumed = settle(job, words)
+    if resumed and world.main:
+        held.enter_context(hold_folder(resumed, new=False))
     base = load_pretrained("base", job.base, _base_dtype(job, world), world.device, job.revision, job.trust_remote_code)
     _same_base(base, resumed)
     layers = find_layers(base.model, {"input_ids": torch.tensor([[0, 1]], device=world.device)})
@@ -94,17 +93,15 @@ def _adapt(job: AdaptJob, words: list[str], world: World, reporter: Reporter) ->
     folder = resumed or Path(world.share(str(new_folder(job))))
     if world.main:
         if resumed is None:
-            make_folder(folder, job, words)
-        else:
-            note_resume(folder, job, words)
-        corpus.tokenizer.save(folder / "tokenizer")  # in a resumed run too: it may have been killed before it wrote all of them
+            held.enter_context(hold_folder(folder, new=True))
+        write_start(folder, job, words, corpus.tokenizer, corpus.info)
         write_json(folder / "base.json", {"name": base.name, "revision": job.revision, "fingerprint": base.fingerprint})
         plan.save(folder / "heads.json")
         (folder / "plots").mkdir(exist_ok=True)
         if job.dex.variant.branches:
             draw_heads(plan, folder / "plots" / "heads.png")
-        write_json(folder / "data.json", corpus.info)
         reporter.open_log(folder / "train.log")
+        held.callback(reporter.close_log)
     world.barrier()
     return _run(job, base, adapted, corpus, batches, folder, world, reporter, resumed is not None, found)
 
@@ -169,10 +166,8 @@ def restore(run_dir: Path, checkpoint: Path, job: AdaptJob, device: torch.device
     layers = find_layers(base.model, {"input_ids": torch.tensor([[0, 1]], device=device)})
     plan = load_plan(run_dir / "heads.json", base.fingerprint, layers)
     adapted = attach(base.model, layers, job.dex, plan.heads, int(job.dex.anneal_steps or 0), job.seed)
-    weights = {name.removeprefix("model."): value for name, value in load_file(checkpoint / WEIGHTS).items()}
-    trained = adapted.trained()
-    if weights.keys() != trained.keys():
-        raise UserError(f"checkpoint={run_dir} cannot be used: its weights are not those that {job.dex.variant.value} trains")
+    trained = {f"model.{name}": parameter for name, parameter in adapted.trained().items()}  # as ForTraining names them
+    weights = read_tensors(checkpoint / WEIGHTS, {name: parameter.shape for name, parameter in trained.items()})
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
@@ -190,7 +185,7 @@ def _base_dtype(job: AdaptJob, world: World) -> torch.dtype | str:
 def _same_base(base: Pretrained, run_dir: Path | None) -> None:
     path = run_dir / "base.json" if run_dir else None
     if path and path.exists():  # a run that was killed before it wrote it starts again
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path, {"fingerprint": str})
         if known["fingerprint"] != base.fingerprint:
             raise UserError(f"base={base.name} cannot be used: {run_dir} was adapted from other weights ({known['fingerprint'][:12]})")
 
@@ -245,24 +240,23 @@ def _save_adapter(job: AdaptJob, folder: Path, checkpoint: Path) -> None:
     weights = load_file(checkpoint / WEIGHTS)
     own = {name.removeprefix("model."): value for name, value in weights.items()}
     branch = {name: value for name, value in own.items() if name.endswith((".w_d", ".lambda_learn"))}
-    target = folder / ADAPTER
-    target.mkdir(exist_ok=True)
-    for name, part in (("branch", branch), ("tuned", {name: value for name, value in own.items() if name not in branch})):
-        if part:
-            save_file(part, target / f"{name}.safetensors")
     described = {
         "dex": {key: getattr(value, "value", value) for key, value in dataclasses.asdict(job.dex).items()},
-        "base": json.loads((folder / "base.json").read_text(encoding="utf-8")),
-        "heads": json.loads((folder / "heads.json").read_text(encoding="utf-8"))["heads"],
+        "base": read_json(folder / "base.json"),
+        "heads": read_json(folder / "heads.json", {"heads": list})["heads"],
         "step": int(checkpoint.name.removeprefix("step_")),
     }
-    write_json(target / "adapter.json", described)
+    with replacing_folder(folder / ADAPTER) as temporary:
+        for name, part in (("branch", branch), ("tuned", {name: value for name, value in own.items() if name not in branch})):
+            if part:
+                save_file(part, temporary / f"{name}.safetensors")
+        write_json(temporary / "adapter.json", described)
+        shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # of a run that was finished before and went on
 
 
 def _summary(job: AdaptJob, base: Pretrained, folder: Path, result: Fit, counts: dict[str, int], watch: Watch) -> dict[str, Any]:
     now = result.progress
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    first = json.loads(lines[0])
+    first = read_json_lines(folder / "metrics.jsonl")[0]
     return {
         "name": run_name(job),
         "kind": job.dex.variant.value,

@@ -1,19 +1,21 @@
 """Checkpoints: ``<run>/checkpoints/step_00001000/`` with weights, optimizer and state, whole or not there at all.
 
-A checkpoint is written to a temporary folder and renamed. ``state.json`` holds the SHA-256 of the other files, so that a
-damaged checkpoint is named and passed over. Nothing in it is a pickle.
+A checkpoint is written to a temporary folder and renamed. ``state.json`` holds the SHA-256 of the other files and of its own content,
+so that a damaged checkpoint is named and passed over. Nothing in it is a pickle.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -25,12 +27,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from diffx.config import RunError, UserError
-from diffx.files import sha256
+from diffx.files import read_json, replacing_folder, sha256, write_json
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 _WRAPPER = "_checkpoint_wrapped_module."  # which activation checkpointing puts into names
+_CHECKSUM = "checksum"  # of the rest of state.json; checkpoints of diffx 0.1.0 and before have none
 
 
 class DamagedCheckpointError(UserError):
@@ -58,28 +61,30 @@ def save_checkpoint(
     moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FULL)
     if not main:
         return folder
-    trained = {name.replace(_WRAPPER, "") for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = trained_shapes(model)
     weights = {name: value for name, value in weights.items() if name in trained}  # a tied weight once
     flat = {f"{name}.{key}": value for name, values in moments["state"].items() for key, value in values.items()}
     flat["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         flat["rng.cuda"] = torch.cuda.get_rng_state()
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    # Only this folder is made: a run folder that was deleted in the meantime is not made anew.
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
-        save_file({name: value.contiguous() for name, value in flat.items()}, temporary / OPTIMIZER)
-        sums = {name: sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
-        text = json.dumps({"step": step, "sha256": sums, **state}, indent=1)
-        (temporary / STATE).write_text(text, encoding="utf-8")
-        for path in temporary.iterdir():
-            _sync(path)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step, passed over at the resume
-        os.replace(temporary, folder)
+        folder.parent.mkdir(exist_ok=True)
+        with replacing_folder(folder) as temporary:
+            save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
+            save_file({name: value.contiguous() for name, value in flat.items()}, temporary / OPTIMIZER)
+            sums = {name: sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+            state = {"step": step, "sha256": sums, **state}
+            write_json(temporary / STATE, {_CHECKSUM: _checksum(state), **state})
+            for path in temporary.iterdir():
+                _sync(path)
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step, passed over at the resume
         _sync(folder.parent)
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{run_dir} was deleted or moved while the run was going; the checkpoint of step {step} cannot be written"
+        ) from error
     except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         # safetensors reports a full disk in an error of its own, by its text alone
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise RunError(
@@ -89,6 +94,31 @@ def save_checkpoint(
     return folder
 
 
+def trained_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors that a checkpoint of the model holds: what is trained, a tied weight once."""
+    return {name.replace(_WRAPPER, ""): parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def read_tensors(path: Path, shapes: Mapping[str, torch.Size], optional: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """Read a safetensors file that must hold exactly the tensors of ``shapes``, and may hold those named in ``optional``.
+
+    Raises:
+        UserError: the file cannot be read, or it lacks a tensor, holds another one, or one has another shape.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for name in sorted((shapes.keys() | tensors.keys()) - set(optional)):
+        if name not in tensors:
+            raise UserError(f"{path} cannot be used: it lacks {name}")
+        if name not in shapes:
+            raise UserError(f"{path} cannot be used: it holds {name}, which the model does not have")
+        if tensors[name].shape != shapes[name]:
+            raise UserError(f"{path} cannot be used: {name} has the shape {list(tensors[name].shape)}, the model's is {list(shapes[name])}")
+    return tensors
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """Read ``state.json`` and hold every file to its checksum.
 
@@ -96,10 +126,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         DamagedCheckpointError: names the file that is missing or altered.
     """
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        sums = state["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{folder} is damaged: {STATE} cannot be read ({type(error).__name__})") from error
+        state = read_json(folder / STATE, {"step": int, "sha256": dict})
+    except UserError as error:
+        raise DamagedCheckpointError(f"{folder} is damaged: {str(error).removeprefix(f'{folder}/')}") from error
+    checksum, sums = state.pop(_CHECKSUM, None), state["sha256"]
+    match = _NAME.fullmatch(folder.name)
+    altered = checksum is not None and checksum != _checksum(state)
+    if altered or sums.keys() != {WEIGHTS, OPTIMIZER} or not match or state["step"] != int(match[1]):
+        raise DamagedCheckpointError(f"{folder} is damaged: {STATE} is not what was written")
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():
@@ -114,16 +148,18 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
 
     Call ``read_state`` first: it is what checks the files.
     """
-    weights: dict[str, Any] = load_file(folder / WEIGHTS)
-    unknown = set_model_state_dict(model, weights, options=_FULL).unexpected_keys
-    if unknown:
-        raise UserError(f"{folder} cannot be used: it holds {unknown[0]}, which the model does not have")
-    flat = load_file(folder / OPTIMIZER)
+    shapes = trained_shapes(model)
+    weights: dict[str, Any] = read_tensors(folder / WEIGHTS, shapes)
+    set_model_state_dict(model, weights, options=_FULL)
+    # Every process needs the parameter groups; with the options of a full state only the main one would get them.
+    moments = get_optimizer_state_dict(model, optimizer)
+    shapes = {f"{name}.{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
+    shapes |= {f"{name}.step": torch.Size() for name in weights} | {"rng.cpu": torch.get_rng_state().shape}
+    flat = read_tensors(folder / OPTIMIZER, shapes, optional=("rng.cuda",))
     torch.set_rng_state(flat.pop("rng.cpu"))
     cuda = flat.pop("rng.cuda", None)
     if cuda is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    moments = get_optimizer_state_dict(model, optimizer, options=_FULL)  # for its parameter groups
     states: dict[str, Any] = {}
     for name, value in flat.items():
         parameter, _, key = name.rpartition(".")
@@ -148,23 +184,27 @@ def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> tuple[Path, dic
     return None
 
 
-def best(run_dir: Path) -> Path | None:
-    """Find the checkpoint with the lowest validation loss."""
+def best(run_dir: Path, until: int | None = None) -> Path | None:
+    """Find the checkpoint with the lowest validation loss, among those up to the step ``until`` if that is given."""
     losses = []
-    for _, folder in checkpoints(run_dir):
+    for step, folder in checkpoints(run_dir):
         try:
-            loss = json.loads((folder / STATE).read_text(encoding="utf-8")).get("val_loss")
-        except (OSError, ValueError):
+            loss = read_json(folder / STATE).get("val_loss")
+        except UserError:
             continue
-        if loss is not None:
+        if isinstance(loss, int | float) and (until is None or step <= until):
             losses.append((loss, folder))
     return min(losses)[1] if losses else None
 
 
-def prune(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints and the best."""
-    keep = best(run_dir)
-    for _, folder in checkpoints(run_dir)[:-keep_last]:
+def prune(run_dir: Path, keep_last: int, step: int) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints and the best, among those up to ``step``, the newest that is intact.
+
+    Later checkpoints stay: they are damaged ones that the resumed run passed over, and must not count as the newest.
+    """
+    keep = best(run_dir, step)
+    reached = [folder for number, folder in checkpoints(run_dir) if number <= step]
+    for folder in reached[:-keep_last]:
         if folder != keep:
             shutil.rmtree(folder)
 
@@ -182,22 +222,26 @@ def find_checkpoint(spec: str, key: str = "checkpoint") -> tuple[Path, Path]:
         raise UserError(f"{key}={spec} cannot be used: there is no folder {path}")
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{key}={spec} cannot be used: {path} is not a run folder (it has no config.yaml)")
-    there = dict(checkpoints(run_dir))
+    there = {str(step): folder for step, folder in checkpoints(run_dir)}
     if not there:
         raise UserError(f"{key}={spec} cannot be used: {path} has no checkpoint yet")
-    steps = ", ".join(map(str, there))
+    steps = ", ".join(there)
     if which == "best":
         folder = best(run_dir)
         if folder is None:
             raise UserError(f"{key}={spec} cannot be used: no checkpoint of {path} has a validation loss; its steps are {steps}")
     elif which:
-        if not which.isdigit() or int(which) not in there:
+        if which not in there:
             raise UserError(f"{key}={spec} cannot be used: {path} has no checkpoint {which!r}; accepted: best, {steps}")
-        folder = there[int(which)]
+        folder = there[which]
     else:
-        folder = there[max(there)]
+        folder = list(there.values())[-1]
     read_state(folder)
     return run_dir, folder
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -5,18 +5,20 @@
 """
 
 import dataclasses
-import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 import diffx
 from diffx.config import UserError
@@ -24,9 +26,11 @@ from diffx.config.bridge import load_config, save_config
 from diffx.config.data import HfTokenizer
 from diffx.config.dex import AdaptJob
 from diffx.config.train import TrainJob
-from diffx.files import write_json
+from diffx.data.tokenizers import Tokenizer
+from diffx.files import read_json, replacing_folder, write_json, write_text
 from diffx.train.checkpoint import find_checkpoint
 
+_LOCK = ".lock"
 # What may differ between a run and its resumption: how long, how often, where, and the tracker.
 _FREE = (
     "train.steps",
@@ -58,18 +62,15 @@ def settle(job: Job, words: list[str]) -> tuple[Job, Path | None]:
     """
     resume = job.train.resume
     if resume is None or (resume == "auto" and (job.run.dir is None or not _begun(Path(job.run.dir)))):
-        if (
-            job.run.dir is not None
-            and (folder := Path(job.run.dir)).exists()
-            and not (resume and folder.is_dir() and not any(folder.iterdir()))
-        ):
+        if job.run.dir is not None and not _unused(folder := Path(job.run.dir)):
             raise UserError(f"run.dir={folder} cannot be used: it exists; choose another, or continue that run with train.resume={folder}")
         return _continued(job, words), None
     folder = Path(job.run.dir if resume == "auto" and job.run.dir is not None else resume)
     if not folder.is_dir():
         raise UserError(f"train.resume={folder} cannot be used: there is no such folder; accepted: auto, or a run folder")
     if not _begun(folder):
-        raise UserError(f"train.resume={folder} cannot be used: it is not a run folder (it has no config.yaml)")
+        killed = "; its start was killed early: give its words again, with run.dir= and train.resume=auto" if _unused(folder) else ""
+        raise UserError(f"train.resume={folder} cannot be used: it is not a run folder (it has no config.yaml){killed}")
     if resume != "auto" and job.run.dir is not None and Path(job.run.dir).resolve() != folder.resolve():
         raise UserError(f"run.dir={job.run.dir} cannot be used with train.resume={folder}: a resumed run stays in its folder")
     saved = load_config(folder / "config.yaml")
@@ -146,31 +147,58 @@ def run_name(job: AnyJob) -> str:
     return job.run.name or f"{what}-{job.data.kind}-seed{job.seed}"
 
 
-def make_folder(folder: Path, job: AnyJob, words: list[str]) -> None:
-    """Make a new run folder with its ``config.yaml``, ``overrides.yaml`` and ``environment.json``.
+@contextmanager
+def hold_folder(folder: Path, new: bool) -> Iterator[None]:
+    """Hold a run folder's lock, which a killed process gives up too; a ``new`` folder is made first.
 
     Raises:
-        UserError: another run made the folder in the meantime.
+        UserError: another process holds it, or another run made the folder in the meantime.
     """
+    if new:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir={folder} cannot be used: {error.strerror}; choose a folder that can be written") from error
+    lock = FileLock(folder / _LOCK, timeout=0)
     try:
-        folder.mkdir(parents=True)
-    except FileExistsError as error:
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise UserError(f"run.dir={folder} cannot be used: it exists; choose another") from error
-    except OSError as error:
-        raise UserError(f"run.dir={folder} cannot be used: {error.strerror}; choose a folder that can be written") from error
-    write_json(folder / "environment.json", environment(job.seed))
-    (folder / "overrides.yaml").write_text(yaml.safe_dump(words), encoding="utf-8")
-    save_config(job, folder / "config.yaml")  # last: with it, the folder is a run that can be resumed
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"run.dir={folder} cannot be used: another process is writing it; wait for it to end, or stop it") from error
+    try:
+        if new and not _unused(folder):
+            raise UserError(f"run.dir={folder} cannot be used: it exists; choose another")
+        yield
+    finally:
+        lock.release()
 
 
-def note_resume(folder: Path, job: AnyJob, words: list[str]) -> None:
-    """Keep what a resumption changed: the config as it runs now, the words and the machine."""
-    path = folder / "environment.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record.setdefault("resumed", []).append({"overrides": words, **environment(job.seed)})
-    write_json(path, record)
+def write_start(folder: Path, job: AnyJob, words: list[str], tokenizer: Tokenizer, corpus: dict[str, Any]) -> None:
+    """Write the files that a run begins with; of a resumed run, the config as it runs now, the words and the machine are kept too.
+
+    config.yaml is first: with it the folder is a run that can be resumed. Each file is written whole or not at all, and a resumed
+    run writes those that a kill left out.
+
+    Args:
+        folder: the run folder, held.
+        job: the job that runs.
+        words: the overrides given on the command line.
+        tokenizer: the corpus's.
+        corpus: what ``data.json`` tells of the text.
+    """
+    path, now = folder / "environment.json", environment(job.seed)
+    if path.exists():
+        record = read_json(path)
+        record.setdefault("resumed", []).append({"overrides": words, **now})
+    else:
+        record = now
     save_config(job, folder / "config.yaml")
+    if not (folder / "overrides.yaml").exists():
+        write_text(folder / "overrides.yaml", yaml.safe_dump(words))
+    write_json(path, record)
+    if not (folder / "tokenizer").exists():
+        with replacing_folder(folder / "tokenizer") as temporary:
+            tokenizer.save(temporary)
+    write_json(folder / "data.json", corpus)
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -208,6 +236,11 @@ def _commit() -> str | None:
 
 def _begun(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
+
+
+def _unused(folder: Path) -> bool:
+    """Whether there is no folder, or one with nothing but what a start leaves that was killed before it wrote config.yaml."""
+    return not folder.exists() or (folder.is_dir() and all(entry.name in (_LOCK, ".config.yaml.tmp") for entry in folder.iterdir()))
 
 
 def _flat(config: Any, prefix: str = "") -> list[str]:

@@ -184,7 +184,7 @@ def fit(
         folder = save_checkpoint(run_dir, now.step, model, optimizer, state, world.main)
         world.barrier()
         if world.main:
-            prune(run_dir, config.keep_last)
+            prune(run_dir, config.keep_last, now.step)
         return folder
 
     if resume is None:

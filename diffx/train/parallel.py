@@ -19,10 +19,12 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from diffx.config import UserError
+from diffx.config import RunError, UserError
 from diffx.config.train import Device, Precision, TrainConfig
+from diffx.errors import Stopped
 from diffx.ops import attending_by
 
 
@@ -100,24 +102,33 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def join_world(device: Device) -> World:
-    """Join the other processes if ``torchrun`` started this one; alone otherwise."""
-    chosen = pick_device(device)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        return World(chosen)
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return World(chosen, dist.get_rank(), size)
+@contextmanager
+def join_world(device: Device) -> Iterator[World]:
+    """Join the other processes if ``torchrun`` started this one, and leave them at the end; alone otherwise.
 
+    Of several processes, the first that fails prints its error and the others none: each ends with the exit code of its own error.
 
-def leave_world() -> None:
-    """Take leave of the other processes, if there are any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    Raises:
+        UserError: this machine has no such device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World(pick_device(device))
+        return
+    store, rank, size = next(rendezvous("env://"))
+    try:
+        chosen = pick_device(device)
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(chosen)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+        yield World(chosen, rank, size)
+    except (UserError, RunError, Stopped) as error:
+        if store.add("diffx/reported", 1) == 1:
+            print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def parallelize(model: nn.Module, blocks: nn.ModuleList, config: TrainConfig, world: World) -> None:

@@ -1,21 +1,18 @@
 """``diffx train``: from a job to a finished run folder."""
 
 import dataclasses
-import errno
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from diffx.config import RunError, UserError
+from diffx.config import UserError
 from diffx.config.data import DataConfig, TokenizerConfig
 from diffx.config.dex import AdaptJob
-from diffx.config.train import RunConfig, TrainJob
+from diffx.config.train import TrainJob
 from diffx.console import Bar, Reporter, duration, figure, make_table
 from diffx.data import Batches, Corpus, open_data
 from diffx.data.ngram import baselines
@@ -23,10 +20,10 @@ from diffx.data.tokenizers import Tokenizer, load_tokenizer
 from diffx.files import write_json
 from diffx.models import Decoder, build_model, generate, init_weights
 from diffx.tracking import NullTracker, Tracker
-from diffx.train.checkpoint import WEIGHTS, find_checkpoint, newest_intact
-from diffx.train.folder import make_folder, new_folder, note_resume, run_name, settle
+from diffx.train.checkpoint import WEIGHTS, find_checkpoint, newest_intact, read_tensors, trained_shapes
+from diffx.train.folder import hold_folder, new_folder, run_name, settle, write_start
 from diffx.train.loop import Fit, fit
-from diffx.train.parallel import World, fused_attention, join_world, leave_world
+from diffx.train.parallel import World, fused_attention, join_world
 from diffx.train.params import counts_table
 from diffx.train.probes import diff_statistics
 
@@ -43,21 +40,19 @@ def train(job: TrainJob, words: list[str]) -> Path:
         RunError: the loss is not finite or the disk is full.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
-    world = join_world(job.device)
-    torch.manual_seed(job.seed)
-    try:
-        with full_disk_in_a_line(job.run), fused_attention(job.train.fused_attention, world.device):
-            return _train(job, words, world, Reporter(quiet=not world.main))
-    finally:
-        leave_world()
+    with join_world(job.device) as world, fused_attention(job.train.fused_attention, world.device), ExitStack() as held:
+        torch.manual_seed(job.seed)
+        return _train(job, words, world, Reporter(quiet=not world.main), held)
 
 
-def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter) -> Path:
+def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter, held: ExitStack) -> Path:
     job, resumed = settle(job, words)
+    if resumed and world.main:
+        held.enter_context(hold_folder(resumed, new=False))
     # Everything that can be refused is tried before anything is written.
     # A resumed run keeps the tokenizer in its folder: one trained anew could differ, and what made it may be gone.
-    tokenizer = load_tokenizer(resumed / "tokenizer") if resumed and (resumed / "tokenizer").is_dir() else job.tokenizer
-    corpus = open_corpus(job.data, tokenizer, world, reporter)
+    kept = resumed is not None and (resumed / "tokenizer").is_dir()
+    corpus = open_corpus(job.data, load_tokenizer(resumed / "tokenizer") if resumed and kept else job.tokenizer, world, reporter)
     if job.data.kind == "shards" and corpus.tokenizer.kind != job.tokenizer.kind and any(word.startswith("tokenizer") for word in words):
         raise UserError(
             f"tokenizer={job.tokenizer.kind} cannot be used with data=shards: these hold {corpus.tokenizer.kind} tokens; leave it out"
@@ -67,31 +62,12 @@ def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter) ->
     folder = resumed or Path(world.share(str(new_folder(job))))
     if world.main:
         if resumed is None:
-            make_folder(folder, job, words)
-        else:
-            note_resume(folder, job, words)
-        if tokenizer is job.tokenizer:
-            corpus.tokenizer.save(folder / "tokenizer")
-        write_json(folder / "data.json", corpus.info)
+            held.enter_context(hold_folder(folder, new=True))
+        write_start(folder, job, words, corpus.tokenizer, corpus.info)
         reporter.open_log(folder / "train.log")
+        held.callback(reporter.close_log)
     world.barrier()
-    try:
-        return _run(job, corpus, batches, model, folder, world, reporter, resumed is not None, found)
-    finally:
-        reporter.close_log()
-
-
-@contextmanager
-def full_disk_in_a_line(run: RunConfig) -> Iterator[None]:
-    """Turn an error of a full disk into a ``RunError``."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise RunError(
-            f"no space left on the device while writing {error.filename or run.dir or 'the run folder'}; checkpoints are intact"
-        ) from error
+    return _run(job, corpus, batches, model, folder, world, reporter, resumed is not None, found)
 
 
 def open_corpus(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, world: World, reporter: Reporter) -> Corpus:
@@ -199,12 +175,11 @@ def _build(job: TrainJob, corpus: Corpus, world: World, initial: bool) -> Decode
     init_weights(model, job.seed)
     if initial and job.train.init_from is not None:
         source, folder = find_checkpoint(job.train.init_from, "train.init_from")
-        theirs = load_tokenizer(source / "tokenizer")
-        if theirs.fingerprint != corpus.tokenizer.fingerprint:
+        if load_tokenizer(source / "tokenizer").fingerprint != corpus.tokenizer.fingerprint:
             raise UserError(
                 f"data={job.data.kind} cannot be used with train.init_from={job.train.init_from}: its tokens come from another tokenizer"
             )
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        model.load_state_dict(read_tensors(folder / WEIGHTS, trained_shapes(model)))
     return model.to(world.device)
 
 

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffx.config import RunError, UserError
@@ -79,6 +80,46 @@ def test_a_missing_file_is_damage(tmp_path):
     assert newest_intact(tmp_path, lambda line: None) is None
 
 
+@pytest.mark.parametrize("change", [{"step": 3}, {"data": {"step": 9}}, {"sha256": {}}, {"val_loss": 0.0}, {"checksum": "0" * 64}])
+def test_an_altered_state_is_damage(tmp_path, change):
+    folder = save(tmp_path, 2)
+    state = json.loads((folder / "state.json").read_text())
+    assert read_state(folder)["step"] == 2
+    (folder / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(DamagedCheckpointError, match=r"step_00000002 is damaged: state\.json"):
+        read_state(folder)
+
+
+def test_a_state_of_an_older_version_has_no_checksum_and_is_read(tmp_path):
+    folder = save(tmp_path, 2)
+    state = json.loads((folder / "state.json").read_text())
+    del state["checksum"]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert read_state(folder) == state
+
+
+@pytest.mark.parametrize("file, key", [("model.safetensors", "0.weight"), ("optimizer.safetensors", "0.weight.exp_avg")])
+@pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
+def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, file, key, change):
+    folder = save(tmp_path, 2)
+    tensors = load_file(folder / file)
+    if change == "extra":
+        tensors["another"] = tensors[key].clone()
+    else:
+        tensor = tensors.pop(key)
+        if change == "misshapen":
+            tensors[key] = tensor[:4].clone()
+    save_file(tensors, folder / file)
+    with pytest.raises(UserError, match=rf"{file} cannot be used: .*{'another' if change == 'extra' else key}"):
+        load_training_state(folder, *trained(1))
+
+
+def test_a_folder_that_was_deleted_is_not_made_again(tmp_path):
+    with pytest.raises(RunError, match="deleted or moved"):
+        save_checkpoint(tmp_path / "gone", 1, *trained(0), {})
+    assert not (tmp_path / "gone").exists()
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
@@ -95,9 +136,21 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)):
         save(tmp_path, step, loss)
-    prune(tmp_path, keep_last=2)
+    prune(tmp_path, keep_last=2, step=5)
     assert [step for step, _ in checkpoints(tmp_path)] == [2, 4, 5]
     assert best(tmp_path).name == "step_00000002"
+
+
+def test_prune_does_not_count_damaged_checkpoints_of_later_steps(tmp_path):
+    for step in (4, 8, 12):
+        save(tmp_path, step, float(step))
+    for step in (8, 12):
+        flip_a_byte(tmp_path / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+    assert newest_intact(tmp_path, lambda line: None)[0].name == "step_00000004"
+    save(tmp_path, 6, 3.0)  # the resumed run's first
+    prune(tmp_path, keep_last=2, step=6)
+    assert newest_intact(tmp_path, lambda line: None)[0].name == "step_00000006"
+    assert [step for step, _ in checkpoints(tmp_path)] == [4, 6, 8, 12]
 
 
 def test_specs_find_their_checkpoints(tmp_path):

@@ -7,7 +7,7 @@ from diffx.config.bridge import load_config
 from diffx.config.data import BpeTokenizer, StdlibData
 from diffx.config.model import DiffV1Config, TransformerConfig
 from diffx.config.train import RunConfig, TrainConfig, TrainJob, WandbConfig
-from diffx.train.folder import given, make_folder, new_folder, note_resume, run_name, settle
+from diffx.train.folder import given, hold_folder, new_folder, run_name, settle, write_start
 
 
 def job(model=None, run=None, seed=0, wandb=None, **train):
@@ -23,9 +23,13 @@ def job(model=None, run=None, seed=0, wandb=None, **train):
 
 
 @pytest.fixture
-def run(tmp_path):
-    folder = tmp_path / "run"
-    make_folder(folder, job(run=str(folder), steps=100, lr=1e-3), ["train.steps=100", "train.lr=0.001"])
+def run(tmp_path, tokenizer):
+    return start(tmp_path / "run", tokenizer, job(run=str(tmp_path / "run"), steps=100, lr=1e-3), ["train.steps=100", "train.lr=0.001"])
+
+
+def start(folder, tokenizer, run, words):
+    with hold_folder(folder, new=True):
+        write_start(folder, run, words, tokenizer, {"sha256": "f"})
     return folder
 
 
@@ -91,22 +95,46 @@ def test_resume_of_what_is_no_run_is_refused(tmp_path):
         settle(job(resume="auto", run=str(tmp_path / "other")), [])
 
 
-def test_the_folder_holds_what_shaped_the_run(run):
+def test_the_folder_holds_what_shaped_the_run(run, tokenizer):
     assert load_config(run / "config.yaml") == job(run=str(run), steps=100, lr=1e-3)
     assert (run / "overrides.yaml").read_text() == "- train.steps=100\n- train.lr=0.001\n"
     again = job(run=str(run), steps=200, lr=1e-3)
-    note_resume(run, again, ["train.steps=200"])
+    write_start(run, again, ["train.steps=200"], tokenizer, {"sha256": "f"})
+    assert (run / "overrides.yaml").read_text() == "- train.steps=100\n- train.lr=0.001\n"
     assert load_config(run / "config.yaml") == again
     assert '"overrides": [' in (run / "environment.json").read_text()
 
 
-def test_the_environment_holds_no_secrets(run, monkeypatch):
+def test_the_environment_holds_no_secrets(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    make_folder(run.parent / "secret", job(), [])
-    for path in (run.parent / "secret").iterdir():
+    for path in [path for path in start(tmp_path / "secret", tokenizer, job(), []).rglob("*") if path.is_file()]:
         assert "0123456789abcdef" not in path.read_text()
 
 
 def test_given_ignores_keys_the_other_architecture_lacks():
     mine, saved = job(), dataclasses.replace(job(), model=TransformerConfig())
     assert given(["model=diff_v1", "model.lambda_init=depth"], mine, saved) == ["model.kind"]
+
+
+def test_a_held_folder_is_refused_to_others(run, tmp_path):
+    with hold_folder(run, new=False), pytest.raises(UserError, match=r"run\.dir=.* another process"), hold_folder(run, new=False):
+        pass
+    with hold_folder(run, new=False):  # given up at the end
+        pass
+    with pytest.raises(UserError, match="it exists"), hold_folder(run, new=True):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run\.dir=.*cannot be used"), hold_folder(tmp_path / "file" / "run", new=True):
+        pass
+
+
+def test_what_an_early_kill_leaves_can_be_started_again(tmp_path):
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".config.yaml.tmp").write_text("kind: tr")
+    fresh = job(run=str(folder), resume="auto")
+    assert settle(fresh, []) == (fresh, None)
+    assert settle(job(run=str(folder)), [])[1] is None
+    with pytest.raises(UserError, match="its start was killed early.*train.resume=auto"):
+        settle(job(resume=str(folder)), [])
