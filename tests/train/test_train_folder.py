@@ -136,5 +136,5 @@ def test_what_an_early_kill_leaves_can_be_started_again(tmp_path):
     fresh = job(run=str(folder), resume="auto")
     assert settle(fresh, []) == (fresh, None)
     assert settle(job(run=str(folder)), [])[1] is None
-    with pytest.raises(UserError, match="its start was killed early.*train.resume=auto"):
+    with pytest.raises(UserError, match=r"its start was killed early.*train\.resume=auto"):
         settle(job(resume=str(folder)), [])

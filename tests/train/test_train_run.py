@@ -7,7 +7,6 @@ import math
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -321,35 +320,3 @@ def test_refusals_leave_nothing_behind(make_job, tmp_path):
         with pytest.raises(UserError, match=words):
             train(job, [])
     assert not [p for p in tmp_path.iterdir() if p.name in "abc"]
-
-
-DISTRIBUTED = """
-import sys
-from pathlib import Path
-from diffx.config.bridge import load_config
-from diffx.train.run import train
-train(load_config(Path(sys.argv[1])), [])
-"""
-
-
-def test_two_processes_compute_what_one_does(make_job, run, tmp_path):
-    one = run("one", steps=6, sample_tokens=8)
-    job = make_job("two", steps=6, sample_tokens=8)
-    save_config(job, tmp_path / "job.yaml")
-    (tmp_path / "main.py").write_text(DISTRIBUTED)
-    launch = partial(subprocess.run, capture_output=True, text=True, timeout=240)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = launch([*command, str(tmp_path / "main.py"), str(tmp_path / "job.yaml")])
-    assert done.returncode == 0, done.stderr[-2000:]
-    for a, b in zip(figures(one), figures(tmp_path / "two"), strict=True):
-        assert a.keys() == b.keys()
-        assert list(b.values()) == pytest.approx(list(a.values()), rel=1e-4)
-    assert len(rows(tmp_path / "two")) == len(rows(one))  # only one process wrote
-    for a, b in zip(weights(one, 6).values(), weights(tmp_path / "two", 6).values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    samples = [json.loads((folder / "summary.json").read_text())["sample"] for folder in (one, tmp_path / "two")]
-    assert samples[0] == samples[1] != ""
-    # A checkpoint does not know how many processes wrote it.
-    more = dataclasses.replace(job, train=dataclasses.replace(job.train, resume="auto", steps=8))
-    train(more, ["train.steps=8"])
-    assert rows(tmp_path / "two")[-1]["step"] == 8
