@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffx.config.bridge import save_config
+from diffx.config.train import Schedule
 from diffx.train.run import train
 
 pytestmark = pytest.mark.slow
@@ -49,7 +51,7 @@ def launch(tmp_path, job, processes):
 
 def test_any_number_of_processes_goes_on_with_a_run(make_job, tmp_path):
     """1, 2, 2, 4 and 1 processes after each other end as one process does."""
-    settings = {"sample_tokens": 8, "warmup": 2, "schedule": "constant"}
+    settings = {"sample_tokens": 8, "warmup": 2, "schedule": Schedule.constant}
     one = train(make_job("one", steps=8, **settings), [])
     job = make_job("several", resume="auto", **settings)
     for steps, processes in ((2, 1), (4, 2), (5, 2), (7, 4), (8, 1)):
@@ -77,10 +79,9 @@ def test_an_error_is_told_once(make_job, tmp_path):
     job = make_job("there", steps=2)
     (tmp_path / "there" / "file").mkdir(parents=True)
     done = launch(tmp_path, job, 2)
-    lines = [line for line in done.stderr.splitlines() if "run.dir=" in line and "torchrun" not in line]
+    lines = [line for line in done.stderr.splitlines() if "run.dir=" in line]
     assert [line.startswith("error: run.dir=") for line in lines] == [True], done.stderr
-    assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0]
-    assert "exitcode  : 2" in done.stderr.replace("exitcode:", "exitcode :").replace("exitcode  :", "exitcode  :"), done.stderr
+    assert re.search(r"exitcode\s*: 2", done.stderr)  # torchrun's own report, behind its own traceback
 
 
 def test_sigterm_to_the_launcher_saves_a_checkpoint(make_job, tmp_path):
