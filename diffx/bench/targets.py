@@ -14,6 +14,7 @@ from diffx.bench.timing import alternate, speed_ratio
 from diffx.config import UserError
 from diffx.console import Reporter, make_table
 from diffx.files import write_json
+from diffx.hub.attention import cache_keyword
 
 DECODED = 32  # tokens
 Target = tuple[float | None, float | None]  # the lowest and the highest ratio that meet it
@@ -43,10 +44,10 @@ def inference(models: Mapping[str, Any], ids: Tensor, rounds: int) -> dict[str, 
 
     @torch.inference_mode()
     def decode(model: Any) -> None:
-        cache, token = None, ids[:, :1]
+        name, cache, token = cache_keyword(model), None, ids[:, :1]
         for _ in range(DECODED):
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
-            cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=token, use_cache=True, **{name: cache})
+            cache, token = output[name], output.logits[:, -1:].argmax(-1)
 
     return {
         work: alternate({name: partial(call, model) for name, model in models.items()}, rounds, ids.device)

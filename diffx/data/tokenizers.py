@@ -62,7 +62,9 @@ class FastTokenizer:
         """Write files that ``load_tokenizer`` and ``transformers.AutoTokenizer`` both read."""
         from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
 
-        pretrained = self._pretrained or PreTrainedTokenizerFast(tokenizer_object=self._backend, eos_token=self._eot)
+        pretrained = self._pretrained or PreTrainedTokenizerFast(
+            tokenizer_object=self._backend, eos_token=self._eot, model_input_names=["input_ids", "attention_mask"]
+        )
         pretrained.save_pretrained(folder)
         saved = {"kind": self.kind, "eot": self._eot, "fingerprint": self.fingerprint}
         (Path(folder) / _FILE).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")

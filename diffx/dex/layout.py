@@ -99,7 +99,7 @@ def _watched(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer
 
     random = torch.Generator().manual_seed(0)
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
         if waiting:
             raise _UnclearError(f"no linear map reads the output of {names[waiting[0][0]]} as it is")
         # Any context would do, so that no peculiarity of a family's attention matters here; random figures are known again.

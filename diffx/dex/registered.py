@@ -1,9 +1,10 @@
 """An adapted model that keeps its branch, as a model of ``transformers``: what ``diffx export fold=false`` writes."""
 
+import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from diffx.config.dex import Share
@@ -30,6 +31,9 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
         ties = getattr(base, "all_tied_weights_keys", {})
         self._tied_weights_keys = {f"base.{name}": f"base.{other}" for name, other in dict(ties).items()}
         self.generation_config = base.generation_config
+        # Whether the base honours num_items_in_batch, told as transformers' Trainer would find out.
+        kinds = [parameter.kind for parameter in inspect.signature(base.forward).parameters.values()]
+        self.accepts_loss_kwargs = getattr(base, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -43,9 +47,24 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
         """The base's."""
         return self.base.get_output_embeddings()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward."""
-        return self.base(*args, **kwargs)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's forward, which takes or refuses each keyword; the arguments named here are those that Trainer looks for."""
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+        }
+        return self.base(**{name: value for name, value in named.items() if value is not None}, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base's generate."""

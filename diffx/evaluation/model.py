@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from diffx.hub.attention import AttentionView, observing
+from diffx.hub.attention import AttentionView, cache_keyword, observing
 from diffx.loading import Loaded
 from diffx.models import Decoder, KVCache
 from diffx.models.generation import sample
@@ -234,7 +234,8 @@ class LanguageModel:
             real = torch.arange(ids.shape[1], device=self.device) < ends[:, None]
             prefix.valid = torch.cat([before if prefix.valid is None else prefix.valid, real], dim=1)
         assert self._theirs is not None
-        return self._theirs(input_ids=ids, past_key_values=prefix.cache, use_cache=True, **options).logits[:, -keep:].float()
+        options[cache_keyword(self._theirs)] = prefix.cache
+        return self._theirs(input_ids=ids, use_cache=True, **options).logits[:, -keep:].float()
 
     def _make_room(self, prefix: Prefix, tokens: int) -> None:
         """Let our cache hold more tokens; theirs grows by itself."""

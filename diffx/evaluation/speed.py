@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from diffx.config.train import Precision
 from diffx.evaluation.bootstrap import RESAMPLES, interval
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context, Example, Metric, Record
+from diffx.hub.attention import cache_keyword
 from diffx.models import Decoder, KVCache
 from diffx.train.checkpoint import STATE
 from diffx.train.parallel import autocast
@@ -158,7 +160,7 @@ def training(lm: LanguageModel, ids: Tensor) -> Call:
 def reading(lm: LanguageModel, ids: Tensor, steps: int) -> Call:
     """A call that reads ids (B, T) into a new cache and decodes ``steps`` tokens a sequence greedily; it gives the seconds of each."""
     model = lm.model
-    options = {}
+    options: dict[str, Any] = {}
     if not isinstance(model, Decoder) and "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
 
@@ -171,10 +173,10 @@ def reading(lm: LanguageModel, ids: Tensor, steps: int) -> Call:
             def step(tokens: Tensor) -> Tensor:
                 return F.linear(model.forward_hidden(tokens, cache=cache)[:, -1:], model.output_weight).argmax(-1)  # (B, 1)
         else:
-            theirs = DynamicCache(config=model.config)
+            options[cache_keyword(model)] = DynamicCache(config=model.config)
 
             def step(tokens: Tensor) -> Tensor:
-                return model(input_ids=tokens, past_key_values=theirs, use_cache=True, **options).logits[:, -1:].argmax(-1)
+                return model(input_ids=tokens, use_cache=True, **options).logits[:, -1:].argmax(-1)
 
         token = step(ids)
         read = _now(lm.device)

@@ -3,15 +3,17 @@
 Notation: B batch, T tokens, D model width, M query maps (heads, or two for each differential head), G key maps, d width of a query.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 
@@ -24,7 +26,12 @@ from diffx.ops import QuantizedLogits, attending_by
 
 _NAME = "diffx_observed"  # our attention function's in transformers' interface
 _ROWS = 256  # query rows of a map that are formed at once
-_UNSEEN = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # what other attentions add to queries, keys and a mask
+# Keywords of transformers' attention functions that change nothing here: queries and keys are rotated already, and the mask holds the
+# window. Those of _HANDLED are followed. Any other keyword may change the attention, as sinks and biases do, and is refused.
+_HARMLESS = {"dropout", "sliding_window", "position_ids", "cache", "past_key_values", "cache_position", "use_cache"}
+_HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch", "logits_to_keep", "layer_idx"}
+_HANDLED = {"scaling", "is_causal"}
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"  # "cache" since 5.24
 
 
 @dataclass(kw_only=True)
@@ -85,6 +92,12 @@ class AttentionView:
             return self.logits(j, start, stop).softmax(-1)
         lam = self.lam.float().expand(*self.q.shape[:2], self.num_heads)[:, start:stop, j, None]  # (B, rows, 1)
         return self.logits(2 * j, start, stop).softmax(-1) - lam * self.logits(2 * j + 1, start, stop).softmax(-1)
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """The name by which a model of ``transformers`` takes and returns its cache."""
+    names = inspect.signature(model.forward).parameters
+    return "past_key_values" if CACHE not in names and "past_key_values" in names else CACHE
 
 
 AttentionCallback = Callable[[int, AttentionView], None]
@@ -169,7 +182,7 @@ def _interface(model: nn.Module, tell: AttentionCallback) -> Iterator[None]:
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
         nonlocal second_call
-        _refuse_extras(model, attention_mask, kwargs, _UNSEEN)
+        _refuse_extras(model, attention_mask, kwargs, _HANDLED | {"softcap"})
         q, k = query.transpose(1, 2), key.transpose(1, 2)  # (B, T, M, d), (B, T, G, d)
         maps, scale = q.shape[2], kwargs.get("scaling")
         order, lam = list(range(maps)), None
@@ -231,7 +244,7 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
     """
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-        _refuse_extras(model, attention_mask, kwargs, (*_UNSEEN, "softcap"))
+        _refuse_extras(model, attention_mask, kwargs, _HANDLED)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, heads, width)
         sets = 2 if isinstance(module, DiffLlamaAttention) else 1  # the A1 of its heads stand before their A2
         return quantized.attention(q, k, v, _causal(module, kwargs), kwargs.get("scaling"), mask=attention_mask, sets=sets), None
@@ -246,9 +259,9 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
         raise _cannot_see(model, "is no model of transformers")
 
 
-def _refuse_extras(model: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], names: tuple[str, ...]) -> None:
+def _refuse_extras(model: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], handled: set[str]) -> None:
     """Raise ``UserError`` if the attention is more than queries, keys and a mask that says what is seen."""
-    extra = [name for name in names if kwargs.get(name) is not None]
+    extra = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS | handled]
     if extra or (mask is not None and mask.dtype != torch.bool):
         raise _cannot_see(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
 

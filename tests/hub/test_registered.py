@@ -1,15 +1,22 @@
 """Our decoders as models of transformers: registration whatever is imported first, the cache, padding, the loss, saving."""
 
+import copy
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
 
+from diffx.config.dex import DexConfig
 from diffx.config.model import MODEL_CONFIGS, LambdaScope
+from diffx.dex.attach import attach
+from diffx.dex.layout import find_layers
+from diffx.dex.registered import to_registered as keep_branch
+from diffx.hub.attention import CACHE
 from diffx.hub.configs import DiffxConfig
+from diffx.hub.convert import to_llama
 from diffx.hub.registered import DiffxForCausalLM, to_registered
 from diffx.models import build_model, generate, init_weights
 
@@ -109,3 +116,99 @@ def test_the_loss_is_that_of_the_next_token(pair):
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(ours(IDS)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         assert float(theirs(IDS, labels=labels).loss) == pytest.approx(float(expected))
+
+
+def test_hidden_states_are_those_that_llama_gives():
+    ours = build_model(MODEL_CONFIGS["transformer"](**SHAPE))
+    init_weights(ours, 0)
+    llama = to_llama(ours).eval()
+    expected = llama(IDS, output_hidden_states=True).hidden_states
+    got = to_registered(ours, 64).eval()(IDS, output_hidden_states=True).hidden_states
+    assert len(got) == len(expected) == 3
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_has_both_names_and_the_form_that_is_asked_for(pair):
+    ours, theirs = pair
+    with torch.no_grad():
+        whole = ours(IDS)
+        output = theirs(IDS[:, :5], use_cache=True)
+        cache = output.past_key_values
+        assert cache is output[CACHE] and cache.get_seq_length() == 5
+        torch.testing.assert_close(theirs(IDS[:, 5:7], cache=cache).logits, whole[:, 5:7], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(theirs(IDS[:, 7:], past_key_values=cache).logits, whole[:, 7:], rtol=1e-4, atol=1e-5)
+        assert isinstance(theirs(IDS, return_dict=False), tuple)
+        assert torch.equal(theirs(IDS, logits_to_keep=torch.tensor([1, 4])).logits, theirs(IDS).logits[:, [1, 4]])
+
+
+REFUSED = {"position_ids": IDS, "inputs_embeds": None, "output_attentions": True, "cu_seqlens": None, "cache_positions": None}
+
+
+@pytest.mark.parametrize("keyword", REFUSED)
+def test_a_keyword_that_is_not_known_is_an_error(pair, keyword):
+    with pytest.raises(TypeError, match=keyword):
+        pair[1](IDS, **{keyword: REFUSED[keyword]})
+
+
+def test_what_cannot_be_right_is_refused(pair):
+    theirs = pair[1]
+    static = StaticCache(config=to_llama(build_model(MODEL_CONFIGS["transformer"](**SHAPE))).config, max_cache_len=32)
+    with pytest.raises(ValueError, match="StaticCache"):
+        theirs(IDS, cache=static)
+    with pytest.raises(ValueError, match="two names"):
+        theirs(IDS, cache=DynamicCache(), past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="attention_mask"):
+        theirs(IDS, attention_mask=torch.ones(2, 1, 9, 9))
+
+
+def steps_of_trainer(model, folder, accumulate):
+    """Losses that Trainer logs in two steps over 8 texts each, and the weights that it ends with."""
+    texts = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in TEXTS]
+    texts[1]["labels"] = texts[1]["labels"].clone()
+    texts[1]["labels"][:7] = -100  # micro-batches have other numbers of targets
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=8 // accumulate, gradient_accumulation_steps=accumulate, max_steps=2,
+        learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, data_seed=0,
+        max_grad_norm=0.0,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=texts)
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.model
+
+
+TEXTS = torch.randint(50, (16, 9), generator=torch.Generator().manual_seed(5))
+
+
+def test_trainer_accumulates_gradients_as_it_does_for_llama(tmp_path):
+    """The same losses and weights as a Llama's, and as without accumulation."""
+    ours = build_model(MODEL_CONFIGS["transformer"](**SHAPE))
+    init_weights(ours, 0)
+    expected, llama = steps_of_trainer(to_llama(ours), tmp_path, 4)
+    whole, _ = steps_of_trainer(to_registered(copy.deepcopy(ours), 64), tmp_path, 1)
+    losses, theirs = steps_of_trainer(to_registered(copy.deepcopy(ours), 64), tmp_path, 4)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert whole == pytest.approx(expected, rel=1e-5)
+    state = to_llama(theirs.decoder).state_dict()
+    for name, weight in llama.state_dict().items():
+        torch.testing.assert_close(state[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_trainer_knows_an_adapted_model_by_its_base(hf_folder, tmp_path):
+    """A branch that is zero: the losses of its base, with accumulation and without; columns are found by the arguments' names."""
+    losses = []
+    for accumulate in (None, 1, 4):
+        base = AutoModelForCausalLM.from_pretrained(hf_folder)
+        if accumulate is None:
+            losses.append(steps_of_trainer(base, tmp_path, 4)[0])
+            continue
+        layers = find_layers(base, {"input_ids": torch.tensor([[0, 1]])})
+        adapted = attach(base, layers, DexConfig(), [[0] for _ in layers], 10, 0)
+        model = keep_branch(adapted, 0)
+        model.requires_grad_(True)
+        for branch in adapted.branches:  # at zero with no gradient it stays the base
+            branch.w_d.requires_grad_(False)
+        assert model.accepts_loss_kwargs is True
+        losses.append(steps_of_trainer(model, tmp_path, accumulate)[0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
