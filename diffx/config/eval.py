@@ -38,8 +38,8 @@ class EndpointJudge(JudgeConfig):
         base_url: such as ``http://localhost:8000/v1``.
         model: the judge's name there.
         concurrency: requests at once.
-        retries: tries after a failed one.
-        timeout: seconds a request may take.
+        retries: tries after a failed one, where that may pass.
+        timeout: seconds that one try may take, from the connection to the last byte of the reply.
         temperature: of the judge; ``null`` leaves it to the endpoint, as some models demand.
     """
 

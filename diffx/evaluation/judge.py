@@ -1,32 +1,40 @@
 """A model behind an OpenAI-compatible endpoint says of each answer whether it is faithful; what it said is kept in a file."""
 
+import asyncio
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import string
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from openai import (
     APIConnectionError,
     APIStatusError,
+    AsyncOpenAI,
     AuthenticationError,
     BadRequestError,
+    DefaultAsyncHttpxClient,
     NotFoundError,
-    OpenAI,
     OpenAIError,
     PermissionDeniedError,
     UnprocessableEntityError,
     omit,
 )
-from openai.types.chat import ChatCompletion
 
 from diffx.config import RunError, UserError
 from diffx.config.eval import EndpointJudge
 from diffx.data.sources import reason
+from diffx.files import parse_json
+
+_httpx = import_module(DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])  # httpx2 since openai 3
 
 _PROMPT = """\
 You check whether a language model stayed true to a text. Below are the input that it was given, which is a text and a task about it, \
@@ -47,8 +55,17 @@ The output is not faithful if it states anything that the text does not support,
 </output>
 
 Reply with one JSON object and nothing else: {{"faithful": true}} or {{"faithful": false}}."""
-# What servers and models wrap around a reply: the thoughts of a reasoning model, the fence of a code block.
-_WRAPPED = re.compile(r"(?:.*</think>)?\s*(?:```(?:json)?\s*)?(.*?)\s*(?:```)?\s*", re.DOTALL)
+_LARGEST = 1 << 20  # bytes of a reply, decompressed
+_WORDS = {"yes": True, "true": True, "faithful": True, "no": False, "false": False, "unfaithful": False, "not faithful": False}
+# The member of a JSON object or of a Python dict. Each part is anchored on what is before it, so that a search is linear.
+_MEMBER = re.compile(r"""[{,]\s*(["'])faithful\1\s*:\s*(["']?)(?P<word>yes|true|no|false)\2\s*[,}]""", re.IGNORECASE)
+_TAG = re.compile(r"<[^<>]{1,40}>")
+_LONE = re.compile(rf"(?:(?:json|text)\s+)?(?:(?:final\s+)?(?:answer|verdict|faithful)[:*\s]+)?(?P<word>{'|'.join(_WORDS)})", re.IGNORECASE)
+_LONGEST_LONE = 60  # characters
+
+
+class _TooLargeError(ValueError):
+    """A reply of more than ``_LARGEST`` bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +87,41 @@ def judge_prompt(prompt: str, references: Sequence[str], answer: str) -> str:
 
 
 def parse(said: str) -> bool | None:
-    """Read a verdict: the JSON object that was asked for, or the word yes or no alone; anything else is ``None``."""
-    match = _WRAPPED.fullmatch(said)
-    text = match[1] if match else said
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {"yes": True, "no": False}.get(text.casefold().rstrip("."))
-    verdict = value.get("faithful") if isinstance(value, dict) else None
-    return verdict if isinstance(verdict, bool) else None
+    """Read a verdict in time linear in the length of the reply.
+
+    Thoughts (before ``</think>``, or before the final channel) do not count. The last JSON object (or Python dict) with a
+    ``faithful`` that is a boolean, ``"yes"`` or ``"no"`` decides; without one a verdict word that stands alone does.
+
+    Returns:
+        ``None`` if the reply gives no verdict.
+    """
+    text = said.rpartition("</think>")[2].partition("<think>")[0]
+    if "<|channel|>" in text:
+        text = text.rpartition("<|channel|>final<|message|>")[2] if "<|channel|>final<|message|>" in text else ""
+    verdict = next(iter(deque(_MEMBER.finditer(text), maxlen=1)), None)
+    if verdict is None:
+        text = _TAG.sub("", text).strip(string.whitespace + string.punctuation)
+        verdict = _LONE.fullmatch(text) if len(text) <= _LONGEST_LONE else None
+    return None if verdict is None else _WORDS[verdict["word"].casefold()]
 
 
-def ask(judge: EndpointJudge, prompts: Sequence[str], cache: Path, progress: Callable[[int], None] | None = None) -> list[Verdict]:
-    """Ask for a verdict on each prompt, several at once, and keep each reply in ``cache`` as soon as it is there.
+def ask(
+    judge: EndpointJudge,
+    prompts: Sequence[str],
+    cache: Path,
+    progress: Callable[[int], None] | None = None,
+) -> list[Verdict]:
+    """Ask for a verdict on each prompt, several at once, and keep each understood reply in ``cache`` as soon as it is there.
 
-    The client retries what may pass (no connection, 408, 409, 429, 5xx), waiting longer each time. A prompt that the endpoint refuses
-    (too long, filtered) gets no verdict, is not cached, and stops nothing unless all are refused.
+    The client retries what may pass (no connection, no whole reply in time, 408, 409, 429, 5xx), waiting longer each time. A prompt
+    that the endpoint refuses (too long, filtered), or answers with more than 1 MiB, gets no verdict, is not cached, and stops nothing
+    unless that happens to all. A reply that gives no verdict is not cached either: it is asked for again by the next call.
 
     Args:
         judge: the endpoint; its key comes from the environment variable ``OPENAI_API_KEY`` alone.
         prompts: by ``judge_prompt``; equal ones are asked once.
-        cache: JSON lines {"key", "model", "said"}, the key a hash of model and prompt; replies in it are not asked for again.
+        cache: JSON lines {"key", "model", "said"}, the key a hash of endpoint, model, temperature and prompt; replies in it are not
+            asked for again.
         progress: called with the number of prompts that have their verdict.
 
     Raises:
@@ -100,40 +131,128 @@ def ask(judge: EndpointJudge, prompts: Sequence[str], cache: Path, progress: Cal
     secret = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (secret.isascii() and secret.isprintable()):
         raise UserError("OPENAI_API_KEY cannot be used: it holds a character that a key cannot have; copy it again")
-    keys = [hashlib.sha256(f"{judge.model}\0{prompt}".encode()).hexdigest() for prompt in prompts]
+    asked_of = [judge.base_url, judge.model, judge.temperature]
+    keys = [hashlib.sha256(json.dumps([*asked_of, prompt]).encode()).hexdigest() for prompt in prompts]
     said = _read(cache)
     todo = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in said}
     refused: dict[str, str] = {}
-    # The client would refuse to start without a key; endpoints that need none ignore this one.
-    client = OpenAI(base_url=judge.base_url, api_key=secret or "none", max_retries=judge.retries, timeout=judge.timeout)
-    with client, ThreadPoolExecutor(judge.concurrency) as pool, _append(cache) as file:
-        futures = {pool.submit(_reply, client, judge, prompt): key for key, prompt in todo.items()}
-        try:
-            for done, future in enumerate(as_completed(futures), len(prompts) - len(todo) + 1):
-                key = futures[future]
-                try:
-                    said[key] = future.result()
-                    file.write(json.dumps({"key": key, "model": judge.model, "said": said[key]}) + "\n")
+    done = itertools.count(len(prompts) - len(todo) + 1)
+    with _append(cache) as file:
+
+        def keep(key: str, reply: str | None, refusal: str) -> None:
+            if reply is None:
+                refused[key] = refusal
+            else:
+                said[key] = reply
+                if parse(reply) is not None:
+                    file.write(json.dumps({"key": key, "model": judge.model, "said": reply}) + "\n")
                     file.flush()
-                except (BadRequestError, UnprocessableEntityError) as error:
-                    refused[key] = _redacted(error, secret)
-                except (OpenAIError, ValueError) as error:
-                    raise RunError(_failure(judge, error, secret)) from None  # the cause may quote the key
-                if progress is not None:
-                    progress(done)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            if progress is not None:
+                progress(next(done))
+
+        try:
+            asyncio.run(_ask_all(judge, secret, todo, keep))
+        except (OpenAIError, ValueError) as error:
+            raise RunError(_failure(judge, error, secret)) from None  # the cause may quote the key
     if refused and len(refused) == len(set(keys)):
         raise RunError(f"{_name(judge)} refuses every request: {next(iter(refused.values()))}")
     return [Verdict(parse(said[key]), said[key]) if key in said else Verdict(None, refused[key]) for key in keys]
 
 
-def _reply(client: OpenAI, judge: EndpointJudge, prompt: str) -> str:
+async def _ask_all(judge: EndpointJudge, secret: str, prompts: Mapping[str, str], keep: Callable[[str, str | None, str], None]) -> None:
+    """Ask each prompt; ``keep`` gets its key, the reply and, where that is ``None``, why there is none."""
+    slots = asyncio.Semaphore(judge.concurrency)
+    http = _BoundedClient(judge.timeout)
+    # The client would refuse to start without a key; endpoints that need none ignore this one.
+    async with AsyncOpenAI(
+        base_url=judge.base_url, api_key=secret or "none", max_retries=judge.retries, timeout=judge.timeout, http_client=http
+    ) as client:
+
+        async def one(key: str, prompt: str) -> tuple[str, str | None, str]:
+            async with slots:
+                try:
+                    return key, await _reply(client, judge, prompt), ""
+                except (BadRequestError, UnprocessableEntityError, _TooLargeError) as error:
+                    return key, None, _redacted(error, secret)
+
+        tasks = [asyncio.ensure_future(one(key, prompt)) for key, prompt in prompts.items()]
+        try:
+            for finished in asyncio.as_completed(tasks):
+                keep(*await finished)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _BoundedClient(DefaultAsyncHttpxClient):
+    """Bounds the time and the size of a whole reply; httpx bounds the time of each read and no size.
+
+    Redirects are not followed: httpx reads their replies without a bound.
+
+    Args:
+        seconds: from the connection to the last byte.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(follow_redirects=False, headers={"Accept-Encoding": "identity"})
+        self._seconds = seconds
+
+    async def send(self, request: Any, **options: Any) -> Any:
+        """Send a request, and read the reply up to one byte more than ``_LARGEST``."""
+        try:
+            return await asyncio.wait_for(self._whole(request, options), self._seconds)
+        except asyncio.TimeoutError:
+            raise _httpx.ReadTimeout(f"no whole reply within judge.timeout={self._seconds:g} seconds", request=request) from None
+
+    async def _whole(self, request: Any, options: dict[str, Any]) -> Any:
+        response = await super().send(request, **options | {"stream": True})
+        content = bytearray()
+        try:
+            async for block in response.aiter_raw():
+                content += block
+                if len(content) > _LARGEST:
+                    break
+        finally:
+            await response.aclose()
+        headers = dict(response.headers)
+        if headers.pop("content-encoding", "identity") == "gzip":  # it was not asked for, but some servers send it
+            content = _unzipped(content)
+        return _httpx.Response(response.status_code, headers=headers, content=bytes(content[: _LARGEST + 1]), request=request)
+
+
+def _unzipped(content: bytearray) -> bytearray:
+    try:
+        return bytearray(zlib.decompressobj(wbits=31).decompress(content, _LARGEST + 1))
+    except zlib.error:
+        return bytearray()
+
+
+async def _reply(client: AsyncOpenAI, judge: EndpointJudge, prompt: str) -> str:
     temperature = omit if judge.temperature is None else judge.temperature
-    reply = client.chat.completions.create(model=judge.model, messages=[{"role": "user", "content": prompt}], temperature=temperature)
-    if not isinstance(reply, ChatCompletion) or not reply.choices:  # such as the HTML of a page that is no endpoint
-        raise ValueError("it answers, but not with a chat completion; the address mostly ends in /v1")
-    return reply.choices[0].message.content or ""
+    raw = await client.chat.completions.with_raw_response.create(
+        model=judge.model, messages=[{"role": "user", "content": prompt}], temperature=temperature
+    )
+    if len(raw.content) > _LARGEST:
+        raise _TooLargeError(f"the reply is larger than {_LARGEST >> 20} MiB")
+    try:
+        content = parse_json(raw.content)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):  # such as the HTML of a page that is no endpoint
+        raise ValueError("it answers, but not with a chat completion; the address mostly ends in /v1") from None
+    return _text(content)
+
+
+def _text(content: Any) -> str:
+    """The text of a message: its content, or that of its parts; anything else as JSON."""
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        return "".join(part for part in parts if isinstance(part, str))
+    if content is None or isinstance(content, str):
+        return content or ""
+    try:
+        return json.dumps(content)
+    except RecursionError:
+        return ""
 
 
 def _name(judge: EndpointJudge) -> str:
@@ -155,20 +274,22 @@ def _failure(judge: EndpointJudge, error: Exception, secret: str) -> str:
 
 
 def _redacted(error: BaseException, secret: str) -> str:
-    text = str(error.body.get("message") or error) if isinstance(error, APIStatusError) and isinstance(error.body, dict) else str(error)
+    told = error.body.get("message") if isinstance(error, APIStatusError) and isinstance(error.body, dict) else None
+    text = told if told and isinstance(told, str) else str(error)
     return reason(Exception(text.replace(secret, "***") if secret else text))
 
 
 def _read(cache: Path) -> dict[str, str]:
-    """Read the replies by key; the last line may be torn, since a judge may be interrupted."""
+    """Read the understood replies by key. A line may be torn, since a judge may be interrupted."""
     said = {}
-    if cache.exists():
-        for line in cache.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            said[row["key"]] = row["said"]
+    for line in cache.read_bytes().split(b"\n") if cache.exists() else []:
+        try:
+            row = parse_json(line)
+        except ValueError:
+            continue
+        key, reply = (row.get("key"), row.get("said")) if isinstance(row, dict) else (None, None)
+        if isinstance(key, str) and isinstance(reply, str) and parse(reply) is not None:
+            said[key] = reply
     return said
 
 

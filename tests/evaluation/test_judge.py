@@ -1,7 +1,10 @@
 """The judge against a real HTTP server that speaks /v1/chat/completions, well and badly."""
 
+import gzip
 import json
 import threading
+import time
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -18,7 +21,7 @@ YES, NO = '{"faithful": true}', '{"faithful": false}'
 
 
 class Endpoint:
-    """A server; ``reply(number, prompt)`` returns the judge's words or (status, body), and may wait."""
+    """A server; ``reply(number, prompt)`` returns the judge's words, (status, body), or what writes to the socket; it may wait."""
 
     def __init__(self):
         self.requests, self.keys, self.active, self.most = [], [], 0, 0
@@ -40,6 +43,10 @@ class Endpoint:
                     said = self.reply(number, body["messages"][0]["content"])
                 with lock:
                     self.active -= 1
+                if callable(said):
+                    said(handler.wfile)
+                    handler.close_connection = True
+                    return
                 status, answer = (200, completion(said)) if isinstance(said, str) else said
                 handler.send_response(status)
                 data = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
@@ -84,7 +91,7 @@ def endpoint(monkeypatch):
 @pytest.fixture
 def cache(tmp_path):
     yield tmp_path / "verdicts.jsonl"
-    assert not any(KEY in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert not any(KEY in path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_a_verdict_for_each_prompt(endpoint, cache):
@@ -187,6 +194,118 @@ def test_a_damaged_key(endpoint, cache, monkeypatch, key):
     assert "sk-" not in str(error.value) and not endpoint.requests
 
 
+@pytest.mark.parametrize("content", [5, None, True, {"a": 1}, ["no", "parts"], [{"type": "text"}, 3], "[" * 100_000])
+def test_content_of_any_type_is_no_verdict_and_stops_nothing(endpoint, cache, content):
+    endpoint.reply = lambda number, prompt: (200, completion(content)) if prompt == "odd" else YES
+    verdicts = ask(endpoint.judge(), ["odd", "even"], cache)
+    assert [verdict.faithful for verdict in verdicts] == [True if content is True else None, True]
+    assert isinstance(verdicts[0].said, str)
+    assert len(cache.read_text().splitlines()) == (2 if content is True else 1)
+
+
+def test_content_as_deep_as_json_can_be_read(endpoint, cache):
+    for depth in range(600, 1000, 20):
+        reply = json.dumps(completion("x")).replace('"x"', "[" * depth + "{}" + "]" * depth).replace("[{}]", '{"a": {}}', 1)
+        endpoint.reply = lambda number, prompt, reply=reply: (200, reply) if prompt == "deep" else YES
+        try:
+            assert ask(endpoint.judge(), ["deep", "even"], cache)[0].faithful is None
+        except RunError as error:
+            assert "not with a chat completion" in str(error)
+
+
+def test_the_parts_of_a_content_are_one_text(endpoint, cache):
+    parts = [{"type": "text", "text": '{"faithful"'}, {"type": "text", "text": ": false}"}]
+    endpoint.reply = lambda number, prompt: (200, completion(parts))
+    assert ask(endpoint.judge(), ["a"], cache) == [Verdict(False, NO)]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ['{"choices":' * 90_000, "[" * 100_000, "5", "null", '{"choices": []}', '{"choices": [3]}', '{"choices": [{"message": []}]}'],
+)
+def test_a_reply_that_is_no_completion_is_one_line(endpoint, cache, reply):
+    endpoint.reply = lambda number, prompt: (200, reply)
+    with pytest.raises(RunError, match="not with a chat completion"):
+        ask(endpoint.judge(retries=0), ["a"], cache)
+
+
+def test_only_understood_replies_are_kept(endpoint, cache):
+    endpoint.reply = lambda number, prompt: "perhaps" if prompt == "b" else NO
+    assert [verdict.faithful for verdict in ask(endpoint.judge(), ["a", "b"], cache)] == [False, None]
+    assert [json.loads(line)["said"] for line in cache.read_text().splitlines()] == [NO]
+    endpoint.reply = lambda number, prompt: YES
+    assert [verdict.faithful for verdict in ask(endpoint.judge(), ["a", "b"], cache)] == [False, True]
+    assert len(endpoint.requests) == 3, "what was not understood is asked again, what was is not"
+
+
+def test_lines_of_the_cache_that_are_no_verdicts_are_passed_over(endpoint, cache):
+    ask(endpoint.judge(), ["a"], cache)
+    kept = json.loads(cache.read_text())
+    odd = [5, [], {}, "x", {"key": 1, "said": YES}, kept | {"said": 5}, kept | {"said": ["no"]}, kept | {"said": "perhaps"}]
+    lines = [*map(json.dumps, odd), "[" * 100_000, "\xff", '{"key": "torn']
+    cache.write_bytes("\n".join(lines).encode("latin-1"))
+    assert ask(endpoint.judge(), ["a"], cache) == [Verdict(True, YES)]
+    assert len(endpoint.requests) == 2
+    ask(endpoint.judge(), ["a"], cache)
+    assert len(endpoint.requests) == 2
+
+
+def test_the_cache_is_of_endpoint_model_and_temperature(endpoint, cache):
+    for number, settings in enumerate(({}, {"temperature": None}, {"temperature": 1.0}, {"base_url": f"{endpoint.url}/"}), 1):
+        ask(endpoint.judge(**settings), ["a"], cache)
+        assert len(endpoint.requests) == number
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+def dripping(start):
+    def write(socket):
+        socket.write(start)
+        for _ in range(100):
+            socket.write(b" ")
+            time.sleep(0.05)
+
+    return write
+
+
+@pytest.mark.parametrize("start", [HEAD + b"X: ", HEAD + b"Content-Length: 100\r\n\r\n"], ids=["head", "body"])
+def test_the_timeout_is_of_the_whole_request(endpoint, cache, start):
+    endpoint.reply = lambda number, prompt: dripping(start)
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"cannot be reached: no whole reply within judge\.timeout=0\.4 seconds"):
+        ask(endpoint.judge(timeout=0.4, retries=0), ["a"], cache)
+    assert time.monotonic() - began < 2
+
+
+def test_a_timeout_is_tried_again(endpoint, cache):
+    endpoint.reply = lambda number, prompt: dripping(HEAD) if number == 1 else YES
+    assert ask(endpoint.judge(timeout=0.4, retries=1), ["a"], cache) == [Verdict(True, YES)]
+
+
+def zipped(content):
+    body = gzip.compress(content)
+    return lambda socket: socket.write(HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+
+def test_a_reply_that_is_too_large_is_no_verdict(endpoint, cache):
+    bomb = zipped(b" " * (32 << 20))  # 32 MiB in 32 KB
+    endpoint.reply = lambda number, prompt: {"bomb": bomb, "large": YES + " " * (2 << 20)}.get(prompt, YES)
+    tracemalloc.start()
+    verdicts = ask(endpoint.judge(concurrency=1), ["bomb", "large", "small"], cache)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [verdict.faithful for verdict in verdicts] == [None, None, True] and "larger than 1 MiB" in verdicts[0].said
+    assert len(endpoint.requests) == 3 and peak < 12 << 20
+    with pytest.raises(RunError, match="larger than 1 MiB"):
+        ask(endpoint.judge(), ["bomb"], cache)
+
+
+def test_a_zipped_reply_is_read(endpoint, cache):
+    endpoint.reply = lambda number, prompt: zipped(json.dumps(completion(NO)).encode())
+    assert ask(endpoint.judge(), ["a"], cache) == [Verdict(False, NO)]
+
+
 def test_a_prompt_that_is_refused(endpoint, cache):
     endpoint.reply = lambda number, prompt: (400, {"error": {"message": "too long"}}) if prompt == "long" else YES
     assert ask(endpoint.judge(), ["short", "long"], cache) == [Verdict(True, YES), Verdict(None, "too long")]
@@ -203,18 +322,64 @@ def test_a_prompt_that_is_refused(endpoint, cache):
         ('<think>Is it? "no"\nPerhaps.</think>\n\n{"faithful": false}', False),
         ("Yes", True),
         ("no.", False),
+        ("**No**", False),
+        ("**Verdict:** Yes", True),
+        ("Final answer: unfaithful", False),
+        ("```\nno\n```", False),
+        ("<answer>Yes</answer>", True),
+        ("true", True),
+        ("not faithful", False),
+        ("{'faithful': True}", True),
+        ('{"faithful": "no"}', False),
+        ('{"Faithful": "true"}', True),
+        ('[{"faithful": true}]', True),
+        ('{"why": {"year": "wrong"}, "faithful": false}', False),
+        ('{"faithful": true, "why": "it is not {\\"faithful\\": false}"}', True),
+        ('I would say {"faithful": true} at first, but the year is wrong.\n```json\n{\n  "faithful": false\n}\n```\nDone.', False),
+        ("Perhaps.</think>no", False),
+        ('<think>Say {"faithful": true}? Hm, the year', None),
+        ('<|channel|>analysis<|message|>{"faithful": true}?<|end|><|start|>assistant<|channel|>final<|message|>No<|return|>', False),
+        ('<|channel|>analysis<|message|>Perhaps {"faithful": true} or', None),
         ("Yes, it is faithful.", None),
-        ('{"faithful": "true"}', None),
+        ("Yes and no", None),
         ('{"faithful": 1}', None),
+        ('{"faithful": null}', None),
+        ('{"faithful": true or false}', None),
         ('{"verdict": true}', None),
-        ('[{"faithful": true}]', None),
         ('{"faithful": true', None),
-        ("true", None),
         ("", None),
     ],
 )
 def test_strict_reading(said, verdict):
     assert parse(said) is verdict
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        " ",
+        "{",
+        "[",
+        "`",
+        "\n",
+        ",",
+        "<think>",
+        "</think>",
+        "<",
+        "<|channel|>",
+        "```json\n",
+        '{"faithful": ',
+        '"faithful"',
+        "{ ",
+        "{'faithful' : ",
+    ],
+)
+def test_reading_is_linear(unit):
+    said = unit * (1_000_000 // len(unit))
+    for text in (said, said + NO, "a" + said + "b"):
+        began = time.monotonic()
+        parse(text)
+        assert time.monotonic() - began < 0.5
 
 
 def test_the_question_holds_all_that_is_judged():
