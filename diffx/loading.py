@@ -1,17 +1,14 @@
 """What ``checkpoint=`` means: a run folder, ``@best`` or ``@STEP`` after it, or a model of the Hugging Face hub, by name or folder."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config import UserError
-from diffx.config.bridge import load_config
+from diffx.config.bridge import from_plain, load_config, to_plain
 from diffx.config.data import DATA_CONFIGS, DataConfig
 from diffx.config.dex import AdaptJob
 from diffx.config.eval import Dtype
@@ -19,7 +16,7 @@ from diffx.config.train import Device, TrainJob
 from diffx.data.tokenizers import Tokenizer, load_tokenizer
 from diffx.dex.attach import Adapted
 from diffx.dex.pretrained import load_pretrained
-from diffx.files import write_json
+from diffx.files import read_json, write_json
 from diffx.models import build_model
 from diffx.train.adapt import restore
 from diffx.train.checkpoint import WEIGHTS, find_checkpoint, read_state, read_tensors, trained_shapes
@@ -153,8 +150,7 @@ def _load_pretrained(spec: str, device: Device, dtype: Dtype, revision: str | No
 
 def write_origin(loaded: Loaded, folder: Path) -> None:
     """Write beside an exported model what its config cannot say: how its texts begin, how long and what text it was trained on."""
-    data = None if loaded.data is None else OmegaConf.to_container(OmegaConf.structured(loaded.data), enum_to_str=True)
-    write_json(folder / _ORIGIN, {"prefix": loaded.prefix, "context": loaded.context, "data": data})
+    write_json(folder / _ORIGIN, {"prefix": loaded.prefix, "context": loaded.context, "data": to_plain(loaded.data)})
 
 
 def _origin(folder: Path) -> dict[str, Any]:
@@ -167,12 +163,12 @@ def _origin(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        saved = json.loads(path.read_bytes())
+        saved = read_json(path)
         found: dict[str, Any] = {"prefix": [int(token) for token in saved["prefix"]], "context": int(saved["context"])}
         if (data := saved["data"]) is not None:
-            found["data"] = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DATA_CONFIGS[data["kind"]]), data))
+            found["data"] = from_plain(DATA_CONFIGS[data["kind"]], data)
         return found
-    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException, UserError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be used: it is damaged or of another version; export the model again") from error
 
 

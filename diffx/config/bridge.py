@@ -1,9 +1,15 @@
 """Between the typed dataclasses and YAML: schemas, conversion, and the `config.yaml` of a run folder.
 
 OmegaConf cannot tell which subclass of a group's dataclass a saved config meant, so every group carries a ``kind``.
+
+Saved values hold no interpolation: a file that somebody else wrote must not read this machine's environment variables. A ``${`` that is
+part of a text is saved with a backslash, as on the command line.
 """
 
+import dataclasses
+import re
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -42,6 +48,8 @@ GROUPS: dict[str, Mapping[str, type]] = {
 }
 # Keys that came after the first saved configs, with what was done before; a key without a row here makes older runs unreadable.
 _LATER = {("train", "fused_attention"): False}
+
+_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # behind an odd number of backslashes it is text
 
 Job = TypeVar("Job")
 
@@ -82,20 +90,78 @@ def _no_additions(cfg: DictConfig, prefix: str = "") -> None:
             _no_additions(cfg[key], f"{prefix}{key}.")
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values without aliases, by which a small file can stand for a huge one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias")
+        return super().compose_node(parent, index)
+
+
+def literal(text: str) -> str:
+    """Escape each ``${`` of a text, so that OmegaConf gives the text back as it is."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def to_plain(value: Any) -> Any:
+    """Turn a config into values that YAML and JSON can hold and ``from_plain`` reads back: enums by name, texts escaped."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {to_plain(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.name
+    return literal(value) if isinstance(value, str) else value
+
+
+def from_plain(schema: Any, saved: Any) -> Any:
+    """Build a config from saved values.
+
+    Args:
+        schema: a dataclass, or a structured config.
+        saved: what ``to_plain`` gave.
+
+    Raises:
+        UserError: a value cannot be used, or is an interpolation.
+    """
+    try:
+        _no_interpolations(saved)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), saved))
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    except RecursionError as error:
+        raise UserError("it is nested too deeply") from error
+
+
+def _no_interpolations(value: Any, key: str = "") -> None:
+    if isinstance(value, str) and _INTERPOLATION.search(value):
+        raise UserError(f"{key}={value} has an interpolation, which a saved config must not have; a text has \\${{ in its place")
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _no_interpolations(name, f"a key of {key}")
+            _no_interpolations(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            _no_interpolations(item, key)
+
+
 def save_config(job: Any, path: Path) -> None:
     """Write a job as YAML that ``load_config`` reads back to an equal job."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(job)))
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(to_plain(job))))
 
 
 def load_config(path: Path) -> Any:
     """Read a job that ``save_config`` wrote.
 
     Raises:
-        UserError: the file is missing or damaged, or it was written by a version with other keys.
+        UserError: the file is missing or damaged, holds an interpolation, or was written by a version with other keys.
     """
     try:
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        saved = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a saved config: {' '.join(str(error).split())}") from error
     for (group, key), value in _LATER.items():
         if isinstance(saved, dict) and isinstance(saved.get(group), dict):
@@ -103,10 +169,9 @@ def load_config(path: Path) -> Any:
     schema = _schema(saved, path)
     _same_keys(saved, OmegaConf.to_container(schema), path)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(schema, saved))
-    except (OmegaConfBaseException, UserError) as error:
-        reason = error if isinstance(error, UserError) else explain(error)
-        raise UserError(f"{path} cannot be used: {reason}") from error
+        return from_plain(schema, saved)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
 
 
 def _schema(saved: Any, path: Path) -> DictConfig:

@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffx.config.bridge import JOBS, register_schemas, to_typed
+from diffx.config.bridge import JOBS, literal, register_schemas, to_typed
 from diffx.config.messages import explain, keys, unknown
 from diffx.errors import RunError, UserError, storage_failure
 
@@ -236,8 +236,7 @@ def _plain_text(word: str) -> str:
     key, _, value = word.partition("=")
     if key not in _TEXT_KEYS or value[:1] in ("'", '"'):
         return word
-    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # an interpolation
-    value = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    value = re.sub(r"(\\*)'", r"\1\1\\'", literal(value))
     return f"{key}='" + re.sub(r"(\\+)$", r"\1\1", value) + "'"
 
 

@@ -24,7 +24,9 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: DexConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
         if base is None:
-            base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.base), dtype=torch.get_default_dtype())
+            base = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**config.base), dtype=torch.get_default_dtype(), trust_remote_code=False
+            )
             for branch in config.branches:
                 _put(base, branch, config)
         self.base = base

@@ -6,10 +6,10 @@ This file is read whenever ``transformers``' auto classes are loaded after ``imp
 from importlib import import_module
 from typing import Any, cast
 
-from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PretrainedConfig
 
+from diffx.config.bridge import from_plain
 from diffx.config.model import MODEL_CONFIGS, ModelConfig
 
 
@@ -38,8 +38,7 @@ class DiffxConfig(PretrainedConfig):
 
     def decoder_config(self) -> ModelConfig:
         """Our own configuration."""
-        cls = MODEL_CONFIGS[self.architecture["kind"]]
-        return cast(ModelConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), self.architecture)))
+        return cast(ModelConfig, from_plain(MODEL_CONFIGS[self.architecture["kind"]], self.architecture))
 
 
 class DexConfig(PretrainedConfig):

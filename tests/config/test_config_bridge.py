@@ -84,7 +84,9 @@ def test_a_key_that_came_later_has_the_value_of_before(saved, group, key):
     assert getattr(getattr(load_config(path), group), key) == _LATER[group, key]
 
 
-@pytest.mark.parametrize("content", [b"train: [", b"\xff\xfe", b"", b"- 1\n- 2\n", b"kind: !!python/object:os.system {}\n"])
+@pytest.mark.parametrize(
+    "content", [b"train: [", b"\xff\xfe", b"", b"- 1\n- 2\n", b"kind: !!python/object:os.system {}\n", b"[" * 2000, b"a: &a [1]\nb: *a\n"]
+)
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
@@ -97,3 +99,58 @@ def test_a_damaged_file_is_named(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         load_config(tmp_path / "nowhere" / "config.yaml")
+
+
+TEXTS = [
+    "${oc.env:HOME}",
+    "a ${x",
+    "\\${x}",
+    "\\\\${x} \\",
+    "$${x}",
+    "${a:${b}} \\${c} ${",
+    "two\\\\lines\n\\${oc.env:HOME} and \\n ${",
+    'it\'s "${x}"\\',
+    "1e3",
+    "null",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_that_looks_like_an_interpolation_is_kept(saved, text):
+    job, path = saved
+    job.train.sample_prompt, job.data.path = text, [text, text]
+    save_config(job, path)
+    assert load_config(path) == job
+    save_config(load_config(path), path)
+    assert load_config(path) == job
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.sample_prompt", "${oc.env:SECRET_OF_TEST}"),
+        ("train.sample_prompt", "\\\\${oc.env:SECRET_OF_TEST}"),
+        ("train.lr", "${oc.env:SECRET_OF_TEST}"),
+        ("train.schedule", "${oc.env:SECRET_OF_TEST}"),
+        ("train", "${oc.env:SECRET_OF_TEST}"),
+        ("run.name", "${run.dir}"),
+        ("wandb.project", "x${oc.env:SECRET_OF_TEST,y}"),
+        ("data.path", ["a", "${oc.env:SECRET_OF_TEST}"]),
+        ("data.path", [["a", {"b": "${oc.env:SECRET_OF_TEST}"}]]),
+        ("data.path", [{"${oc.env:SECRET_OF_TEST}": 1}]),
+        ("${oc.env:SECRET_OF_TEST}", 1),
+        ("train.${oc.env:SECRET_OF_TEST}", 1),
+        ("train.sample_prompt", "a ${"),
+    ],
+)
+def test_an_interpolation_in_a_file_is_refused(saved, monkeypatch, key, value):
+    monkeypatch.setenv("SECRET_OF_TEST", "0.123456")
+    _, path = saved
+    config = yaml.safe_load(path.read_text())
+    groups, name = (key.split(".", 1)[:1], key.split(".", 1)[1]) if key[0] != "$" and "." in key else ([], key)
+    (config[groups[0]] if groups else config)[name] = value
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError) as refused:
+        load_config(path)
+    line = str(refused.value)
+    assert str(path) in line and "\n" not in line and "0.123456" not in line
