@@ -35,7 +35,7 @@ def export(job: ExportJob) -> Path:
         RunError: what was exported does not give the logits that it must.
     """
     reporter, out = Reporter(), Path(job.out).expanduser()
-    loaded = load_run(job.checkpoint, Device.cpu)
+    loaded = load_run(job.checkpoint, Device.cpu, trust_remote_code=job.trust_remote_code)
     model: Any
     model, error = to_transformers(loaded, job.fold)
     if job.dtype is not Dtype.auto:

@@ -71,11 +71,13 @@ def load(
     """
     if not _names_run(spec):
         return _load_pretrained(spec, device, dtype, revision, trust_remote_code)
-    return load_run(spec, device, dtype)
+    return load_run(spec, device, dtype, trust_remote_code)
 
 
-def load_run(spec: str, device: Device = Device.auto, dtype: Dtype = Dtype.auto) -> Loaded:
+def load_run(spec: str, device: Device = Device.auto, dtype: Dtype = Dtype.auto, trust_remote_code: bool = False) -> Loaded:
     """Load ``runs/x`` (its newest checkpoint), ``runs/x@best`` or ``runs/x@1000``.
+
+    Only the argument ``trust_remote_code`` lets code run that comes with the base of an adapted run, not what its config says.
 
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged.
@@ -84,7 +86,7 @@ def load_run(spec: str, device: Device = Device.auto, dtype: Dtype = Dtype.auto)
     run_dir, folder = find_checkpoint(spec)
     job = load_config(run_dir / "config.yaml")
     if isinstance(job, AdaptJob):
-        return _load_adapted(run_dir, folder, job, where, dtype)
+        return _load_adapted(run_dir, folder, job, where, dtype, trust_remote_code)
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     model = build_model(dataclasses.replace(job.model, vocab_size=job.model.vocab_size or tokenizer.vocab_size))
     model.load_state_dict(read_tensors(folder / WEIGHTS, trained_shapes(model)))
@@ -104,8 +106,8 @@ def load_run(spec: str, device: Device = Device.auto, dtype: Dtype = Dtype.auto)
     )
 
 
-def _load_adapted(run_dir: Path, folder: Path, job: AdaptJob, where: torch.device, dtype: Dtype) -> Loaded:
-    base, adapted = restore(run_dir, folder, job, where, _wanted(dtype, where))
+def _load_adapted(run_dir: Path, folder: Path, job: AdaptJob, where: torch.device, dtype: Dtype, trust_remote_code: bool) -> Loaded:
+    base, adapted = restore(run_dir, folder, job, where, _wanted(dtype, where), trust_remote_code)
     return Loaded(
         adapted.model.eval(),
         base.tokenizer,
@@ -138,7 +140,7 @@ def _load_pretrained(spec: str, device: Device, dtype: Dtype, revision: str | No
         found.tokenizer,
         name=found.name,
         fingerprint=found.fingerprint,
-        folder=Path("runs/hub") / f"{found.name.replace('/', '--')}@{(revision or found.fingerprint)[:12]}",
+        folder=Path("runs/hub") / f"{found.name.replace('/', '--')}@{(revision or found.fingerprint)[:12].replace('/', '--')}",
         step=0,
         context=found.limit or 2048,
         limit=found.limit,

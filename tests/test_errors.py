@@ -51,6 +51,10 @@ def place(tmp_path_factory, hf_folder, tokenizer):
         model.save_pretrained(folder / name)
         tokenizer.save(folder / name)
     T5Config().save_pretrained(folder / "t5")
+    shutil.copytree(hf_folder, folder / "code")
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config = json.loads((folder / "code" / "config.json").read_text()) | {"model_type": "of_its_own", "auto_map": names}
+    (folder / "code" / "config.json").write_text(json.dumps(config))
     DexConfig(LlamaConfig(**shape).to_dict()).save_pretrained(folder / "with_branch")
     plan = {"base": "f" * 64, "criterion": "random", "settings": {}, "num_heads": [4], "scores": [], "heads": [[0]]}
     (folder / "heads.json").write_text(json.dumps(plan))
@@ -135,6 +139,9 @@ TABLE = [
     ("train train.compile=true train.mask_documents=true", ["train.mask_documents", "train.compile"]),
     ("train tokenizer.vocab_size=100", ["tokenizer.vocab_size=100", "257"]),
     ("train run.name=a=b", ["a=b"]),
+    ("train run.name=../../x", ["run.name=../../x", "letters, digits"]),
+    ("train run.name=.x", ["run.name=.x", "letters, digits"]),
+    (f"train run.name={'x' * 101}", ["run.name=xxx", "100"]),
     ("train 'run.dir=\"a,b\"'", ["run.dir=a,b"]),
     ("generate checkpoint=trained temperature=-1", ["temperature=-1"]),
     ("generate checkpoint=trained top_p=2", ["top_p=2"]),
@@ -209,6 +216,9 @@ TABLE = [
     ("eval checkpoint=trained@7 suite=icl", ["checkpoint=trained@7", "2"]),
     ("eval checkpoint=trained suite=icl dtype=int8", ["dtype=int8", "bf16"]),
     ("eval checkpoint=trained suite=icl batch=0", ["batch=0"]),
+    ("eval checkpoint=trained suite=icl suite.name=../../x", ["suite.name=../../x", "letters, digits"]),
+    ("eval checkpoint=code suite=icl", ["checkpoint=code", "Python code", "trust_remote_code=true"]),
+    ("generate checkpoint=code", ["checkpoint=code", "Python code", "trust_remote_code=true"]),
     ("eval checkpoint=trained suite=icl limit=0", ["limit=0"]),
     ("eval checkpoint=trained suite=icl suite.shotz=1", ["suite.shotz", "suite.shots"]),
     ("eval checkpoint=trained suite=icl suite.shots=[1,1]", ["suite.shots=[1, 1]"]),
@@ -228,6 +238,7 @@ TABLE = [
     ("quantize checkpoint=trained bits=null", ["bits=null", "a list", "a whole number"]),
     ("quantize checkpoint=trained method=weights method.skip=o_proj", ["method.skip=o_proj", "a list such as [o_proj]"]),
     ("quantize checkpoint=trained method=magic", ["method=magic", "attention_logits"]),
+    ("quantize checkpoint=trained method=activations method.kind=../x", ["method.kind=../x", "method=", "weights"]),
     ("quantize checkpoint=trained method.scope=layer", ["method.scope", "layer", "head"]),
     ("quantize checkpoint=trained suite=speed", ["suite=speed", "speed"]),
     ("quantize checkpoint=trained suite=outliers", ["suite=outliers", "attention"]),

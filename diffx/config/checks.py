@@ -1,5 +1,6 @@
 """Checks that the config dataclasses share; each raises one line that names the key, the value and what is accepted."""
 
+import re
 from typing import Any
 
 from diffx.errors import UserError
@@ -18,6 +19,12 @@ def require(condition: bool, key: str, value: Any, accepted: str) -> None:
     """
     if not condition:
         raise UserError(f"{key}={value} cannot be used: it must be {accepted}")
+
+
+def path_name(key: str, value: str) -> None:
+    """Raise ``UserError`` unless a value can name a file or folder: no separator, no ``..``, nothing hidden."""
+    accepted = "a name of 1 to 100 letters, digits, '-', '_' and '.' that does not start with '.'"
+    require(re.fullmatch(r"[\w-][\w.-]{0,99}", value) is not None, key, value, accepted)
 
 
 def count(key: str, value: int | str) -> int:

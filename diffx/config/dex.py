@@ -112,7 +112,7 @@ class AdaptJob:
         kind: tells a saved config's schema.
         base: the pretrained model: a name or folder of the Hugging Face hub.
         revision: the hub's revision.
-        trust_remote_code: run Python code that comes with the model.
+        trust_remote_code: run Python code that comes with the model; a resumed run needs it again.
         dex: the step.
         data: the text; it is read with the model's own tokenizer.
         train: the recipe; without ``steps`` and ``tokens`` it is 1M tokens (the paper: 887M).

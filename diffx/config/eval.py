@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
-from diffx.config.checks import count, require
+from diffx.config.checks import count, path_name, require
 from diffx.config.suite import SuiteConfig
 from diffx.config.train import Device, WandbConfig
 from diffx.errors import UserError
@@ -74,6 +74,7 @@ class ExportJob:
         fold: fold DEX's branch into the output projections, so that the model is an ordinary one of the base's architecture; ``false``
             keeps the branch, and the model loads after ``import diffx``.
         dtype: of the weights; ``auto`` is fp32.
+        trust_remote_code: run Python code that comes with the base of an adapted run.
     """
 
     kind: str = "export"
@@ -82,6 +83,7 @@ class ExportJob:
     format: str = "hf"
     fold: bool = True
     dtype: Dtype = Dtype.auto
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         require(self.format == "hf", "format", self.format, "hf")
@@ -108,7 +110,7 @@ class EvalJob:
         seed: of everything that is drawn.
         force: measure again where results with the same settings exist.
         revision: the hub's revision.
-        trust_remote_code: run Python code that comes with a model of the hub.
+        trust_remote_code: run Python code that comes with a model of the hub, or with the base of an adapted run.
     """
 
     kind: str = "eval"
@@ -127,6 +129,7 @@ class EvalJob:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        path_name("suite.name", self.suite.name)
         if self.batch != "auto":
             self.batch = count("batch", self.batch)
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "a positive whole number, or null for all")

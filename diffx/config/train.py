@@ -5,7 +5,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from diffx.config.checks import count, require
+from diffx.config.checks import count, path_name, require
 from diffx.config.data import DataConfig, TokenizerConfig
 from diffx.config.model import ModelConfig
 from diffx.errors import UserError
@@ -183,15 +183,10 @@ class RunConfig:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("dir", "name"):
-            value = getattr(self, key)
-            bad = value is not None and (not value or "=" in value or "," in value)
-            require(
-                not bad and not (key == "name" and "/" in (value or "")),
-                f"run.{key}",
-                value,
-                "a non-empty name without '=' and ','" + (" and '/'" if key == "name" else ""),
-            )
+        bad = self.dir is not None and (not self.dir or "=" in self.dir or "," in self.dir)
+        require(not bad, "run.dir", self.dir, "a path without '=' and ','")
+        if self.name is not None:
+            path_name("run.name", self.name)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -265,6 +260,7 @@ class GenerateJob:
         top_p: draw among the likeliest whose probabilities reach p; 1 is all.
         device: where to compute.
         seed: of the draws.
+        trust_remote_code: run Python code that comes with a model of the hub, or with the base of an adapted run.
     """
 
     kind: str = "generate"
@@ -277,6 +273,7 @@ class GenerateJob:
     top_p: float = 0.95
     device: Device = Device.auto
     seed: int = 0
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "a positive whole number")

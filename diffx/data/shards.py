@@ -96,7 +96,11 @@ class Shards:
             raise UserError(f"data.path={folder} cannot be used: it holds no token shards; `diffx data prepare` writes them")
         if not meta["complete"]:
             raise UserError(f"data.path={folder} cannot be used: it is not finished; run the same `diffx data prepare` again to go on")
+        if meta["dtype"] not in ("<u2", "<u4"):  # mapped as a type of numpy: objects would be pointers that the file gives
+            raise UserError(f"data.path={folder} cannot be used: its dtype is {meta['dtype']!r}, not <u2 or <u4")
         for name, file in meta["files"].items():
+            if Path(name).name != name:
+                raise UserError(f"data.path={folder} cannot be used: {name!r} is no name of a file in it")
             path = folder / name
             size = path.stat().st_size if path.is_file() else 0
             if size != file["bytes"]:

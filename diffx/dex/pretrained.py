@@ -68,7 +68,7 @@ def load_pretrained(
         dtype: of the weights; ``auto`` is the checkpoint's own.
         device: where it goes.
         revision: the hub's revision.
-        trust_remote_code: run Python code that comes with it.
+        trust_remote_code: run Python code that comes with it; a model that needs such code is refused otherwise.
         quantization: quantize it so while it is loaded.
 
     Raises:
@@ -93,6 +93,10 @@ def load_pretrained(
     except UserError:
         raise
     except Exception as error:  # any library below may fail here, each with an exception of its own
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise UserError(
+                f"{refused}: it needs Python code that comes with it; read that code, and add trust_remote_code=true to run it"
+            ) from error
         runs = "a run (runs/x, runs/x@best, runs/x@1000), " if key == "checkpoint" else ""
         missing = "" if Path(spec).is_dir() else f"there is no folder {spec} here, and from the hub it cannot be loaded: "
         raise UserError(

@@ -17,7 +17,7 @@ def generate_text(job: GenerateJob) -> None:
         UserError: the checkpoint or the prompt cannot be used.
     """
     prompt = _prompt(job)
-    lm = LanguageModel(load(job.checkpoint, job.device))
+    lm = LanguageModel(load(job.checkpoint, job.device, trust_remote_code=job.trust_remote_code))
     sys.stdout.write(prompt)
     for piece in stream(lm, prompt, job):
         sys.stdout.write(piece)

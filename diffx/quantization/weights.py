@@ -86,7 +86,7 @@ def quantize_weights(job: QuantizeJob, loaded: Loaded, bits: int, left: list[str
         shutil.rmtree(out, ignore_errors=True)
     if not out.exists():
         _make(job, loaded, bits, left, out)
-    few = replace(loaded, model=load(str(out), job.device, job.dtype).model, adapted=None)
+    few = replace(loaded, model=load(str(out), job.device, job.dtype, trust_remote_code=job.trust_remote_code).model, adapted=None)
     facts = {"folder": str(out), "bytes": stored_bytes(out), "bytes_before": _bytes(loaded.model)}
     return few, Change(f"weights-{bits}bit", settings, lambda model: nullcontext(), caches=True, facts=facts)
 
@@ -114,7 +114,11 @@ def _make(job: QuantizeJob, loaded: Loaded, bits: int, left: list[str], out: Pat
 
 def _plain(job: QuantizeJob, loaded: Loaded) -> PreTrainedModel:
     """The model as one of ``transformers``: a run's as ``diffx export`` makes it, its branch folded."""
-    return loaded.model if loaded.job is None else to_transformers(load_run(job.checkpoint, Device.cpu))[0]
+    return (
+        loaded.model
+        if loaded.job is None
+        else to_transformers(load_run(job.checkpoint, Device.cpu, trust_remote_code=job.trust_remote_code))[0]
+    )
 
 
 def _group(method: Weights, bits: int) -> int | None:

@@ -155,13 +155,23 @@ def _run(
     return folder
 
 
-def restore(run_dir: Path, checkpoint: Path, job: AdaptJob, device: torch.device, dtype: torch.dtype | str) -> tuple[Pretrained, Adapted]:
+def restore(
+    run_dir: Path, checkpoint: Path, job: AdaptJob, device: torch.device, dtype: torch.dtype | str, trust_remote_code: bool = False
+) -> tuple[Pretrained, Adapted]:
     """Load the base of an adapted run, and put a checkpoint of the run into it; all in the base's type, save for W_D and lambda.
 
+    Args:
+        run_dir: the run folder.
+        checkpoint: a folder of its ``checkpoints``.
+        job: its saved config. ``trust_remote_code`` in it is ignored: somebody else may have written it.
+        device: where the model goes.
+        dtype: of the base.
+        trust_remote_code: run Python code that comes with the base.
+
     Raises:
-        UserError: the base is not there any more, or it is not what it was.
+        UserError: the base is not there any more, or it is not what it was, or it needs code that may not be run.
     """
-    base = load_pretrained("base", job.base, dtype, device, job.revision, job.trust_remote_code)
+    base = load_pretrained("base", job.base, dtype, device, job.revision, trust_remote_code)
     _same_base(base, run_dir)
     layers = find_layers(base.model, {"input_ids": torch.tensor([[0, 1]], device=device)})
     plan = load_plan(run_dir / "heads.json", base.fingerprint, layers)

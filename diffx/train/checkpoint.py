@@ -153,8 +153,9 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     set_model_state_dict(model, weights, options=_FULL)
     # Every process needs the parameter groups; with the options of a full state only the main one would get them.
     moments = get_optimizer_state_dict(model, optimizer)
+    steps = {f"{name}.step": torch.Size() for name in shapes}
     shapes = {f"{name}.{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
-    shapes |= {f"{name}.step": torch.Size() for name in weights} | {"rng.cpu": torch.get_rng_state().shape}
+    shapes |= steps | {"rng.cpu": torch.get_rng_state().shape}
     flat = read_tensors(folder / OPTIMIZER, shapes, optional=("rng.cuda",))
     torch.set_rng_state(flat.pop("rng.cpu"))
     cuda = flat.pop("rng.cuda", None)

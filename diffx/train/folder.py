@@ -76,6 +76,8 @@ def settle(job: Job, words: list[str]) -> tuple[Job, Path | None]:
     saved = load_config(folder / "config.yaml")
     if saved.kind != job.kind:
         raise UserError(f"train.resume={folder} cannot be used: it holds a {saved.kind} run, not a {job.kind} run")
+    if isinstance(saved, AdaptJob) and isinstance(job, AdaptJob):
+        saved.trust_remote_code = job.trust_remote_code  # only this command's word counts: somebody else may have written the folder
     for key in given(words, job, saved):
         if key == "train.steps":
             saved.train.tokens = None
