@@ -2,23 +2,31 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from diffx.errors import UserError
 
+_log = logging.getLogger(__name__)
+_CHECKSUM = b', "checksum": "'  # in a line of JSON; within a text its quotes would be escaped
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """Give a temporary path beside ``path``; it takes the place of ``path`` at the end, and is deleted after an exception.
 
     The temporary file is named after ``path`` alone, so that a killed writer leaves at most one and the next writer replaces it.
+
+    Args:
+        path: the file to write.
+        suffix: ends the temporary name, for a library that takes the format from it.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp{suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -42,6 +50,33 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def locked(path: Path, key: str) -> Iterator[None]:
+    """Hold the lock ``.{name}.lock`` beside ``path``, which need not exist; its parent folder is made.
+
+    Args:
+        path: the file or folder that is written.
+        key: names it in messages.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    from filelock import FileLock, Timeout  # not needed by commands that only read
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{key}={path} cannot be used: another process is writing it") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows deletes no open file
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -113,6 +148,67 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path} is damaged: line {number} is no JSON object")
         rows.append(row)
     return rows
+
+
+def json_checksum(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object without its key ``checksum``."""
+    rest = {key: item for key, item in value.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def append_lines(path: Path) -> TextIO:
+    """Open a file of lines to append to; a last line that was torn by a kill or a full disk is ended first."""
+    torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
+    file = path.open("a", encoding="utf-8")
+    file.write("\n" if torn else "")
+    return file
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def checked_line(row: Mapping[str, Any]) -> str:
+    """Write a JSON object as a line whose last key is the ``checksum`` of the rest, for ``read_checked_lines``."""
+    text = json.dumps(row)
+    return f'{text[:-1]}{_CHECKSUM.decode()}{_line_checksum(text.encode())}"}}\n'
+
+
+def read_checked_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the JSON objects that ``checked_line`` wrote; a missing file has none.
+
+    A damaged line is left out with a warning: what it held is computed again. A line without a checksum is taken as it is.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+    rows, damaged = [], 0
+    for line in filter(None, lines):
+        head, mark, checksum = line.rpartition(_CHECKSUM)
+        text = head + b"}" if mark else line
+        try:
+            row = parse_json(text)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and (not mark or checksum == f'{_line_checksum(text)}"}}'.encode()):
+            rows.append(row)
+        else:
+            damaged += 1
+    if damaged:
+        _log.warning("%s: %d damaged lines are left out", path, damaged)
+    return rows
+
+
+def _line_checksum(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def sha256(path: Path) -> str:

@@ -14,12 +14,12 @@ from filelock import FileLock
 from diffx.config import RunError, UserError
 from diffx.config.data import BpeTokenizer, DataConfig, HubData, RetrievalData, ShardsData, TokenizerConfig
 from diffx.data.batches import Batch, WindowBatches, val_batches
-from diffx.data.prepare import Progress, Source, build, digest, no_progress, ready, settings
-from diffx.data.shards import HeldOut, Shards, TokenArray
+from diffx.data.prepare import Source, build, digest, ready, settings
+from diffx.data.shards import HeldOut, Progress, Shards, TokenArray, cache_folder, no_progress, read_meta
 from diffx.data.sources import documents, file_hashes, reason, source_files
 from diffx.data.stream import StreamBatches
 from diffx.data.synthetic import SampleBatches, held_out, train_tokenizer
-from diffx.data.tokenizers import Tokenizer
+from diffx.data.tokenizers import Tokenizer, load_tokenizer
 
 Batches = WindowBatches | StreamBatches | SampleBatches
 _SHARD_TOKENS = 10**8
@@ -90,7 +90,7 @@ def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progr
         measured = {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}
         return Corpus(data, text.shards, val, text.info | info | {"val": text.info["val"] | {"measured": measured}})
     if isinstance(data, ShardsData):
-        shards = Shards(Path(data.path).expanduser())
+        shards = Shards(Path(data.path).expanduser(), progress)
     elif isinstance(data, HubData):
         first = list(itertools.islice(documents(data), data.tokenizer_documents))
         contents = digest([document.digest.hex() for document in first])
@@ -112,17 +112,23 @@ def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: st
     """Open the shards of a corpus whose files have the hash ``contents``, building them if there are none or they are damaged."""
     made = ready(tokenizer)
     wanted = settings(source.data, made, contents)
-    folder = Path(os.environ.get("DIFFX_CACHE") or "~/.cache/diffx").expanduser() / digest(wanted)[:32]
+    folder = cache_folder() / digest(wanted)[:32]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # of several processes that start together, one builds
             try:
-                return Shards(folder)
+                return Shards(folder, source.progress)
             except UserError as error:
                 if folder.exists():
                     _log.warning("the cache is built again: %s", error)
             shutil.rmtree(folder, ignore_errors=True)
-            temporary = folder.with_suffix(".tmp")
+            temporary = folder.with_suffix(".tmp")  # of a killed process, it is finished
+            try:
+                if read_meta(temporary):
+                    load_tokenizer(temporary / "tokenizer")
+            except UserError as error:
+                _log.warning("the cache is built from its beginning: %s", error)
+                shutil.rmtree(temporary)
             build(temporary, source, made, wanted, _SHARD_TOKENS, workers=1)
             os.replace(temporary, folder)
     except OSError as error:

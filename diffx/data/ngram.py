@@ -6,8 +6,7 @@ import numpy as np
 
 from diffx.config.data import BpeTokenizer
 from diffx.data.corpus import Corpus, open_data
-from diffx.data.prepare import Progress, no_progress
-from diffx.data.shards import HeldOut, TokenArray
+from diffx.data.shards import HeldOut, Progress, TokenArray, no_progress
 
 TRAIN_TOKENS = 20_000_000  # counted at most; a bigram gains little from more
 

@@ -15,24 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from diffx.config import RunError, UserError
 from diffx.config.data import BpeTokenizer, DataConfig, HubData, TokenizerConfig
 from diffx.config.train import PrepareJob
-from diffx.data.shards import FORMAT, ShardWriter, read_meta, token_dtype, write_meta
+from diffx.data.shards import FORMAT, Progress, Shards, ShardWriter, no_progress, read_meta, token_dtype, write_meta
 from diffx.data.sources import Document, documents, label, reason, source_files
 from diffx.data.tokenizers import FastTokenizer, TiktokenEncoding, Tokenizer, load_tokenizer, make_tokenizer
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with a stage (``training the tokenizer``, ``tokenizing``), bytes done, and bytes in all (``None`` if unknown)."""
+from diffx.files import locked, replacing_folder
 
 BPE_BYTES = 200 * 10**6  # a vocabulary of some thousands is settled long before
 _GROUP_BYTES, _GROUP_DOCUMENTS = 1 << 20, 512  # what a process tokenizes at once
-
-
-def no_progress(stage: str, done: int, total: int | None) -> None:
-    """Report nothing."""
 
 
 def prepare(job: PrepareJob, progress: Progress = no_progress) -> Path:
@@ -41,7 +34,7 @@ def prepare(job: PrepareJob, progress: Progress = no_progress) -> Path:
     An unfinished folder is taken up behind its last finished shard: the documents before are read again, but not tokenized.
 
     Raises:
-        UserError: the text or the tokenizer cannot be used, or ``job.out`` is something else or was made with other settings.
+        UserError: the text or the tokenizer cannot be used, or ``job.out`` is something else, damaged or made with other settings.
         RunError: the disk is full or cannot be written.
     """
     out = Path(job.out).expanduser()
@@ -53,13 +46,12 @@ def prepare(job: PrepareJob, progress: Progress = no_progress) -> Path:
     wanted = settings(job.data, tokenizer, digest(state)) | {"shard_tokens": job.shard_tokens}
     _begun(out, wanted)  # refuse before anything is made, the lock included
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(out.parent / f".{out.name}.lock", timeout=0):
+        with locked(out, "out"):
             meta = _begun(out, wanted)
-            if meta is None or not meta["complete"]:
+            if meta and meta["complete"]:
+                Shards(out, progress)  # which verifies it
+            else:
                 build(out, source, tokenizer, wanted, int(job.shard_tokens), job.workers or os.cpu_count() or 1)
-    except Timeout as error:
-        raise UserError(f"out={out} cannot be used: another process is writing it") from error
     except OSError as error:
         raise RunError(f"out={out} cannot be written: {reason(error)}") from error
     return out
@@ -126,10 +118,9 @@ def build(
         meta |= {"dtype": token_dtype(tokenizer.vocab_size), "masked": getattr(source.data, "prompt_key", None) is not None}
         meta |= {"sha256": "", "shards": 0, "files": {}}
         meta |= {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
-        start = folder.with_name(f".{folder.name}.{os.getpid()}")  # renamed, so that the folder never lacks its meta.json
-        tokenizer.save(start / "tokenizer")
-        write_meta(start, meta)
-        os.replace(start, folder)
+        with replacing_folder(folder) as start:  # so that the folder never lacks its meta.json
+            tokenizer.save(start / "tokenizer")
+            write_meta(start, meta)
     writer = ShardWriter(folder, meta, shard_tokens)
     read = 0
     rest = itertools.islice(source.read(), meta["train"]["documents"] + meta["val"]["documents"], None)

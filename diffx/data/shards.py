@@ -7,28 +7,51 @@ A folder holds ``meta.json``, ``tokenizer/`` and, for shard 0 (1, 2 …):
     val-00000.docs.bin     three uint64 a held-out document: its key, tokens (end of text included), bytes that are scored
     *.mask.bin             uint8 a token, 1 where it carries loss; only where there are prompts
 
-``meta.json`` is rewritten, atomically, after each finished shard, and says ``"complete": true`` after the last one.
+``meta.json`` is rewritten, atomically, after each finished shard, and says ``"complete": true`` after the last one. It holds the
+SHA-256 of each of these files, the tokenizer's fingerprint, and as ``checksum`` the SHA-256 of all of its other keys. Folders that were
+written before there was a checksum lack it, and are read without.
 """
 
 import hashlib
-import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock
 
 from diffx.config import UserError
 from diffx.data.sources import Document
 from diffx.data.tokenizers import load_tokenizer
+from diffx.files import json_checksum, read_json, sha256, write_json
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with a stage (``verifying``, ``training the tokenizer``, ``tokenizing``), bytes done, and bytes in all (``None``: unknown)."""
 
 FORMAT = 1
+_DTYPES = ("<u2", "<u4")
+_SUFFIXES = {"train": [".bin"], "val": [".bin", ".docs.bin"]}
+_FIELDS = {"format": int, "complete": bool, "settings": dict, "threshold": int, "tokenizer": dict, "dtype": str, "masked": bool}
+_FIELDS |= {"sha256": str, "shards": int, "files": dict, "train": dict, "val": dict}
+_log = logging.getLogger(__name__)
+
+
+def no_progress(stage: str, done: int, total: int | None) -> None:
+    """Report nothing."""
+
+
+def cache_folder() -> Path:
+    """``$DIFFX_CACHE``, or ``~/.cache/diffx``."""
+    return Path(os.environ.get("DIFFX_CACHE") or "~/.cache/diffx").expanduser()
 
 
 def token_dtype(vocab_size: int) -> str:
     """The narrowest type that holds every token."""
-    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+    return _DTYPES[vocab_size > 1 << 16]
 
 
 class TokenArray:
@@ -84,8 +107,12 @@ class Shards:
         train: the training tokens.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open a folder.
+    def __init__(self, folder: Path, progress: Progress = no_progress) -> None:
+        """Open a folder, and verify each file that was not verified before.
+
+        Args:
+            folder: holds ``meta.json``.
+            progress: called as files are hashed.
 
         Raises:
             UserError: it holds no shards, unfinished ones, or a damaged file.
@@ -96,17 +123,11 @@ class Shards:
             raise UserError(f"data.path={folder} cannot be used: it holds no token shards; `diffx data prepare` writes them")
         if not meta["complete"]:
             raise UserError(f"data.path={folder} cannot be used: it is not finished; run the same `diffx data prepare` again to go on")
-        if meta["dtype"] not in ("<u2", "<u4"):  # mapped as a type of numpy: objects would be pointers that the file gives
-            raise UserError(f"data.path={folder} cannot be used: its dtype is {meta['dtype']!r}, not <u2 or <u4")
-        for name, file in meta["files"].items():
-            if Path(name).name != name:
-                raise UserError(f"data.path={folder} cannot be used: {name!r} is no name of a file in it")
-            path = folder / name
-            size = path.stat().st_size if path.is_file() else 0
-            if size != file["bytes"]:
-                raise UserError(f"data.path={folder} cannot be used: {name} has {size} bytes in place of {file['bytes']}")
+        _verify(folder, meta["files"], progress)
         self.meta = meta
         self.tokenizer = load_tokenizer(folder / "tokenizer")
+        if self.tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
+            raise UserError(f"data.path={folder} cannot be used: its tokenizer is not the one that made its tokens (fingerprint differs)")
         self.train = self._tokens("train")
 
     def held_out(self, limit: int | None = None, keys: np.ndarray | None = None) -> HeldOut:
@@ -143,19 +164,89 @@ class Shards:
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
-    """Read a folder's ``meta.json``; ``None`` if it has none that is ours."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Read a folder's ``meta.json``; ``None`` if it has none.
+
+    Raises:
+        UserError: it is damaged, or of another format.
+    """
+    path = folder / "meta.json"
+    if not path.is_file():
         return None
-    return meta if isinstance(meta, dict) and meta.get("format") == FORMAT else None
+    meta = read_json(path, _FIELDS)
+    if meta["format"] != FORMAT:
+        raise UserError(f"{path} cannot be used: its format is {meta['format']}, and this version reads format {FORMAT}")
+    if meta.get("checksum", json_checksum(meta)) != json_checksum(meta):
+        raise UserError(f"{path} is damaged: its content does not have its checksum")
+    counts = [meta["tokenizer"].get(key) for key in ("vocab_size", "eot_id")]
+    counts += [meta[split].get(key) for split in _SUFFIXES for key in ("documents", "tokens", "bytes")]
+    sound = all(isinstance(count, int) and count >= 0 for count in counts) and meta["dtype"] in _DTYPES
+    sound = sound and isinstance(meta["tokenizer"].get("fingerprint"), str)
+    for file in meta["files"].values():
+        whole = isinstance(file, dict) and isinstance(file.get("bytes"), int) and isinstance(file.get("sha256"), str)
+        sound = sound and whole
+    names = _shard_names(0, meta["masked"])
+    if not sound or len(meta["files"]) != meta["shards"] * len(names):
+        raise UserError(f"{path} is damaged: a value is missing or of the wrong type")
+    for shard in range(meta["shards"]):
+        for name in _shard_names(shard, meta["masked"]):
+            if name not in meta["files"]:
+                raise UserError(f"{path} is damaged: its files lack {name}")
+    return meta
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """Write ``meta.json`` atomically."""
-    temporary = folder / "meta.json.tmp"
-    temporary.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "meta.json")
+    """Write ``meta.json`` atomically, with its checksum."""
+    write_json(folder / "meta.json", meta | {"checksum": json_checksum(meta)})
+
+
+def _verify(folder: Path, files: dict[str, dict[str, Any]], progress: Progress) -> None:
+    """Compare the size and the SHA-256 of each file with those of ``meta.json``.
+
+    A file is hashed once: what was hashed is remembered in the cache folder, by its size, its times of change (of content and of the
+    inode) and its inode, and is not read again while these stay as they are. What changes a file without changing them is not noticed: a
+    disk that loses bits, a change of the clock, a write to the disk below the file system, or a second write within the same tick of the
+    file system's clock. Where the cache folder cannot be written, everything is hashed each time.
+
+    Raises:
+        UserError: a file is missing, or is not the one that was written.
+    """
+    state = {}
+    for name, file in files.items():
+        path = folder / name
+        status = path.stat() if path.is_file() else None
+        if status is None:
+            raise UserError(f"data.path={folder} cannot be used: {name} is missing")
+        if status.st_size != file["bytes"]:
+            raise UserError(f"data.path={folder} cannot be used: {name} has {status.st_size} bytes in place of {file['bytes']}")
+        state[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, file["sha256"]]
+    stamp = cache_folder() / "verified" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.json"
+    with ExitStack() as stack:
+        try:
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{stamp}.lock"))  # of several processes that start together, one hashes
+            known = read_json(stamp)
+        except (OSError, UserError):  # a cache that cannot be written; no stamp yet, or a damaged one
+            known = {}
+        names = [name for name in files if known.get(name) != state[name]]
+        done, total = 0, sum(files[name]["bytes"] for name in names)
+        with ThreadPoolExecutor() as pool:
+            for name, digest in zip(names, pool.map(_hash, [folder / name for name in names]), strict=True):
+                if digest != files[name]["sha256"]:
+                    raise UserError(f"data.path={folder} cannot be used: {name} is damaged: its content does not have its SHA-256")
+                done += files[name]["bytes"]
+                progress("verifying", done, total)
+        if names:
+            try:
+                write_json(stamp, state)
+            except OSError as error:
+                _log.warning("%s is hashed again at the next start: %s cannot be written: %s", folder, stamp, error.strerror)
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise UserError(f"data.path={path.parent} cannot be used: {path.name} cannot be read: {error.strerror}") from error
 
 
 class ShardWriter:
@@ -218,11 +309,8 @@ class ShardWriter:
 
     def _start_shard(self) -> None:
         self._in_shard = 0
-        suffixes = {"train": [".bin"], "val": [".bin", ".docs.bin"]}
-        for split, names in suffixes.items():
-            for suffix in [*names, ".mask.bin"] if self._meta["masked"] else names:
-                name = _shard_name(split, self._meta["shards"], suffix)
-                self._open[name] = ((self._folder / name).open("wb"), hashlib.sha256())
+        for name in _shard_names(self._meta["shards"], self._meta["masked"]):
+            self._open[name] = ((self._folder / name).open("wb"), hashlib.sha256())
 
     def _finish_shard(self) -> None:
         for name, (file, digest) in self._open.items():
@@ -236,3 +324,8 @@ class ShardWriter:
 
 def _shard_name(split: str, shard: int, suffix: str) -> str:
     return f"{split}-{shard:05d}{suffix}"
+
+
+def _shard_names(shard: int, masked: bool) -> list[str]:
+    masks = [".mask.bin"] if masked else []
+    return [_shard_name(split, shard, suffix) for split, suffixes in _SUFFIXES.items() for suffix in [*suffixes, *masks]]

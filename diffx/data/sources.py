@@ -19,6 +19,7 @@ import zstandard
 
 from diffx.config import RunError, UserError
 from diffx.config.data import DataConfig, HubData, RetrievalData, StdlibData, TextData
+from diffx.files import sha256
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -99,14 +100,6 @@ def source_files(data: DataConfig) -> dict[str, Path]:
 
 def file_hashes(files: dict[str, Path]) -> dict[str, str]:
     """SHA-256 of each file's bytes, several files at a time."""
-
-    def sha256(path: Path) -> str:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
-
     try:
         with ThreadPoolExecutor() as pool:
             return dict(zip(files, pool.map(sha256, files.values()), strict=True))

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from diffx.config import UserError
 from diffx.config.data import BpeTokenizer, BytesTokenizer, HfTokenizer, TiktokenTokenizer, TokenizerConfig
 from diffx.data.sources import reason
+from diffx.files import read_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 _FILE = "diffx_tokenizer.json"
@@ -67,7 +68,7 @@ class FastTokenizer:
         )
         pretrained.save_pretrained(folder)
         saved = {"kind": self.kind, "eot": self._eot, "fingerprint": self.fingerprint}
-        (Path(folder) / _FILE).write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(folder) / _FILE, saved)
 
 
 class TiktokenEncoding:
@@ -100,7 +101,7 @@ class TiktokenEncoding:
         (folder / "ranks.tiktoken").write_bytes(self._ranks())
         encoding = self._encoding
         saved = {"kind": self.kind, "name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens}
-        (folder / _FILE).write_text(json.dumps(saved | {"fingerprint": self.fingerprint}, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / _FILE, saved | {"fingerprint": self.fingerprint})
 
     def _ranks(self) -> bytes:
         ranks = sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1])
@@ -137,7 +138,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     folder = Path(folder)
     try:
-        saved = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        saved = read_json(folder / _FILE, {"kind": str, "fingerprint": str})
         tokenizer: Tokenizer
         if saved["kind"] == "tiktoken":
             lines = (line.split() for line in (folder / "ranks.tiktoken").read_bytes().splitlines())
