@@ -1,7 +1,7 @@
 """``diffx export``: a run as an ordinary model of Hugging Face."""
 
-import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from diffx.config.train import Device
 from diffx.console import Reporter
 from diffx.dex.attach import fold
 from diffx.dex.registered import to_registered as keep_branch
+from diffx.errors import storage_failure
+from diffx.files import locked, replacing_folder
 from diffx.hub.convert import to_diffllama, to_llama
 from diffx.hub.registered import to_registered
 from diffx.loading import DTYPES, Loaded, load_run, write_origin
@@ -40,7 +42,8 @@ def export(job: ExportJob) -> Path:
     model, error = to_transformers(loaded, job.fold)
     if job.dtype is not Dtype.auto:
         model.to(DTYPES[job.dtype])
-    write_pretrained(model, loaded, out, "out")
+    with new_model_folder(out, "out") as folder:
+        write_pretrained(model, loaded, folder)
     needs = " (load it after `import diffx`)" if model.config.model_type.startswith("diffx") else ""
     reporter.line(f"{type(model).__name__} in {out}{needs}; its logits differ from the run's by {error:.1e} of their norm")
     return out
@@ -64,24 +67,30 @@ def to_transformers(loaded: Loaded, fold_branch: bool = True) -> tuple[PreTraine
     return model, error
 
 
-def write_pretrained(model: PreTrainedModel, loaded: Loaded, out: Path, key: str) -> None:
-    """Write a model with the tokenizer and the origin of ``loaded`` as a folder, all or nothing; ``key`` names the folder in messages.
+def write_pretrained(model: PreTrainedModel, loaded: Loaded, folder: Path) -> None:
+    """Write a model with the tokenizer and the origin of ``loaded`` into a folder."""
+    disable_progress_bar()
+    model.save_pretrained(folder)
+    loaded.tokenizer.save(folder)
+    write_origin(loaded, folder)
+
+
+@contextmanager
+def new_model_folder(out: Path, key: str) -> Iterator[Path]:
+    """Give a temporary folder that becomes ``out`` at the end, under a lock; ``key`` names ``out`` in messages.
 
     Raises:
+        UserError: another process is writing ``out``.
         RunError: it cannot be written.
     """
-    disable_progress_bar()
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary)
-        loaded.tokenizer.save(temporary)
-        write_origin(loaded, temporary)
-        os.replace(temporary, out)
-    except OSError as failure:
-        raise RunError(f"{key}={out} cannot be written: {failure.strerror or failure}") from failure
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with locked(out, key), replacing_folder(out) as folder:
+            yield folder
+    except Exception as error:  # safetensors and tokenizers have exceptions of their own for a full disk
+        failure = error.strerror if isinstance(error, OSError) else storage_failure(error)
+        if failure is None:
+            raise
+        raise RunError(f"{key}={out} cannot be written: {failure}") from error
 
 
 def _theirs(loaded: Loaded, fold_branch: bool) -> Any:

@@ -3,7 +3,6 @@
 A request is an ``Instance`` of lm-eval: a context and a continuation to score, a text to score, or a prompt to continue.
 """
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from diffx.config import RunError
 from diffx.config.eval import EvalJob
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.scoring import generations, loglikelihoods
+from diffx.files import append_lines, checked_line, read_checked_lines
 
 Ask = Callable[[str, list[Any]], list[Any]]  # a method of LM and requests -> an answer to each
 _CHUNK = 512  # requests between two writes
@@ -181,7 +181,7 @@ class RecordingLM(LM):
 
     Args:
         ask: the model.
-        path: JSON lines, one an answer; read first if it exists.
+        path: JSON lines, one an answer, each with a checksum; read first if it exists.
         tell: called with requests answered and requests in all.
         template: for chat templates, the model of lm-eval that has one.
     """
@@ -189,16 +189,8 @@ class RecordingLM(LM):
     def __init__(self, ask: Ask, path: Path, tell: Callable[[int, int], None], template: LM | None = None):
         super().__init__()
         self._ask, self._path, self._tell, self._template = ask, path, tell, template
-        self._known: dict[str, Any] = {}
-        if path.exists():
-            text = path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]  # a kill can tear the last line
-            self._known = dict(map(json.loads, whole.splitlines()))
-            path.write_text(whole, encoding="utf-8")
-
-    def forget(self) -> None:
-        """Delete the file: the answers are in the records."""
-        self._path.unlink(missing_ok=True)
+        rows = [row for row in read_checked_lines(path) if isinstance(row.get("request"), str) and "answer" in row]
+        self._known = {row["request"]: row["answer"] for row in rows}
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Score continuations of contexts."""
@@ -224,8 +216,8 @@ class RecordingLM(LM):
             chunk = left[first : first + _CHUNK]
             answers = self._ask(method, [request for _, request in chunk])
             pairs = [(key, answer) for (key, _), answer in zip(chunk, answers, strict=True)]
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(pair) + "\n" for pair in pairs)
+            with append_lines(self._path) as file:
+                file.writelines(checked_line({"request": key, "answer": answer}) for key, answer in pairs)
             self._known.update(pairs)
             self._tell(len(keys) - len(left) + first + len(chunk), len(keys))
         return [self._known[key] for key in keys]

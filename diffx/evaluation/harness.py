@@ -123,7 +123,6 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             if record["id"] in wanted:
                 done += 1
                 yield record
-    model.forget()
 
 
 def _records(context: Context, task: Task, heading: str, samples: list[dict[str, Any]]) -> Iterator[Record]:

@@ -2,15 +2,15 @@
 
 <folder>/evals/<step>/<suite>/<settings hash>/
     settings.json       what the hash is of, the model's fingerprint, versions
-    records.jsonl       one line an example while it runs; at the end records.jsonl.zst, in the plan's order
+    records.jsonl       one line an example while it runs, with a checksum; at the end records.jsonl.zst, in the plan's order
     results.json        the metrics; its presence says that the evaluation is finished
     <suite>.png
 """
 
 import hashlib
 import json
+import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -32,12 +32,13 @@ from diffx.config.eval import EvalJob
 from diffx.console import Reporter, make_table
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context, Example, Metric, Record
-from diffx.files import write_json
+from diffx.files import append_lines, checked_line, parse_json, read_checked_lines, read_json, replacing, write_json
 from diffx.loading import load
 from diffx.tracking import show_evaluation
 
+_log = logging.getLogger(__name__)
 _MODULES = {"attention_allocation": "allocation"}  # where a module's name is not its suites' kind
-_RECORDS = "records.jsonl"
+_RECORDS, _VERDICTS = "records.jsonl", "verdicts_"  # a judge's words, by the hash of what it read
 _ROWS = 60  # of a table on the terminal; the rest is in results.json
 _COLUMNS = ("", "metric", "value", "standard\nerror", "95% interval", "n", "published")
 
@@ -107,21 +108,22 @@ def _evaluate(
     job, lm, folder, reporter = context.job, context.lm, context.folder, context.reporter
     _prepare(context, settings)
     finished = folder / "results.json"
-    if finished.exists() and (job.judge.kind == "none" or not hasattr(module, "judge")):
-        results = json.loads(finished.read_text(encoding="utf-8"))
-        reporter.line("measured before with the same settings: these are its figures; force=true measures again")
-        if table:
-            _show(context, [Metric(**metric) for metric in results["metrics"]])
-        return folder
+    if job.judge.kind == "none" or not hasattr(module, "judge"):
+        known = _finished(context, finished)
+        if known is not None:
+            reporter.line("measured before with the same settings: these are its figures; force=true measures again")
+            _tidy(folder)
+            if table:
+                _show(context, known)
+            return folder
     records = _answer(module, context, examples)
     seconds = time.time() - started
     if job.judge.kind != "none" and hasattr(module, "judge"):
         records = module.judge(context, records)
     metrics: list[Metric] = module.summarize(context, records)
     picture = folder / f"{job.suite.name}.png"
-    temporary = picture.with_name(f".{picture.name}")
-    module.draw(context, records, metrics, temporary)
-    os.replace(temporary, picture)
+    with replacing(picture, picture.suffix) as temporary:
+        module.draw(context, records, metrics, temporary)
     _write_records(folder, records)
     results = {
         "suite": job.suite.name,
@@ -139,7 +141,7 @@ def _evaluate(
         "finished": True,
     }
     write_json(finished, results)
-    (folder / _RECORDS).unlink(missing_ok=True)
+    _tidy(folder)
     rows = _show(context, metrics) if table else [_row(metric) for metric in metrics]
     figures = {f"{metric.group}/{metric.name}": metric.value for metric in metrics}
     show_evaluation(
@@ -159,19 +161,43 @@ def _evaluate(
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Read the records of an evaluation: those of a finished one, or of an unfinished one what there is."""
+    """Read the records of an evaluation: those of a finished one, or of an unfinished one what there is; damaged ones are left out."""
+    records = read_checked_lines(folder / _RECORDS)
     whole = folder / f"{_RECORDS}.zst"
     if whole.exists():
-        with zstandard.open(whole, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-    records = []
-    path = folder / _RECORDS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:  # torn by a kill; nothing follows it
-            break
-    return records
+            with zstandard.open(whole, "rt", encoding="utf-8") as file:
+                records = [parse_json(line) for line in file] + records
+        except (ValueError, zstandard.ZstdError) as error:
+            _log.warning("%s is damaged (%s): its records are measured again", whole, error)
+    return [record for record in records if _is_record(record)]
+
+
+def _is_record(value: Any) -> bool:
+    known = isinstance(value, dict) and isinstance(value.get("id"), str) and isinstance(value.get("group"), str)
+    return known and isinstance(value.get("scores"), dict) and all(isinstance(score, int | float) for score in value["scores"].values())
+
+
+def _finished(context: Context, path: Path) -> list[Metric] | None:
+    """The metrics of a finished evaluation; ``None`` of one that is not, or whose results are damaged, which is warned of."""
+    if not path.exists():
+        return None
+    try:
+        metrics = [Metric(**metric) for metric in read_json(path, {"metrics": list})["metrics"]]
+        if all(isinstance(cell, str) for metric in metrics for cell in _row(metric)):
+            return metrics
+        raise TypeError
+    except (UserError, TypeError, ValueError, AttributeError) as error:
+        reason = error if isinstance(error, UserError) else f"{path} is damaged"
+        context.reporter.warn(f"{reason}: its figures are computed again")
+        return None
+
+
+def _tidy(folder: Path) -> None:
+    """Delete what a finished evaluation needs no more, such as a killed process leaves; a judge's verdicts were paid for, and stay."""
+    for path in (*folder.glob("*.jsonl"), *folder.glob(".*.tmp*")):
+        if not path.name.startswith(_VERDICTS):
+            path.unlink()
 
 
 def _settings(context: Context) -> dict[str, Any]:
@@ -187,20 +213,23 @@ def _settings(context: Context) -> dict[str, Any]:
 
 
 def _prepare(context: Context, settings: dict[str, Any]) -> None:
-    """Empty the folder if it holds another model's results or if they are to be forced; write ``settings.json``."""
-    folder, own = context.folder, context.lm.loaded
+    """Empty the folder if it holds another model's results, damaged settings or if they are to be forced; write ``settings.json``."""
+    folder, loaded = context.folder, context.lm.loaded
     path = folder / "settings.json"
-    state = {"fingerprint": own.fingerprint, "settings": settings}
+    state = {"fingerprint": loaded.fingerprint, "settings": parse_json(json.dumps(settings))}
     if path.exists():
-        changed = json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != own.fingerprint
+        try:
+            known = read_json(path)
+            weights = f"the weights of {context.job.checkpoint} are not those that were measured before"
+            changed = "" if known == state else weights if known.get("settings") == state["settings"] else f"{path} is damaged"
+        except UserError as error:
+            changed = str(error)
         if changed:
-            context.reporter.warn(f"the weights of {context.job.checkpoint} are not those that were measured before: measuring again")
+            context.reporter.warn(f"{changed}: measuring again")
         if not (changed or context.job.force):
             return
         for entry in folder.iterdir():
-            if entry.name != ".lock" and not entry.name.startswith(
-                "verdicts_"
-            ):  # a judge's words, by the hash of what it read, were paid for
+            if entry.name != ".lock" and not entry.name.startswith(_VERDICTS):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     write_json(path, state)
 
@@ -209,20 +238,16 @@ def _answer(module: ModuleType, context: Context, examples: list[Example]) -> li
     """Answer the examples that have no record yet, each record written as it comes; all records, in the examples' order."""
     path, wanted = context.folder / _RECORDS, {example.id for example in examples}
     done = {record["id"]: record for record in read_records(context.folder) if record["id"] in wanted}
-    if not (context.folder / f"{_RECORDS}.zst").exists():
-        temporary = path.with_suffix(".tmp")  # without a torn last line
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in done.values()), encoding="utf-8")
-        os.replace(temporary, path)
     left = [example for example in examples if example.id not in done]
     if done and left:
         context.reporter.line(f"{len(done)} of {len(examples)} examples were answered before")
     if left:
         with (
-            path.open("a", encoding="utf-8") as file,
+            append_lines(path) as file,
             context.reporter.progress(context.suite.name, len(examples), len(done), "examples") as context.bar,
         ):
             for record in module.answer(context, left):
-                file.write(json.dumps(record) + "\n")
+                file.write(checked_line(record))
                 file.flush()
                 done[record["id"]] = record
                 context.bar.at(len(done))
@@ -233,12 +258,13 @@ def _answer(module: ModuleType, context: Context, examples: list[Example]) -> li
 
 
 def _write_records(folder: Path, records: list[Record]) -> None:
-    path = folder / f"{_RECORDS}.zst"
-    temporary = path.with_name(f".{path.name}")
-    with zstandard.open(temporary, "wt", encoding="utf-8") as file:
+    compressor = zstandard.ZstdCompressor(write_checksum=True)
+    with (
+        replacing(folder / f"{_RECORDS}.zst") as temporary,
+        zstandard.open(temporary, "wt", cctx=compressor, encoding="utf-8") as file,
+    ):
         for record in records:
             file.write(json.dumps(record) + "\n")
-    os.replace(temporary, path)
 
 
 def _show(context: Context, metrics: list[Metric]) -> list[list[str]]:

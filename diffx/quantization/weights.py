@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from diffx.config.train import Device
 from diffx.console import Reporter
 from diffx.dex.pretrained import load_pretrained
 from diffx.evaluation.run import Change
-from diffx.export import to_transformers, write_pretrained
+from diffx.export import new_model_folder, to_transformers, write_pretrained
 from diffx.loading import Loaded, load, load_run
 
 _GROUP = 32  # weights that share a scale where nothing is said, below 8 bits
@@ -99,17 +98,17 @@ def stored_bytes(folder: Path) -> int:
 def _make(job: QuantizeJob, loaded: Loaded, bits: int, left: list[str], out: Path) -> None:
     """Quantize while the model is loaded, which is how ``transformers`` does it, and save what comes of it."""
     device, dtype = next(loaded.model.parameters()).device, next(loaded.model.parameters()).dtype
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        source = job.checkpoint
+    with new_model_folder(out, "checkpoint") as folder:
+        source, plain = job.checkpoint, folder / "plain"
         if loaded.job is not None:
-            source = f"{scratch}/plain"
-            write_pretrained(_plain(job, loaded), loaded, Path(source), "checkpoint")
+            source = str(plain)
+            write_pretrained(_plain(job, loaded), loaded, plain)
         if bits < _ROW_BITS and device.type == "cpu":
             Reporter().warn(f"on a CPU torchao stores {bits}-bit weights one to a byte: it computes as at {bits} bits, and is larger")
         config = TorchAoConfig(_recipe(job.method, bits, device), modules_to_not_convert=left)
         found = load_pretrained("checkpoint", source, dtype, device, job.revision, job.trust_remote_code, config)
-        write_pretrained(found.model, loaded, out, "checkpoint")
+        write_pretrained(found.model, loaded, folder)
+        shutil.rmtree(plain, ignore_errors=True)
 
 
 def _plain(job: QuantizeJob, loaded: Loaded) -> PreTrainedModel:

@@ -1,13 +1,12 @@
 """``diffx compare``: one table, one picture and one JSON file out of several runs."""
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from diffx.config import RunError, UserError
 from diffx.console import Reporter, figure, make_table
+from diffx.files import replacing, write_json
 from diffx.report.findings import analyse
 from diffx.report.picture import FORMATS, draw
 from diffx.report.runs import group_runs, read_runs, sweep_jobs
@@ -62,17 +61,12 @@ def write_report(report: dict[str, Any], out: Path, draw: Callable[[dict[str, An
     figures = out.with_suffix(".json")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for path, write in ((out, draw), (figures, _write_json)):
-            temporary = path.with_name(f".{os.getpid()}-{path.name}")
-            write(report, temporary)
-            os.replace(temporary, path)
+        with replacing(out, out.suffix) as temporary:
+            draw(report, temporary)
+        write_json(figures, report)
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror or error}") from error
     reporter.line(f"picture: {out}   figures: {figures}")
-
-
-def _write_json(report: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _row(group: dict[str, Any]) -> dict[str, str]:

@@ -179,9 +179,38 @@ def test_answers_are_kept_and_not_asked_again(tmp_path, monkeypatch):
     model = RecordingLM(ask, path, lambda *counts: told.append(counts))
     assert model.loglikelihood(requests) == [(1.0, False), (2.0, False), (3.0, False), (1.0, False), (4.0, False)]
     assert asked == [pairs[4:]] and told == [(4, 5), (5, 5)]  # the same request twice has two answers: they may be sampled
-    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 5
-    model.forget()
-    assert not path.exists()
+    assert len([json.loads(line) for line in path.read_text().splitlines() if line != '["torn']) == 5
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line.replace("-1.5", "-7.5"),  # another figure
+        lambda line: line.replace("true", "false"),
+        lambda line: line[: len(line) // 2],
+        lambda line: "[" * 100_000,
+        lambda line: '["key", [1.0, true]]',
+        lambda line: '{"request": ["x"], "answer": 1}',
+        lambda line: "\x00\xff",
+    ],
+)
+def test_a_damaged_answer_is_asked_again(tmp_path, damage, caplog):
+    path, asked = tmp_path / "requests.jsonl", []
+
+    def ask(method, chunk):
+        asked.extend(request.args for request in chunk)
+        return [(-float(request.args[1]), True) for request in chunk]
+
+    pairs = [("a", "1.5"), ("b", "2.5"), ("c", "3.5")]
+    requests = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
+    expected = RecordingLM(ask, path, lambda *counts: None).loglikelihood(requests)
+    first, *rest = path.read_text().splitlines()
+    assert damage(first) != first
+    path.write_text("\n".join([damage(first), *rest]) + "\n", encoding="latin-1")
+    asked.clear()
+    for _ in range(2):
+        assert RecordingLM(ask, path, lambda *counts: None).loglikelihood(requests) == expected
+    assert asked == pairs[:1]
 
 
 def test_settings_of_generation():

@@ -1,6 +1,8 @@
 """The runner: its folder of results, resumption, forced and repeated evaluations, sweeps."""
 
+import errno
 import json
+import re
 import subprocess
 import sys
 import time
@@ -167,3 +169,87 @@ def test_a_sweep_and_a_model_of_the_hub(runs, hf_folder, monkeypatch, tmp_path):
     names = {results(path.parent)["checkpoint"]["name"] for path in tmp_path.glob("runs/hub/*/evals/0/icl/*/results.json")}
     assert names == {"tiny-llama"}
     assert len(list(runs.glob("diff_v1/evals/4/icl/*/results.json"))) == 1
+
+
+def test_what_a_killed_process_has_left_goes_when_results_are_shown(measure):
+    folder = measure("seed=7")
+    kept = sorted(path.name for path in folder.iterdir())
+    for name in ("records.jsonl", "requests.jsonl", ".icl.png.tmp.png", ".results.json.tmp", ".records.jsonl.zst.tmp", "verdicts_a.jsonl"):
+        (folder / name).write_text("{")
+    measure("seed=7")
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*kept, "verdicts_a.jsonl"])
+
+
+def test_an_altered_record_is_measured_again(measure, monkeypatch, caplog):
+    folder = measure("seed=8")
+    expected, answer, asked = without_time(folder), icl.answer, []
+
+    def stopped(context, examples):
+        for number, record in enumerate(answer(context, examples)):
+            if number == 6:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            yield record
+
+    def counted(context, examples):
+        asked.extend(example.id for example in examples)
+        return answer(context, examples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(icl, "answer", stopped)
+        with pytest.raises(OSError, match="No space"):
+            measure("seed=8", "force=true")
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    lines[0] = re.sub(r'"accuracy": [\d.]+', '"accuracy": 0.5', lines[0])
+    lines[2] = "[" * 100_000
+    lines[3] = '{"id": 5, "group": []}'
+    lines[4] = "null"
+    (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(icl, "answer", counted)
+    measure("seed=8")
+    assert len(asked) == 12 - 2 and "damaged" in caplog.text
+    assert without_time(folder) == expected
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"fingerprint": 5}', "{}"])
+def test_damaged_settings_are_measured_again(measure, capsys, text):
+    folder = measure("limit=1")
+    before, settings = without_time(folder), (folder / "settings.json").read_text()
+    (folder / "settings.json").write_text(text)
+    (folder / "of_unknown_settings.txt").write_text("")
+    assert measure("limit=1") == folder
+    assert "settings.json" in capsys.readouterr().out.replace("\n", "")
+    assert without_time(folder) == before and (folder / "settings.json").read_text() == settings
+    assert not (folder / "of_unknown_settings.txt").exists()
+
+
+METRIC = {"group": "a", "name": "b", "value": 1.0}
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        *("", "{", "[]", "[" * 100_000, "{}", '{"metrics": 5}', '{"metrics": [5]}', '{"metrics": [{"group": "a"}]}'),
+        *(json.dumps({"metrics": [METRIC | {key: value}]}) for key, value in (("value", "5"), ("group", 5), ("published", [1]), ("x", 1))),
+    ],
+)
+def test_damaged_results_are_computed_again_from_the_records(measure, monkeypatch, capsys, damaged):
+    folder = measure("limit=2")
+    before = without_time(folder)
+    (folder / "results.json").write_text(damaged)
+    with monkeypatch.context() as patch:
+        patch.setattr(icl, "answer", lambda *_: pytest.fail("measured again"))
+        measure("limit=2")
+    assert "computed again" in capsys.readouterr().out.replace("\n", " ")
+    assert without_time(folder) == before
+
+
+@pytest.mark.parametrize("cut", [lambda content: content[:-20], lambda content: content[:40] + b"\0\0" + content[42:], lambda content: b""])
+def test_damaged_records_of_an_unfinished_evaluation_are_measured_again(measure, cut):
+    folder = measure("seed=9")
+    before = without_time(folder)
+    (folder / "results.json").unlink()
+    path = folder / "records.jsonl.zst"
+    path.write_bytes(cut(path.read_bytes()))
+    measure("seed=9")
+    assert without_time(folder) == before and len(read_records(folder)) == 12
