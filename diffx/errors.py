@@ -1,6 +1,8 @@
 """The ways in which a command ends early. The command line turns each into one line and an exit code."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -40,3 +42,17 @@ def storage_failure(error: BaseException) -> str | None:
     if "No space left on device" in str(error):
         return "No space left on device; files that were finished are intact, and the same command goes on once this is mended"
     return None
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turn a failure of the file system into a ``RunError`` whose line begins with ``what``."""
+    try:
+        yield
+    except Exception as error:
+        failure = storage_failure(error)
+        if failure is None and isinstance(error, OSError) and error.strerror:  # such as a folder that was deleted meanwhile
+            failure = error.strerror + (f" ({error.filename})" if error.filename else "")
+        if failure is None:
+            raise
+        raise RunError(f"{what}: {failure}") from error

@@ -16,7 +16,7 @@ from diffx.config.train import Device
 from diffx.console import Reporter
 from diffx.dex.attach import fold
 from diffx.dex.registered import to_registered as keep_branch
-from diffx.errors import storage_failure
+from diffx.errors import storage_errors
 from diffx.files import locked, replacing_folder
 from diffx.hub.convert import to_diffllama, to_llama
 from diffx.hub.registered import to_registered
@@ -83,14 +83,8 @@ def new_model_folder(out: Path, key: str) -> Iterator[Path]:
         UserError: another process is writing ``out``.
         RunError: it cannot be written.
     """
-    try:
-        with locked(out, key), replacing_folder(out) as folder:
-            yield folder
-    except Exception as error:  # safetensors and tokenizers have exceptions of their own for a full disk
-        failure = error.strerror if isinstance(error, OSError) else storage_failure(error)
-        if failure is None:
-            raise
-        raise RunError(f"{key}={out} cannot be written: {failure}") from error
+    with storage_errors(f"{key}={out} cannot be written"), locked(out, key), replacing_folder(out) as folder:
+        yield folder
 
 
 def _theirs(loaded: Loaded, fold_branch: bool) -> Any:

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffx.config.bridge import JOBS, literal, register_schemas, to_typed
 from diffx.config.messages import explain, keys, unknown
 from diffx.errors import RunError, UserError, storage_failure
+from diffx.files import append_lines, read_checked_lines, write_json
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIGS = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())  # a wheel's, or a checkout's
@@ -73,6 +74,7 @@ class Task:
         keep: write what ``work`` returned to the sweep's folder, for what is done after it.
         result: what a single run's ``work`` returned.
         error: what a single run raised.
+        unwritten: failed jobs that the sweep's folder could not take, its disk being full.
     """
 
     job_class: type
@@ -82,6 +84,8 @@ class Task:
     keep: bool = False
     result: Any = None
     error: Exception | None = None
+    unwritten: list[dict[str, Any]] = field(default_factory=list)
+    process: int = field(default_factory=os.getpid)
 
     def __call__(self, cfg: DictConfig) -> Any:
         """Convert and check the config, then work; returns what ``work`` returns (an objective, for sweepers that want one)."""
@@ -98,12 +102,19 @@ class Task:
             self.result = result = self.work(to_typed(cfg, self.job_class), words)
             if sweep and self.keep:
                 sweep.mkdir(parents=True, exist_ok=True)
-                (sweep / _RESULT.format(settings.job.num)).write_text(json.dumps(result), encoding="utf-8")
+                write_json(sweep / _RESULT.format(settings.job.num), result)
             return result
         except Exception as error:
             if sweep:
-                entry = _record(sweep, settings.job.num, words, error)
+                entry = _failure(settings.job.num, words, error)
                 print(f"error: job {_job(entry, self.given)}: {entry['error']}", file=sys.stderr, flush=True)
+                try:
+                    with append_lines(sweep / _FAILED) as file:  # one write, so that jobs side by side do not mix
+                        file.write(json.dumps(entry) + "\n")
+                except OSError:
+                    if os.getpid() != self.process:  # only a launcher's error can tell of it
+                        raise
+                    self.unwritten.append(entry)
             else:
                 self.error = error
             return None
@@ -121,16 +132,13 @@ def config_groups(app: Any, name: str) -> dict[str, list[str]]:
     return {group: options(group) for group in choices if not group.startswith("hydra/")}
 
 
-def _record(sweep: Path, number: int, words: list[str], error: Exception) -> dict[str, Any]:
-    """Append a failed job to the sweep's list, in one write so that jobs side by side do not mix."""
+def _failure(number: int, words: list[str], error: Exception) -> dict[str, Any]:
+    """What the sweep's list says of a failed job."""
     reason = str(error) if isinstance(error, UserError | RunError) else storage_failure(error)
     if reason is None:
         traceback.print_exception(error)
         reason = f"{type(error).__name__}: {error}"
-    entry = {"job": number, "overrides": words, "error": reason, "exit_code": 2 if isinstance(error, UserError) else 1}
-    with open(sweep / _FAILED, "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
-    return entry
+    return {"job": number, "overrides": words, "error": reason, "exit_code": 2 if isinstance(error, UserError) else 1}
 
 
 def _job(entry: dict[str, Any], given: list[str]) -> str:
@@ -215,7 +223,7 @@ def launch(
         with _one_line(app, name, words):
             _hydra_main(task, name, ["--multirun", "--", *words])
     finally:
-        failed = _failed(sweep)
+        failed = sorted([*read_checked_lines(sweep / _FAILED), *task.unwritten], key=lambda entry: entry["job"])
         if failed:
             jobs = ", ".join(_job(entry, words) for entry in failed)
             count = f"{len(failed)} jobs" if len(failed) > 1 else "1 job"
@@ -260,9 +268,3 @@ def _one_line(app: Any, name: str, words: list[str]) -> Iterator[None]:
         except HydraException:  # the user's own configs break the primary one
             groups = {}
         raise UserError(explain(error, words, groups)) from error
-
-
-def _failed(sweep: Path) -> list[dict[str, Any]]:
-    path = sweep / _FAILED
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return sorted((json.loads(line) for line in lines), key=lambda entry: entry["job"])

@@ -11,15 +11,16 @@ from typing import Any
 
 from filelock import FileLock
 
-from diffx.config import RunError, UserError
+from diffx.config import UserError
 from diffx.config.data import BpeTokenizer, DataConfig, HubData, RetrievalData, ShardsData, TokenizerConfig
 from diffx.data.batches import Batch, WindowBatches, val_batches
 from diffx.data.prepare import Source, build, digest, ready, settings
 from diffx.data.shards import HeldOut, Progress, Shards, TokenArray, cache_folder, no_progress, read_meta
-from diffx.data.sources import documents, file_hashes, reason, source_files
+from diffx.data.sources import documents, file_hashes, source_files
 from diffx.data.stream import StreamBatches
 from diffx.data.synthetic import SampleBatches, held_out, train_tokenizer
 from diffx.data.tokenizers import Tokenizer, load_tokenizer
+from diffx.errors import storage_errors
 
 Batches = WindowBatches | StreamBatches | SampleBatches
 _SHARD_TOKENS = 10**8
@@ -113,7 +114,7 @@ def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: st
     made = ready(tokenizer)
     wanted = settings(source.data, made, contents)
     folder = cache_folder() / digest(wanted)[:32]
-    try:
+    with storage_errors(f"the cache {folder.parent} cannot be written (DIFFX_CACHE can name another)"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # of several processes that start together, one builds
             try:
@@ -131,6 +132,4 @@ def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: st
                 shutil.rmtree(temporary)
             build(temporary, source, made, wanted, _SHARD_TOKENS, workers=1)
             os.replace(temporary, folder)
-    except OSError as error:
-        raise RunError(f"the cache {folder.parent} cannot be written: {reason(error)}; DIFFX_CACHE can name another") from error
     return Shards(folder)

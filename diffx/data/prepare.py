@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from diffx.config import RunError, UserError
+from diffx.config import UserError
 from diffx.config.data import BpeTokenizer, DataConfig, HubData, TokenizerConfig
 from diffx.config.train import PrepareJob
 from diffx.data.shards import FORMAT, Progress, Shards, ShardWriter, no_progress, read_meta, token_dtype, write_meta
-from diffx.data.sources import Document, documents, label, reason, source_files
+from diffx.data.sources import Document, documents, label, source_files
 from diffx.data.tokenizers import FastTokenizer, TiktokenEncoding, Tokenizer, load_tokenizer, make_tokenizer
+from diffx.errors import storage_errors
 from diffx.files import locked, replacing_folder
 
 BPE_BYTES = 200 * 10**6  # a vocabulary of some thousands is settled long before
@@ -45,15 +46,12 @@ def prepare(job: PrepareJob, progress: Progress = no_progress) -> Path:
     tokenizer = ready(job.tokenizer)
     wanted = settings(job.data, tokenizer, digest(state)) | {"shard_tokens": job.shard_tokens}
     _begun(out, wanted)  # refuse before anything is made, the lock included
-    try:
-        with locked(out, "out"):
-            meta = _begun(out, wanted)
-            if meta and meta["complete"]:
-                Shards(out, progress)  # which verifies it
-            else:
-                build(out, source, tokenizer, wanted, int(job.shard_tokens), job.workers or os.cpu_count() or 1)
-    except OSError as error:
-        raise RunError(f"out={out} cannot be written: {reason(error)}") from error
+    with storage_errors(f"out={out} cannot be written"), locked(out, "out"):
+        meta = _begun(out, wanted)
+        if meta and meta["complete"]:
+            Shards(out, progress)  # which verifies it
+        else:
+            build(out, source, tokenizer, wanted, int(job.shard_tokens), job.workers or os.cpu_count() or 1)
     return out
 
 

@@ -30,6 +30,7 @@ import diffx
 from diffx.config import UserError
 from diffx.config.eval import EvalJob
 from diffx.console import Reporter, make_table
+from diffx.errors import storage_errors
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context, Example, Metric, Record
 from diffx.files import append_lines, checked_line, parse_json, read_checked_lines, read_json, replacing, write_json
@@ -88,12 +89,13 @@ def measure(job: EvalJob, lm: LanguageModel, change: Change | None = None, table
     name = f"{job.suite.name}-{change.name}" if change else job.suite.name
     folder = context.folder = lm.loaded.folder / "evals" / str(lm.loaded.step) / name / digest
     reporter.line(f"{name} on {lm.name}, {len(examples)} examples, in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0), change.applied(lm.model) if change else nullcontext():
-            return _evaluate(module, context, examples, settings, change.facts if change else {}, started, table)
-    except Timeout as error:
-        raise UserError(f"suite={job.suite.name} cannot be run: another process is writing {folder}") from error
+    with storage_errors(f"the evaluation in {folder} stopped"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(folder / ".lock", timeout=0), change.applied(lm.model) if change else nullcontext():
+                return _evaluate(module, context, examples, settings, change.facts if change else {}, started, table)
+        except Timeout as error:
+            raise UserError(f"suite={job.suite.name} cannot be run: another process is writing {folder}") from error
 
 
 def _evaluate(

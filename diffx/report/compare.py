@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffx.config import RunError, UserError
+from diffx.config import UserError
 from diffx.console import Reporter, figure, make_table
+from diffx.errors import storage_errors
 from diffx.files import replacing, write_json
 from diffx.report.findings import analyse
 from diffx.report.picture import FORMATS, draw
@@ -59,13 +60,11 @@ def write_report(report: dict[str, Any], out: Path, draw: Callable[[dict[str, An
         RunError: they cannot be written.
     """
     figures = out.with_suffix(".json")
-    try:
+    with storage_errors(f"{out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out, out.suffix) as temporary:
             draw(report, temporary)
         write_json(figures, report)
-    except OSError as error:
-        raise RunError(f"{out} cannot be written: {error.strerror or error}") from error
     reporter.line(f"picture: {out}   figures: {figures}")
 
 
