@@ -5,8 +5,6 @@ so that a damaged checkpoint is named and passed over. Nothing in it is a pickle
 """
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -27,13 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from diffx.config import RunError, UserError
-from diffx.files import read_json, replacing_folder, sha256, write_json
+from diffx.files import json_checksum, read_json, replacing_folder, sha256, write_json
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 _WRAPPER = "_checkpoint_wrapped_module."  # which activation checkpointing puts into names
-_CHECKSUM = "checksum"  # of the rest of state.json; checkpoints of diffx 0.1.0 and before have none
 
 
 class DamagedCheckpointError(UserError):
@@ -75,7 +72,7 @@ def save_checkpoint(
             save_file({name: value.contiguous() for name, value in flat.items()}, temporary / OPTIMIZER)
             sums = {name: sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
             state = {"step": step, "sha256": sums, **state}
-            write_json(temporary / STATE, {_CHECKSUM: _checksum(state), **state})
+            write_json(temporary / STATE, {"checksum": json_checksum(state), **state})
             for path in temporary.iterdir():
                 _sync(path)
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step, passed over at the resume
@@ -129,9 +126,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = read_json(folder / STATE, {"step": int, "sha256": dict})
     except UserError as error:
         raise DamagedCheckpointError(f"{folder} is damaged: {str(error).removeprefix(f'{folder}/')}") from error
-    checksum, sums = state.pop(_CHECKSUM, None), state["sha256"]
+    checksum, sums = state.pop("checksum", None), state["sha256"]  # checkpoints of before there was a checksum have none
     match = _NAME.fullmatch(folder.name)
-    altered = checksum is not None and checksum != _checksum(state)
+    altered = checksum is not None and checksum != json_checksum(state)
     if altered or sums.keys() != {WEIGHTS, OPTIMIZER} or not match or state["step"] != int(match[1]):
         raise DamagedCheckpointError(f"{folder} is damaged: {STATE} is not what was written")
     for name, expected in sums.items():
@@ -239,10 +236,6 @@ def find_checkpoint(spec: str, key: str = "checkpoint") -> tuple[Path, Path]:
         folder = list(there.values())[-1]
     read_state(folder)
     return run_dir, folder
-
-
-def _checksum(state: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:
