@@ -11,6 +11,7 @@ from diffx.cli import main
 from diffx.config import UserError
 from diffx.data.shards import Shards
 from diffx.data.tokenizers import load_tokenizer
+from diffx.files import json_checksum
 from diffx.loading import load
 
 TINY = ["train.steps=2", "train.seq_len=16", "train.batch_tokens=32", "wandb.mode=disabled", "device=cpu", "data.val_tokens=500"]
@@ -188,7 +189,8 @@ def test_shards_map_numbers_of_their_own_folder_alone(here):
         ({"files": meta["files"] | {"../secret.bin": there}}, "no name of a file"),
         ({"files": meta["files"] | {str(folder / "secret.bin"): there}}, "no name of a file"),
     ):
-        path.write_text(json.dumps(meta | changed))
+        changed = meta | changed
+        path.write_text(json.dumps(changed | {"checksum": json_checksum(changed)}))  # which anyone can compute
         with pytest.raises(UserError, match=message):
             Shards(folder / "shards")
     path.write_text(json.dumps(meta))

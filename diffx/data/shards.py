@@ -177,20 +177,20 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} cannot be used: its format is {meta['format']}, and this version reads format {FORMAT}")
     if meta.get("checksum", json_checksum(meta)) != json_checksum(meta):
         raise UserError(f"{path} is damaged: its content does not have its checksum")
-    counts = [meta["tokenizer"].get(key) for key in ("vocab_size", "eot_id")]
-    counts += [meta[split].get(key) for split in _SUFFIXES for key in ("documents", "tokens", "bytes")]
-    sound = all(isinstance(count, int) and count >= 0 for count in counts) and meta["dtype"] in _DTYPES
-    sound = sound and isinstance(meta["tokenizer"].get("fingerprint"), str)
-    for file in meta["files"].values():
-        whole = isinstance(file, dict) and isinstance(file.get("bytes"), int) and isinstance(file.get("sha256"), str)
-        sound = sound and whole
-    names = _shard_names(0, meta["masked"])
-    if not sound or len(meta["files"]) != meta["shards"] * len(names):
-        raise UserError(f"{path} is damaged: a value is missing or of the wrong type")
-    for shard in range(meta["shards"]):
-        for name in _shard_names(shard, meta["masked"]):
-            if name not in meta["files"]:
-                raise UserError(f"{path} is damaged: its files lack {name}")
+    numbers = [(meta["tokenizer"], "vocab_size"), (meta["tokenizer"], "eot_id"), (meta, "shards")]
+    numbers += [(meta[split], key) for split in _SUFFIXES for key in ("documents", "tokens", "bytes")]
+    numbers += [(file if isinstance(file, dict) else {}, "bytes") for file in meta["files"].values()]
+    wrong = [key for values, key in numbers if not isinstance(values.get(key), int) or values[key] < 0]
+    wrong += ["fingerprint"] if not isinstance(meta["tokenizer"].get("fingerprint"), str) else []
+    wrong += ["sha256" for file in meta["files"].values() if not isinstance(file.get("sha256"), str)] if not wrong else []
+    if meta["dtype"] not in _DTYPES:  # numpy maps other types too: of objects, the file would give the pointers
+        wrong.append("dtype")
+    if wrong:
+        raise UserError(f"{path} is damaged: its {wrong[0]!r} cannot be used")
+    shards = range(min(meta["shards"], len(meta["files"]) + 1))
+    names = {name for shard in shards for name in _shard_names(shard, meta["masked"])}
+    if other := sorted(names ^ meta["files"].keys()):
+        raise UserError(f"{path} is damaged: {other[0]!r} is no name of a file of {meta['shards']} shards, or is missing")
     return meta
 
 

@@ -145,7 +145,7 @@ def test_names_of_files_are_those_of_shards(folder):
     files = json.loads((folder / "meta.json").read_text())["files"]
     for name in ("../../secret", "/etc/passwd", "train-00099.bin"):
         rewrite(folder, files={name if key == "train-00000.bin" else key: file for key, file in files.items()})
-        with pytest.raises(UserError, match=r"meta\.json is damaged: its files lack train-00000\.bin"):
+        with pytest.raises(UserError, match=r"meta\.json is damaged: .* is no name of a file"):
             opened(folder)
     for entry in (None, {}, {"bytes": "8", "sha256": ""}, {"bytes": 8, "sha256": 5}):
         rewrite(folder, files=files | {"train-00000.bin": entry})
