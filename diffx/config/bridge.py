@@ -4,6 +4,7 @@ OmegaConf cannot tell which subclass of a group's dataclass a saved config meant
 """
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -46,6 +47,7 @@ _LATER = {("train", "fused_attention"): False}
 Job = TypeVar("Job")
 
 
+@cache
 def register_schemas() -> None:
     """Store each dataclass as ``schema/<job>`` or ``schema/<group>/<kind>``, out of the way of the groups' own options."""
     store = ConfigStore.instance()
