@@ -11,6 +11,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels run on the CPU; said before Triton is imported
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_ceiling():
+    """Each run measures how fast this machine multiplies; that takes it a moment, and with bf16 often seconds."""
+    from diffx.train import throughput
+
+    throughput.SIDES["cpu"] = 128
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """One token a byte."""

@@ -294,8 +294,8 @@ def test_bad_input_is_one_line(place, capfd, command, mentions):
     ("command", "mentions"),
     [
         ("train train.stepz=3", ["train.stepz", "train.steps"]),
-        (f"train {TINY} data=text data.path=text/latin1.txt", ["text/latin1.txt", "UTF-8"]),
-        ("generate checkpoint=nowhere", ["checkpoint=nowhere"]),
+        pytest.param(f"train {TINY} data=text data.path=text/latin1.txt", ["text/latin1.txt", "UTF-8"], marks=pytest.mark.slow),
+        pytest.param("generate checkpoint=nowhere", ["checkpoint=nowhere"], marks=pytest.mark.slow),  # the imports take most of it
         ("trian", ["trian"]),
     ],
 )

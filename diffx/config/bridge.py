@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -54,6 +55,7 @@ _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # behind an odd number of 
 Job = TypeVar("Job")
 
 
+@cache
 def register_schemas() -> None:
     """Store each dataclass as ``schema/<job>`` or ``schema/<group>/<kind>``, out of the way of the groups' own options."""
     store = ConfigStore.instance()

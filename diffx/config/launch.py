@@ -13,14 +13,16 @@ from typing import Any, ClassVar, cast
 
 import hydra
 import yaml
+from hydra._internal.callbacks import Callbacks
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
+from hydra.core.utils import run_job
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -123,10 +125,11 @@ class Task:
 def config_groups(app: Any, name: str) -> dict[str, list[str]]:
     """The groups that the primary config ``name`` chooses from, and the options of each (``model`` has ``ablation/…`` among its own)."""
     loader = app.config_loader
+    names = loader.repository.get_group_options  # the loader's own method copies all configs at each call
 
     def options(group: str) -> list[str]:
-        nested = [f"{sub}/{name}" for sub in loader.get_group_options(group, ObjectType.GROUP) for name in options(f"{group}/{sub}")]
-        return [*loader.get_group_options(group, ObjectType.CONFIG), *nested]
+        nested = [f"{sub}/{name}" for sub in names(group, ObjectType.GROUP) for name in options(f"{group}/{sub}")]
+        return [*names(group, ObjectType.CONFIG), *nested]
 
     choices = loader.compute_defaults_list(name, [], RunMode.MULTIRUN).overrides.known_choices  # passes over a group without a default
     return {group: options(group) for group in choices if not group.startswith("hydra/")}
@@ -198,16 +201,21 @@ def launch(
         raise UserError(f"--multirun with {show[0]} cannot be used: it shows one job's config; give each key one value")
     words = [_plain_text(word) for word in words]
     with composer(config_dir) as app, _one_line(app, name, words):
-        cfg = app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
+        cfg = _composition(app, name, words, several=multirun or bool(show))
     if show and "--package" in show and OmegaConf.select(cfg, package := show[show.index("--package") + 1]) is None:
         raise UserError(unknown(package, list(keys(cfg))))  # Hydra would end the process
     task = Task(JOBS[name], work, words, sys.argv, keep=after is not None)
-    if show or not (multirun or cfg.hydra.mode is RunMode.MULTIRUN):
+    if show:
         with _one_line(app, name, words):
-            _hydra_main(task, name, [*(show or []), "--", *words])
+            _hydra_main(task, name, [*show, "--", *words])
+        return 0
+    if not (multirun or cfg.hydra.mode is RunMode.MULTIRUN):
+        with _one_line(app, name, words):
+            context = HydraContext(config_loader=app.config_loader, callbacks=Callbacks(cfg))
+            run_job(task, cfg, "hydra.run.dir", None, context, configure_logging=False)
         if task.error:
             raise task.error
-        if after and not show:
+        if after:
             after([task.result], None)
         return 0
 
@@ -237,6 +245,19 @@ def launch(
     if after and kept:
         after([json.loads(path.read_text(encoding="utf-8")) for path in kept], sweep)
     return min((entry["exit_code"] for entry in failed), default=0)
+
+
+def _composition(app: Any, name: str, words: list[str], several: bool) -> DictConfig:
+    """Compose once: the only job's config, or with the words of ``several`` jobs what they have in common."""
+    if not several:
+        try:
+            return app.compose_config(name, words, RunMode.RUN)
+        except HydraException:  # an experiment may be a sweep without being asked
+            cfg = app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
+            if cfg.hydra.mode is not RunMode.MULTIRUN:
+                raise
+            return cfg
+    return app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
 
 
 def _plain_text(word: str) -> str:
