@@ -105,12 +105,7 @@ def parse(said: str) -> bool | None:
     return None if verdict is None else _WORDS[verdict["word"].casefold()]
 
 
-def ask(
-    judge: EndpointJudge,
-    prompts: Sequence[str],
-    cache: Path,
-    progress: Callable[[int], None] | None = None,
-) -> list[Verdict]:
+def ask(judge: EndpointJudge, prompts: Sequence[str], cache: Path, progress: Callable[[int], None] | None = None) -> list[Verdict]:
     """Ask for a verdict on each prompt, several at once, and keep each understood reply in ``cache`` as soon as it is there.
 
     The client retries what may pass (no connection, no whole reply in time, 408, 409, 429, 5xx), waiting longer each time. A prompt
