@@ -129,6 +129,7 @@ def test_the_golden_curve_has_not_moved(run):
 
 # Killed, stopped, damaged
 
+
 def killed(job, tmp_path, at, number):
     """Run a job in a process of its own that gets a signal in the middle of step ``at``; its exit code, and what it ended with."""
     child = os.fork()
