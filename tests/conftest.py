@@ -12,11 +12,14 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_ceiling():
-    """Each run measures how fast this machine multiplies; that takes it a moment, and with bf16 often seconds."""
+def quick():
+    """What each run and each composition repeats, made short: a thousand of them are made."""
+    from hydra.core.config_store import ConfigStore
+
     from diffx.train import throughput
 
-    throughput.SIDES["cpu"] = 128
+    throughput.SIDES["cpu"] = 128  # the ceiling of matrix products takes a second where bf16 is slow
+    ConfigStore.__deepcopy__ = lambda store, memo: store  # Hydra copies every schema each time that it composes
 
 
 @pytest.fixture(scope="session")

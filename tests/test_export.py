@@ -163,7 +163,7 @@ save_file(logits, sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("with_diffx", [False, True])
+@pytest.mark.parametrize("with_diffx", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_process_of_its_own_gets_the_same_logits(with_diffx, export, run, place, tmp_path):
     names = {"dex": False, "diff_v2": True, "diff_v1_heads": True} if with_diffx else {"dex": True, "transformer": True, "diff_v1": True}
     folders = {name: str(export(name, fold=fold)) for name, fold in names.items()}

@@ -81,7 +81,7 @@ SHAPES = [
     (1, 100, 100, 4, 1, 64),
     (1, 129, 129, 2, 1, 128),
     (1, 3, 77, 2, 1, 64),  # a cache
-    (1, 513, 513, 2, 1, 32),
+    pytest.param((1, 513, 513, 2, 1, 32), marks=pytest.mark.slow),  # the interpreter takes half a minute
 ]
 
 
@@ -106,10 +106,10 @@ def test_a_long_text():
 @pytest.mark.parametrize(
     ("causal", "window", "documents"),
     [
-        (False, None, None),
+        pytest.param(False, None, None, marks=pytest.mark.slow),
         (True, 1, None),
-        (True, 40, None),
-        (False, 40, None),
+        pytest.param(True, 40, None, marks=pytest.mark.slow),
+        pytest.param(False, 40, None, marks=pytest.mark.slow),
         (True, None, [0, 50, 51, 130]),
         (False, None, [0, 1, 64, 130]),
         (True, 20, [0, 64, 100, 130]),
