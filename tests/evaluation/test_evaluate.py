@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from diffx.cli import main
-from diffx.config import UserError
+from diffx.config import RunError, UserError
 from diffx.config.launch import compose
 from diffx.evaluation import icl
 from diffx.evaluation.run import evaluate, read_records
@@ -196,7 +196,7 @@ def test_an_altered_record_is_measured_again(measure, monkeypatch, caplog):
 
     with monkeypatch.context() as patch:
         patch.setattr(icl, "answer", stopped)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(RunError, match="No space"):
             measure("seed=8", "force=true")
     lines = (folder / "records.jsonl").read_text().splitlines()
     assert len(lines) == 6
