@@ -56,3 +56,18 @@ def storage_errors(what: str) -> Iterator[None]:
         if failure is None:
             raise
         raise RunError(f"{what}: {failure}") from error
+
+
+def memory_failure(error: BaseException) -> str | None:
+    """Describe a failed allocation in one line; ``None`` if the exception is something else."""
+    # torch's exceptions are told by name and text, so that this module needs no torch.
+    told = any(text in str(error) for text in ("can't allocate memory", "calculation overflowed", "multiplication overflow"))
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or told:
+        reason = str(error).strip().partition("\n")[0].partition(". GPU ")[0]
+        return f"out of memory{f': {reason}' if reason else ''}; a smaller model, batch or length takes less"
+    return None
+
+
+def one_line(text: str) -> str:
+    """Escape what would break a message into lines or could not be printed, such as half of a surrogate pair."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

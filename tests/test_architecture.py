@@ -74,7 +74,7 @@ def test_rooms_without_torch(path):
     at_once = {module for module, at_once in imports(path) if at_once}
     assert not {module for module in at_once if module.partition(".")[0] in ("torch", "transformers")}
     if room_of(path) == "cli":  # no room before a command runs
-        own = {"diffx", "diffx.__version__", "diffx.errors", "diffx.cli.bench"}
+        own = {"diffx", "diffx.__version__", "diffx.errors", "diffx.files", "diffx.cli.bench"}
         assert {module for module in at_once if module.startswith("diffx")} <= own
 
 

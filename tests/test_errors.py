@@ -35,6 +35,8 @@ def place(tmp_path_factory, hf_folder, tokenizer):
     (text / "latin1.txt").write_bytes("déjà vu ".encode("latin-1") * 20)
     (text / "broken.jsonl").write_text('{"text": "fine"}\n{"text": "cut of\n')
     (text / "other_key.jsonl").write_text('{"body": "no text here"}\n')
+    (text / "deep.jsonl").write_text('{"text": "fine", "label": "x"}\n' + "[" * 100_000 + "\n")
+    (folder / "deep.json").write_text('{"a":' * 100_000)
     (text / "empty.txt").write_text("")
     (text / "damaged.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' * 50)[:-20])
     (folder / "nothing").mkdir()
@@ -268,6 +270,74 @@ TABLE = [
     ("compare trained notes suite=icl suite=math", ["suite=math", "one suite"]),
     ("compare trained notes suite=icl --out x.txt", ["out=x.txt", ".png"]),
     ("params tokenizer=tiktoken", ["model.vocab_size"]),
+    # Groups that are given no name.
+    *((f"train {group}=[1]", [f"{group}=[1]", "one of its options"]) for group in ("model", "size", "data", "tokenizer", "experiment")),
+    *((f"quantize checkpoint=trained {group}=[1]", [f"{group}=[1]", "one of its options"]) for group in ("suite", "method", "judge")),
+    ("train model=[[1]]", ["model=[[1]]", "one of its options"]),
+    ("train experiment=[diff/architectures,3]", ["experiment=[diff/architectures,3]"]),
+    ("train hydra/launcher=[1]", ["hydra/launcher=[1]"]),
+    ("train size={a:1}", ["size={a:1}", "one of its options"]),
+    ("train model={a:1}", ["model.a is not a key"]),
+    # Kinds that the group's choice sets.
+    ("train data.kind=stdlib", ["data.kind=stdlib", "data=stdlib"]),
+    ("train tokenizer.kind=bpe", ["tokenizer.kind=bpe", "tokenizer=bpe"]),
+    ("train kind=adapt", ["kind=adapt", "by hand"]),
+    ("adapt-dex base=llama kind=train", ["kind=train", "by hand"]),
+    ("eval checkpoint=trained suite=icl suite.kind=retrieval", ["suite.kind=retrieval", "suite=retrieval"]),
+    ("eval checkpoint=trained suite=icl judge.kind=endpoint", ["judge.kind=endpoint", "judge=endpoint"]),
+    ("quantize checkpoint=trained method.kind=weights", ["method.kind=weights", "method=weights"]),
+    ("generate checkpoint=trained kind=eval", ["kind=eval", "by hand"]),
+    ("export checkpoint=trained out=x kind=train", ["kind=train", "by hand"]),
+    ("data prepare out=x data.kind=stdlib", ["data.kind=stdlib", "data=stdlib"]),
+    # Numbers beyond all ranges.
+    *((f"{job} seed={seed}", [f"seed={seed}"]) for job in ("train", "adapt-dex base=llama") for seed in (-1, 2**32)),
+    *((f"{job} seed={10**20}", [f"seed={10**20}"]) for job in ("generate checkpoint=trained", "eval checkpoint=trained suite=icl")),
+    (f"eval checkpoint=trained suite=icl_order suite.seeds=[{2**32}]", [f"suite.seeds={2**32}", "4294967295"]),
+    *((f"train {key}=inf", [f"{key}=inf", "finite"]) for key in ("train.lr", "train.grad_clip", "model.rope_theta")),
+    ("train train.min_lr_ratio=nan", ["train.min_lr_ratio=nan"]),
+    ("generate checkpoint=trained temperature=inf", ["temperature=inf", "finite"]),
+    ("eval checkpoint=trained suite=retrieval suite.depths=[0,nan]", ["suite.depths=nan", "finite"]),
+    ("train 'train.tokens=\"inf\"'", ["train.tokens=inf"]),
+    ("train train.tokens=99999999999T", ["train.tokens=99999999999T"]),
+    # Sizes that cannot fit.
+    ("train model.hidden_size=1000000000 model.num_heads=10", ["model.hidden_size=1000000000"]),
+    ("train model.hidden_size=10000000 model.num_heads=10", ["model.hidden_size=10000000", "GiB are free"]),
+    ("train model.num_layers=1000000000", ["model.num_layers=1000000000"]),
+    ("train model.hidden_size=32768 model.num_layers=10000", ["model.num_layers=10000", "GiB are free"]),
+    ("train model.vocab_size=200M", ["model.vocab_size=200M"]),
+    ("train model.hidden_size=4096 model.vocab_size=200000000", ["model.vocab_size=200000000", "GiB are free"]),
+    ("train train.batch_tokens=1000000T train.seq_len=1", ["train.batch_tokens=1000000", "GiB are free"]),
+    ("train train.seq_len=100000000000 train.batch_tokens=100000000000", ["train.seq_len=100000000000", "GiB are free"]),
+    ("params model.hidden_size=1000000000000 model.num_heads=10", ["model.hidden_size=1000000000000"]),
+    # Addresses and texts.
+    *(
+        (f"eval checkpoint=trained suite=hallucination judge=endpoint judge.model=y judge.base_url='{url}'", [f"judge.base_url={url}"])
+        for url in ("http://[", "http://", "http://:80", "http://a:99999999", "http://a:b", "http://é", "ftp://a", "http://a:0x1")
+    ),
+    ("eval checkpoint=trained suite=hallucination judge=endpoint judge.model=y judge.base_url=http://u:secret@[", ["judge.base_url"]),
+    ("generate checkpoint=trained prompt=null", ["prompt=null", "text"]),
+    ("train train.sample_prompt=null", ["train.sample_prompt=null", "text"]),
+    ("eval checkpoint=trained suite=icl suite.template=null", ["suite.template=null", "text"]),
+    ("eval checkpoint=trained suite=icl 'suite.template={text}{{label}'", ["suite.template={text}{{label}"]),
+    ("eval checkpoint=trained suite=icl 'suite.template=\"{text}{label\"'", ["suite.template={text}{label", "{label}"]),
+    ("generate checkpoint=a\0b", ["checkpoint='a\\x00b'", "null characters"]),
+    ("generate checkpoint=a\udcff", ["checkpoint='a\\udcff'", "UTF-8"]),
+    (f"generate checkpoint=trained prompt_file={'x' * 300}", ["prompt_file=xxx", "too long"]),
+    (f"train run.dir={'x' * 300}", ["xxx", "too long"]),
+    (f"train train.lr={'[' * 2000}", ["nested too deeply"]),
+    # Places below a file.
+    ("export checkpoint=trained out=heads.json/x", ["out=heads.json/x", "heads.json is no folder"]),
+    ("data prepare out=heads.json/x", ["out=heads.json/x", "heads.json is no folder"]),
+    ("train run.dir=heads.json/x/y", ["run.dir=heads.json/x/y", "heads.json is no folder"]),
+    ("train -m seed=0,1 hydra.sweep.dir=heads.json/x", ["hydra.sweep.dir=heads.json/x", "heads.json is no folder"]),
+    ("train -m seed=0,1 hydra.sweep.dir=heads.json", ["hydra.sweep.dir=heads.json"]),
+    ("generate checkpoint=heads.json/x", ["checkpoint=heads.json/x"]),
+    ("compare trained --out heads.json/x.png", ["out=heads.json/x.png", "heads.json is no folder"]),
+    # Nested too deeply.
+    (f"train {TINY} data=text data.path=text/deep.jsonl", ["text/deep.jsonl", "line 2", "nested too deeply"]),
+    ("eval checkpoint=trained suite=icl suite.tasks=[text/deep.jsonl]", ["text/deep.jsonl", "nested too deeply"]),
+    ("eval checkpoint=trained suite=hallucination suite.tasks=[text/deep.jsonl]", ["text/deep.jsonl", "nested too deeply"]),
+    (f"adapt-dex base=llama {ADAPT} dex.heads=deep.json", ["dex.heads=deep.json", "nested too deeply"]),
     pytest.param(
         f"train {TINY} {TEXT} device=cuda", ["device=cuda"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
     ),

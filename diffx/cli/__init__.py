@@ -1,5 +1,6 @@
 """The doors: one Typer command each, a few lines long. Nothing heavy is imported before a command runs."""
 
+import errno
 import logging
 import os
 import sys
@@ -12,7 +13,8 @@ from typer.exceptions import TyperException
 
 from diffx import __version__
 from diffx.cli.bench import SETTINGS, bench
-from diffx.errors import RunError, Stopped, UserError, storage_failure
+from diffx.errors import RunError, Stopped, UserError, memory_failure, one_line, storage_failure
+from diffx.files import read_json
 
 app = typer.Typer(name="diffx", **SETTINGS)
 data = typer.Typer(help="Prepare training data.", **SETTINGS)
@@ -48,12 +50,14 @@ def _diffx(
 
 def _train(job: Any, words: list[str]) -> float | None:
     """Train; returns the held-out loss, which a sweeper such as optuna minimises."""
-    import json
-
     from diffx.train.run import train
 
-    summary = train(job, words) / "summary.json"
-    return float(json.loads(summary.read_text(encoding="utf-8"))["val/loss"]) if summary.exists() else None
+    return _loss(train(job, words))
+
+
+def _loss(run: Path) -> float | None:
+    summary = run / "summary.json"
+    return float(read_json(summary, {"val/loss": float})["val/loss"]) if summary.exists() else None
 
 
 def _generate(job: Any, words: list[str]) -> None:
@@ -86,12 +90,9 @@ def _report_quantization(found: list[dict[Any, str]], sweep: Path | None) -> Non
 
 def _adapt(job: Any, words: list[str]) -> float | None:
     """Adapt; returns the held-out loss, which a sweeper minimises."""
-    import json
-
     from diffx.train.adapt import adapt
 
-    summary = adapt(job, words) / "summary.json"
-    return float(json.loads(summary.read_text(encoding="utf-8"))["val/loss"]) if summary.exists() else None
+    return _loss(adapt(job, words))
 
 
 def _export(job: Any, words: list[str]) -> None:
@@ -381,10 +382,13 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         code, line = 2, " ".join(text.split())
     except Exception as error:
-        failure = storage_failure(error)
-        if failure is None:
+        failure = storage_failure(error) or memory_failure(error)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            code, line = 2, f"{error.filename or 'a path'} cannot be used: {error.strerror}"
+        elif failure is None:
             raise
-        code, line = 1, failure
+        else:
+            code, line = 1, failure
     if os.environ.get("RANK", "0") == "0":  # under torchrun every process refuses the same words
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {one_line(line)}", file=sys.stderr)
     return code

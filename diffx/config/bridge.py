@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffx.config.checks import plain
 from diffx.config.data import DATA_CONFIGS, TOKENIZER_CONFIGS
 from diffx.config.dex import AdaptJob
 from diffx.config.eval import JUDGE_CONFIGS, EvalJob, ExportJob
@@ -73,23 +74,31 @@ def to_typed(cfg: DictConfig, cls: type[Job]) -> Job:
         UserError: a key is unknown, or a value is missing, cannot be interpolated, or fails a check.
     """
     try:
-        _no_additions(cfg)
+        _check(cfg)
         job = OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(explain(error)) from error
     if not isinstance(job, cls):
         raise TypeError(f"the config composes to {type(job).__name__}, not to {cls.__name__}")
     return job
 
 
-def _no_additions(cfg: DictConfig, prefix: str = "") -> None:
-    """Refuse keys that ``+key=value`` put past the dataclasses."""
-    known = list(get_type_hints(OmegaConf.get_type(cfg)))
+def _check(cfg: DictConfig, prefix: str = "") -> None:
+    """Refuse keys that ``+key=value`` put past the dataclasses, a ``kind`` that is not its dataclass's, and unusable values."""
+    cls: Any = OmegaConf.get_type(cfg)
+    known = list(get_type_hints(cls))
     for key in map(str, cfg):
+        name = f"{prefix}{key}"
         if key not in known:
-            raise UserError(unknown(f"{prefix}{key}", [f"{prefix}{name}" for name in known]))
-        if not OmegaConf.is_missing(cfg, key) and OmegaConf.is_dict(cfg[key]):
-            _no_additions(cfg[key], f"{prefix}{key}.")
+            raise UserError(unknown(name, [f"{prefix}{other}" for other in known]))
+        value = None if OmegaConf.is_missing(cfg, key) else cfg[key]
+        if isinstance(value, DictConfig):
+            _check(value, f"{name}.")
+            continue
+        plain(name, OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value)
+        if key == "kind" and value not in (None, *(field.default for field in dataclasses.fields(cls) if field.name == key)):
+            choice = f"choose it by {prefix[:-1]}={value}" if prefix else "the command sets it"
+            raise UserError(f"{name}={value} cannot be set by hand: {choice}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -131,7 +140,9 @@ def from_plain(schema: Any, saved: Any) -> Any:
     """
     try:
         _no_interpolations(saved)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), saved))
+        config = OmegaConf.merge(OmegaConf.structured(schema), saved)
+        _check(cast(DictConfig, config))
+        return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     except RecursionError as error:

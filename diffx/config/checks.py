@@ -1,10 +1,13 @@
 """Checks that the config dataclasses share; each raises one line that names the key, the value and what is accepted."""
 
+import math
 import re
+from pathlib import Path
 from typing import Any
 
 from diffx.errors import UserError
 
+MOST = 2**63  # whole numbers stay below it, so that every library can hold them
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -39,5 +42,58 @@ def count(key: str, value: int | str) -> int:
         number = float(text[:-1] if scale > 1 else text) * scale
     except ValueError:
         number = 0.0
-    require(number >= 1 and number == int(number), key, value, "a positive whole number such as 4096, 100M or 1.5B")
+    whole = 1 <= number < MOST and number == int(number)
+    require(whole, key, value, "a positive whole number such as 4096, 100M or 1.5B, below 2^63")
     return int(number)
+
+
+def check_seed(key: str, value: int) -> None:
+    """Refuse a seed that not every random generator takes: NumPy's global one, which lm-eval seeds, holds 32 bits.
+
+    Raises:
+        UserError: the seed is negative, or 2^32 or more.
+    """
+    require(0 <= value < 2**32, key, value, "a whole number from 0 to 4294967295")
+
+
+def new_path(key: str, value: str | Path) -> Path:
+    """Expand a path to write to, and refuse one below a file.
+
+    Raises:
+        UserError: a parent of the path exists and is no folder.
+    """
+    path = Path(value).expanduser()
+    parent = next((parent for parent in path.parents if parent.exists()), None)
+    if parent is not None and not parent.is_dir():
+        raise UserError(f"{key}={value} cannot be used: {parent} is no folder; choose another place")
+    return path
+
+
+def plain(key: str, value: Any) -> None:
+    """Refuse what no option can take, whatever it means: numbers beyond all ranges, and text that is no UTF-8.
+
+    Args:
+        key: the config key.
+        value: a value of a config, lists and mappings included.
+
+    Raises:
+        UserError: it holds a number that is not finite, a whole number of more than 64 bits, a null character or half of a
+            surrogate pair.
+    """
+    if isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            plain(key, part)
+    elif isinstance(value, float):
+        require(math.isfinite(value), key, value, "a finite number")
+    elif isinstance(value, int):
+        require(-MOST < value < MOST, key, value if abs(value) < 10**30 else "(a long number)", "below 2^63")
+    elif isinstance(value, str):
+        shown = ascii(value if len(value) <= 80 else value[:80] + "…")
+        require(_is_text(value), key, shown, "UTF-8 text without null characters")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False

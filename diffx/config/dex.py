@@ -5,7 +5,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from diffx.config.checks import count, require
+from diffx.config.checks import check_seed, count, require
 from diffx.config.data import DataConfig
 from diffx.config.train import Device, RunConfig, Schedule, TrainConfig, WandbConfig
 from diffx.errors import UserError
@@ -135,6 +135,7 @@ class AdaptJob:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
         if self.train.init_from is not None:
             raise UserError(f"train.init_from={self.train.init_from} cannot be used: an adaptation starts from base=")
         if self.train.mask_documents:

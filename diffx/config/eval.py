@@ -1,14 +1,14 @@
 """The job of ``diffx eval``, and the judge of its generations."""
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
-from diffx.config.checks import count, path_name, require
+from diffx.config.checks import check_seed, count, new_path, path_name, require
 from diffx.config.suite import SuiteConfig
 from diffx.config.train import Device, WandbConfig
 from diffx.errors import UserError
@@ -52,10 +52,10 @@ class EndpointJudge(JudgeConfig):
     temperature: float | None = 0.0
 
     def __post_init__(self) -> None:
-        host = urlsplit(self.base_url)
-        if host.username or host.password or host.query:
+        if "@" in self.base_url or "?" in self.base_url:
             raise UserError("judge.base_url cannot be used: it holds a password or a query; it must be bare, the key in OPENAI_API_KEY")
-        require(host.scheme in ("http", "https") and bool(host.netloc), "judge.base_url", self.base_url, "an http or https address")
+        good = _is_address(self.base_url)
+        require(good, "judge.base_url", self.base_url, "an http or https address such as http://localhost:8000/v1")
         require(self.concurrency >= 1, "judge.concurrency", self.concurrency, "a positive whole number")
         require(self.retries >= 0, "judge.retries", self.retries, "zero or more")
         require(self.timeout > 0, "judge.timeout", self.timeout, "positive")
@@ -87,7 +87,7 @@ class ExportJob:
 
     def __post_init__(self) -> None:
         require(self.format == "hf", "format", self.format, "hf")
-        out = Path(self.out).expanduser()
+        out = new_path("out", self.out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"out={self.out} cannot be used: it exists; choose a new folder")
 
@@ -133,9 +133,19 @@ class EvalJob:
         if self.batch != "auto":
             self.batch = count("batch", self.batch)
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "a positive whole number, or null for all")
-        require(self.seed >= 0, "seed", self.seed, "zero or more")
+        check_seed("seed", self.seed)
         if self.judge.kind != "none" and self.suite.kind != "hallucination":
             raise UserError(f"judge={self.judge.kind} cannot be used with suite={self.suite.name}: only suite=hallucination is judged")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc if parts.port is None else parts.netloc.rpartition(":")[0]
+    except ValueError:  # an unfinished IPv6 address, or a port that is none
+        return False
+    named = re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+", host) is not None
+    return parts.scheme in ("http", "https") and named and url.isascii() and url.isprintable() and " " not in url
 
 
 JUDGE_CONFIGS: dict[str, type[JudgeConfig]] = {"none": JudgeConfig, "endpoint": EndpointJudge}

@@ -27,9 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.bridge import JOBS, literal, register_schemas, to_typed
+from diffx.config.checks import new_path
 from diffx.config.messages import explain, keys, unknown
-from diffx.errors import RunError, UserError, storage_failure
-from diffx.files import append_lines, read_checked_lines, write_json
+from diffx.errors import RunError, UserError, memory_failure, one_line, storage_failure
+from diffx.files import append_lines, read_checked_lines, read_json, write_json
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIGS = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())  # a wheel's, or a checkout's
@@ -109,7 +110,7 @@ class Task:
         except Exception as error:
             if sweep:
                 entry = _failure(settings.job.num, words, error)
-                print(f"error: job {_job(entry, self.given)}: {entry['error']}", file=sys.stderr, flush=True)
+                print(f"error: job {_job(entry, self.given)}: {one_line(entry['error'])}", file=sys.stderr, flush=True)
                 try:
                     with append_lines(sweep / _FAILED) as file:  # one write, so that jobs side by side do not mix
                         file.write(json.dumps(entry) + "\n")
@@ -137,7 +138,7 @@ def config_groups(app: Any, name: str) -> dict[str, list[str]]:
 
 def _failure(number: int, words: list[str], error: Exception) -> dict[str, Any]:
     """What the sweep's list says of a failed job."""
-    reason = str(error) if isinstance(error, UserError | RunError) else storage_failure(error)
+    reason = str(error) if isinstance(error, UserError | RunError) else storage_failure(error) or memory_failure(error)
     if reason is None:
         traceback.print_exception(error)
         reason = f"{type(error).__name__}: {error}"
@@ -221,7 +222,9 @@ def launch(
 
     if "run" in cfg and cfg.run.dir is not None:
         raise UserError(_RUN_DIR.format(cfg.run.dir))
-    sweep = Path(cfg.hydra.sweep.dir)
+    sweep = new_path("hydra.sweep.dir", cfg.hydra.sweep.dir)
+    if sweep.exists() and not sweep.is_dir():
+        raise UserError(f"hydra.sweep.dir={sweep} cannot be used: it is no folder; choose another")
     made = [folder for folder in (sweep, *sweep.parents) if not folder.exists()]
     for stale in (sweep / _FAILED, *sweep.glob(_RESULT.format("*"))):
         stale.unlink(missing_ok=True)
@@ -243,7 +246,7 @@ def launch(
                     folder.rmdir()
     kept = sorted(sweep.glob(_RESULT.format("*")), key=lambda path: int(path.stem.rpartition("_")[2]))
     if after and kept:
-        after([json.loads(path.read_text(encoding="utf-8")) for path in kept], sweep)
+        after([read_json(path) for path in kept], sweep)
     return min((entry["exit_code"] for entry in failed), default=0)
 
 
@@ -261,9 +264,9 @@ def _composition(app: Any, name: str, words: list[str], several: bool) -> DictCo
 
 
 def _plain_text(word: str) -> str:
-    """Quote the value of a key that holds free text, which Hydra's grammar would take apart; what is quoted already stays."""
+    """Quote the value of a key that holds free text, which Hydra's grammar would take apart; what is quoted already stays, and null."""
     key, _, value = word.partition("=")
-    if key not in _TEXT_KEYS or value[:1] in ("'", '"'):
+    if key not in _TEXT_KEYS or value[:1] in ("'", '"') or value == "null":
         return word
     value = re.sub(r"(\\*)'", r"\1\1\\'", literal(value))
     return f"{key}='" + re.sub(r"(\\+)$", r"\1\1", value) + "'"
@@ -283,7 +286,9 @@ def _one_line(app: Any, name: str, words: list[str]) -> Iterator[None]:
     """Turn what Hydra raises while it composes into a ``UserError``."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        if isinstance(error, TypeError) and not any("[" in word for word in words):  # Hydra's, where a group is given a list
+            raise
         try:
             groups = config_groups(app, name)
         except HydraException:  # the user's own configs break the primary one

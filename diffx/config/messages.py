@@ -36,6 +36,10 @@ def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, li
         words: what the user gave.
         groups: the config groups and their options, to choose the nearest from.
     """
+    if isinstance(error, RecursionError):
+        return "the words or a config file cannot be read: they are nested too deeply, or refer to themselves"
+    if isinstance(error, TypeError) or str(error).startswith("Config group override"):  # Hydra meets a list, a number, null
+        return _no_option(words, groups)
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     origin = re.match(r"In '(?!hydra/)\S+/\S+': ", str(error))  # a file of a group, not the words
     where = origin[0] if origin else ""
@@ -47,6 +51,8 @@ def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, li
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: it must be key=value, with quotes around values that hold spaces, brackets or '='"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        if str(cause.full_key) in groups:  # size={a:1}
+            return _no_option(words, groups)
         return where + unknown(str(cause.full_key), [*groups, *keys(cause.parent_node)])
     if isinstance(cause, MissingMandatoryValue):
         key = str(cause.full_key).removesuffix(".kind")
@@ -63,10 +69,14 @@ def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, li
     if "--multirun" in str(error):
         word = str(error).split("'")[1]
         return f"{word} has several values: add -m to run each of them, or write a list as key=[a,b]"
-    if str(error).startswith("Config group override must be"):
-        chosen = " ".join(word for word in words if word.partition("=")[0] in ("", *groups))
-        return f"{chosen} cannot be used: a group takes the name of one of its options, as model=diff_v1 does"
     return _first_line(error) + (f": {_first_line(cause)}" if isinstance(cause, OmegaConfBaseException) and cause is not error else "")
+
+
+def _no_option(words: Sequence[str], groups: Mapping[str, list[str]]) -> str:
+    """The line for a group that is given something else than the name of an option."""
+    chosen = [word for word in words if (key := word.partition("=")[0].lstrip("+~")) in ("", *groups) or key.startswith("hydra/")]
+    odd = [word for word in chosen if word.partition("=")[2][:1] in ("[", "{")] or chosen
+    return f"{' '.join(odd)} cannot be used: a group takes the name of one of its options, as model=diff_v1 does"
 
 
 def unknown(key: str, names: list[str]) -> str:

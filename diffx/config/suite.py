@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from diffx.config.checks import count, require
+from diffx.config.checks import check_seed, count, require
 from diffx.errors import UserError
 
 
@@ -166,6 +166,8 @@ class IclOrderSuite(SuiteConfig):
         for name in self.arrangements:
             require(name in ("random", "alternating"), "suite.arrangements", name, "random or alternating")
         self.seeds = _counts("suite.seeds", self.seeds, least=0)
+        for seed in self.seeds:
+            check_seed("suite.seeds", seed)
         for key in ("orders", "queries"):
             require(getattr(self, key) >= 1, f"suite.{key}", getattr(self, key), "a positive whole number")
         require(self.orders >= 2, "suite.orders", self.orders, "2 or more: a spread needs two orders")

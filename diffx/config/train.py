@@ -5,7 +5,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from diffx.config.checks import count, path_name, require
+from diffx.config.checks import check_seed, count, new_path, path_name, require
 from diffx.config.data import DataConfig, TokenizerConfig
 from diffx.config.model import ModelConfig
 from diffx.errors import UserError
@@ -185,6 +185,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         bad = self.dir is not None and (not self.dir or "=" in self.dir or "," in self.dir)
         require(not bad, "run.dir", self.dir, "a path without '=' and ','")
+        if self.dir is not None:
+            new_path("run.dir", self.dir)
         if self.name is not None:
             path_name("run.name", self.name)
 
@@ -215,6 +217,9 @@ class TrainJob:
     device: Device = Device.auto
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
+
 
 @dataclass(kw_only=True, slots=True)
 class PrepareJob:
@@ -239,6 +244,7 @@ class PrepareJob:
     def __post_init__(self) -> None:
         require(self.workers >= 0, "workers", self.workers, "zero (one a core) or more")
         self.shard_tokens = count("shard_tokens", self.shard_tokens)
+        new_path("out", self.out)
         if self.data.kind == "shards":
             raise UserError("data=shards cannot be prepared: it is what `diffx data prepare` writes; choose data=text, hub or stdlib")
         if self.data.kind == "retrieval":
@@ -276,6 +282,7 @@ class GenerateJob:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
         require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "a positive whole number")
         require(self.temperature >= 0, "temperature", self.temperature, "zero (greedy) or more")
         require(self.top_k >= 0, "top_k", self.top_k, "zero (all) or more")

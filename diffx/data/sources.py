@@ -4,7 +4,6 @@ import glob
 import gzip
 import hashlib
 import io
-import json
 import os
 import sysconfig
 import zlib
@@ -19,7 +18,7 @@ import zstandard
 
 from diffx.config import RunError, UserError
 from diffx.config.data import DataConfig, HubData, RetrievalData, StdlibData, TextData
-from diffx.files import sha256
+from diffx.files import parse_json, sha256
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -204,7 +203,7 @@ def _read_jsonl(path: Path, data: TextData) -> Iterator[tuple[str, str, str, int
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
+                row = parse_json(text)
             except ValueError as error:
                 raise UserError(f"{where} is not JSON: {error}") from error
             if not isinstance(row, dict):

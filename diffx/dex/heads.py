@@ -3,7 +3,6 @@
 Notation: B batch, T tokens, H heads.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from diffx.config import UserError
 from diffx.config.dex import CRITERIA, DexConfig
 from diffx.data.sources import reason
 from diffx.dex.layout import Layer
-from diffx.files import write_json
+from diffx.files import read_json, write_json
 from diffx.hub.attention import AttentionView, observing
 
 _ROWS = 256  # rows of a map that exist at once
@@ -52,6 +51,9 @@ class Plan:
         write_json(path, asdict(self))
 
 
+_FIELDS = {"base": str, "criterion": str, "settings": dict, "num_heads": list, "scores": list, "heads": list}
+
+
 def load_plan(path: Path, base: str, layers: Sequence[Layer]) -> Plan:
     """Read a ``heads.json``.
 
@@ -60,13 +62,22 @@ def load_plan(path: Path, base: str, layers: Sequence[Layer]) -> Plan:
     """
     refused = f"dex.heads={path} cannot be used"
     try:
-        plan = Plan(**json.loads(path.read_text(encoding="utf-8")))
-        known, chosen = str(plan.base), [{int(head) for head in heads} for heads in plan.heads]
-    except (OSError, ValueError, TypeError) as error:
+        plan = Plan(**read_json(path, _FIELDS))
+        known, chosen = plan.base, [{int(head) for head in heads} for heads in plan.heads]
+        shapes = [len(row) for row in plan.scores], [] if plan.scores == [] else plan.num_heads
+        if shapes[0] != shapes[1] or not all(isinstance(score, int | float) for row in plan.scores for score in row):
+            raise ValueError("its scores are not one number a head")
+        if plan.criterion not in (*CRITERIA, "none"):
+            raise ValueError(f"its criterion is {plan.criterion!r}")
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{refused}: {reason(error)}; it must be the heads.json of a run") from error
     if known != base:
         raise UserError(f"{refused}: it is of another model ({known[:12]}, not {base[:12]}); give one of this model, or a criterion")
-    if len(chosen) != len(layers) or not all(heads <= set(range(layer.num_heads)) for heads, layer in zip(chosen, layers, strict=True)):
+    if (
+        plan.num_heads != [layer.num_heads for layer in layers]
+        or len(chosen) != len(layers)
+        or not all(heads <= set(range(layer.num_heads)) for heads, layer in zip(chosen, layers, strict=True))
+    ):
         raise UserError(f"{refused}: it names layers or heads that the model does not have; choose heads anew")
     return plan
 

@@ -23,6 +23,7 @@ from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.published import published
 from diffx.evaluation.scoring import generations
 from diffx.evaluation.suite import Context, Example, Metric, Record, mean_metrics
+from diffx.files import parse_json
 
 # (name, subset, revision) of data sets that `datasets` reads without a script; LongBench has a script, and an archive beside it.
 _HUB: dict[str, tuple[str, str | None, str | None]] = {
@@ -264,7 +265,7 @@ def _load(task: str, data_dir: str | None) -> tuple[str, list[dict[str, Any]]]:
 def _read(path: Path) -> list[Any]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
+            return [parse_json(line) for line in file if line.strip()]
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"{path} cannot be used: {reason(error)}; it must be JSON lines in UTF-8, or those in .gz") from error
 
@@ -280,7 +281,7 @@ def _fetch(task: str) -> list[Any]:
         from huggingface_hub import hf_hub_download
 
         with zipfile.ZipFile(hf_hub_download(name, _ARCHIVE, repo_type="dataset")) as archive, archive.open(f"data/{task}.jsonl") as file:
-            return [json.loads(line) for line in file]
+            return [parse_json(line) for line in file]
     except Exception as error:  # any library below may fail here, each with an exception of its own
         local = f"set suite.data_dir to a folder with {task}.jsonl"
         raise UserError(f"suite.tasks={task} cannot be used: the data set {name} cannot be fetched: {reason(error)}; {local}") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from diffx.config import UserError
 from diffx.data.sources import reason
 from diffx.evaluation.suite import Context
+from diffx.files import parse_json
 
 _CONVERTED = "refs/convert/parquet"  # the hub's own conversion: `datasets` no longer runs a data set's script
 # name: (data set, subset, revision, text column, label column, a label that is left out)
@@ -116,7 +117,7 @@ def _read_lines(path: Path) -> list[Row]:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    row = json.loads(line)
+                    row = parse_json(line)
                     values = [str(row[key]).strip() for key in ("text", "label") if isinstance(row, dict) and isinstance(row.get(key), str)]
                     if len(values) < 2 or not all(values):
                         raise UserError(f'suite.tasks={path} cannot be used: line {number} is not {{"text": "...", "label": "..."}}')

@@ -9,7 +9,6 @@ Notation: B sequences, T tokens of each.
 
 import gc
 import inspect
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from diffx.config.train import Precision
 from diffx.evaluation.bootstrap import RESAMPLES, interval
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context, Example, Metric, Record
+from diffx.files import read_json
 from diffx.hub.attention import cache_keyword
 from diffx.models import Decoder, KVCache
 from diffx.train.checkpoint import STATE
@@ -222,7 +222,7 @@ def _validation_loss(lm: LanguageModel) -> float | None:
     if lm.loaded.job is None:
         return None
     path = lm.loaded.folder / "checkpoints" / f"step_{lm.loaded.step:08d}" / STATE
-    return json.loads(path.read_text(encoding="utf-8"))["val_loss"]
+    return read_json(path, {"val_loss": float | None})["val_loss"]
 
 
 def _median_interval(values: list[float]) -> tuple[float, float]:

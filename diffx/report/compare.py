@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffx.config import UserError
+from diffx.config.checks import new_path
 from diffx.console import Reporter, figure, make_table
 from diffx.errors import storage_errors
 from diffx.files import replacing, write_json
@@ -30,6 +31,7 @@ def compare_runs(paths: list[Path], out: Path | None = None) -> None:
     """
     if out is None:
         out = (paths[0] if len(paths) == 1 and sweep_jobs(paths[0]) else Path()) / "compare.png"
+    new_path("out", out)
     if out.suffix not in FORMATS:
         raise UserError(f"out={out} cannot be used: it is the picture, so its name must end in {', '.join(FORMATS)}")
     reporter = Reporter()

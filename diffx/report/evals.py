@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffx.config import UserError
+from diffx.config.checks import new_path
 from diffx.console import Reporter, make_table
 from diffx.evaluation.bootstrap import interval, resampled_means
 from diffx.evaluation.published import published_gain, source
@@ -41,6 +42,7 @@ def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
         raise UserError(f"suite={suites[1]} cannot be used beside suite={suites[0]}: one suite is compared at a time")
     suite = suites[0]
     out = out or Path(f"compare-{suite}.png")
+    new_path("out", out)
     if out.suffix not in FORMATS:
         raise UserError(f"out={out} cannot be used: it is the picture, so its name must end in {', '.join(FORMATS)}")
     if len(specs) < 2:

@@ -1,7 +1,6 @@
 """Finished evaluations as plain objects, and which of several checkpoints' evaluations can be compared."""
 
 import glob
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -14,9 +13,11 @@ import zstandard
 
 from diffx.config import UserError
 from diffx.config.launch import CONFIGS
+from diffx.files import parse_json, read_json
 from diffx.report.runs import as_word
 
 Key = tuple[str, str]  # group and score
+_RESULTS = {"suite": str, "settings_hash": str, "settings": dict, "checkpoint": dict, "metrics": list, "examples": int}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,14 +69,14 @@ class Evaluation:
         found: dict[Key, dict[str, list[float]]] = {}
         try:
             with zstandard.open(path, "rt", encoding="utf-8") as file:
-                records = [json.loads(line) for line in file]
+                records = [parse_json(line) for line in file]
             if len(records) != self.results["examples"]:  # a file that was cut off reads as one that ends there
                 raise ValueError(f"it has {len(records)} of {self.results['examples']} records")
             for record in records:
                 for example, name, score in _examples(record):
                     if math.isfinite(score):
                         found.setdefault((record["group"], name), {}).setdefault(example, []).append(score)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, zstandard.ZstdError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, zstandard.ZstdError) as error:
             raise UserError(f"{path} cannot be used: {error}; make the evaluation again with force=true") from error
         return {key: {example: float(np.mean(values)) for example, values in own.items()} for key, own in found.items()}
 
@@ -100,7 +101,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     Raises:
         UserError: its results are missing or damaged.
     """
-    results = _read(folder / "results.json")
+    results = _read(folder)
     if not results.get("finished"):
         raise UserError(f"{folder} cannot be used: its results.json is missing or damaged; run it again with force=true")
     return Evaluation(label=results["checkpoint"]["name"], folder=folder, results=results)
@@ -126,7 +127,7 @@ def find_evaluations(spec: str, suite: str) -> list[Evaluation]:
         steps = sorted({int(path.parents[1].name) for path in everywhere})
         at = f" at step {step}, only at {', '.join(map(str, steps))}" if steps else ""
         raise UserError(f"RUN={spec} has no evaluation of {suite} yet{at}: `diffx eval checkpoint={spec} suite={suite}` makes one")
-    results = {folder: _read(folder / "results.json") for folder in folders}
+    results = {folder: _read(folder) for folder in folders}
     finished = [folder for folder, result in results.items() if result.get("finished")]
     if not finished:
         raise UserError(
@@ -165,12 +166,21 @@ def _step(run: Path, which: str) -> str | None:
     return str(int(find_checkpoint(f"{run}@best", "RUN")[1].name.removeprefix("step_")))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(folder: Path) -> dict[str, Any]:
+    """The ``results.json`` of a finished evaluation; empty if it is not there, or damaged."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # not there before the end
-        value = {}
-    return value if isinstance(value, dict) else {}
+        results = read_json(folder / "results.json", _RESULTS)
+    except UserError:
+        return {}
+    checkpoint, suite, change = results["checkpoint"], results["settings"].get("suite"), results.get("change") or {}
+    good = isinstance(checkpoint.get("name"), str) and isinstance(checkpoint.get("step"), int) and isinstance(suite, dict)
+    good = good and isinstance(change, dict) and all(isinstance(change.get(key, 0), int) for key in ("bytes", "bytes_before"))
+    return results if good and all(map(_is_metric, results["metrics"])) else {}
+
+
+def _is_metric(value: Any) -> bool:
+    texts = isinstance(value, dict) and isinstance(value.get("group"), str) and isinstance(value.get("name"), str)
+    return texts and "value" in value and isinstance(value["value"], int | float | None)
 
 
 def share(found: list[list[Evaluation]], say: Callable[[str], None]) -> list[Evaluation]:

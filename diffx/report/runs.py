@@ -1,7 +1,8 @@
 """Run folders as plain objects, and the groups of runs that differ in nothing but their seed."""
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 
 from diffx.config import UserError
 from diffx.config.bridge import load_config
+from diffx.config.checks import MOST
 from diffx.config.dex import AdaptJob, DexConfig, Variant
 from diffx.config.model import MODEL_CONFIGS, ModelConfig
 from diffx.config.train import TrainJob
+from diffx.files import read_json, read_json_lines
 
 SHAPE_KEYS = tuple(
     f"model.{name}" for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
@@ -53,7 +56,7 @@ class Run:
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens seen and the metric's values, both (n,), for the lines that carry the metric; one value a token count."""
-        values = {line["tokens"]: line[name] for line in self.metrics if isinstance(line.get(name), (int, float))}
+        values = {line["tokens"]: line[name] for line in self.metrics if _is_figure(line.get(name))}
         tokens = sorted(values)
         return np.array(tokens, dtype=float), np.array([values[t] for t in tokens], dtype=float)
 
@@ -80,38 +83,29 @@ def read_run(path: str | Path) -> Run:
         path=path,
         job=job,
         metrics=_read_metrics(path / "metrics.jsonl"),
-        summary=_read_json(path / "summary.json"),
-        data=_read_json(path / "data.json"),
+        summary=_read_summary(path / "summary.json", ("trained",) if isinstance(job, AdaptJob) else ("embedding", "rest")),
+        data=read_json(path / "data.json") if (path / "data.json").exists() else {},
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} cannot be used: it is not a JSON object; leave this run out, or remove the file")
-    return value
+def _read_summary(path: Path, parts: Sequence[str]) -> dict[str, Any]:
+    summary = read_json(path, {"step": int, "parameters": dict}) if path.exists() else {}
+    if summary and not all(_is_figure(summary["parameters"].get(part)) for part in parts):
+        raise UserError(f"{path} is damaged: its 'parameters' lack one of {', '.join(parts)}")
+    return summary
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    metrics = []
-    for number, text in enumerate(lines, 1):
-        if not text:
-            continue
-        try:
-            line = json.loads(text)
-            float(line["tokens"])
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):  # no newline after it: the run was killed while it wrote
-                break
-            raise UserError(f"{path} line {number} cannot be used: it is not a JSON object with `tokens`; leave this run out") from None
-        metrics.append(line)
+    metrics = read_json_lines(path)
+    for number, line in enumerate(metrics, 1):
+        if not all(_is_figure(line.get(key)) and math.isfinite(line[key]) for key in ("tokens", "step")):
+            raise UserError(f"{path} line {number} cannot be used: it has no `tokens` or no `step`; leave this run out")
     return metrics
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a value of a JSON file is a number that an array can hold."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST)
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:

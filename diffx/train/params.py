@@ -15,6 +15,53 @@ from diffx.models import build_model
 _SHAPE = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "kind"]
 
 
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Count a model's parameters as ``Decoder.num_parameters`` does, from its first two layers: all of them have as many.
+
+    Args:
+        config: the architecture and its shape, ``vocab_size`` included.
+    """
+    with torch.device("meta"):
+        one, two = (build_model(dataclasses.replace(config, num_layers=layers)).num_parameters() for layers in (1, 2))
+    return {part: one[part] + (config.num_layers - 1) * (two[part] - one[part]) for part in one}
+
+
+def check_memory(job: TrainJob, processes: int, free: int) -> None:
+    """Refuse a model or a batch that cannot fit, by a lower bound of what training takes.
+
+    Args:
+        job: the job.
+        processes: the processes that share weights, gradients, moments and the batch.
+        free: bytes that are free on the device of one process.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    model, recipe, gib = job.model, job.train, 2**30
+    # An unknown vocabulary is taken for the smallest that there is.
+    total = count_parameters(dataclasses.replace(model, vocab_size=model.vocab_size or 257))["total"]
+    weights = 16 * total // processes  # fp32: weights, gradients, two moments
+    if weights > free:
+        names = ("hidden_size", "num_layers", "intermediate_size", "vocab_size")
+        shape = ", ".join(f"model.{name}={value}" for name in names if (value := getattr(model, name)) is not None)
+        raise UserError(
+            f"{shape} cannot be used: {total:,} parameters take {weights / gib:,.1f} GiB with gradients and "
+            f"moments, and {free / gib:,.1f} GiB are free; choose a smaller model"
+        )
+    batch = int(recipe.batch_tokens) // processes
+    tokens = min(batch, recipe.seq_len * (recipe.micro_batch_size or batch))
+    # Token and target ids of the batch, and what even activation checkpointing keeps of a micro-batch:
+    # the input of every block.
+    needed = 16 * batch + 2 * tokens * model.hidden_size * model.num_layers
+    if weights + needed > free:
+        micro = "" if recipe.micro_batch_size is None else f", train.micro_batch_size={recipe.micro_batch_size}"
+        raise UserError(
+            f"train.batch_tokens={recipe.batch_tokens}, train.seq_len={recipe.seq_len}{micro} cannot be used: a step takes "
+            f"{needed / gib:,.1f} GiB and more beside the model's {weights / gib:,.1f}, and {free / gib:,.1f} GiB are free; "
+            "give fewer tokens"
+        )
+
+
 def parameter_counts(config: ModelConfig) -> dict[str, dict[str, int] | str]:
     """Count the parameters of every architecture at one shape; a text says why an architecture cannot have it.
 
@@ -25,8 +72,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, dict[str, int] | str]:
     shape = {name: getattr(config, name) for name in _SHAPE}
     for kind, cls in MODEL_CONFIGS.items():
         try:
-            with torch.device("meta"):
-                counts[kind] = build_model(config if kind == config.kind else cls(**shape)).num_parameters()
+            counts[kind] = count_parameters(config if kind == config.kind else cls(**shape))
         except UserError as error:
             counts[kind] = str(error)
     return counts

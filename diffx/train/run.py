@@ -17,6 +17,7 @@ from diffx.console import Bar, Reporter, duration, figure, make_table
 from diffx.data import Batches, Corpus, open_data
 from diffx.data.ngram import baselines
 from diffx.data.tokenizers import Tokenizer, load_tokenizer
+from diffx.dex.pretrained import free_memory
 from diffx.files import write_json
 from diffx.models import Decoder, build_model, generate, init_weights
 from diffx.tracking import NullTracker, Tracker
@@ -24,7 +25,7 @@ from diffx.train.checkpoint import WEIGHTS, find_checkpoint, newest_intact, read
 from diffx.train.folder import hold_folder, new_folder, run_name, settle, write_start
 from diffx.train.loop import Fit, fit
 from diffx.train.parallel import World, fused_attention, join_world
-from diffx.train.params import counts_table
+from diffx.train.params import check_memory, counts_table
 from diffx.train.probes import diff_statistics
 
 
@@ -50,6 +51,7 @@ def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter, he
     if resumed and world.main:
         held.enter_context(hold_folder(resumed, new=False))
     # Everything that can be refused is tried before anything is written.
+    check_memory(job, world.size, free_memory(world.device))
     # A resumed run keeps the tokenizer in its folder: one trained anew could differ, and what made it may be gone.
     kept = resumed is not None and (resumed / "tokenizer").is_dir()
     corpus = open_corpus(job.data, load_tokenizer(resumed / "tokenizer") if resumed and kept else job.tokenizer, world, reporter)

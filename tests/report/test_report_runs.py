@@ -38,7 +38,7 @@ def test_a_damaged_line_is_named(make_run, line):
     folder = make_run("a", curve=CURVE)
     path = folder / "metrics.jsonl"
     path.write_text(path.read_text() + line + '{"step": 9, "tokens": 9}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl line 4 cannot be used"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl.*line 4"):
         read_run(folder)
 
 
@@ -57,7 +57,7 @@ def test_what_is_no_run_is_refused_in_one_line(make_run, tmp_path):
         read_run(tmp_path)
     folder = make_run("a", curve=CURVE)
     (folder / "summary.json").write_text('{"finished"')
-    with pytest.raises(UserError, match=r"summary\.json cannot be used") as error:
+    with pytest.raises(UserError, match=r"summary\.json") as error:
         read_run(folder)
     assert "\n" not in str(error.value)
 
