@@ -166,7 +166,7 @@ app.command("train")(
         _train,
         """Train a model.
 
-        With no words at all: a small DIFF V1 on Python's own source, in about five minutes on two cores.
+        With no words at all: a small DIFF V1 on Python's own source, in under five minutes on two cores.
 
         \b
         Groups: model= size= data= tokenizer= experiment=
