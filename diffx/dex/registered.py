@@ -1,6 +1,6 @@
 """An adapted model that keeps its branch, as a model of ``transformers``: what ``diffx export fold=false`` writes."""
 
-import inspect
+from functools import wraps
 from typing import Any
 
 import torch
@@ -11,6 +11,25 @@ from diffx.config.dex import Share
 from diffx.dex.attach import Adapted
 from diffx.dex.layer import DexProjection
 from diffx.hub.configs import DexConfig
+
+
+def _forward(self: Any, input_ids: Tensor | None = None, *, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    """The base's forward, which takes or refuses each keyword."""
+    return self.base(input_ids=input_ids, labels=labels, **kwargs)
+
+
+class _BaseForward:
+    """A method ``forward`` that calls the base and has the base's signature, from which ``transformers`` learns what a model takes."""
+
+    def __get__(self, model: Any, owner: type) -> Any:
+        if model is None:  # Trainer looks for labels in the class's
+            return _forward
+
+        @wraps(model.base.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return model.base(*args, **kwargs)
+
+        return forward
 
 
 class DexForCausalLM(PreTrainedModel, GenerationMixin):
@@ -33,9 +52,6 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
         ties = getattr(base, "all_tied_weights_keys", {})
         self._tied_weights_keys = {f"base.{name}": f"base.{other}" for name, other in dict(ties).items()}
         self.generation_config = base.generation_config
-        # Whether the base honours num_items_in_batch, told as transformers' Trainer would find out.
-        kinds = [parameter.kind for parameter in inspect.signature(base.forward).parameters.values()]
-        self.accepts_loss_kwargs = getattr(base, "accepts_loss_kwargs", inspect.Parameter.VAR_KEYWORD in kinds)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -49,24 +65,12 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
         """The base's."""
         return self.base.get_output_embeddings()
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The base's forward, which takes or refuses each keyword; the arguments named here are those that Trainer looks for."""
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-        }
-        return self.base(**{name: value for name, value in named.items() if value is not None}, **kwargs)
+    forward = _BaseForward()
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """The base's attribute; missing where the base has none, so that transformers' Trainer reads the signature of ``forward``."""
+        return bool(self.base.accepts_loss_kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base's generate."""

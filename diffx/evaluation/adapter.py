@@ -64,12 +64,14 @@ class DecoderLM(TemplateLM):
         """The token that a text without context is conditioned on."""
         return self._lm.prefix[-1] if self._lm.prefix else self.eot_token_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """Encode a text, behind the prefix unless ``add_special_tokens`` is False."""
         tokens = self._lm.encode(string)
         return tokens if add_special_tokens is False else self._lm.prefix + tokens
 
-    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         pairs = []
         for texts, context, continuation in requests:
             room = self._lm.context + 1 - len(continuation)  # the last token is predicted, but not read

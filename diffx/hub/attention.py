@@ -28,8 +28,9 @@ _NAME = "diffx_observed"  # our attention function's in transformers' interface
 _ROWS = 256  # query rows of a map that are formed at once
 # Keywords of transformers' attention functions that change nothing here: queries and keys are rotated already, and the mask holds the
 # window. Those of _HANDLED are followed. Any other keyword may change the attention, as sinks and biases do, and is refused.
-_HARMLESS = {"dropout", "sliding_window", "position_ids", "cache", "past_key_values", "cache_position", "use_cache"}
-_HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch", "logits_to_keep", "layer_idx"}
+_HARMLESS = {"sliding_window", "position_ids", "cache", "past_key_values", "cache_position", "use_cache", "layer_idx"}
+_HARMLESS |= {"output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch", "logits_to_keep"}
+_HARMLESS_IF_OFF = {"dropout", "output_attentions"}
 _HANDLED = {"scaling", "is_causal"}
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"  # "cache" since 5.24
 
@@ -261,7 +262,8 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
 
 def _refuse_extras(model: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], handled: set[str]) -> None:
     """Raise ``UserError`` if the attention is more than queries, keys and a mask that says what is seen."""
-    extra = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS | handled]
+    given = {name: value for name, value in kwargs.items() if value is not None and name not in _HARMLESS | handled}
+    extra = [name for name, value in given.items() if name not in _HARMLESS_IF_OFF or value]
     if extra or (mask is not None and mask.dtype != torch.bool):
         raise _cannot_see(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
 

@@ -12,17 +12,21 @@ from transformers.configuration_utils import PretrainedConfig
 from diffx.config.bridge import from_plain
 from diffx.config.model import MODEL_CONFIGS, ModelConfig
 
+_CACHES = ["cache", "past_key_values"]  # outputs that transformers' Trainer does not gather; the cache's names since 5.24 and before
+
 
 class DiffxConfig(PretrainedConfig):
     """A decoder's configuration.
 
     Args:
         architecture: the fields of our own configuration, ``kind`` included.
+        use_cache: whether ``forward`` returns a cache where its own ``use_cache`` is None.
     """
 
     model_type = "diffx"
+    keys_to_ignore_at_inference = _CACHES
 
-    def __init__(self, architecture: dict[str, Any] | None = None, **options: Any):
+    def __init__(self, architecture: dict[str, Any] | None = None, use_cache: bool = True, **options: Any):
         self.architecture = architecture or {}
         if architecture:
             own = self.decoder_config()
@@ -35,6 +39,7 @@ class DiffxConfig(PretrainedConfig):
                 "tie_word_embeddings": False,  # as transformers sees it: our decoder has no second matrix to tie
             }
         super().__init__(**options)
+        self.use_cache = use_cache
 
     def decoder_config(self) -> ModelConfig:
         """Our own configuration."""
@@ -54,6 +59,7 @@ class DexConfig(PretrainedConfig):
     """
 
     model_type = "diffx_dex"
+    keys_to_ignore_at_inference = _CACHES
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Our decoders as models of ``transformers``: what an exported run that is neither a Llama nor a DiffLlama loads as."""
 
-from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from diffx.hub.attention import CACHE
 from diffx.hub.configs import DiffxConfig
 from diffx.models import Decoder, build_model
+from diffx.models.layers import rope_tables
 
 
 class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
@@ -45,50 +46,74 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
     @can_return_tuple  # takes return_dict
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: DynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: DynamicCache | None = None,
     ) -> CausalLMOutputWithPast:
         """Compute the logits of the next token. Padding is on the left, as ``generate`` wants it, or on the right.
 
-        There are no other keywords: ``position_ids``, ``inputs_embeds``, ``output_attentions`` and the like are a ``TypeError``.
+        The arguments are those of Llama's ``forward``, with the same defaults. There are no other keywords: each is a ``TypeError``.
 
         Args:
             input_ids: (B, T).
             attention_mask: (B, S), 0 at padding, over what is cached and what is new.
+            position_ids: (B, T) or (1, T); None counts from the cache's length. Without a mask and a cache, a position that does not
+                follow the one before it begins a document, which attends to itself alone.
             cache: keys and values of the S - T tokens before.
+            inputs_embeds: (B, T, D), in place of ``input_ids``.
             labels: (B, T), -100 where there is no loss; shifted by one here.
-            use_cache: return a cache.
+            use_cache: return a cache; None is the config's ``use_cache``, as it is with ``output_hidden_states``.
             logits_to_keep: the last so many tokens' logits alone, 0 is all; or (n,) the tokens whose logits are formed.
             output_hidden_states: return the input of each layer and the normalized output of the last one, each (B, T, D).
+            output_attentions: must not be true; ``diffx.hub.attention.observing`` gives the maps.
             num_items_in_batch: targets that the loss is divided by, in place of those in ``labels``: transformers' Trainer gives
                 the number in all micro-batches of a step.
             past_key_values: ``cache`` by the name that it has before transformers 5.24.
 
         Raises:
-            ValueError: the cache is no ``DynamicCache``, or it is given twice, or the mask is not (B, S).
+            ValueError: the cache is no ``DynamicCache``, or given twice; the mask is not (B, S); both or neither of ``input_ids`` and
+                ``inputs_embeds`` are given; attention maps are asked for.
         """
-        if cache is not None and past_key_values is not None:
-            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
-        cache = past_key_values if cache is None else cache
-        if cache is not None and not isinstance(cache, DynamicCache):  # one of fixed length returns places that are not filled yet
-            raise ValueError(f"cache cannot be a {type(cache).__name__}: it must be a DynamicCache, which cache_implementation=null gives")
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(f"attention_mask cannot have the shape {tuple(attention_mask.shape)}: it must be (B, S)")
-        if cache is None and (use_cache or (attention_mask is not None and not bool(attention_mask.all()))):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("one of input_ids and inputs_embeds must be given, and not both")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions=True is not supported: diffx.hub.attention.observing gives the attention maps")
+        x = self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
+        cache = _pick_cache(cache, past_key_values)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if cache is None and use_cache:
             cache = DynamicCache()
-        states: list[Tensor] = []
-        with ExitStack() as stack:
-            for block in self.decoder.layers if output_hidden_states else ():
-                stack.enter_context(block.register_forward_pre_hook(lambda module, args: states.append(args[0])))
-            view: Any = None if cache is None else _TheirCache(cache, attention_mask)
-            hidden = self.decoder.forward_hidden(input_ids, cache=view)
+        length = 0 if cache is None else cache.get_seq_length()
+        view: Any = None if cache is None else _CacheView(cache)
+        if attention_mask is not None:
+            if attention_mask.shape != (len(x), length + x.shape[1]):
+                wanted, shape = (len(x), length + x.shape[1]), tuple(attention_mask.shape)
+                raise ValueError(f"attention_mask has the shape {shape}: it must be {wanted}, of all cached and new tokens")
+            if not bool(attention_mask.all()):  # device sync
+                view = _CacheView(DynamicCache()) if view is None else view
+                view.valid = attention_mask.bool()
+        documents = None
+        if position_ids is None:
+            position_ids = torch.arange(length, length + x.shape[1], device=x.device)
+        elif attention_mask is None and cache is None:
+            documents = _document_lengths(position_ids.expand(x.shape[:2]))
+        cos, sin = rope_tables(position_ids, self.decoder.rope_width, self.decoder.config.rope_theta)
+        states = []
+        for layer in self.decoder.layers:
+            states.append(x)
+            x = layer(x, cos, sin, view, documents)
+            states = states if output_hidden_states else []
+        hidden = self.decoder.norm(x)
         kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         logits = F.linear(kept, self.decoder.output_weight)
         loss = None
@@ -100,22 +125,34 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **fields)
 
 
-class _TheirCache:
-    """A cache of ``transformers`` as our attention modules use one (``diffx.models.KVCache``)."""
+def _pick_cache(cache: DynamicCache | None, past_key_values: DynamicCache | None) -> DynamicCache | None:
+    """The cache by either name."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+    cache = past_key_values if cache is None else cache
+    # A cache of fixed length returns places that are not filled yet, one with a window loses tokens.
+    if cache is not None and (not isinstance(cache, DynamicCache) or any(cache.is_sliding)):
+        raise ValueError(f"cache cannot be a {type(cache).__name__}: it must be a DynamicCache without a window")
+    return cache
 
-    positions = None
 
-    def __init__(self, theirs: DynamicCache, attention_mask: Tensor | None):
-        self._theirs = theirs
-        self.length = theirs.get_seq_length()
-        self.valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+def _document_lengths(positions: Tensor) -> list[int] | None:
+    """Lengths of the documents that positions (B, T) count through, row after row; None if each row is one document."""
+    starts = F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True).flatten().nonzero().flatten().tolist()  # device sync
+    lengths = [stop - start for start, stop in pairwise([*starts, positions.numel()])]
+    return None if len(lengths) == len(positions) else lengths
+
+
+class _CacheView:
+    """A cache of ``transformers`` with the interface of ``diffx.models.KVCache`` that the attention modules use."""
+
+    def __init__(self, cache: DynamicCache):
+        self._cache = cache
+        self.valid: Tensor | None = None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self._theirs.update(k.transpose(1, 2), v.transpose(1, 2), layer)
+        k, v = self._cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
         return k.transpose(1, 2), v.transpose(1, 2)
-
-    def advance(self, tokens: int) -> None:
-        self.length += tokens
 
 
 def to_registered(model: Decoder, max_position_embeddings: int | None = None) -> DiffxForCausalLM:

@@ -5,11 +5,11 @@ from torch import nn
 
 from diffx.config import UserError
 from diffx.config.model import MODEL_CONFIGS, LambdaScope
-from diffx.hub.attention import observing
+from diffx.hub.attention import observing, quantizing_logits
 from diffx.hub.convert import to_diffllama
 from diffx.models import build_model, init_weights
 from diffx.models.attention import Attention
-from diffx.ops import reference
+from diffx.ops import QuantizedLogits, reference
 
 B, T, D = 2, 13, 64
 VOCAB = 50
@@ -95,6 +95,10 @@ THEIRS = {
     "mistral, a window of 4": lambda: transformers.MistralConfig(**GQA, sliding_window=4),
     "gemma2, softcap and windows": lambda: transformers.Gemma2Config(
         **GQA, head_dim=16, sliding_window=4, attn_logit_softcapping=0.5, query_pre_attn_scalar=7
+    ),
+    "mixtral, experts": lambda: transformers.MixtralConfig(**GQA, num_local_experts=2, num_experts_per_tok=1),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=VOCAB, hidden_size=D, num_hidden_layers=3, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=D
     ),
     "gemma3, windows": lambda: transformers.Gemma3TextConfig(**GQA, head_dim=16, sliding_window=4),
 }
@@ -190,3 +194,22 @@ def test_a_model_of_neither_kind_is_refused():
     for kinds in ({"attention": print}, {"hidden": print}):
         with pytest.raises(UserError, match="Linear"), observing(nn.Linear(2, 2), **kinds):
             pass
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"), [("s_aux", torch.zeros(4)), ("cu_seq_lens_q", torch.tensor([0, 13, 26])), ("unheard_of", 0.5)]
+)
+@pytest.mark.parametrize("look_on", [lambda model: observing(model, print), lambda model: quantizing_logits(model, QuantizedLogits(8))])
+def test_a_keyword_of_attention_that_is_not_known_is_refused_by_name(keyword, value, look_on):
+    model = theirs(THEIRS["llama"]())
+    with torch.no_grad(), pytest.raises(UserError, match=f"{keyword} to its attention"), look_on(model):
+        model(tokens(), **{keyword: value})  # Llama passes on what it does not know
+
+
+def test_quantized_attention_without_dropout_alone():
+    config = transformers.LlamaConfig(**GQA, attention_dropout=0.5)
+    model, quantized = theirs(config), QuantizedLogits(8)
+    with torch.no_grad(), quantizing_logits(model, quantized):
+        model(tokens())
+        with pytest.raises(UserError, match="dropout"):
+            model.train()(tokens())
