@@ -68,6 +68,15 @@ def memory_failure(error: BaseException) -> str | None:
     return None
 
 
+def path_failure(error: BaseException) -> str | None:
+    """Describe a path that no system has: a name that is too long, or ``~name`` of no user; ``None`` if it is something else."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{error.filename or 'a path'} cannot be used: {error.strerror}"
+    if isinstance(error, RuntimeError) and "determine home directory" in str(error):  # pathlib
+        return "a path that begins with ~ cannot be used: it names no user of this machine"
+    return None
+
+
 def one_line(text: str) -> str:
     """Escape what would break a message into lines or could not be printed, such as half of a surrogate pair."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

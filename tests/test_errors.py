@@ -324,6 +324,8 @@ TABLE = [
     ("generate checkpoint=a\udcff", ["checkpoint='a\\udcff'", "UTF-8"]),
     (f"generate checkpoint=trained prompt_file={'x' * 300}", ["prompt_file=xxx", "too long"]),
     (f"train run.dir={'x' * 300}", ["xxx", "too long"]),
+    ("train data=text data.path=~nobody-here/x", ["begins with ~"]),
+    ("export checkpoint=trained out=~nobody-here/x", ["out=~nobody-here/x", "home directory"]),
     (f"train train.lr={'[' * 2000}", ["nested too deeply"]),
     # Places below a file.
     ("export checkpoint=trained out=heads.json/x", ["out=heads.json/x", "heads.json is no folder"]),

@@ -1,6 +1,5 @@
 """The doors: one Typer command each, a few lines long. Nothing heavy is imported before a command runs."""
 
-import errno
 import logging
 import os
 import sys
@@ -13,7 +12,7 @@ from typer.exceptions import TyperException
 
 from diffx import __version__
 from diffx.cli.bench import SETTINGS, bench
-from diffx.errors import RunError, Stopped, UserError, memory_failure, one_line, storage_failure
+from diffx.errors import RunError, Stopped, UserError, memory_failure, one_line, path_failure, storage_failure
 from diffx.files import read_json
 
 app = typer.Typer(name="diffx", **SETTINGS)
@@ -382,13 +381,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         code, line = 2, " ".join(text.split())
     except Exception as error:
-        failure = storage_failure(error) or memory_failure(error)
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            code, line = 2, f"{error.filename or 'a path'} cannot be used: {error.strerror}"
-        elif failure is None:
+        refused, failure = path_failure(error), storage_failure(error) or memory_failure(error)
+        if not (refused or failure):
             raise
-        else:
-            code, line = 1, failure
+        code, line = (2, refused) if refused else (1, str(failure))
     if os.environ.get("RANK", "0") == "0":  # under torchrun every process refuses the same words
         print(f"error: {one_line(line)}", file=sys.stderr)
     return code

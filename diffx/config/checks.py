@@ -60,10 +60,14 @@ def new_path(key: str, value: str | Path) -> Path:
     """Expand a path to write to, and refuse one below a file.
 
     Raises:
-        UserError: a parent of the path exists and is no folder.
+        UserError: a parent of the path exists and is no folder, a name in it is too long, or ``~name`` is no user.
     """
-    path = Path(value).expanduser()
-    parent = next((parent for parent in path.parents if parent.exists()), None)
+    try:
+        path = Path(value).expanduser()
+        parent = next((place for place in (path, *path.parents) if place.exists() and place != path), None)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{key}={value} cannot be used: {reason}") from error
     if parent is not None and not parent.is_dir():
         raise UserError(f"{key}={value} cannot be used: {parent} is no folder; choose another place")
     return path

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffx.config.bridge import JOBS, literal, register_schemas, to_typed
 from diffx.config.checks import new_path
 from diffx.config.messages import explain, keys, unknown
-from diffx.errors import RunError, UserError, memory_failure, one_line, storage_failure
+from diffx.errors import RunError, UserError, memory_failure, one_line, path_failure, storage_failure
 from diffx.files import append_lines, read_checked_lines, read_json, write_json
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -138,7 +138,9 @@ def config_groups(app: Any, name: str) -> dict[str, list[str]]:
 
 def _failure(number: int, words: list[str], error: Exception) -> dict[str, Any]:
     """What the sweep's list says of a failed job."""
-    reason = str(error) if isinstance(error, UserError | RunError) else storage_failure(error) or memory_failure(error)
+    reason = (
+        str(error) if isinstance(error, UserError | RunError) else storage_failure(error) or memory_failure(error) or path_failure(error)
+    )
     if reason is None:
         traceback.print_exception(error)
         reason = f"{type(error).__name__}: {error}"

@@ -127,6 +127,6 @@ def test_the_picture_goes_where_it_is_asked_to(make_run, tmp_path, monkeypatch):
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(make_run, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "x.png").mkdir()
     with pytest.raises(RunError, match=r"x\.png cannot be written: "):
-        compare_runs([make_run("a", curve=line(4.0))], tmp_path / "file" / "x.png")
+        compare_runs([make_run("a", curve=line(4.0))], tmp_path / "x.png")
