@@ -97,7 +97,8 @@ def _check(cfg: DictConfig, prefix: str = "") -> None:
             continue
         plain(name, OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value)
         if key == "kind" and value not in (None, *(field.default for field in dataclasses.fields(cls) if field.name == key)):
-            choice = f"choose it by {prefix[:-1]}={value}" if prefix else "the command sets it"
+            options = ", ".join(GROUPS.get(prefix[:-1], ()))
+            choice = f"give {prefix[:-1]}={value} in its place, one of {options}" if prefix else "the command sets it"
             raise UserError(f"{name}={value} cannot be set by hand: {choice}")
 
 

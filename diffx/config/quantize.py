@@ -107,8 +107,6 @@ class QuantizeJob(EvalJob):
 
     def __post_init__(self) -> None:
         EvalJob.__post_init__(self)
-        known = type(self.method) is METHOD_CONFIGS.get(self.method.kind)
-        require(known, "method.kind", self.method.kind, f"chosen with method=, one of {', '.join(METHOD_CONFIGS)}")
         require(len(self.bits) > 0, "bits", self.bits, "a list of widths, such as [16,8,6,4]")
         for bits in self.bits:
             require(2 <= bits <= EXACT, "bits", bits, f"from 2 to {EXACT}")
