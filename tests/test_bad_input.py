@@ -76,7 +76,7 @@ def check_value(composed, place, picked, value, path):
         assert load_config(path) == job, f"{key}={value!r}"
 
 
-@settings(QUICK, max_examples=250)
+@settings(QUICK, max_examples=100)
 @given(place=st.integers(0, 1000), picked=st.integers(0, 1000), value=VALUES)
 @example(0, "train.lr", float("inf"))
 @example(0, "seed", 10**20)
@@ -88,7 +88,7 @@ def test_a_value_is_refused_or_can_be_read_again(composed, tmp_path_factory, pla
 
 
 @pytest.mark.slow
-@settings(QUICK, max_examples=8000)
+@settings(QUICK, max_examples=1000)
 @given(place=st.integers(0, 1000), picked=st.integers(0, 1000), value=VALUES)
 def test_many_values(composed, tmp_path_factory, place, picked, value):
     check_value(composed, place, picked, value, tmp_path_factory.getbasetemp() / "config.yaml")
@@ -116,7 +116,7 @@ def test_a_word_is_refused_in_one_line(word):
 
 
 @pytest.mark.slow
-@settings(QUICK, max_examples=600)
+@settings(QUICK, max_examples=60)
 @given(word=WORDS)
 def test_many_words(word):
     check_word(word)
@@ -233,7 +233,7 @@ def test_deep_nesting_is_one_line(trained, pair):
 
 
 @pytest.mark.slow
-@settings(QUICK, max_examples=1500)
+@settings(QUICK, max_examples=100)
 @given(pair=st.integers(0, len(PAIRS) - 1), how=HOW, where=st.integers(0, 10**6), text=JSON_TEXTS)
 def test_much_damage(trained, pair, how, where, text):
     check_damage(trained, pair, how, where, text)
