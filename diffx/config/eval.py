@@ -129,7 +129,8 @@ class EvalJob:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        path_name("suite.name", self.suite.name)
+        if self.suite.name != MISSING:  # a suite that a benchmark makes has none
+            path_name("suite.name", self.suite.name)
         if self.batch != "auto":
             self.batch = count("batch", self.batch)
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "a positive whole number, or null for all")

@@ -198,13 +198,15 @@ def best(run_dir: Path, until: int | None = None) -> Path | None:
 def prune(run_dir: Path, keep_last: int, step: int) -> None:
     """Delete all but the newest ``keep_last`` checkpoints and the best, among those up to ``step``, the newest that is intact.
 
-    Later checkpoints stay: they are damaged ones that the resumed run passed over, and must not count as the newest.
+    What a killed process left of an unfinished checkpoint is deleted too. Later checkpoints stay: they are damaged ones that the resumed run passed over, and must not count as the newest.
     """
     keep = best(run_dir, step)
     reached = [folder for number, folder in checkpoints(run_dir) if number <= step]
     for folder in reached[:-keep_last]:
         if folder != keep:
             shutil.rmtree(folder)
+    for unfinished in (run_dir / "checkpoints").glob(".step_*.tmp"):
+        shutil.rmtree(unfinished)
 
 
 def find_checkpoint(spec: str, key: str = "checkpoint") -> tuple[Path, Path]:

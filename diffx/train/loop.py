@@ -162,6 +162,8 @@ def fit(
         load_training_state(checkpoint, model, optimizer)
         now, validation = Progress(**state["progress"]), state["validation"]
         reporter.line(f"resumed from step {now.step} ({checkpoint})")
+        if world.main:  # a killed process may not have come to it
+            prune(run_dir, config.keep_last, now.step)
 
     if on_step is not None:
         on_step(now.step)

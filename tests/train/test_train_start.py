@@ -79,7 +79,7 @@ def test_a_start_that_is_killed_at_any_change_of_a_file_can_be_resumed(make_job)
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_any_change_of_a_file_can_be_resumed(make_job):
-    assert check_kills(make_job, count(1)) > 40
+    assert check_kills(make_job, count(1)) >= 30
 
 
 def test_a_second_process_on_a_run_is_refused(make_job):
