@@ -198,7 +198,8 @@ def best(run_dir: Path, until: int | None = None) -> Path | None:
 def prune(run_dir: Path, keep_last: int, step: int) -> None:
     """Delete all but the newest ``keep_last`` checkpoints and the best, among those up to ``step``, the newest that is intact.
 
-    What a killed process left of an unfinished checkpoint is deleted too. Later checkpoints stay: they are damaged ones that the resumed run passed over, and must not count as the newest.
+    What a killed process left of an unfinished checkpoint is deleted too.
+    Later checkpoints stay: they are damaged ones that the resumed run passed over, and must not count as the newest.
     """
     keep = best(run_dir, step)
     reached = [folder for number, folder in checkpoints(run_dir) if number <= step]
