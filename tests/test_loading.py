@@ -102,6 +102,7 @@ def test_a_folder_that_is_neither(tmp_path):
         load(str(tmp_path), Device.cpu)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_known_by_its_commit(hf_folder, tmp_path):
     """From the hub's cache, laid out as huggingface_hub does, in a process of its own that reads the variable."""
     commit = "0123456789abcdef0123456789abcdef01234567"

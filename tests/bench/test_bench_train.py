@@ -24,6 +24,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(timing, "ROUND_SECONDS", 0)
 
 
+@pytest.mark.slow
 def test_figures_and_table(tiny, tmp_path, capsys):
     out = tmp_path / "bench.json"
     report = train.bench_train(out, ["25m"], [512], rounds=2, device="cpu")

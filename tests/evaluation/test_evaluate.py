@@ -130,6 +130,7 @@ def test_an_interrupted_evaluation_goes_on(measure, monkeypatch):
     assert without_time(whole) == expected and not path.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on(runs):
     words = [f"checkpoint={runs}/transformer", *SUITE.split(), "suite.queries=400", "seed=3", "batch=1"]
     process = subprocess.Popen([sys.executable, "-m", "diffx", "eval", *words], stdout=subprocess.DEVNULL)

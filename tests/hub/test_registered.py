@@ -57,6 +57,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_registration_where_transformers_was_loaded_before(folder):  # the other way round is what the exports' tests do
     script = "from transformers import AutoConfig, AutoModelForCausalLM; AutoConfig; AutoModelForCausalLM; import diffx\n"
     script += f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"

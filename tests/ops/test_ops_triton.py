@@ -141,6 +141,7 @@ def test_a_scalar_lambda_and_tensors_that_are_not_contiguous():
     assert_close(found, expected, 2e-6)
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_bit_for_bit_each_time():
     inputs = draw((2, 70, 70, 4, 2, 64), torch.float16)
     first, second = fused(*inputs), fused(*inputs)
@@ -252,6 +253,7 @@ print(json.dumps(shared))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's compiler is for Linux")
+@pytest.mark.slow
 def test_the_kernels_compile_for_gpus_and_fit_in_their_shared_memory(tmp_path):
     """No GPU is needed to compile. 99 KiB are what a block of any GPU since 2020 can have."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}

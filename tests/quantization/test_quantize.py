@@ -99,6 +99,7 @@ def decoder(kind, tokenizer):
     return model.eval()
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_in_one_report(runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
     every = ",".join(f"{runs}/{kind}-{seed}" for kind in ("transformer", "diff_v1") for seed in (0, 1))

@@ -108,6 +108,7 @@ def test_an_adapted_run_is_folded_first(runs, tmp_path, hf_folder, monkeypatch):
     assert loss(found[8]) == pytest.approx(loss(found[16]), abs=0.05)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copy(runs / "transformer-0", "run")
@@ -132,6 +133,7 @@ def test_the_other_8_bit_forms(runs, scheme, tmp_path, monkeypatch):
     assert 0 < abs(loss(found[8]) - loss(found[16])) < 0.05
 
 
+@pytest.mark.slow
 def test_a_sweep_tells_sizes(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for kind in ("transformer", "diff_v1"):
@@ -197,6 +199,7 @@ def test_models_that_cannot_be_quantized_are_refused(runs, gpt2, hf_folder, tmp_
         quantize(compose("quantize", words(hf_folder, "bits=[8]")))
 
 
+@pytest.mark.slow
 def test_a_quantized_model_without_torchao_is_one_line(hf_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = stored(quantize(compose("quantize", words(hf_folder, "bits=[8]"))), 8)
