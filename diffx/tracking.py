@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffx.config.train import WandbConfig, WandbMode
-from diffx.errors import RunError
+from diffx.errors import RunError, UserError
 from diffx.files import read_json_lines, write_text
 
 
@@ -197,6 +197,19 @@ def cut_back(path: Path, step: int) -> None:
     Raises:
         UserError: another line is damaged.
     """
-    rows = read_json_lines(path)
+    rows = read_metrics(path)
     if path.exists():
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row.get("step", 0) <= step))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics file, without a last line that was torn by a kill; a missing file has no lines.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    rows = read_json_lines(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("step"), int):
+            raise UserError(f"{path} is damaged: line {number} has no step")
+    return rows

@@ -233,7 +233,7 @@ def test_deep_nesting_is_one_line(trained, pair):
 
 
 @pytest.mark.slow
-@settings(QUICK, max_examples=100)
+@settings(QUICK, max_examples=40)
 @given(pair=st.integers(0, len(PAIRS) - 1), how=HOW, where=st.integers(0, 10**6), text=JSON_TEXTS)
 def test_much_damage(trained, pair, how, where, text):
     check_damage(trained, pair, how, where, text)

@@ -28,6 +28,7 @@ from diffx.config.dex import AdaptJob
 from diffx.config.train import TrainJob
 from diffx.data.tokenizers import Tokenizer
 from diffx.files import read_json, replacing_folder, write_json, write_text
+from diffx.tracking import read_metrics
 from diffx.train.checkpoint import find_checkpoint
 
 _LOCK = ".lock"
@@ -186,7 +187,11 @@ def write_start(folder: Path, job: AnyJob, words: list[str], tokenizer: Tokenize
         words: the overrides given on the command line.
         tokenizer: the corpus's.
         corpus: what ``data.json`` tells of the text.
+
+    Raises:
+        UserError: a file of the resumed run is damaged; nothing was written.
     """
+    read_metrics(folder / "metrics.jsonl")  # a damaged one is refused before anything is written
     path, now = folder / "environment.json", environment(job.seed)
     if path.exists():
         record = read_json(path)
