@@ -36,12 +36,12 @@ def storage_failure(error: BaseException) -> str | None:
         The line, or ``None`` if the exception is something else.
     """
     if isinstance(error, OSError) and error.errno in _STORAGE:
-        where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}; files that were finished are intact, and the same command goes on once this is mended"
-    # safetensors and pyarrow report a full disk in exceptions of their own, by the text alone.
-    if "No space left on device" in str(error):
-        return "No space left on device; files that were finished are intact, and the same command goes on once this is mended"
-    return None
+        reason = f"{error.strerror} ({error.filename})" if error.filename else f"{error.strerror}"
+    elif "No space left on device" in str(error):  # safetensors and pyarrow tell a full disk by the text of their own exceptions
+        reason = "No space left on device"
+    else:
+        return None
+    return f"{reason}; files that were finished are intact, and the same command goes on once this is mended"
 
 
 @contextmanager
@@ -75,6 +75,16 @@ def path_failure(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "determine home directory" in str(error):  # pathlib
         return "a path that begins with ~ cannot be used: it names no user of this machine"
     return None
+
+
+def describe(error: BaseException) -> tuple[int, str] | None:
+    """Give the exit code and the line of an exception that is no defect of diffx; ``None`` for any other."""
+    if isinstance(error, UserError | RunError | Stopped):
+        return error.exit_code, str(error)
+    if (line := path_failure(error)) is not None:
+        return UserError.exit_code, line
+    line = storage_failure(error) or memory_failure(error)
+    return None if line is None else (RunError.exit_code, line)
 
 
 def one_line(text: str) -> str:

@@ -83,8 +83,10 @@ def new_model_folder(out: Path, key: str) -> Iterator[Path]:
         UserError: another process is writing ``out``.
         RunError: it cannot be written.
     """
-    with storage_errors(f"{key}={out} cannot be written"), locked(out, key), replacing_folder(out) as folder:
-        yield folder
+    with storage_errors(f"{key}={out} cannot be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(out.with_name(f".{out.name}.lock"), f"{key}={out}"), replacing_folder(out) as folder:
+            yield folder
 
 
 def _theirs(loaded: Loaded, fold_branch: bool) -> Any:

@@ -53,29 +53,28 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path, key: str) -> Iterator[None]:
-    """Hold the lock ``.{name}.lock`` beside ``path``, which need not exist; its parent folder is made.
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file ``path`` while the block runs; a killed process gives it up too.
 
     Args:
-        path: the file or folder that is written.
-        key: names it in messages.
+        path: the lock file, in a folder that exists.
+        what: names what the lock protects, in the message.
 
     Raises:
-        UserError: another process holds the lock.
+        UserError: another process holds it.
     """
     from filelock import FileLock, Timeout  # not needed by commands that only read
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{key}={path} cannot be used: another process is writing it") from error
+        raise UserError(f"{what} cannot be used: another process is writing it; wait for it to end, or stop it") from error
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows deletes no open file
-            os.unlink(lock.lock_file)
+        with suppress(OSError):  # Windows deletes no open file, and the folder may be gone
+            os.unlink(path)
         lock.release()
 
 
@@ -119,7 +118,7 @@ def read_json(path: Path, fields: Mapping[str, Any] | None = None) -> dict[str, 
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it must hold a JSON object")
     for key, kind in (fields or {}).items():
-        if not isinstance(value.get(key), kind):
+        if key not in value or not isinstance(value[key], kind):
             raise UserError(f"{path} is damaged: its {key!r} is missing or of the wrong type")
     return value
 

@@ -160,7 +160,7 @@ def trained(tmp_path_factory):
 
 
 def state_of(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != ".lock"}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def damage(content, how, where, text):

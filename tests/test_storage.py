@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 
 from diffx.cli import main
+from diffx.errors import UserError
 from diffx.files import append_lines, checked_line, locked, read_checked_lines
 
 TRAIN = (
@@ -109,11 +110,11 @@ def test_lines_that_were_torn_or_altered_are_left_out(tmp_path, caplog):
 
 
 def test_a_lock_is_held_once_and_leaves_nothing(tmp_path):
-    with locked(tmp_path / "a" / "b", "out"):
-        with pytest.raises(ValueError, match=r"out=.* another process"), locked(tmp_path / "a" / "b", "out"):
+    with locked(tmp_path / ".lock", "the folder a"):
+        with pytest.raises(UserError, match=r"the folder a .* another process"), locked(tmp_path / ".lock", "the folder a"):
             pass
-        assert visible(tmp_path / "a") == [".b.lock"]
-    assert visible(tmp_path / "a") == []
+        assert visible(tmp_path) == [".lock"]
+    assert visible(tmp_path) == []
 
 
 def test_an_evaluation_on_a_full_disk_goes_on(here, fails, monkeypatch, capfd):
@@ -126,7 +127,7 @@ def test_an_evaluation_on_a_full_disk_goes_on(here, fails, monkeypatch, capfd):
         fails(1, command, "run/evals", "No space left on device")
     assert main(command.split()) == 0
     (folder,) = (here / "run/evals/2/icl").iterdir()
-    assert visible(folder) == [".lock", "icl.png", "records.jsonl.zst", "results.json", "settings.json"]
+    assert visible(folder) == ["icl.png", "records.jsonl.zst", "results.json", "settings.json"]
     assert json.loads((folder / "results.json").read_text())["examples"] == 12
 
 

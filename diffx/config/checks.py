@@ -26,8 +26,8 @@ def require(condition: bool, key: str, value: Any, accepted: str) -> None:
 
 def path_name(key: str, value: str) -> None:
     """Raise ``UserError`` unless a value can name a file or folder: no separator, no ``..``, nothing hidden."""
-    accepted = "a name of 1 to 100 letters, digits, '-', '_' and '.' that does not start with '.'"
-    require(re.fullmatch(r"[\w-][\w.-]{0,99}", value) is not None, key, value, accepted)
+    accepted = "a name of 1 to 100 characters that does not start with '.' and has no '/', '\\', '=', ',' or control character"
+    require(re.fullmatch(r"(?!\.)[^/\\=,\x00-\x1f\x7f]{1,100}", value) is not None, key, value, accepted)
 
 
 def count(key: str, value: int | str) -> int:

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffx.config.bridge import JOBS, literal, register_schemas, to_typed
 from diffx.config.checks import new_path
 from diffx.config.messages import explain, keys, unknown
-from diffx.errors import RunError, UserError, memory_failure, one_line, path_failure, storage_failure
+from diffx.errors import UserError, describe, one_line
 from diffx.files import append_lines, read_checked_lines, read_json, write_json
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -78,6 +78,7 @@ class Task:
         result: what a single run's ``work`` returned.
         error: what a single run raised.
         unwritten: failed jobs that the sweep's folder could not take, its disk being full.
+        process: the id of the process that made the task; a launcher's jobs may run in others.
     """
 
     job_class: type
@@ -138,13 +139,12 @@ def config_groups(app: Any, name: str) -> dict[str, list[str]]:
 
 def _failure(number: int, words: list[str], error: Exception) -> dict[str, Any]:
     """What the sweep's list says of a failed job."""
-    reason = (
-        str(error) if isinstance(error, UserError | RunError) else storage_failure(error) or memory_failure(error) or path_failure(error)
-    )
-    if reason is None:
+    described = describe(error)
+    if described is None:
         traceback.print_exception(error)
-        reason = f"{type(error).__name__}: {error}"
-    return {"job": number, "overrides": words, "error": reason, "exit_code": 2 if isinstance(error, UserError) else 1}
+        described = 1, f"{type(error).__name__}: {error}"
+    code, line = described
+    return {"job": number, "overrides": words, "error": line, "exit_code": code}
 
 
 def _job(entry: dict[str, Any], given: list[str]) -> str:
@@ -192,7 +192,7 @@ def launch(
         multirun: run every combination of values.
         show: Hydra's flags that print instead of running (``--cfg job``, ``--info searchpath``).
         config_dir: a folder of configs that come before ours.
-        after: called with what ``work`` returned (JSON-able), for each job that did not fail, and with the sweep's folder, if it is one.
+        after: called with what ``work`` returned for each job that did not fail (JSON objects), and with the sweep's folder, if any.
 
     Returns:
         0, or a sweep's exit code: 2 if all of its failed jobs were user errors, else 1.
@@ -214,6 +214,7 @@ def launch(
         return 0
     if not (multirun or cfg.hydra.mode is RunMode.MULTIRUN):
         with _one_line(app, name, words):
+            # hydra.main would compose the config once more. Hydra has no public place for its callbacks.
             context = HydraContext(config_loader=app.config_loader, callbacks=Callbacks(cfg))
             run_job(task, cfg, "hydra.run.dir", None, context, configure_logging=False)
         if task.error:

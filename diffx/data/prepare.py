@@ -46,12 +46,14 @@ def prepare(job: PrepareJob, progress: Progress = no_progress) -> Path:
     tokenizer = ready(job.tokenizer)
     wanted = settings(job.data, tokenizer, digest(state)) | {"shard_tokens": job.shard_tokens}
     _begun(out, wanted)  # refuse before anything is made, the lock included
-    with storage_errors(f"out={out} cannot be written"), locked(out, "out"):
-        meta = _begun(out, wanted)
-        if meta and meta["complete"]:
-            Shards(out, progress)  # which verifies it
-        else:
-            build(out, source, tokenizer, wanted, int(job.shard_tokens), job.workers or os.cpu_count() or 1)
+    with storage_errors(f"out={out} cannot be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(out.with_name(f".{out.name}.lock"), f"out={out}"):
+            meta = _begun(out, wanted)
+            if meta and meta["complete"]:
+                Shards(out, progress)  # which verifies it
+            else:
+                build(out, source, tokenizer, wanted, int(job.shard_tokens), job.workers or os.cpu_count() or 1)
     return out
 
 

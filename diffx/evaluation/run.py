@@ -23,7 +23,6 @@ from types import ModuleType
 from typing import Any
 
 import zstandard
-from filelock import FileLock, Timeout
 from torch import nn
 
 import diffx
@@ -33,7 +32,7 @@ from diffx.console import Reporter, make_table
 from diffx.errors import storage_errors
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context, Example, Metric, Record
-from diffx.files import append_lines, checked_line, parse_json, read_checked_lines, read_json, replacing, write_json
+from diffx.files import append_lines, checked_line, locked, parse_json, read_checked_lines, read_json, replacing, write_json
 from diffx.loading import load
 from diffx.tracking import show_evaluation
 
@@ -91,11 +90,8 @@ def measure(job: EvalJob, lm: LanguageModel, change: Change | None = None, table
     reporter.line(f"{name} on {lm.name}, {len(examples)} examples, in {folder}")
     with storage_errors(f"the evaluation in {folder} stopped"):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(folder / ".lock", timeout=0), change.applied(lm.model) if change else nullcontext():
-                return _evaluate(module, context, examples, settings, change.facts if change else {}, started, table)
-        except Timeout as error:
-            raise UserError(f"suite={job.suite.name} cannot be run: another process is writing {folder}") from error
+        with locked(folder / ".lock", f"the evaluation folder {folder}"), change.applied(lm.model) if change else nullcontext():
+            return _evaluate(module, context, examples, settings, change.facts if change else {}, started, table)
 
 
 def _evaluate(

@@ -60,10 +60,10 @@ def adapt(job: AdaptJob, words: list[str]) -> Path:
         RunError: the loss is not finite, or the disk or the device's memory is full.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
-    with join_world(job.device) as world, ExitStack() as held:
+    with join_world(job.device) as world, ExitStack() as stack:
         torch.manual_seed(job.seed)
         try:
-            return _adapt(job, words, world, Reporter(quiet=not world.main), held)
+            return _adapt(job, words, world, Reporter(quiet=not world.main), stack)
         except torch.OutOfMemoryError as error:
             raise RunError(
                 f"the memory of {world.device} is full ({str(error).splitlines()[0][:120]}); lower train.micro_batch_size or "
@@ -71,10 +71,10 @@ def adapt(job: AdaptJob, words: list[str]) -> Path:
             ) from error
 
 
-def _adapt(job: AdaptJob, words: list[str], world: World, reporter: Reporter, held: ExitStack) -> Path:
+def _adapt(job: AdaptJob, words: list[str], world: World, reporter: Reporter, stack: ExitStack) -> Path:
     job, resumed = settle(job, words)
     if resumed and world.main:
-        held.enter_context(hold_folder(resumed, new=False))
+        stack.enter_context(hold_folder(resumed, new=False))
     base = load_pretrained("base", job.base, _base_dtype(job, world), world.device, job.revision, job.trust_remote_code)
     _same_base(base, resumed)
     layers = find_layers(base.model, {"input_ids": torch.tensor([[0, 1]], device=world.device)})
@@ -93,7 +93,7 @@ def _adapt(job: AdaptJob, words: list[str], world: World, reporter: Reporter, he
     folder = resumed or Path(world.share(str(new_folder(job))))
     if world.main:
         if resumed is None:
-            held.enter_context(hold_folder(folder, new=True))
+            stack.enter_context(hold_folder(folder, new=True))
         write_start(folder, job, words, corpus.tokenizer, corpus.info)
         write_json(folder / "base.json", {"name": base.name, "revision": job.revision, "fingerprint": base.fingerprint})
         plan.save(folder / "heads.json")
@@ -101,7 +101,7 @@ def _adapt(job: AdaptJob, words: list[str], world: World, reporter: Reporter, he
         if job.dex.variant.branches:
             draw_heads(plan, folder / "plots" / "heads.png")
         reporter.open_log(folder / "train.log")
-        held.callback(reporter.close_log)
+        stack.callback(reporter.close_log)
     world.barrier()
     return _run(job, base, adapted, corpus, batches, folder, world, reporter, resumed is not None, found)
 

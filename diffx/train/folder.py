@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 
 import diffx
 from diffx.config import UserError
@@ -27,7 +26,7 @@ from diffx.config.data import HfTokenizer
 from diffx.config.dex import AdaptJob
 from diffx.config.train import TrainJob
 from diffx.data.tokenizers import Tokenizer
-from diffx.files import read_json, replacing_folder, write_json, write_text
+from diffx.files import locked, read_json, replacing_folder, write_json, write_text
 from diffx.tracking import read_metrics
 from diffx.train.checkpoint import find_checkpoint
 
@@ -162,17 +161,10 @@ def hold_folder(folder: Path, new: bool) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run.dir={folder} cannot be used: {error.strerror}; choose a folder that can be written") from error
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"run.dir={folder} cannot be used: another process is writing it; wait for it to end, or stop it") from error
-    try:
+    with locked(folder / _LOCK, f"run.dir={folder}"):
         if new and not _unused(folder):
             raise UserError(f"run.dir={folder} cannot be used: it exists; choose another")
         yield
-    finally:
-        lock.release()
 
 
 def write_start(folder: Path, job: AnyJob, words: list[str], tokenizer: Tokenizer, corpus: dict[str, Any]) -> None:

@@ -22,9 +22,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from diffx.config import RunError, UserError
+from diffx.config import UserError
 from diffx.config.train import Device, Precision, TrainConfig
-from diffx.errors import Stopped
+from diffx.errors import Stopped, describe, one_line
 from diffx.ops import attending_by
 
 
@@ -122,10 +122,14 @@ def join_world(device: Device) -> Iterator[World]:
             torch.cuda.set_device(chosen)
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
         yield World(chosen, rank, size)
-    except (UserError, RunError, Stopped) as error:
+    except (Exception, Stopped) as error:
+        described = describe(error)
+        if described is None:
+            raise
+        code, line = described
         if store.add("diffx/reported", 1) == 1:
-            print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
+            print(one_line(f"error: {line}" if code else line), file=sys.stderr, flush=True)
+        raise SystemExit(code) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -41,15 +41,15 @@ def train(job: TrainJob, words: list[str]) -> Path:
         RunError: the loss is not finite or the disk is full.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
-    with join_world(job.device) as world, fused_attention(job.train.fused_attention, world.device), ExitStack() as held:
+    with join_world(job.device) as world, fused_attention(job.train.fused_attention, world.device), ExitStack() as stack:
         torch.manual_seed(job.seed)
-        return _train(job, words, world, Reporter(quiet=not world.main), held)
+        return _train(job, words, world, Reporter(quiet=not world.main), stack)
 
 
-def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter, held: ExitStack) -> Path:
+def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter, stack: ExitStack) -> Path:
     job, resumed = settle(job, words)
     if resumed and world.main:
-        held.enter_context(hold_folder(resumed, new=False))
+        stack.enter_context(hold_folder(resumed, new=False))
     # Everything that can be refused is tried before anything is written.
     check_memory(job, world.size, free_memory(world.device))
     # A resumed run keeps the tokenizer in its folder: one trained anew could differ, and what made it may be gone.
@@ -64,10 +64,10 @@ def _train(job: TrainJob, words: list[str], world: World, reporter: Reporter, he
     folder = resumed or Path(world.share(str(new_folder(job))))
     if world.main:
         if resumed is None:
-            held.enter_context(hold_folder(folder, new=True))
+            stack.enter_context(hold_folder(folder, new=True))
         write_start(folder, job, words, corpus.tokenizer, corpus.info)
         reporter.open_log(folder / "train.log")
-        held.callback(reporter.close_log)
+        stack.callback(reporter.close_log)
     world.barrier()
     return _run(job, corpus, batches, model, folder, world, reporter, resumed is not None, found)
 

@@ -58,7 +58,7 @@ def without_time(folder):
 def test_the_folder(measure, runs):
     folder = measure()
     assert folder.parent == runs / "transformer" / "evals" / "4" / "icl"
-    assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == [
+    assert sorted(path.name for path in folder.iterdir()) == [
         "icl.png",
         "records.jsonl.zst",
         "results.json",

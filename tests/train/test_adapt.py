@@ -96,7 +96,7 @@ def test_the_run_folder(run, hf_folder):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "adapter", "base.json", "checkpoints", "config.yaml", "data.json", "environment.json", "heads.json", "metrics.jsonl",
-        ".lock", "overrides.yaml", "plots", "summary.json", "tokenizer", "train.log",
+        "overrides.yaml", "plots", "summary.json", "tokenizer", "train.log",
     }  # fmt: skip
     assert (folder / "plots" / "heads.png").read_bytes().startswith(b"\x89PNG")
     assert "the branch is" in (folder / "train.log").read_text()
