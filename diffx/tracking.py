@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffx.config.checks import MOST
 from diffx.config.train import WandbConfig, WandbMode
 from diffx.errors import RunError, UserError
 from diffx.files import read_json_lines, write_text
@@ -210,6 +211,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     rows = read_json_lines(path)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("step"), int):
-            raise UserError(f"{path} is damaged: line {number} has no step")
+        if not all(isinstance(row.get(key), int | float) and abs(row[key]) < MOST for key in ("step", "tokens")):
+            raise UserError(f"{path} is damaged: line {number} has no `step` or no `tokens`")
     return rows

@@ -29,7 +29,7 @@ def test_one_object_a_line(tmp_path):
 
 def test_a_resumed_run_cuts_back_to_its_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 10, 20, 30)) + '{"step": 4')
+    path.write_text("".join(json.dumps({"step": step, "tokens": 0}) + "\n" for step in (0, 10, 20, 30)) + '{"step": 4')
     with run(tmp_path, [], resume_step=20, seconds=100.0) as track:
         track.log(30, 0, {})
         assert track.seconds >= 100

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from openai import (
     APIConnectionError,
@@ -32,7 +32,7 @@ from openai import (
 from diffx.config import RunError, UserError
 from diffx.config.eval import EndpointJudge
 from diffx.data.sources import reason
-from diffx.files import parse_json
+from diffx.files import append_lines, checked_line, parse_json, read_checked_lines
 
 _httpx = import_module(DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])  # httpx2 since openai 3
 
@@ -115,8 +115,8 @@ def ask(judge: EndpointJudge, prompts: Sequence[str], cache: Path, progress: Cal
     Args:
         judge: the endpoint; its key comes from the environment variable ``OPENAI_API_KEY`` alone.
         prompts: by ``judge_prompt``; equal ones are asked once.
-        cache: JSON lines {"key", "model", "said"}, the key a hash of endpoint, model, temperature and prompt; replies in it are not
-            asked for again.
+        cache: JSON lines {"key", "model", "said", "checksum"}, the key a hash of endpoint, model, temperature and prompt; replies in
+            it are not asked for again.
         progress: called with the number of prompts that have their verdict.
 
     Raises:
@@ -132,7 +132,7 @@ def ask(judge: EndpointJudge, prompts: Sequence[str], cache: Path, progress: Cal
     todo = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in said}
     refused: dict[str, str] = {}
     done = itertools.count(len(prompts) - len(todo) + 1)
-    with _append(cache) as file:
+    with append_lines(cache) as file:
 
         def keep(key: str, reply: str | None, refusal: str) -> None:
             if reply is None:
@@ -140,7 +140,7 @@ def ask(judge: EndpointJudge, prompts: Sequence[str], cache: Path, progress: Cal
             else:
                 said[key] = reply
                 if parse(reply) is not None:
-                    file.write(json.dumps({"key": key, "model": judge.model, "said": reply}) + "\n")
+                    file.write(checked_line({"key": key, "model": judge.model, "said": reply}))
                     file.flush()
             if progress is not None:
                 progress(next(done))
@@ -275,21 +275,10 @@ def _redacted(error: BaseException, secret: str) -> str:
 
 
 def _read(cache: Path) -> dict[str, str]:
-    """Read the understood replies by key. A line may be torn, since a judge may be interrupted."""
+    """Read the understood replies by key; a line that an interrupt tore is left out."""
     said = {}
-    for line in cache.read_bytes().split(b"\n") if cache.exists() else []:
-        try:
-            row = parse_json(line)
-        except ValueError:
-            continue
-        key, reply = (row.get("key"), row.get("said")) if isinstance(row, dict) else (None, None)
+    for row in read_checked_lines(cache):
+        key, reply = row.get("key"), row.get("said")
         if isinstance(key, str) and isinstance(reply, str) and parse(reply) is not None:
             said[key] = reply
     return said
-
-
-def _append(cache: Path) -> TextIO:
-    torn = cache.exists() and not cache.read_bytes().endswith(b"\n")
-    file = cache.open("a", encoding="utf-8")
-    file.write("\n" if torn else "")
-    return file

@@ -67,6 +67,7 @@ class LanguageModel:
         self.context, self.limit, self.prefix, self.ends = loaded.context, loaded.limit, loaded.prefix, loaded.ends
         self._theirs = None if isinstance(loaded.model, Decoder) else loaded.model
         self.pads = self._theirs is None or _full_attention(self._theirs.config)
+        self._cache = "" if self._theirs is None else cache_keyword(self._theirs)
         self._keeps = self._theirs is not None and "logits_to_keep" in inspect.signature(self._theirs.forward).parameters
 
     @property
@@ -234,7 +235,7 @@ class LanguageModel:
             real = torch.arange(ids.shape[1], device=self.device) < ends[:, None]
             prefix.valid = torch.cat([before if prefix.valid is None else prefix.valid, real], dim=1)
         assert self._theirs is not None
-        options[cache_keyword(self._theirs)] = prefix.cache
+        options[self._cache] = prefix.cache
         return self._theirs(input_ids=ids, use_cache=True, **options).logits[:, -keep:].float()
 
     def _make_room(self, prefix: Prefix, tokens: int) -> None:

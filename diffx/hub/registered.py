@@ -1,5 +1,6 @@
 """Our decoders as models of ``transformers``: what an exported run that is neither a Llama nor a DiffLlama loads as."""
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,6 @@ from transformers.utils.generic import can_return_tuple
 from diffx.hub.attention import CACHE
 from diffx.hub.configs import DiffxConfig
 from diffx.models import Decoder, build_model
-from diffx.models.layers import rope_tables
 
 
 class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
@@ -23,6 +23,7 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = DiffxConfig
     base_model_prefix = "decoder"
     _supports_sdpa = True
+    accepts_loss_kwargs = True  # tells transformers' Trainer that num_items_in_batch is honoured
     _no_split_modules = ["Block"]  # noqa: RUF012  # the type that the base class gives it
 
     def __init__(self, config: DiffxConfig):
@@ -40,8 +41,6 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         """The output projection; None where it is the embedding."""
         return self.decoder.lm_head
-
-    accepts_loss_kwargs = True  # tells transformers' Trainer that num_items_in_batch is honoured
 
     @can_return_tuple  # takes return_dict
     def forward(
@@ -107,13 +106,11 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = torch.arange(length, length + x.shape[1], device=x.device)
         elif attention_mask is None and cache is None:
             documents = _document_lengths(position_ids.expand(x.shape[:2]))
-        cos, sin = rope_tables(position_ids, self.decoder.rope_width, self.decoder.config.rope_theta)
-        states = []
-        for layer in self.decoder.layers:
-            states.append(x)
-            x = layer(x, cos, sin, view, documents)
-            states = states if output_hidden_states else []
-        hidden = self.decoder.norm(x)
+        states: list[Tensor] = []
+        with ExitStack() as stack:
+            for layer in self.decoder.layers if output_hidden_states else ():
+                stack.enter_context(layer.register_forward_pre_hook(lambda module, args: states.append(args[0])))
+            hidden = self.decoder.run_layers(x, position_ids, view, documents)
         kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         logits = F.linear(kept, self.decoder.output_weight)
         loss = None

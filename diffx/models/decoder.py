@@ -115,12 +115,26 @@ class Decoder(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # (T,)
         if cache is not None:
             positions = positions + (cache.length if cache.positions is None else cache.positions[:, None])  # (B, T) if rows differ
-        cos, sin = rope_tables(positions, self.rope_width, self.config.rope_theta)  # (T, width/2) or (B, T, width/2)
-        x = self.embed_tokens(input_ids)  # (B, T, D)
-        for layer in self.layers:
-            x = layer(x, cos, sin, cache, documents)
+        hidden = self.run_layers(self.embed_tokens(input_ids), positions, cache, documents)
         if cache is not None:
             cache.advance(input_ids.shape[1])
+        return hidden
+
+    def run_layers(self, x: Tensor, positions: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
+        """Run all layers and the final norm.
+
+        Args:
+            x: embeddings (B, T, D).
+            positions: of the tokens, (T,), or (B, T) where rows differ.
+            cache: as in ``forward``; its length stays as it is.
+            documents: lengths of the documents in the flattened batch; None where each row is one.
+
+        Returns:
+            (B, T, D).
+        """
+        cos, sin = rope_tables(positions, self.rope_width, self.config.rope_theta)  # (T, width/2) or (B, T, width/2)
+        for layer in self.layers:
+            x = layer(x, cos, sin, cache, documents)
         return self.norm(x)
 
     def num_parameters(self) -> dict[str, int]:

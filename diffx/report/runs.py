@@ -1,7 +1,6 @@
 """Run folders as plain objects, and the groups of runs that differ in nothing but their seed."""
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
@@ -16,7 +15,8 @@ from diffx.config.checks import MOST
 from diffx.config.dex import AdaptJob, DexConfig, Variant
 from diffx.config.model import MODEL_CONFIGS, ModelConfig
 from diffx.config.train import TrainJob
-from diffx.files import read_json, read_json_lines
+from diffx.files import read_json
+from diffx.tracking import read_metrics
 
 SHAPE_KEYS = tuple(
     f"model.{name}" for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
@@ -82,7 +82,7 @@ def read_run(path: str | Path) -> Run:
     return Run(
         path=path,
         job=job,
-        metrics=_read_metrics(path / "metrics.jsonl"),
+        metrics=read_metrics(path / "metrics.jsonl"),
         summary=_read_summary(path / "summary.json", ("trained",) if isinstance(job, AdaptJob) else ("embedding", "rest")),
         data=read_json(path / "data.json") if (path / "data.json").exists() else {},
     )
@@ -93,14 +93,6 @@ def _read_summary(path: Path, parts: Sequence[str]) -> dict[str, Any]:
     if summary and not all(_is_figure(summary["parameters"].get(part)) for part in parts):
         raise UserError(f"{path} is damaged: its 'parameters' lack one of {', '.join(parts)}")
     return summary
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    metrics = read_json_lines(path)
-    for number, line in enumerate(metrics, 1):
-        if not all(_is_figure(line.get(key)) and math.isfinite(line[key]) for key in ("tokens", "step")):
-            raise UserError(f"{path} line {number} cannot be used: it has no `tokens` or no `step`; leave this run out")
-    return metrics
 
 
 def _is_figure(value: Any) -> bool:
