@@ -163,7 +163,8 @@ save_file(logits, sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("with_diffx", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("with_diffx", [False, True])
 def test_a_process_of_its_own_gets_the_same_logits(with_diffx, export, run, place, tmp_path):
     names = {"dex": False, "diff_v2": True, "diff_v1_heads": True} if with_diffx else {"dex": True, "transformer": True, "diff_v1": True}
     folders = {name: str(export(name, fold=fold)) for name, fold in names.items()}
@@ -216,7 +217,12 @@ doc_to_target: 0
 
 
 @pytest.mark.parametrize(
-    "suite", ["icl suite.shots=[1,2] suite.queries=6 suite.labels=3", "outliers suite.tokens=256", "harness suite.tasks=[squares]"]
+    "suite",
+    [
+        "harness suite.tasks=[squares]",
+        pytest.param("icl suite.shots=[1,2] suite.queries=6 suite.labels=3", marks=pytest.mark.slow),
+        pytest.param("outliers suite.tokens=256", marks=pytest.mark.slow),
+    ],
 )
 def test_evaluations_are_equal(suite, run, export, place):
     found = {}

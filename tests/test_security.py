@@ -151,6 +151,7 @@ def test_a_saved_interpolation_is_not_resolved(here, capfd, monkeypatch, run, gr
     assert not any(SECRET.encode() in file.read_bytes() for file in folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 def test_a_prompt_that_looks_like_an_interpolation_is_text_in_every_file(here, monkeypatch):
     folder, _ = here
     monkeypatch.setenv("WANDB_API_KEY", SECRET)

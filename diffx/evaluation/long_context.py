@@ -170,7 +170,7 @@ def _ratio(group: str, name: str, sums: np.ndarray, counts: np.ndarray) -> Metri
     value, n = float(sums.sum() / counts.sum()), len(sums)
     if n == 1:
         return Metric(group, name, value)
-    above, below = (resampled_means(values, f"{group}/{name}") for values in (sums, counts))  # the same draws
+    above, below = resampled_means(np.stack([sums, counts], 1), f"{group}/{name}").T  # (RESAMPLES,) each
     ratios = above[below > 0] / below[below > 0]
     return Metric(group, name, value, float(ratios.std()), *interval(ratios), n)
 
@@ -187,8 +187,8 @@ def draw(context: Context, records: list[Record], metrics: list[Metric], path: P
     first = next(place for place, position in enumerate(every) if position >= every[-1] // 64)  # the first tokens would flatten the rest
     positions, curves = every[first:], np.array([record["cumulative_nll"][first:] for record in records])  # (texts, positions)
     if len(records) > 1:
-        bands = [interval(resampled_means(curves[:, place], "picture")) for place in range(len(positions))]
-        left.fill_between(positions, *zip(*bands, strict=True), color="#0072B2", alpha=0.18, linewidth=0)
+        low, high = np.percentile(resampled_means(curves, "picture"), [2.5, 97.5], axis=0)  # (positions,) each
+        left.fill_between(positions, low, high, color="#0072B2", alpha=0.18, linewidth=0)
     left.plot(positions, curves.mean(0), color="#0072B2", linewidth=1.8, label=f"{context.lm.name}, {len(records)} texts")
     left.set(xscale="log", xlabel="position in tokens", ylabel="nats per token up to there (band: 95% interval)")
     ticks = [position for position in positions if position & (position - 1) == 0]

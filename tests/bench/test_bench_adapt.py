@@ -15,6 +15,7 @@ def short(monkeypatch):
     monkeypatch.setattr(targets, "DECODED", 2)
 
 
+@pytest.mark.slow
 def test_figures_and_table(hf_folder, tmp_path, capsys):
     out = tmp_path / "bench.json"
     report = bench.bench_adapt(out, str(hf_folder), seq_len=16, batch=2, rounds=2, device="cpu")

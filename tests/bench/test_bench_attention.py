@@ -10,6 +10,7 @@ from diffx.config import UserError
 from diffx.ops import differential_attention
 
 
+@pytest.mark.slow
 def test_figures_and_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(timing, "ROUND_SECONDS", 0)
     out = tmp_path / "bench.json"

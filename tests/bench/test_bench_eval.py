@@ -13,6 +13,7 @@ def short(monkeypatch):
     monkeypatch.setattr(timing, "ROUND_SECONDS", 0)
 
 
+@pytest.mark.slow
 def test_figures_and_table(hf_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "BATCHES", (1, 2))
     out = tmp_path / "bench.json"

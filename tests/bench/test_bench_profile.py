@@ -18,6 +18,7 @@ def text(tmp_path, monkeypatch):
     return "data.path=text.jsonl"
 
 
+@pytest.mark.slow
 def test_parts_operators_and_a_trace(text, tmp_path, capsys):
     report = bench_profile([*WORDS, text, "data.val_tokens=2000"], tmp_path / "trace.json", steps=2)
     assert tuple(report["seconds"]) == PARTS and min(report["seconds"].values()) > 0
@@ -28,6 +29,7 @@ def test_parts_operators_and_a_trace(text, tmp_path, capsys):
     assert "aten::" in printed and "loader" in printed and "checkpoints" in printed
 
 
+@pytest.mark.slow
 def test_micro_batches_and_documents_are_those_of_the_loop(text, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(profile, "token_losses", lambda model, *args: (seen.append(args), token_losses(model, *args))[1])

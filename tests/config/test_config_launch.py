@@ -132,9 +132,9 @@ def test_an_experiment_with_a_sweep_needs_no_flag(here):
 @pytest.mark.parametrize(
     ("failures", "code"),
     [
-        ({1: UserError("bad input")}, 2),
         ({1: UserError("bad input"), 2: RunError("no disk")}, 1),
-        ({2: ZeroDivisionError("a bug")}, 1),
+        pytest.param({1: UserError("bad input")}, 2, marks=pytest.mark.slow),
+        pytest.param({2: ZeroDivisionError("a bug")}, 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_failed_job_is_recorded_and_the_others_go_on(here, capfd, failures, code):

@@ -178,6 +178,7 @@ def test_shards_equal_direct(jsonl, tmp_path):
     assert all(next(one).targets.equal(next(two).targets) for _ in range(20))
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_the_result(jsonl, tmp_path, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
     prepare(job(jsonl, one))
@@ -208,6 +209,7 @@ def test_an_interrupted_prepare_goes_on(jsonl, tmp_path, monkeypatch):
     assert contents(tmp_path / "whole") == contents(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_killed_prepare_goes_on(jsonl, tmp_path):
     script = (
         "import sys, time; import diffx.data.prepare as p; from diffx.config.data import *; from diffx.config.train import PrepareJob\n"

@@ -52,6 +52,7 @@ def test_sizes(tokenizer):
     assert (tokenizer.kind == "bytes") == (len(tokenizer.encode("the theme 東")) == 13)
 
 
+@pytest.mark.slow
 def test_all_reload_in_another_process(tmp_path):
     expected = []
     for kind in KINDS:

@@ -105,6 +105,7 @@ def test_training_computes_gradients_and_leaves_no_trace(name, tiny, llama):
     assert all(torch.equal(value, before[key]) for key, value in lm.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_memory_holds_the_weights_and_grows_with_the_tokens(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "peak_allocation", peak_allocation)
     lm = tiny(hidden_size=128)

@@ -260,13 +260,12 @@ def test_cache_of_rows_that_differ_in_length(kind):
             torch.testing.assert_close(second[row], expected[-3:], rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.slow  # compiling takes half a minute
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["diff_v1", "diff_v2"])
 def test_compiles(kind):
     model, ids = make(VARIANTS[kind], torch.float32), tokens(2, 16)
     eager = model(ids)
-    for block in model.layers:
-        block.compile(fullgraph=True)
+    model.layers[0].compile(fullgraph=True)  # one: the compiler of C++ takes half a minute
     compiled = model(ids)
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     compiled.sum().backward()

@@ -53,8 +53,18 @@ def loss(folder):
     return next(metric["value"] for metric in results(folder)["metrics"] if metric["name"] == "nll")
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 16), (4, None), (4, 16), (2, 16)])
-@pytest.mark.parametrize("kind", ["transformer", "diff_v1"])
+@pytest.mark.parametrize(
+    ("kind", "bits", "group"),
+    [
+        ("transformer", 8, None),
+        ("diff_v1", 4, 16),
+        *(
+            pytest.param(kind, bits, group, marks=pytest.mark.slow)
+            for kind, few in (("transformer", [(4, None), (2, 16)]), ("diff_v1", [(8, 16), (4, None), (2, 16)]))
+            for bits, group in few
+        ),
+    ],
+)
 def test_stored_weights_are_the_nearest_of_their_grid(runs, kind, bits, group, monkeypatch):
     """Against NumPy in fp64: w = q·s with whole q and s = max|w| / (2^(bits-1) - 1/2) over a group, off by half a step at most."""
     monkeypatch.chdir(runs)
@@ -79,7 +89,8 @@ def test_stored_weights_are_the_nearest_of_their_grid(runs, kind, bits, group, m
         assert np.all(np.abs(after - before) <= step * (0.5 + 1e-4))
 
 
-@pytest.mark.parametrize("kind", ["diff_v1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("transformer", "diff_v2"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["transformer", "diff_v1", "diff_v2"])
 def test_it_loads_and_is_measured_like_any_model(runs, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copy(runs / f"{kind}-0", "run")
@@ -98,6 +109,7 @@ def test_it_loads_and_is_measured_like_any_model(runs, kind, tmp_path, monkeypat
     assert loss(own) == pytest.approx(loss(found[8]), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_an_adapted_run_is_folded_first(runs, tmp_path, hf_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     keys = f"data=text data.path={runs}/text.jsonl train.steps=2 train.seq_len=32 train.batch_tokens=64 data.val_tokens=500"
@@ -125,6 +137,7 @@ def test_what_is_there_is_not_made_again(runs, tmp_path, monkeypatch):
     assert [path.name for path in file.parents[1].iterdir()] == [file.parent.name]  # nothing of the making is left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8_dynamic", "float8"])
 def test_the_other_8_bit_forms(runs, scheme, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -146,6 +159,7 @@ def test_a_sweep_tells_sizes(runs, tmp_path, monkeypatch, capsys):
         assert sizes[0] > sizes[1] > 0
 
 
+@pytest.mark.slow
 def test_speed_can_be_measured(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     copy(runs / "transformer-0", "run")
@@ -187,6 +201,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_measured(runs, more, par
     assert not Path("run/evals").exists() and not Path("run/quantized").exists()
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_quantized_are_refused(runs, gpt2, hf_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="GPT2LMHeadModel has no linear layer"):

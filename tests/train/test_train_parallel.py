@@ -40,6 +40,7 @@ def step(config, implementation, checkpointing):
     return loss, [parameter.grad for parameter in model.parameters()], count.calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["sdpa", "triton"])
 def test_activations_are_computed_again_but_not_attention(kernels):
     """Attention runs once a layer and call, matrix products of the blocks twice; the figures are the same."""
@@ -56,6 +57,7 @@ def test_activations_are_computed_again_but_not_attention(kernels):
     assert checkpointed[2]["aten::mm"] > plain[2]["aten::mm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["transformer", "diff_v1", "diff_v2"])
 def test_compiled_blocks_are_not_compiled_again(kind, monkeypatch):
     """Two steps with a validation between compile all there is; after that nothing does, step after step."""
