@@ -21,7 +21,8 @@ from diffx.config.dex import CRITERIA, DexConfig
 from diffx.data.sources import reason
 from diffx.dex.layout import Layer
 from diffx.files import read_json, write_json
-from diffx.hub.attention import AttentionView, observing
+from diffx.hub.attention import observing
+from diffx.models.view import AttentionView
 
 _ROWS = 256  # rows of a map that exist at once
 

@@ -19,7 +19,7 @@ from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.published import published
 from diffx.evaluation.retrieval import haystack_of, hide, long_enough
 from diffx.evaluation.suite import Context, Example, Metric, Record, mean_metrics
-from diffx.hub.attention import AttentionView
+from diffx.models.view import AttentionView
 
 _NAMES = ("answer", "noise", "|answer|", "|noise|")
 _OURS, _THEIRS = ("#0072B2", "#56B4E9"), ("#999999", "#D55E00")

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from diffx.hub.attention import AttentionView, cache_keyword, observing
+from diffx.hub.attention import cache_keyword, observing
 from diffx.loading import Loaded
 from diffx.models import Decoder, KVCache
 from diffx.models.generation import sample
+from diffx.models.view import AttentionView
 
 _ROWS = 512  # tokens whose logits are formed at once where texts are scored
 

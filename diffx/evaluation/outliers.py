@@ -25,7 +25,7 @@ from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.published import published
 from diffx.evaluation.suite import Context, Example, Metric, Record
 from diffx.files import write_json
-from diffx.hub.attention import AttentionView
+from diffx.models.view import AttentionView
 
 LOGITS, STATES = _GROUPS = ("attention logits", "hidden states")
 

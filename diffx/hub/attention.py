@@ -1,16 +1,15 @@
 """What a model attends to, layer by layer, for any decoder: ours by hooks, transformers' through its attention interface.
 
-Notation: B batch, T tokens, D model width, M query maps (heads, or two for each differential head), G key maps, d width of a query.
+Notation: B batch, T tokens, D model width, M query maps, G key maps.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -20,8 +19,7 @@ from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 from diffx.config import UserError
 from diffx.models import Decoder
 from diffx.models.attention import Attention
-from diffx.models.diff_v1 import DiffV1Attention
-from diffx.models.diff_v2 import DiffV2Attention
+from diffx.models.view import AttentionView
 from diffx.ops import QuantizedLogits, attending_by
 
 _NAME = "diffx_observed"  # our attention function's in transformers' interface
@@ -33,66 +31,6 @@ _HARMLESS |= {"output_hidden_states", "output_router_logits", "return_dict", "nu
 _HARMLESS_IF_OFF = {"dropout", "output_attentions"}
 _HANDLED = {"scaling", "is_causal"}
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"  # "cache" since 5.24
-
-
-@dataclass(kw_only=True)
-class AttentionView:
-    """Queries and keys of one layer, from which its maps are formed a few rows at a time: never all T x T.
-
-    Attributes:
-        q: (B, T, M, d), rotated.
-        k: (B, T, G, d), rotated.
-        key_map: the key map that each query map reads; two of differential head j are query maps 2j and 2j + 1.
-        scale: of the logits.
-        lam: None for ordinary maps; lambda of each differential head, broadcastable to (B, T, M/2).
-        mask: True where a query sees a key, (B or 1, M or 1, T, T); None is all keys up to the query's own if ``causal``, else all.
-        causal: whether it is a decoder's, where there is no mask.
-        softcap: bound c of logits that pass through c·tanh(logit/c), as in Gemma 2.
-    """
-
-    q: Tensor
-    k: Tensor
-    key_map: list[int]
-    scale: float
-    lam: Tensor | None = None
-    mask: Tensor | None = None
-    softcap: float | None = None
-    causal: bool = True
-
-    @property
-    def num_maps(self) -> int:
-        """Query maps M: each is a softmax of its own."""
-        return self.q.shape[2]
-
-    @property
-    def num_heads(self) -> int:
-        """Maps that weigh values: M/2 differential heads, or M ordinary ones."""
-        return self.num_maps if self.lam is None else self.num_maps // 2
-
-    def logits(self, m: int, start: int, stop: int) -> Tensor:
-        """Give what enters the softmax of map ``m`` in rows ``start`` to ``stop``: (B, rows, T) in fp32, -inf where nothing is seen."""
-        keys = stop if self.mask is None and self.causal else self.k.shape[1]  # none behind the last row is seen
-        q, k = self.q[:, start:stop, m].float(), self.k[:, :keys, self.key_map[m]].float()  # (B, rows, d), (B, keys, d)
-        logits = (q * self.scale) @ k.mT
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        if self.mask is None:
-            hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).triu(start + 1) if self.causal else None
-        else:
-            hidden = ~self.mask[:, m if self.mask.shape[1] > 1 else 0, start:stop]
-        if hidden is not None:
-            logits.masked_fill_(hidden, -torch.inf)
-        return F.pad(logits, (0, self.k.shape[1] - keys), value=-torch.inf)
-
-    def head_map(self, j: int, start: int, stop: int) -> Tensor:
-        """The weights of head ``j``'s values in query rows ``start`` to ``stop``: (B, rows, T) in fp32.
-
-        An ordinary head's is a softmax; a differential head's is A1 - lambda A2 (arXiv 2410.05258, equation 1), which can be negative.
-        """
-        if self.lam is None:
-            return self.logits(j, start, stop).softmax(-1)
-        lam = self.lam.float().expand(*self.q.shape[:2], self.num_heads)[:, start:stop, j, None]  # (B, rows, 1)
-        return self.logits(2 * j, start, stop).softmax(-1) - lam * self.logits(2 * j + 1, start, stop).softmax(-1)
 
 
 def cache_keyword(model: nn.Module) -> str:
@@ -162,17 +100,7 @@ def _cannot_see(model: nn.Module, why: str) -> UserError:
 
 def _attention_hook(tell: AttentionCallback) -> Callable[..., None]:
     def hook(module: Attention, args: tuple[Any, ...]) -> None:
-        x, cos, sin = args[:3]
-        q, k, _ = module.project(x, cos, sin)
-        maps, keys = q.shape[2], k.shape[2]
-        key_map = [m // (maps // keys) for m in range(maps)]
-        lam = None
-        if isinstance(module, DiffV1Attention):  # pairs first, then groups: map 2j + s reads 2g + s
-            lam = module.lambda_value()
-            key_map = [2 * (m // 2 // (maps // keys)) + m % 2 for m in range(maps)]
-        elif isinstance(module, DiffV2Attention):
-            lam = module.lambda_value(x)
-        tell(module.layer, AttentionView(q=q, k=k, key_map=key_map, scale=q.shape[3] ** -0.5, lam=lam))
+        tell(module.layer, module.view(*args[:3]))
 
     return hook
 

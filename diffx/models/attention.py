@@ -3,6 +3,7 @@
 Notation: B batch, T tokens, Tk keys (more than T with a cache), D model width, H and H_kv the baseline's heads, d = D/H.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -10,10 +11,14 @@ from torch import Tensor, nn
 from diffx.config.model import ModelConfig
 from diffx.models.cache import KVCache
 from diffx.models.layers import apply_rope
+from diffx.models.view import AttentionView
 
 
-class Attention(nn.Module):
-    """Base of the attention modules; each defines ``forward(x, cos, sin, cache=None, documents=None)``.
+class Attention(nn.Module, ABC):
+    """Base of the attention modules.
+
+    Each defines ``forward(x, cos, sin, cache=None, documents=None)`` and declares what it computes, for everything that looks at attention:
+    ``lambda_value``, ``key_map`` if its maps read the keys in another order, and ``context_module``. One that does not cannot be made.
 
     Args:
         config: the decoder's.
@@ -22,7 +27,13 @@ class Attention(nn.Module):
         keys: key heads (or maps) and their width.
         values: value heads and their width.
         context: features that enter ``o_proj``.
+
+    Attributes:
+        layer: index of the layer, from 0.
+        context_module: name of the submodule that takes the context (the weighted values, after any subtraction): a norm, or ``o_proj``.
     """
+
+    context_module = "o_proj"
 
     def __init__(
         self, config: ModelConfig, layer: int, *, queries: tuple[int, int], keys: tuple[int, int], values: tuple[int, int], context: int
@@ -44,6 +55,27 @@ class Attention(nn.Module):
     def macs_per_pair(self) -> int:
         """Forward multiply-adds for each query-key pair: a logit and a weighted value for each query map."""
         return self.queries[0] * (self.queries[1] + self.values[1])
+
+    @property
+    def key_map(self) -> list[int]:
+        """The key map that each query map reads: neighbours share one."""
+        return [m // (self.queries[0] // self.keys[0]) for m in range(self.queries[0])]
+
+    @abstractmethod
+    def lambda_value(self, x: Tensor) -> Tensor | None:
+        """What head j's second map, 2j + 1, is multiplied by before it is subtracted from its first, 2j.
+
+        Args:
+            x: what enters the module (B, T, D).
+
+        Returns:
+            Broadcastable to (B, T, heads); None where nothing is subtracted and each query map is a head.
+        """
+
+    def view(self, x: Tensor, cos: Tensor, sin: Tensor) -> AttentionView:
+        """What is attended to where x (B, T, D) enters, without a cache; see ``forward`` for the arguments."""
+        q, k, _ = self.project(x, cos, sin)
+        return AttentionView(q=q, k=k, key_map=self.key_map, scale=q.shape[3] ** -0.5, lam=self.lambda_value(x))
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x (B, T, D), rotated; with a cache, the keys and values of all tokens so far.

@@ -28,6 +28,8 @@ class DiffV1Attention(Attention):
         sublayer_norm: RMSNorm over a head's 2d features, its gain shared by the heads; ``nn.Identity`` when off.
     """
 
+    context_module = "sublayer_norm"
+
     def __init__(self, config: DiffV1Config, layer: int):
         heads, kv_heads, width = config.num_heads // 2, config.num_kv_heads // 2, config.head_dim
         if config.halve is Halve.head_dim:  # all the heads, with maps of d/2 and values of d
@@ -48,7 +50,13 @@ class DiffV1Attention(Attention):
         self.lambda_k2 = nn.Parameter(torch.empty(shape))
         self.sublayer_norm = sublayer_norm(config, 2 * width)
 
-    def lambda_value(self) -> Tensor:
+    @property
+    def key_map(self) -> list[int]:
+        """Pairs first, then groups: map 2j + s reads key map 2g + s, where g is the group of head j."""
+        per_group = self.queries[0] // self.keys[0]
+        return [2 * (m // 2 // per_group) + m % 2 for m in range(self.queries[0])]
+
+    def lambda_value(self, x: Tensor | None = None) -> Tensor:
         """Lambda = exp(lq1·lk1) - exp(lq2·lk2) + lambda_init (equation 2), in fp32: a scalar, or (h,) with a lambda for each head."""
         dtype = torch.promote_types(self.lambda_q1.dtype, torch.float32)
         first = (self.lambda_q1 * self.lambda_k1).sum(-1, dtype=dtype).exp()

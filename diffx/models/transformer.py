@@ -24,6 +24,9 @@ class TransformerAttention(Attention):
         heads, kv_heads, d = heads or config.num_heads, config.num_kv_heads, config.head_dim
         super().__init__(config, layer, queries=(heads, d), keys=(kv_heads, d), values=(kv_heads, d), context=heads * d)
 
+    def lambda_value(self, x: Tensor) -> None:
+        """None: nothing is subtracted."""
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D); see ``Attention.project`` and ``attend`` for the arguments."""
         q, k, v = self.project(x, cos, sin, cache)  # (B, T, H, d), (B, Tk, H_kv, d), (B, Tk, H_kv, d)

@@ -15,10 +15,15 @@ from diffx.ops import attention
 class TransformerWideHeadAttention(Attention):
     """Ordinary causal attention of H/2 heads, each twice as wide."""
 
+    context_module = "sublayer_norm"
+
     def __init__(self, config: TransformerWideHeadConfig, layer: int):
         heads, kv_heads, width = config.num_heads // 2, config.num_kv_heads // 2, 2 * config.head_dim
         super().__init__(config, layer, queries=(heads, width), keys=(kv_heads, width), values=(kv_heads, width), context=heads * width)
         self.sublayer_norm = sublayer_norm(config, width)
+
+    def lambda_value(self, x: Tensor) -> None:
+        """None: nothing is subtracted."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D); see ``Attention.project`` and ``attend`` for the arguments."""

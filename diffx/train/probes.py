@@ -1,6 +1,6 @@
-"""What DIFF's layers do, read by hooks in a forward pass of its own: the model knows nothing of it."""
+"""What the attention of each layer does, read by hooks in a forward pass of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,30 +8,37 @@ from torch import nn
 
 
 @torch.no_grad()
-def diff_statistics(model: nn.Module, blocks: nn.ModuleList, forward: Callable[[], object]) -> dict[str, float]:
-    """Measure each layer's lambda and the RMS of its context before the norm.
+def attention_statistics(model: nn.Module, blocks: Iterable[Any], forward: Callable[[], object]) -> dict[str, float]:
+    """Measure each layer's lambda and the RMS of its context.
 
     Args:
         model: the model that ``forward`` runs.
-        blocks: its decoder blocks; those without differential attention are passed over.
+        blocks: its decoder blocks; ``self_attn`` of each is a ``diffx.models.attention.Attention``.
         forward: runs the model on a few tokens. It runs eagerly, since hooks would break a compiled block.
 
     Returns:
-        ``diff/lambda/<layer>``: V1's lambda (mean over heads), V2's mean sigmoid over tokens and heads.
-        ``diff/context_rms/<layer>``: root mean square of A1 V - lambda A2 V.
+        ``diff/lambda/<layer>``: mean lambda over heads, and over tokens where each has one; no key for a layer that subtracts nothing.
+        ``attention/context_rms/<layer>``: root mean square of the weighted values, after the subtraction and before any norm.
     """
-    found: dict[str, torch.Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
+
+    def read_lambda(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        lam = module.lambda_value(args[0])  # in the forward pass, where sharded parameters are whole
+        if lam is not None:
+            values[f"diff/lambda/{module.layer:02d}"] = lam.float().mean()
+
+    def read_context(layer: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            values[f"attention/context_rms/{layer:02d}"] = args[0].float().pow(2).mean().sqrt()
+
+        return hook
+
     handles = []
-    for index, block in enumerate(blocks):
-        attention: Any = block.self_attn
-        if hasattr(attention, "lambda_proj"):  # V2: the context goes straight to the output projection
-            handles.append(attention.lambda_proj.register_forward_hook(_sigmoid_into(found, f"diff/lambda/{index:02d}")))
-            handles.append(attention.o_proj.register_forward_pre_hook(_rms_into(found, f"diff/context_rms/{index:02d}")))
-        elif hasattr(attention, "lambda_value"):  # V1: the context enters the norm (an identity where it is off)
-            handles.append(attention.register_forward_pre_hook(_lambda_into(found, f"diff/lambda/{index:02d}")))
-            handles.append(attention.sublayer_norm.register_forward_pre_hook(_rms_into(found, f"diff/context_rms/{index:02d}")))
-    if not handles:
-        return {}
+    for block in blocks:
+        attention = block.self_attn
+        handles.append(attention.register_forward_pre_hook(read_lambda))
+        context = attention.get_submodule(attention.context_module)
+        handles.append(context.register_forward_pre_hook(read_context(attention.layer)))
     training = model.training
     model.eval()
     try:
@@ -41,26 +48,5 @@ def diff_statistics(model: nn.Module, blocks: nn.ModuleList, forward: Callable[[
         model.train(training)
         for handle in handles:
             handle.remove()
-    names = sorted(found)
-    return dict(zip(names, torch.stack([found[name].float() for name in names]).tolist(), strict=True))  # device sync: one for all layers
-
-
-def _lambda_into(found: dict[str, torch.Tensor], name: str):
-    def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        found[name] = module.lambda_value().mean()  # in the forward pass, where sharded parameters are whole
-
-    return hook
-
-
-def _rms_into(found: dict[str, torch.Tensor], name: str):
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        found[name] = args[0].float().pow(2).mean().sqrt()
-
-    return hook
-
-
-def _sigmoid_into(found: dict[str, torch.Tensor], name: str):
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        found[name] = output.float().sigmoid().mean()
-
-    return hook
+    names = sorted(values)
+    return dict(zip(names, torch.stack([values[name] for name in names]).tolist(), strict=True))  # device sync: one for all layers

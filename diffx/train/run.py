@@ -26,7 +26,7 @@ from diffx.train.folder import hold_folder, new_folder, run_name, settle, write_
 from diffx.train.loop import Fit, fit
 from diffx.train.parallel import World, fused_attention, join_world
 from diffx.train.params import check_memory, counts_table
-from diffx.train.probes import diff_statistics
+from diffx.train.probes import attention_statistics
 
 
 def train(job: TrainJob, words: list[str]) -> Path:
@@ -138,7 +138,7 @@ def _run(
             track=track,
             reporter=reporter,
             resume=found,
-            probe=partial(diff_statistics, model, model.layers),
+            probe=partial(attention_statistics, model, model.layers),
         )
         sample = _sample(model, corpus, job, world)
         if world.main:

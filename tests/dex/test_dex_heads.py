@@ -10,7 +10,7 @@ from diffx.config.dex import DexConfig
 from diffx.dex import heads as module
 from diffx.dex.heads import choose_heads, draw_heads, entropies, importances, load_plan
 from diffx.dex.layout import find_layers
-from diffx.hub.attention import AttentionView
+from diffx.models.view import AttentionView
 
 TEXT = torch.randint(1, 48, (3, 20), generator=torch.Generator().manual_seed(2))
 BATCHES = TEXT.split([2, 1])

@@ -62,9 +62,9 @@ def test_every_architecture_learns_and_leaves_its_folder(run, kind):
     assert found[-1]["val/perplexity"] == pytest.approx(math.exp(found[-1]["val/loss"]))
     files = {"config.yaml", "overrides.yaml", "environment.json", "data.json", "metrics.jsonl", "train.log", "summary.json"}
     assert {p.name for p in folder.iterdir()} == files | {"tokenizer", "checkpoints"}
-    diff = {name for name in found[1] if name.startswith("diff/")}
-    layers = ("00", "01") if kind.startswith("diff") else ()
-    assert diff == {f"diff/{what}/{layer}" for what in ("lambda", "context_rms") for layer in layers}
+    logged = {name for name in found[1] if name.startswith(("diff/", "attention/"))}
+    kinds = ["attention/context_rms", *(["diff/lambda"] if kind.startswith("diff") else [])]
+    assert logged == {f"{what}/{layer}" for what in kinds for layer in ("00", "01")}
     assert load_run(str(folder)).step == 40
 
 
