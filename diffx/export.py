@@ -64,6 +64,9 @@ def to_transformers(loaded: Loaded, fold_branch: bool = True) -> tuple[PreTraine
         raise RunError(f"the exported logits differ from the run's by {error:.2g} of their norm: this is a defect, and nothing was written")
     model.generation_config.eos_token_id = sorted(loaded.ends)
     model.config.eos_token_id = loaded.tokenizer.eot_id
+    if loaded.adapted is None:  # what an adapted model reads is as it is in its base's config
+        model.config.max_position_embeddings = loaded.context
+        model.config.bos_token_id = model.generation_config.bos_token_id = loaded.tokenizer.eot_id
     return model, error
 
 
@@ -71,7 +74,7 @@ def write_pretrained(model: PreTrainedModel, loaded: Loaded, folder: Path) -> No
     """Write a model with the tokenizer and the origin of ``loaded`` into a folder."""
     disable_progress_bar()
     model.save_pretrained(folder)
-    loaded.tokenizer.save(folder)
+    loaded.tokenizer.save(folder, begin=loaded.adapted is None)
     write_origin(loaded, folder)
 
 
@@ -103,7 +106,7 @@ def _theirs(loaded: Loaded, fold_branch: bool) -> Any:
     try:
         return to_diffllama(model)
     except ValueError:  # not a form of DiffLlama
-        return to_registered(model, loaded.context)
+        return to_registered(model)
 
 
 @torch.no_grad()

@@ -151,8 +151,9 @@ def _load_pretrained(spec: str, device: Device, dtype: Dtype, revision: str | No
 
 
 def write_origin(loaded: Loaded, folder: Path) -> None:
-    """Write beside an exported model what its config cannot say: how its texts begin, how long and what text it was trained on."""
-    write_json(folder / _ORIGIN, {"prefix": loaded.prefix, "context": loaded.context, "data": to_plain(loaded.data)})
+    """Write beside an exported model what its config cannot say: how its texts begin, how long they can be, what it was trained on."""
+    saved = {"prefix": loaded.prefix, "context": loaded.context, "limit": loaded.limit, "data": to_plain(loaded.data)}
+    write_json(folder / _ORIGIN, saved)
 
 
 def _origin(folder: Path) -> dict[str, Any]:
@@ -166,7 +167,9 @@ def _origin(folder: Path) -> dict[str, Any]:
         return {}
     try:
         saved = read_json(path)
+        limit = saved["limit"]  # older exports lack it: their tokenizers begin no text
         found: dict[str, Any] = {"prefix": [int(token) for token in saved["prefix"]], "context": int(saved["context"])}
+        found["limit"] = None if limit is None else int(limit)
         if (data := saved["data"]) is not None:
             found["data"] = from_plain(DATA_CONFIGS[data["kind"]], data)
         return found

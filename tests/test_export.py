@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -102,7 +105,7 @@ def assert_same(exported, run, tolerance):
     loaded, theirs = load(str(run), Device.cpu), AutoModelForCausalLM.from_pretrained(exported)
     tokenizer = AutoTokenizer.from_pretrained(exported)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    assert ids[0].tolist() == loaded.tokenizer.encode(PROMPT)
+    assert ids[0].tolist() == loaded.prefix + loaded.tokenizer.encode(PROMPT)
     ours = read(loaded.model, ids)
     assert ours.std() > 0.1
     torch.testing.assert_close(read(theirs, ids), ours, rtol=tolerance, atol=tolerance)
@@ -176,7 +179,7 @@ def test_a_process_of_its_own_gets_the_same_logits(with_diffx, export, run, plac
     found = load_file(out)
     for name, folder in folders.items():
         loaded = load(str(run(name)), Device.cpu)
-        ids = torch.tensor([loaded.tokenizer.encode(PROMPT)])
+        ids = torch.tensor([loaded.prefix + loaded.tokenizer.encode(PROMPT)])
         torch.testing.assert_close(found[folder], read(loaded.model, ids), rtol=1e-4, atol=1e-4)
 
 
@@ -216,6 +219,27 @@ doc_to_target: 0
 """
 
 
+ROLLING = """
+task: rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+"""
+ANSWERS = """
+task: answers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{text[:20]}}}}"
+doc_to_target: " no"
+generation_kwargs: {{max_gen_toks: 4, until: ["."]}}
+"""
+
+
 @pytest.mark.parametrize(
     "suite",
     [
@@ -242,6 +266,32 @@ def test_evaluations_are_equal(suite, run, export, place):
     for name in ("folded", "unfolded"):
         assert [row[:2] for row in found[name]] == [row[:2] for row in found["run"]]
         assert [row[2] for row in found[name]] == pytest.approx([row[2] for row in found["run"]], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["transformer", pytest.param("diff_v2", marks=pytest.mark.slow)])
+def test_lm_evals_own_figures_of_an_export_are_the_runs(name, run, export, place):
+    """Likelihoods of choices, of whole texts (longer than the context) and generated answers, through lm-eval's class for transformers."""
+    (place / "more").mkdir(exist_ok=True)
+    rows = ({"text": f"Of the number {n} little is known, but that it comes before {n + 1}. " * (n + 1)} for n in range(3))
+    (place / "more" / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = {"choices": TASK.replace("squares", "choices"), "rolling": ROLLING, "answers": ANSWERS}
+    for task, text in tasks.items():
+        (place / "more" / f"{task}.yaml").write_text(text.format(path=place / "more" / "numbers.jsonl"))
+    words = ["suite=harness", "suite.tasks=[choices,rolling,answers]", "limit=3", "wandb.mode=disabled", "device=cpu", "force=true"]
+    found = {}
+    for label, spec in (("run", run(name)), ("export", export(name))):
+        before = {path: path.stat().st_mtime_ns for path in place.rglob("results.json")}
+        assert main(["eval", f"checkpoint={spec}", *words, f"suite.include_path={place / 'more'}"]) == 0
+        (path,) = (path for path in place.rglob("results.json") if before.get(path) != path.stat().st_mtime_ns)
+        found[label] = {(row["group"].split()[0], row["name"]): row["value"] for row in json.loads(path.read_text())["metrics"]}
+    assert found["export"] == pytest.approx(found["run"], rel=1e-4)
+    manager = TaskManager(include_path=str(place / "more"))
+    model = HFLM(pretrained=str(export(name)), device="cpu", batch_size=2)
+    theirs = simple_evaluate(model, tasks=list(tasks), limit=3, task_manager=manager, bootstrap_iters=0)
+    for task, figures in theirs["results"].items():
+        own = {key.partition(",")[0]: value for key, value in figures.items() if key.endswith(",none") and "stderr" not in key}
+        assert own and own == pytest.approx({metric: found["run"][task, metric] for metric in own}, rel=1e-4)
+    assert model.max_length == json.loads((export(name) / "config.json").read_text())["max_position_embeddings"] == 32
 
 
 # What is refused.

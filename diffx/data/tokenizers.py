@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from diffx.config import UserError
 from diffx.config.data import BpeTokenizer, BytesTokenizer, HfTokenizer, TiktokenTokenizer, TokenizerConfig
@@ -59,13 +59,26 @@ class FastTokenizer:
         """Turn tokens into text, special tokens included."""
         return self._backend.decode(ids, skip_special_tokens=False)
 
-    def save(self, folder: str | Path) -> None:
-        """Write files that ``load_tokenizer`` and ``transformers.AutoTokenizer`` both read."""
+    def save(self, folder: str | Path, begin: bool = False) -> None:
+        """Write files that ``load_tokenizer`` and ``transformers.AutoTokenizer`` both read.
+
+        Args:
+            folder: where to.
+            begin: let ``transformers``' tokenizer put the end-of-text token before every text, as ``diffx train`` does.
+        """
         from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
 
-        pretrained = self._pretrained or PreTrainedTokenizerFast(
-            tokenizer_object=self._backend, eos_token=self._eot, model_input_names=["input_ids", "attention_mask"]
-        )
+        options: dict[str, Any] = {"eos_token": self._eot, "model_input_names": ["input_ids", "attention_mask"]}
+        pretrained = self._pretrained
+        if begin:
+            backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+            first = self._eot
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{first} $A", pair=f"{first} $A $B:1", special_tokens=[(first, self.eot_id)]
+            )
+            pretrained = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=first, **options)
+        elif pretrained is None:
+            pretrained = PreTrainedTokenizerFast(tokenizer_object=self._backend, **options)
         pretrained.save_pretrained(folder)
         saved = {"kind": self.kind, "eot": self._eot, "fingerprint": self.fingerprint}
         write_json(Path(folder) / _FILE, saved)
@@ -94,8 +107,8 @@ class TiktokenEncoding:
         """Turn tokens into text, special tokens included."""
         return self._encoding.decode(ids)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the vocabulary, so that a run's tokenizer loads without the network."""
+    def save(self, folder: str | Path, begin: bool = False) -> None:
+        """Write the vocabulary, so that a run's tokenizer loads without the network. ``transformers`` cannot read it, with ``begin`` or not."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "ranks.tiktoken").write_bytes(self._ranks())

@@ -85,13 +85,16 @@ class DecoderLM(TemplateLM):
         return loglikelihoods(self._lm, pairs, self._batch)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, cut into windows of the model's context; each window is conditioned on one token."""
+        """Log-likelihood of whole texts, cut into windows of the model's context; each window is conditioned on one token.
+
+        As with lm-eval and a tokenizer that begins texts with a token, that token is scored too, behind another of its kind.
+        """
         windows = [self._windows(request.args[0]) for request in requests]
         scores = iter(loglikelihoods(self._lm, [window for text in windows for window in text], self._batch))
         return [sum(next(scores)[0] for _ in text) for text in windows]
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
-        rolling = get_rolling_token_windows(self._lm.encode(text), self.prefix_token_id, max_seq_len=self._lm.context, context_len=1)
+        rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, max_seq_len=self._lm.context, context_len=1)
         return [make_disjoint_window(window) for window in rolling]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -144,7 +147,7 @@ class PretrainedLM:
         # a tokenizer of its own: ours reads special tokens as the text they are, which a chat template must not
         where = job.checkpoint if lm.loaded.adapted is None else str(lm.loaded.folder / "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(where, revision=job.revision, trust_remote_code=job.trust_remote_code)
-        self.hflm = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=1)
+        self.hflm = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=1, max_length=lm.context)
         self._batch = job.batch
         self.cut = 0
 

@@ -152,9 +152,9 @@ class _CacheView:
         return k.transpose(1, 2), v.transpose(1, 2)
 
 
-def to_registered(model: Decoder, max_position_embeddings: int | None = None) -> DiffxForCausalLM:
+def to_registered(model: Decoder) -> DiffxForCausalLM:
     """The decoder itself, in the class that ``transformers`` loads it as after ``import diffx``."""
     fields = {key: getattr(value, "value", value) for key, value in asdict(model.config).items()}
-    theirs = DiffxForCausalLM(DiffxConfig(fields, max_position_embeddings=max_position_embeddings))
+    theirs = DiffxForCausalLM(DiffxConfig(fields))
     theirs.decoder = model
     return theirs

@@ -112,7 +112,9 @@ def test_a_runs_texts_begin_with_its_prefix(tiny):
     scores = [logits[place, token].item() for place, token in enumerate(lm.encode("abcd"))]
     assert part == pytest.approx(sum(scores[2:]), abs=1e-5) and whole == pytest.approx(sum(scores), abs=1e-5)
     (rolled,) = model.loglikelihood_rolling([Instance(request_type="loglikelihood_rolling", doc={}, arguments=("abcd",), idx=0)])
-    assert rolled == pytest.approx(whole, abs=1e-5)
+    after_two = lm.logits(torch.tensor([[eot, eot, *lm.encode("abc")]]))[0].log_softmax(-1)  # lm-eval scores the first token too
+    expected = sum(after_two[place, token].item() for place, token in enumerate([eot, *lm.encode("abcd")]))
+    assert rolled == pytest.approx(expected, abs=1e-5)
 
 
 def test_requests_that_do_not_fit(tiny):

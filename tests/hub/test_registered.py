@@ -44,7 +44,7 @@ def pair(request):
     options = {"lambda_scope": LambdaScope.head} if request.param == "diff_v1" else {}
     ours = build_model(MODEL_CONFIGS[request.param](**SHAPE, **options))
     init_weights(ours, 0)
-    return ours.eval(), to_registered(ours, 64).eval()
+    return ours.eval(), to_registered(ours).eval()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
     ours = build_model(MODEL_CONFIGS["diff_v2"](**SHAPE))
     init_weights(ours, 0)
     path = tmp_path_factory.mktemp("registered")
-    to_registered(ours, 64).save_pretrained(path)
+    to_registered(ours).save_pretrained(path)
     return path
 
 
@@ -137,7 +137,7 @@ def test_hidden_states_are_those_that_llama_gives():
     init_weights(ours, 0)
     llama = to_llama(ours).eval()
     expected = llama(IDS, output_hidden_states=True).hidden_states
-    got = to_registered(ours, 64).eval()(IDS, output_hidden_states=True).hidden_states
+    got = to_registered(ours).eval()(IDS, output_hidden_states=True).hidden_states
     assert len(got) == len(expected) == 3
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -181,7 +181,7 @@ def llamas():
     """A Llama, and the same function as our class."""
     ours = build_model(MODEL_CONFIGS["transformer"](**SHAPE))
     init_weights(ours, 0)
-    return to_llama(ours).eval(), to_registered(ours, 64).eval()
+    return to_llama(ours).eval(), to_registered(ours).eval()
 
 
 def assert_same_outputs(got, expected, mask=None):
@@ -240,7 +240,7 @@ def test_generate_writes_what_the_whole_text_read_anew_gives(kind):
     """Greedy, beams and draws of a batch with padding on the left, with a cache; against no cache, and a loop without ``generate``."""
     ours = build_model(MODEL_CONFIGS[kind](**SHAPE))
     init_weights(ours, 0)
-    theirs = to_registered(ours.eval(), 64).eval()
+    theirs = to_registered(ours.eval()).eval()
     theirs.generation_config.eos_token_id = None
     prompts = IDS * LEFT
     alone = []
@@ -296,8 +296,8 @@ def test_trainer_accumulates_gradients_as_it_does_for_llama(tmp_path):
     ours = build_model(MODEL_CONFIGS["transformer"](**SHAPE))
     init_weights(ours, 0)
     expected, llama = steps_of_trainer(to_llama(ours), tmp_path, 4)
-    whole, _ = steps_of_trainer(to_registered(copy.deepcopy(ours), 64), tmp_path, 1)
-    losses, theirs = steps_of_trainer(to_registered(copy.deepcopy(ours), 64), tmp_path, 4)
+    whole, _ = steps_of_trainer(to_registered(copy.deepcopy(ours)), tmp_path, 1)
+    losses, theirs = steps_of_trainer(to_registered(copy.deepcopy(ours)), tmp_path, 4)
     assert losses == pytest.approx(expected, rel=1e-5)
     assert whole == pytest.approx(expected, rel=1e-5)
     state = to_llama(theirs.decoder).state_dict()
