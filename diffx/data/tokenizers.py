@@ -108,7 +108,7 @@ class TiktokenEncoding:
         return self._encoding.decode(ids)
 
     def save(self, folder: str | Path, begin: bool = False) -> None:
-        """Write the vocabulary, so that a run's tokenizer loads without the network. ``transformers`` cannot read it, with ``begin`` or not."""
+        """Write the vocabulary, so that a run's tokenizer loads without the network. ``transformers`` cannot read it, ``begin`` or not."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "ranks.tiktoken").write_bytes(self._ranks())

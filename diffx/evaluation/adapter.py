@@ -177,7 +177,7 @@ class PretrainedLM:
         """Sequences whose logits and log-probabilities, all of which HFLM keeps, take half of the free memory, or 2 GiB on a CPU."""
         device = self.hflm.device
         memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_LOGITS
-        vocabulary = self.hflm.model.get_output_embeddings().weight.shape[0]
+        vocabulary = self.hflm.model.get_input_embeddings().weight.shape[0]
         return int(max(1, min(64, memory // (8 * vocabulary * min(longest, self.hflm.max_length)))))
 
 
