@@ -16,7 +16,7 @@ class DataConfig:
     Attributes:
         kind: the source (set by ``data=``, not by hand).
         val_fraction: share of the documents held out, chosen by a hash of each document's text.
-        val_tokens: at most so many held-out tokens are measured (whole documents).
+        val_tokens: at most so many held-out tokens are measured: whole documents, or the beginning of one where none is as short.
     """
 
     kind: str = MISSING

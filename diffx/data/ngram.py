@@ -29,7 +29,7 @@ def baselines(corpus: Corpus, progress: Progress = no_progress) -> dict[str, dic
         found[name] = {"nats": nats, "bpb": bits_per_byte(nats, corpus.val)}
     if corpus.data.kind != "shards":
         other = open_data(corpus.data, BpeTokenizer(vocab_size=4096), progress=progress)
-        val = other.shards.held_out(keys=corpus.val.keys)
+        val = other.shards.held_out(like=corpus.val)
         found["bigram_kneser_ney_4096"] = {"bpb": bits_per_byte(bigram_kneser_ney(other.train, val, other.tokenizer.vocab_size), val)}
     return found
 

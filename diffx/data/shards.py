@@ -130,28 +130,38 @@ class Shards:
             raise UserError(f"data.path={folder} cannot be used: its tokenizer is not the one that made its tokens (fingerprint differs)")
         self.train = self._tokens("train")
 
-    def held_out(self, limit: int | None = None, keys: np.ndarray | None = None) -> HeldOut:
+    def held_out(self, limit: int | None = None, like: HeldOut | None = None) -> HeldOut:
         """Gather held-out documents in the order of their keys, which is as good as random.
 
         Args:
-            limit: take each document that leaves the total at or under this many tokens; at least the shortest.
-            keys: take only documents with these keys.
+            limit: take each document that leaves the total at or under this many tokens; if none does, the beginning of the shortest.
+                One with a loss mask is not cut.
+            like: take the text of these instead, which another tokenizer made.
         """
         every = self._tokens("val")
         index = np.concatenate([np.array(part).reshape(-1, 3) for part in self._arrays("val", ".docs.bin", "<u8")])
         starts = np.cumsum([0, *index[:, 1].tolist()])
-        wanted = np.isin(index[:, 0], index[:, 0] if keys is None else keys)
+        wanted = np.isin(index[:, 0], index[:, 0] if like is None else like.keys)
         chosen, total = [], 0
         for i in np.argsort(index[:, 0], kind="stable").tolist():
             if wanted[i] and (limit is None or total + int(index[i, 1]) <= limit):
                 chosen.append(i)
                 total += int(index[i, 1])
+        none_fits = not chosen
         chosen = chosen or [int(np.argmin(index[:, 1]))]
         pieces = [every.read(int(starts[i]), int(starts[i + 1])) for i in chosen]
-        tokens = np.concatenate([*(tokens for tokens, _ in pieces), np.array([self.tokenizer.eot_id], pieces[0][0].dtype)])
+        tokens, n_bytes = np.concatenate([tokens for tokens, _ in pieces]), int(index[chosen, 2].sum())
         masks = [mask for _, mask in pieces if mask is not None]
-        mask = np.concatenate([*masks, np.ones(1, np.uint8)]) if masks else None
-        return HeldOut(tokens, mask, int(index[chosen, 2].sum()), index[chosen, 0])
+        if not masks and (none_fits or (like is not None and like.n_bytes < n_bytes)):
+            text = self.tokenizer.decode(tokens[1 : max(2, limit) if limit else None].tolist())
+            text = text.encode()[: like.n_bytes if like else None].decode(errors="ignore")
+            while len(text) > 1 and text.endswith("\N{REPLACEMENT CHARACTER}"):  # the cut went through a character
+                text = text[:-1]
+            encoded = self.tokenizer.encode(text)
+            tokens, n_bytes = np.array([self.tokenizer.eot_id, *encoded], tokens.dtype), len(text.encode())
+        tokens = np.append(tokens, np.array(self.tokenizer.eot_id, tokens.dtype))
+        mask = np.append(np.concatenate(masks), np.uint8(1)) if masks else None
+        return HeldOut(tokens, mask, n_bytes, index[chosen, 0])
 
     def _tokens(self, split: str) -> TokenArray:
         masks = self._arrays(split, ".mask.bin", "u1") if self.meta["masked"] else None

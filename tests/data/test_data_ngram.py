@@ -76,7 +76,7 @@ def test_baselines(jsonl, tmp_path):
         assert found[name]["bpb"] == pytest.approx(found[name]["nats"] * corpus.val.n_tokens / corpus.val.n_bytes / math.log(2))
     # The larger vocabulary is measured on the same documents, though its cap in tokens would admit more of them.
     other = open_data(data, BpeTokenizer(vocab_size=4096))
-    val = other.shards.held_out(keys=corpus.val.keys)
+    val = other.shards.held_out(like=corpus.val)
     assert val.n_bytes == corpus.val.n_bytes and val.n_tokens < corpus.val.n_tokens
     nats = bigram_kneser_ney(other.train, val, other.tokenizer.vocab_size)
     assert found["bigram_kneser_ney_4096"] == {"bpb": bits_per_byte(nats, val)}
