@@ -2,11 +2,17 @@
 
 import math
 import re
+from fractions import Fraction
 from typing import Any
 
 from datasets import Dataset
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?|-?\.\d+")
+_DIGITS = r"(?<!\d)\d{1,100}(?!\d)"  # bounded, so that a search is linear
+_NUMBER = re.compile(
+    rf"(?P<sign>(?<![\w)])-)?(?:(?:(?P<whole>{_DIGITS})\s+)?(?P<above>{_DIGITS})\s*/\s*(?P<below>{_DIGITS})"
+    rf"|(?P<decimal>(?:{_DIGITS}(?:\.\d{{1,100}})?|\.\d{{1,100}})(?:[eE][-+]?\d{{1,3}})?))"
+)
+_WORDS = re.compile(r"\\(?:text|textbf|mathbf|mathrm)\s*\{([^{}]*)\}")
 
 
 def rows(dataset: Dataset) -> Dataset:
@@ -40,14 +46,23 @@ def score(row: dict[str, str], responses: list[str]) -> dict[str, float]:
 
 
 def matches(gold: str, response: str) -> bool:
-    """Compare a response's final answer to the right one, or, where it has none (see ``final``), its last number."""
+    """Compare a response's final answer to the right one, or, where it has none (see ``final``), its last number.
+
+    Whole numbers must be equal, others to a part in 10,000. An answer in words may be followed by its reasons.
+    """
+    response = response.rpartition("</think>")[2]
     said = final(response)
-    number = _value(gold)
+    number = _number(_bare(gold))
     if number is None:
-        return said is not None and _plain(said) == _plain(gold)
-    found = _NUMBER.findall(response if said is None else said)
-    value = _value(found[-1 if said is None else 0]) if found else None
-    return value is not None and math.isclose(value, number, rel_tol=1e-4, abs_tol=1e-9)
+        return said is not None and _plain(gold) in (_plain(said), _plain(re.split(r"[,;:.]|\bbecause\b", said)[0]))
+    answer = _bare(response if said is None else said)
+    if said is not None and _number(end := answer.rpartition("=")[2]) is not None:  # "3 + 4 = 7"
+        answer = end
+    found = [match[0] for match in _NUMBER.finditer(answer)]
+    value = _number(found[-1 if said is None else 0]) if found else None
+    if value is None or (value.denominator == 1 and number.denominator == 1):
+        return value == number
+    return math.isclose(value, number, rel_tol=1e-4, abs_tol=1e-9)
 
 
 def final(response: str) -> str | None:
@@ -55,7 +70,7 @@ def final(response: str) -> str | None:
     _, said, rest = response.rpartition("answer is")
     _, box, inside = rest.rpartition("\\boxed{")
     if not box:
-        return rest.strip(" :\n").split("\n")[0].strip().removesuffix(".") if said else None
+        return rest.strip(" :\n*").split("\n")[0].strip(" *").removesuffix(".") if said else None
     depth = 1
     for index, char in enumerate(inside):
         depth += {"{": 1, "}": -1}.get(char, 0)
@@ -64,14 +79,28 @@ def final(response: str) -> str | None:
     return inside
 
 
-def _value(text: str) -> float | None:
-    text = text.strip().strip("$%").replace("\\$", "").replace(",", "").removesuffix("\\")
-    try:
-        above, _, below = text.partition("/")
-        return float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError):
+def _bare(text: str) -> str:
+    """A text whose numbers stand in plain digits: without LaTeX, units' marks, bold, and the commas of thousands."""
+    text = " ".join(text.split()).replace("\N{MINUS SIGN}", "-").replace("**", "")  # one blank at most: the searches stay linear
+    text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)  # a mixed number
+    text = re.sub(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1/\2", text)
+    text = _WORDS.sub(r"\1", text)
+    text = re.sub(r"\s*(?:\\times|\\cdot|\N{MULTIPLICATION SIGN})\s*10\s*\^\s*\{?(-?\d+)\}?", r"e\1", text)
+    text = re.sub(r"\\[ ,;!]|[$%\\]", "", text)
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+
+
+def _number(text: str) -> Fraction | None:
+    """The value of a number, a fraction or a mixed number; None if the text is more than that, or none."""
+    match = _NUMBER.fullmatch(text.strip())
+    if match is None:
         return None
+    sign = -1 if match["sign"] else 1
+    if match["decimal"]:
+        return sign * Fraction(match["decimal"])
+    whole, above, below = (int(match[part] or default) for part, default in (("whole", 0), ("above", 0), ("below", 1)))
+    return sign * (whole + Fraction(above, below)) if below else None
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"[\s$.\"']", "", text).casefold()
+    return re.sub(r"[\s$.\"'*]", "", _WORDS.sub(r"\1", text)).casefold()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from functools import partial
 
 import lm_eval
@@ -388,10 +389,47 @@ def test_rows_of_our_mathematics_tasks(row, question):
         ("5", "", False),
         ("5", " The answer is unknown.", False),
         ("\\frac{1}{2}", " The answer is $\\frac{1}{2}$.", True),
+        ("7", " The answer is 3 + 4 = 7.", True),
+        ("3", " The answer is 3 + 4 = 7.", False),
+        ("3/4", " so \\boxed{\\frac{3}{4}}", True),
+        ("-3/4", " so \\boxed{-\\dfrac{3}{4}}", True),
+        ("0.75", " The answer is \\frac{3}{4}", True),
+        ("25", " The answer is 25\\%.", True),
+        ("25%", " The answer is 25 percent.", True),
+        ("1.5", " The answer is 1 1/2.", True),
+        ("1.5", " The answer is $1\\frac{1}{2}$.", True),
+        ("1500", " The answer is 1.5e3.", True),
+        ("1500", " The answer is $1.5 \\times 10^{3}$.", True),
+        ("1500", " The answer is 1.5 \N{MULTIPLICATION SIGN} 10^3", True),
+        ("-5", " The answer is \N{MINUS SIGN}5.", True),
+        ("-5", " The answer is 5.", False),
+        ("3", " we take 10-3", True),
+        ("5", " The answer is $5 \\text{ cm}$.", True),
+        ("Tuesday", " The answer is \\text{Tuesday}.", True),
+        ("7", " The answer is **7**.", True),
+        ("7", " **The answer is:** 7", True),
+        ("7", " The answer is $\\mathbf{7}$.", True),
+        ("yes", " The answer is yes, because it is.", True),
+        ("yes", " The answer is yesterday.", False),
+        ("4", "<think>The answer is 5? No.</think> The answer is 4.", True),
+        ("4", "<think>The answer is 4.</think> The answer is 5.", False),
+        ("100000", " The answer is 100009.", False),
+        ("100000", " The answer is 100,000.", True),
+        ("3.1416", " The answer is 3.14159.", True),
+        ("5", " The answer is 5/0.", False),
+        ("5", " The answer is 1e9999999999.", False),
     ],
 )
 def test_final_answers(gold, response, right):
     assert matches(gold, response) is right
+
+
+@pytest.mark.parametrize("part", ["1", "1 ", " ", "-", "1/", "\\frac{1}", "\\text{", ". ", "**"])
+def test_grading_takes_time_linear_in_the_response(part):
+    start = time.process_time()
+    matches("5", part * 20_000)
+    matches("yes", "answer is " + part * 20_000)
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(
