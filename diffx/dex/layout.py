@@ -7,6 +7,7 @@ Conv1D, biases, grouped keys, norms of queries and heads of any width are all fo
 Notation: B batch, T tokens, H query heads, d_v width of a value.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from diffx.config import UserError
+from diffx.data.sources import reason
+from diffx.dex.layer import projection_weight
 from diffx.hub.attention import attending_with
 
 
@@ -111,13 +114,15 @@ def _watched(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer
         before.clear()
         return context, None
 
-    def linear(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def linear(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not args or not isinstance(output, Tensor):  # such as a router of experts, which gives several tensors
+            return output
         if waiting and args[0].numel() == waiting[0][1].numel() and torch.equal(args[0].flatten(), waiting[0][1].flatten()):
             _, context, (queries, keys, values) = waiting.pop()
             layers.append(Layer(names[module], context.shape[2], context.shape[3], queries, keys, values))
         leaf = output.detach().requires_grad_()  # so that no gradient goes past it to the maps that ran earlier
         before.append((module, leaf))
-        return leaf
+        return leaf.clone()  # which the model may change in place
 
     maps = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
     handles = [module.register_forward_hook(linear) for module in maps]
@@ -128,6 +133,10 @@ def _watched(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer
             model(**inputs)
     except UserError as error:
         raise _UnclearError(f"{type(model).__name__} does not let another attention take the place of its own") from error
+    except _UnclearError:
+        raise
+    except Exception as error:  # the code of a family may fail in any way on what it gets here
+        raise _UnclearError(f"{type(model).__name__} fails while it is watched: {reason(error)}") from error
     finally:
         model.train(training)
         for handle in handles:
@@ -136,7 +145,20 @@ def _watched(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer
         raise _UnclearError(f"no linear map reads the output of {names[waiting[0][0]]} as it is")
     if not layers:
         raise _UnclearError(f"no attention was seen in {type(model).__name__}")
+    _check_sharing(model, layers)
     return layers
+
+
+def _check_sharing(model: PreTrainedModel, layers: list[Layer]) -> None:
+    """Refuse layers that share a projection, by its module or by its weight alone: what one of them learns would change the others."""
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    seen: set[str] = set()
+    for layer in layers:
+        names = {layer.output, *(projection.name for projection in [*layer.queries, *layer.keys, *layer.values])}
+        for name in sorted(names):
+            if name in seen or uses[id(projection_weight(model.get_submodule(name)))] > 1:
+                raise _UnclearError(f"{name} is shared by several layers")
+        seen |= names
 
 
 def _sources(tensor: Tensor, before: list[tuple[nn.Module, Tensor]], names: dict[nn.Module, str]) -> list[Projection]:

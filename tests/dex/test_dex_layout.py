@@ -6,6 +6,7 @@ import transformers as t
 from transformers import AutoModelForCausalLM
 
 from diffx.config import UserError
+from diffx.dex.attach import fold
 from diffx.dex.layout import Layer, Projection, find_layers
 
 IDS = torch.tensor([[1, 2]])
@@ -73,10 +74,53 @@ def test_looking_changes_nothing(family, make_model, read):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
+GROUPED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 48}
+GROUPED |= {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+UNUSUAL = {  # routers that are linear maps and give two tensors, masks and states by keyword, outputs that are changed in place
+    "llama4": lambda: t.Llama4TextConfig(**GROUPED, head_dim=8, num_local_experts=2, intermediate_size_mlp=48),
+    "phimoe": lambda: t.PhimoeConfig(**GROUPED, **EXPERTS),
+    "doge": lambda: t.DogeConfig(**GROUPED),
+    "gemma3n": lambda: t.Gemma3nTextConfig(
+        **GROUPED, head_dim=8, vocab_size_per_layer_input=48, hidden_size_per_layer_input=8, laurel_rank=4, num_kv_shared_layers=0
+    ),
+    "olmoe, clipped": lambda: t.OlmoeConfig(**GROUPED, clip_qkv=0.5, num_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_families_are_adapted_and_folded(name, put):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(UNUSUAL[name]()).eval()
+    ids = torch.randint(1, 48, (2, 12))
+    before = model(input_ids=ids).logits.detach()
+    adapted = put(model)
+    adapted.set_step(8)
+    for branch in adapted.branches:
+        branch.lambda_learn.data.fill_(0.3)
+        branch.w_d.data.normal_()
+    changed = model(input_ids=ids).logits
+    changed.sum().backward()
+    assert len(adapted.branches) == 2 and all(branch.w_d.grad.abs().sum() > 0 for branch in adapted.branches)
+    assert (changed - before).norm() > 0.05 * before.norm()
+    assert (fold(adapted)(input_ids=ids).logits - changed).norm() < 2e-6 * changed.norm()
+
+
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 48}
 STRANGE = {
     "BloomForCausalLM does not let another attention": lambda: t.BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=48),
     "the output of model.layers.0.self_attn": lambda: t.DiffLlamaConfig(**SHAPE, num_key_value_heads=4, intermediate_size=48),
+    "model.layers.1.shared_transformer.self_attn.k_proj is shared by several layers": lambda: t.Zamba2Config(
+        **GROUPED | {"num_hidden_layers": 4},
+        n_mamba_heads=2,
+        mamba_d_state=4,
+        mamba_headdim=32,
+        layers_block_type=["mamba", "hybrid"] * 2,
+        num_mem_blocks=1,
+    ),
+    "the output of model.layers.0.self_attn as it is": lambda: t.AfmoeConfig(
+        **GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_dense_layers=1
+    ),
     "no attention was seen in MambaForCausalLM": lambda: t.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=48),
 }
 
@@ -91,3 +135,18 @@ def test_what_is_not_understood_is_refused_in_one_line(reason, capfd):
     line = str(caught.value)
     assert line.startswith(f"base={type(model).__name__} cannot be used: ") and "such as Llama" in line and "\n" not in line
     assert capfd.readouterr().err == "" and model.config._attn_implementation == attention
+
+
+def test_weights_that_layers_share_are_refused(make_model):
+    model = make_model("llama")
+    one, other = (model.get_submodule(f"model.layers.{layer}.self_attn.o_proj") for layer in (0, 1))
+    other.weight = one.weight
+    with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.o_proj is shared by several layers"):
+        find(model)
+
+
+def test_a_model_that_fails_is_one_line(make_model, monkeypatch):
+    model = make_model("llama")
+    monkeypatch.setattr(type(model.model.layers[1].mlp), "forward", lambda self, x: [][0])
+    with pytest.raises(UserError, match="LlamaForCausalLM fails while it is watched: list index out of range"):
+        find(model)
