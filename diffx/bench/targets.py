@@ -85,7 +85,8 @@ def show_ratios(ratios: list[dict[str, Any]], title: str, report: dict[str, Any]
     columns = ("work", "figure", "", "median ratio", "lowest to highest round", "target", "met")
     reporter.table(make_table(title, columns, map(_row, ratios)))
     missed = [f"{ratio['work']}, {ratio['figure']} of {ratio['of']}" for ratio in ratios if ratio["met"] is False]
-    reporter.line(f"targets not met: {'; '.join(missed)}" if missed else "all targets are met")
+    if any(ratio["met"] is not None for ratio in ratios):
+        reporter.line(f"targets not met: {'; '.join(missed)}" if missed else "all targets are met")
     if out is not None:
         write_json(out, report)
         reporter.line(f"figures: {out}")

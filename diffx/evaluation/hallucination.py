@@ -159,7 +159,7 @@ def judge(context: Context, records: list[Record]) -> list[Record]:
 
 
 def summarize(context: Context, records: list[Record]) -> list[Metric]:
-    """Means by task, and what is no mean: the diversity of a task's answers, and how many verdicts could not be used."""
+    """Means by task, and what is no mean: the diversity of a task's answers, and the share of verdicts that could not be used."""
     from diffx.evaluation.text_metrics import diversity  # slow to import
 
     means = mean_metrics(records, partial(published, "hallucination"))
@@ -171,13 +171,17 @@ def summarize(context: Context, records: list[Record]) -> list[Metric]:
         metrics += [Metric(group, name, value, n=len(texts)) for name, value in diversity(texts).items()]
         judged = [record for record in own if "verdict" in record]
         if judged:
-            unusable = sum(record["verdict"]["faithful"] is None for record in judged)
+            unusable = sum(record["verdict"]["faithful"] is None for record in judged) / len(judged)
             metrics.append(Metric(group, "unusable_verdicts", unusable, n=len(judged)))
+            if unusable > _MOST_UNUSABLE:
+                kept = "`faithful` is a mean over the others"
+                context.reporter.warn(f"{group}: {unusable:.0%} of the judge's {len(judged)} replies give no verdict; {kept}")
     return sorted(metrics, key=lambda metric: ([*groups, "average"].index(metric.group), metric.name != "faithful"))
 
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
 _GREYS = ("#BDBDBD", "#858585")
+_MOST_UNUSABLE = 0.1  # share of verdicts; above it there is a warning
 _PANELS = {
     "Faithful answers": ("faithful",),
     "Agreement with the references": ("exact_match", "f1", "rouge1", "rouge2", "rougeL"),
@@ -199,6 +203,10 @@ def draw(context: Context, records: list[Record], metrics: list[Metric], path: P
                 theirs.setdefault(label, {})[metric.group] = Metric(metric.group, label, value)
         _bars(axes, groups, {name: own for name, own in bars.items() if own}, theirs)
         who = f", judged by {records[0]['verdict']['judge']}" if "faithful" in names else ""
+        unusable = [metric.value * metric.n for metric in shown if metric.name == "unusable_verdicts"]
+        if who and any(unusable):
+            judged = sum(metric.n for metric in shown if metric.name == "unusable_verdicts")
+            who += f"; {sum(unusable) / judged:.1%} of {judged} verdicts unusable"
         axes.set_title(title + who, loc="left", fontsize=11, fontweight="bold")
     canvas.suptitle(f"{context.lm.name} (95% intervals)", x=0.01, ha="left", fontsize=11)
     canvas.savefig(path, dpi=150)

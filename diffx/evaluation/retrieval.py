@@ -118,7 +118,7 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
         for index, (example, sample, choice) in enumerate(zip(chunk, samples, chosen, strict=True)):
             needles = sample.needles
             asked = needles.numbers[: needles.asked]
-            scores = {"greedy": _share(re.findall(r"\d+", said[index]), asked)}
+            scores = {"greedy": _share(numbers_in(said[index]), asked)}
             if choice is not None:
                 scores["constrained"] = _share(choice, asked)
             yield {
@@ -134,6 +134,11 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
                 "chosen": choice,
                 "prompt": sample.prompt,
             }
+
+
+def numbers_in(text: str) -> list[str]:
+    """The whole numbers of a text; commas of thousands, as in 1,234,567, are left out."""
+    return re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
 
 
 def _choose(context: Context, samples: list[Sample]) -> list[list[str]]:

@@ -83,7 +83,8 @@ def measure(job: EvalJob, lm: LanguageModel, change: Change | None = None, table
     module: ModuleType = import_module(f"diffx.evaluation.{_MODULES.get(job.suite.kind, job.suite.kind)}")
     context = Context(job, lm, Path(), reporter)
     examples = module.plan(context)
-    settings = _settings(context) | ({"change": change.settings} if change else {})
+    judged = job.judge.kind != "none" and hasattr(module, "judge")
+    settings = _settings(context, judged) | ({"change": change.settings} if change else {})
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     name = f"{job.suite.name}-{change.name}" if change else job.suite.name
     folder = context.folder = lm.loaded.folder / "evals" / str(lm.loaded.step) / name / digest
@@ -91,7 +92,7 @@ def measure(job: EvalJob, lm: LanguageModel, change: Change | None = None, table
     with storage_errors(f"the evaluation in {folder} stopped"):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock", f"the evaluation folder {folder}"), change.applied(lm.model) if change else nullcontext():
-            return _evaluate(module, context, examples, settings, change.facts if change else {}, started, table)
+            return _evaluate(module, context, examples, settings, judged, change.facts if change else {}, started, table)
 
 
 def _evaluate(
@@ -99,6 +100,7 @@ def _evaluate(
     context: Context,
     examples: list[Example],
     settings: dict[str, Any],
+    judged: bool,
     facts: dict[str, Any],
     started: float,
     table: bool,
@@ -106,7 +108,7 @@ def _evaluate(
     job, lm, folder, reporter = context.job, context.lm, context.folder, context.reporter
     _prepare(context, settings)
     finished = folder / "results.json"
-    if job.judge.kind == "none" or not hasattr(module, "judge"):
+    if not judged:
         known = _finished(context, finished)
         if known is not None:
             reporter.line("measured before with the same settings: these are its figures; force=true measures again")
@@ -116,7 +118,7 @@ def _evaluate(
             return folder
     records = _answer(module, context, examples)
     seconds = time.time() - started
-    if job.judge.kind != "none" and hasattr(module, "judge"):
+    if judged:
         records = module.judge(context, records)
     metrics: list[Metric] = module.summarize(context, records)
     picture = folder / f"{job.suite.name}.png"
@@ -198,10 +200,11 @@ def _tidy(folder: Path) -> None:
             path.unlink()
 
 
-def _settings(context: Context) -> dict[str, Any]:
+def _settings(context: Context, judged: bool) -> dict[str, Any]:
     """What decides the results, besides the model: the settings hash is of this."""
     job = context.job
-    return {
+    judge = {key: asdict(job.judge).get(key) for key in ("base_url", "model", "temperature")}
+    return ({"judge": judge} if judged else {}) | {
         "suite": asdict(job.suite),
         "sources": context.sources,
         "dtype": job.dtype.value,
@@ -227,7 +230,7 @@ def _prepare(context: Context, settings: dict[str, Any]) -> None:
         if not (changed or context.job.force):
             return
         for entry in folder.iterdir():
-            if entry.name != ".lock" and not entry.name.startswith(_VERDICTS):
+            if entry.name != ".lock" and (context.job.force or not entry.name.startswith(_VERDICTS)):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     write_json(path, state)
 

@@ -37,6 +37,14 @@ def test_figures_and_table(hf_folder, tmp_path, capsys):
     assert "dex / attn_only" in printed and "at most 1.10" in printed and "at least 0.93" in printed and "0.98 to 1.02" in printed
 
 
+@pytest.mark.parametrize(("met", "said"), [([None], ""), ([None, True], "all targets are met"), ([True, False], "targets not met")])
+def test_targets_are_spoken_of_where_there_are_some(met, said, capsys):
+    ratio = {"work": "w", "figure": "time", "of": "a", "to": "b", "median": 1.0, "low": 1.0, "high": 1.0, "target": (None, None)}
+    targets.show_ratios([ratio | {"met": one} for one in met], "title", {}, None)
+    printed = capsys.readouterr().out
+    assert said in printed and ("target" in printed.replace("target ", "", 1)) is bool(said)
+
+
 def test_ratios_and_whether_targets_are_met():
     report = {
         "seconds": {"training step": {"dex": [2.4, 2.2, 2.0], "attn_only": [2.0] * 3}, "prefill": {"base": [1.0], "folded": [1.25]}},

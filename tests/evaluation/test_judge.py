@@ -12,9 +12,11 @@ import pytest
 
 from diffx.config import RunError, UserError
 from diffx.config.eval import EndpointJudge
+from diffx.config.launch import compose
 from diffx.console import Reporter
 from diffx.evaluation.hallucination import judge, summarize
 from diffx.evaluation.judge import Verdict, ask, judge_prompt, parse
+from diffx.evaluation.run import evaluate
 
 KEY = "sk-very-secret-0123456789"
 YES, NO = '{"faithful": true}', '{"faithful": false}'
@@ -412,7 +414,32 @@ def test_records_get_their_verdicts(endpoint, tmp_path, cache):
     assert len(endpoint.requests) == 3 and (tmp_path / "verdicts_org-judge-1.jsonl").exists()
     assert records[0]["scores"] == {"f1": 1.0, "faithful": 0.0}, "the records given stay as they were"
     figures = {metric.name: (metric.value, metric.n) for metric in summarize(context, judged)}
-    assert figures["faithful"] == (pytest.approx(1 / 3), 3) and figures["unusable_verdicts"] == (1, 4)
+    assert figures["faithful"] == (pytest.approx(1 / 3), 3) and figures["unusable_verdicts"] == (1 / 4, 4)
+
+
+@pytest.mark.parametrize(("unusable", "warned"), [(1, False), (2, True)])
+def test_many_unusable_verdicts_are_warned_of(unusable, warned, tmp_path, capfd):
+    told = [{"judge": "j", "faithful": None if n < unusable else True, "said": ""} for n in range(10)]
+    records = [record(str(n), "Ada") | {"verdict": verdict} for n, verdict in enumerate(told)]
+    summarize(SimpleNamespace(reporter=Reporter(), job=None), records)
+    assert (f"{unusable}0% of the judge's 10 replies" in capfd.readouterr().out) is warned
+
+
+def test_another_judge_is_another_evaluation_and_force_asks_again(endpoint, tmp_path, hf_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = ({"context": f"Box {n} is red.", "question": f"Which colour is box {n}?", "answers": ["red"]} for n in range(2))
+    (tmp_path / "boxes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = f"checkpoint={hf_folder} suite=hallucination suite.tasks=[boxes.jsonl] suite.max_tokens=3 wandb.mode=disabled device=cpu"
+
+    def run(*more):
+        folder = evaluate(compose("eval", [*words.split(), *more]), [])
+        return folder.name, len(endpoint.requests)
+
+    judged = ["judge=endpoint", f"judge.base_url={endpoint.url}", "judge.model=a"]
+    names = [run(), run(*judged), run(*judged), run(*judged[:2], "judge.model=b"), run(*judged, "force=true")]
+    assert [asked for _, asked in names] == [0, 2, 2, 4, 6]
+    assert len({name for name, _ in names}) == 3 and names[1][0] == names[2][0] == names[4][0]
+    assert run(*judged, "judge.timeout=9") == names[4], "how it is asked is not what it says"
 
 
 def test_no_judge(tmp_path):

@@ -24,6 +24,19 @@ from diffx.loading import load
 QUESTION = re.compile(r" What (?:is|are) the magic numbers? of ([\w, ]+)\? ")
 
 
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        (" 1234567.", ["1234567"]),
+        (" They are 1,234,567 and 89.", ["1234567", "89"]),
+        (" 1234567,7654321", ["1234567", "7654321"]),
+        (" 12,34", ["12", "34"]),
+    ],
+)
+def test_numbers_of_an_answer(text, numbers):
+    assert retrieval.numbers_in(text) == numbers
+
+
 @pytest.fixture
 def context(tiny, tmp_path, documents):
     def make(lm=None, limit=None, seed=0, **options):
