@@ -88,7 +88,7 @@ def test_a_group_alone_shows_its_help(words, capsys):
 
 def test_a_part_of_the_config(capsys):
     assert main(["train", "-p", "model", "size=pico"]) == 0
-    assert "hidden_size: 64\n" in capsys.readouterr().out
+    assert "hidden_size: 64  #" in capsys.readouterr().out
     assert main(["train", "--resolve", "run.name=${model.kind}", "-p", "run"]) == 0
     assert "name: diff_v1\n" in capsys.readouterr().out
 

@@ -112,6 +112,7 @@ TABLE = [
     ("train --multirn", ["--multirn", "--multirun"]),
     ("train --cfg jobs", ["jobs", "job"]),
     ("train --cfg job -p trian", ["trian"]),
+    ("train --doc trian.lr", ["trian.lr", "train.lr"]),
     ("train -m --cfg job seed=0,1", ["--multirun", "--cfg"]),
     ("train --config-dir nowhere", ["--config-dir=nowhere"]),
     ("compare", ["RUN"]),

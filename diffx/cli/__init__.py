@@ -35,15 +35,16 @@ def _show_version(asked: bool) -> None:
 def _diffx(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
-    """Train, sample and compare language models with differential attention.
+    """Train and compare models with differential attention, adapt pretrained ones to it (DEX), evaluate, quantize and export them.
 
     \b
     Examples:
       diffx train
       diffx train model=diff_v2 size=micro data=text data.path=books/
-      diffx generate checkpoint=runs/x prompt="def main("
+      diffx eval checkpoint=runs/x suite=retrieval
+      diffx adapt-dex base=HuggingFaceTB/SmolLM2-135M data=text data.path=books/
 
-    `diffx COMMAND --help` shows each command's own.
+    `diffx COMMAND --help` shows each command's own, `diffx COMMAND --doc all` what each key means.
     """
 
 
@@ -134,6 +135,9 @@ def _composed(
         ] = None,
         multirun: Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of a=1,2 b=x,y.")] = False,
         cfg: Annotated[Literal["job", "hydra", "all"] | None, typer.Option(help="Print the composed config; run nothing.")] = None,
+        doc: Annotated[
+            str | None, typer.Option(metavar="KEY", help="Say what a key (train.lr), a group (train) or all mean; run nothing.")
+        ] = None,
         resolve: Annotated[bool, typer.Option("--resolve", help="Print it with interpolations resolved.")] = False,
         package: Annotated[str | None, typer.Option("--package", "-p", help="Print only this part of it, such as train.")] = None,
         info: Annotated[
@@ -148,6 +152,7 @@ def _composed(
             cfg = cfg or "job"
         show = [*(["--cfg", cfg] if cfg else []), *(["--resolve"] if resolve else []), *(["--package", package] if package else [])]
         show += ["--info", info] if info else []
+        show = ["--doc", doc] if doc else show
         try:
             code = launch(config, work, words or [], multirun=multirun, show=show, config_dir=config_dir, after=after)
         except Stopped as stop:  # Typer would make 130 of it

@@ -5,7 +5,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True}
+SETTINGS: dict[str, Any] = {
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "no_args_is_help": True,
+    "context_settings": {"help_option_names": ["--help", "-h"]},
+}
 bench = typer.Typer(help="Measure side by side.", **SETTINGS)
 
 

@@ -99,9 +99,7 @@ class DexConfig:
 
 
 def _recipe() -> TrainConfig:
-    return TrainConfig(
-        lr=1e-4, schedule=Schedule.cosine, seq_len=512, batch_tokens=4096, log_every=5, eval_every=50, save_every=50, sample_tokens=0
-    )
+    return TrainConfig(lr=1e-4, schedule=Schedule.cosine, seq_len=512, batch_tokens=4096, log_every=5, save_every=50, sample_tokens=0)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.bridge import JOBS, literal, register_schemas, to_typed
 from diffx.config.checks import new_path
+from diffx.config.describe import commented, explained
 from diffx.config.messages import explain, keys, unknown
 from diffx.errors import UserError, describe, one_line
 from diffx.files import append_lines, read_checked_lines, read_json, write_json
@@ -190,7 +191,7 @@ def launch(
         work: gets the job and the words that shaped it; importable by name, since launchers pickle it.
         words: in Hydra's grammar: ``key=value``, ``~key``, ``+key=value``.
         multirun: run every combination of values.
-        show: Hydra's flags that print instead of running (``--cfg job``, ``--info searchpath``).
+        show: flags that print instead of running: Hydra's (``--cfg job``, ``--info searchpath``), and ``--doc KEY``.
         config_dir: a folder of configs that come before ours.
         after: called with what ``work`` returned for each job that did not fail (JSON objects), and with the sweep's folder, if any.
 
@@ -210,6 +211,13 @@ def launch(
     task = Task(JOBS[name], work, words, sys.argv, keep=after is not None)
     if show:
         with _one_line(app, name, words):
+            if show[0] == "--doc":
+                print(explained(cfg, JOBS[name], show[1]))
+                return 0
+            if show[:2] == ["--cfg", "job"]:
+                part = show[show.index("--package") + 1] if "--package" in show else None
+                print(commented(cfg, JOBS[name], part, "--resolve" in show))
+                return 0
             _hydra_main(task, name, [*show, "--", *words])
         return 0
     if not (multirun or cfg.hydra.mode is RunMode.MULTIRUN):

@@ -74,7 +74,7 @@ class TrainConfig:
         activation_checkpointing: recompute each block's activations in the backward pass, all but what attention kernels gave.
         mask_documents: attention stays within a document.
         log_every: steps between lines of ``metrics.jsonl``.
-        eval_every: steps between validations; the first is at step 0, the last at the end.
+        eval_every: steps between validations; the first is at step 0, the last at the end. ``null`` is a twelfth of the run, 500 at most.
         save_every: steps between checkpoints; the last step always has one.
         keep_last: newest checkpoints kept, besides the best.
         resume: ``auto`` (the newest checkpoint in ``run.dir``, or a fresh start), a run folder, or ``null``.
@@ -104,7 +104,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     mask_documents: bool = False
     log_every: int = 20
-    eval_every: int = 500
+    eval_every: int | None = None
     save_every: int = 500
     keep_last: int = 2
     resume: str | None = None
@@ -139,6 +139,11 @@ class TrainConfig:
         require(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         require(0 < self.decay_ratio <= 1, "train.decay_ratio", self.decay_ratio, "in (0, 1]")
         require(self.warmup <= self.num_steps, "train.warmup", self.warmup, f"at most the run's {self.num_steps} steps")
+
+    @property
+    def eval_steps(self) -> int:
+        """Steps between validations."""
+        return self.eval_every or min(max(self.num_steps // 12, 1), 500)
 
     @property
     def num_steps(self) -> int:

@@ -220,7 +220,7 @@ def fit(
 
             stopping = world.any(stop.name is not None)
             logs, evals, saves = (
-                now.step == last or now.step % every == 0 for every in (config.log_every, config.eval_every, config.save_every)
+                now.step == last or now.step % every == 0 for every in (config.log_every, config.eval_steps, config.save_every)
             )
             if not (logs or evals or saves or stopping):
                 continue

@@ -1,0 +1,76 @@
+"""What every key means, taken from the docstrings of the dataclasses."""
+
+import re
+from collections.abc import Iterator
+from inspect import cleandoc
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from diffx.config.messages import names_of, unknown
+from diffx.errors import UserError
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """The lines of a class's and its bases' "Attributes:", by name."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        attributes = cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")[2]
+        found |= {match[1]: " ".join(match[2].split()) for match in re.finditer(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", attributes, re.M)}
+    return {name: meaning.replace("``", "`") for name, meaning in found.items()}
+
+
+def explained(cfg: DictConfig, job: type, key: str) -> str:
+    """Say of a key, of all keys of a group, or of ``all``: its value, what it means, and of a choice what it can be.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    rows = [row for row in _walk(cfg, job) if key == "all" or row[0] == key or row[0].startswith(f"{key}.")]
+    if not rows:
+        raise UserError(unknown(key, [row[0] for row in _walk(cfg, job)]))
+    texts = []
+    for name, value, meaning, hint in rows:
+        choices = names_of(hint)
+        texts.append(f"{name}={value}\n    {meaning}" + (f"\n    one of: {', '.join(choices)}" if choices else ""))
+    return "\n".join(texts)
+
+
+def commented(cfg: DictConfig, job: type, package: str | None = None, resolve: bool = False) -> str:
+    """The YAML of a job's config, or of the part ``package`` of it, with the meaning of each key behind it, and an experiment's sweep."""
+    means = {name: meaning for name, _, meaning, _ in _walk(cfg, job)}
+    part = OmegaConf.select(cfg, package) if package else OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name != "hydra"])
+    if not OmegaConf.is_config(part):
+        return f"{part}"
+    lines = [f"# @package {package}"] if package else []
+    path: list[str] = package.split(".") if package else []
+    depth = len(path)
+    for line in OmegaConf.to_yaml(part, resolve=resolve).splitlines():
+        match = re.match(r"((?:  )*)([\w-]+):", line)
+        if match:
+            path[depth + len(match[1]) // 2 :] = [match[2]]
+        meaning = means.get(".".join(path)) if match else None
+        if match and meaning and line.count("'") % 2:  # a text of several lines
+            lines.append(f"{match[1]}# {meaning}")
+            meaning = None
+        lines.append(f"{line}  # {meaning}" if meaning else line)
+    sweep = OmegaConf.select(cfg, "hydra.sweeper.params")
+    if sweep and not package:
+        lines.append(f"# a sweep over {' '.join(f'{key}={value}' for key, value in sweep.items())}")
+    return "\n".join(lines)
+
+
+def _walk(cfg: DictConfig, kind: type, prefix: str = "") -> Iterator[tuple[str, str, str, Any]]:
+    """Each key that is no group: its name, its value as on the command line, what it means, and its type."""
+    means, hints = meanings(kind), get_type_hints(kind)
+    for name in map(str, cfg):
+        if name in ("hydra", "kind"):
+            continue
+        missing = OmegaConf.is_missing(cfg, name)
+        node = None if missing else cfg[name]
+        inner = OmegaConf.get_type(node) if isinstance(node, DictConfig) else None
+        if isinstance(node, DictConfig) and inner is not None and inner is not dict:
+            yield from _walk(node, inner, f"{prefix}{name}.")
+        elif name in means:
+            value = "" if missing else "null" if node is None else str(node).lower() if isinstance(node, bool) else node
+            yield f"{prefix}{name}", str(getattr(value, "value", value)), means[name], hints.get(name)
