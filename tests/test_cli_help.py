@@ -90,7 +90,7 @@ def test_a_part_of_the_config(capsys):
     assert main(["train", "-p", "model", "size=pico"]) == 0
     assert "hidden_size: 64  #" in capsys.readouterr().out
     assert main(["train", "--resolve", "run.name=${model.kind}", "-p", "run"]) == 0
-    assert "name: diff_v1\n" in capsys.readouterr().out
+    assert "name: diff_v1  #" in capsys.readouterr().out
 
 
 def test_the_module_is_the_program():
