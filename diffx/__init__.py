@@ -1,13 +1,58 @@
 """diffx: train, adapt, evaluate and quantize models with differential attention."""
 
+from __future__ import annotations
+
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffx.evaluation.model import LanguageModel
 
 __version__ = "0.1.0"
+
+
+def load(checkpoint: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None) -> LanguageModel:
+    """Load a run (``runs/x``, ``runs/x@best``, ``runs/x@1000``) or a causal model of ``transformers``, by hub name or folder.
+
+    Args:
+        checkpoint: which.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        dtype: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        revision: the hub's revision.
+
+    Raises:
+        UserError: there is no such run, checkpoint or model, or it cannot be used.
+    """
+    from diffx.config.eval import Dtype
+    from diffx.config.train import Device
+    from diffx.evaluation.model import LanguageModel
+    from diffx.loading import load as load_checkpoint
+
+    return LanguageModel(load_checkpoint(checkpoint, Device(device), Dtype(dtype), revision))
+
+
+def train_run(*words: str) -> Path:
+    """Train as ``diffx train WORDS`` does: ``train_run("model=diff_v2", "train.steps=100")``; ``diffx.train`` is the package.
+
+    Args:
+        words: ``key=value``, for one run.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: the words cannot be used.
+        RunError: the run failed.
+    """
+    from diffx.config.launch import compose
+    from diffx.train.run import train
+
+    return train(compose("train", list(words)), list(words))
 
 
 class _Registration(MetaPathFinder):

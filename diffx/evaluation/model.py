@@ -207,6 +207,33 @@ class LanguageModel:
         with observing(self.model, attention, hidden):
             self._forward(ids.to(self.device), 1)
 
+    def attention_maps(self, ids: Tensor) -> list[Tensor]:
+        """The maps of each layer for ids (B, T): (B, heads, T, T) in fp32, row by query; of differential attention A1 - lambda A2.
+
+        All of them are held at once. A DEX branch works on the output of attention, so that an adapted model's maps are ordinary ones.
+
+        Raises:
+            UserError: the model's attention cannot be seen.
+        """
+        maps: list[Tensor] = []
+        length = ids.shape[1]
+        self.observe(ids, lambda layer, view: maps.append(torch.stack([view.head_map(j, 0, length) for j in range(view.num_heads)], 1)))
+        return maps
+
+    def lambdas(self, ids: Tensor) -> list[Tensor | None]:
+        """Lambda of each layer for ids (B, T), broadcastable to (B, T, heads); of an adapted model that of its branch.
+
+        None for a layer that subtracts nothing.
+
+        Raises:
+            UserError: the model's attention cannot be seen.
+        """
+        if self.loaded.adapted is not None:
+            return [branch.lambda_value().detach() for branch in self.loaded.adapted.branches] or [None] * self.num_layers
+        found: list[Tensor | None] = []
+        self.observe(ids, lambda layer, view: found.append(view.lam))
+        return found
+
     def _forward(self, ids: Tensor, keep: int) -> Tensor:
         if self._theirs is None:
             return self._project(self.model.forward_hidden(ids)[:, -keep:])
