@@ -169,6 +169,7 @@ def compose(name: str, words: list[str]) -> Any:
     Raises:
         UserError: the words do not compose to a valid config.
     """
+    words = [_plain_text(word) for word in words]
     with composer() as app, _one_line(app, name, words):
         cfg = hydra.compose(name, words)
     return to_typed(cfg, JOBS[name])
