@@ -137,7 +137,19 @@ COMMANDS = {
     ),
     "export checkpoint=run out=exported": ("config.yaml", "state.json", "model.safetensors", "tokenizer.json"),
 }
-PAIRS = [(command, name) for command, names in COMMANDS.items() for name in names]
+SHORT = (
+    "data=text data.path=text.jsonl train.steps=2 train.seq_len=32 train.batch_tokens=64 data.val_tokens=100 wandb.mode=disabled device=cpu"
+)
+OTHERS = {  # of an export, and of a run that was adapted from it
+    EVAL.replace("=run", "=hub"): ("config.json", "diffx.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    EVAL.replace("=run", "=hub") + " force=true": ("model.safetensors",),
+    "generate checkpoint=adapted max_tokens=2": ("config.yaml", "base.json", "heads.json", "state.json", "model.safetensors"),
+    f"adapt-dex base=hub {SHORT} train.resume=adapted": ("heads.json", "base.json", "metrics.jsonl", "state.json"),
+    "export checkpoint=adapted out=exported": ("heads.json",),
+    "compare adapted copied": ("summary.json", "heads.json"),
+}
+PAIRS = [(command, "run", name) for command, names in COMMANDS.items() for name in names]
+MORE = [(command, "hub" if "checkpoint=hub" in command else "adapted", name) for command, names in OTHERS.items() for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +169,23 @@ def trained(tmp_path_factory):
         yield folder
     finally:
         patch.undo()
+
+
+@pytest.fixture(scope="module")
+def adapted(trained, tmp_path_factory):
+    """A folder with an export, and twice a run that was adapted from it."""
+    folder = tmp_path_factory.mktemp("adapted") / "place"
+    shutil.copytree(trained, folder)
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert main(["train", "run.dir=plain", "model=transformer", *TINY.split()]) == 0
+        assert main(["export", "checkpoint=plain", "out=hub"]) == 0
+        assert main(["adapt-dex", "base=hub", "run.dir=adapted", *SHORT.split()]) == 0
+        shutil.copytree("adapted", "copied")
+    finally:
+        os.chdir(before)
+    return folder
 
 
 def state_of(folder):
@@ -203,13 +232,13 @@ TEXTS = ["null", "1", "-1", "1.5", "NaN", "1e400", "9" * 400, '"x"', "[]", "{}",
 JSON_TEXTS = st.sampled_from(TEXTS)
 
 
-def check_damage(trained, pair, how, where, text):
-    command, name = PAIRS[pair % len(PAIRS)]
-    place = trained.parent / "damaged"
+def check_damage(whole, pair, how, where, text):
+    command, folder, name = pair
+    place = whole.parent / "damaged"
     shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(trained, place)
+    shutil.copytree(whole, place)
     os.chdir(place)
-    (path,) = [path for path in sorted((place / "run").rglob(name)) if path.is_file()][:1]
+    (path,) = [path for path in sorted((place / folder).rglob(name)) if path.is_file()][:1]
     content = damage(path.read_bytes(), how, where, text)
     path.unlink() if content is None else path.write_bytes(content)
     before, err = state_of(place), StringIO()
@@ -222,21 +251,28 @@ def check_damage(trained, pair, how, where, text):
 
 
 @settings(QUICK, max_examples=20)
-@given(pair=st.integers(0, len(PAIRS) - 1), how=HOW, where=st.integers(0, 10**6), text=JSON_TEXTS)
+@given(pair=st.sampled_from(PAIRS), how=HOW, where=st.integers(0, 10**6), text=JSON_TEXTS)
 def test_a_damaged_file_is_one_line(trained, pair, how, where, text):
     check_damage(trained, pair, how, where, text)
 
 
-@pytest.mark.parametrize("pair", range(len(PAIRS)), ids=lambda pair: f"{PAIRS[pair][1]}-{PAIRS[pair][0].split()[0]}")
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[2]}-{pair[0].split()[0]}")
 def test_deep_nesting_is_one_line(trained, pair):
     check_damage(trained, pair, "nested", 1, "")
 
 
 @pytest.mark.slow
 @settings(QUICK, max_examples=40)
-@given(pair=st.integers(0, len(PAIRS) - 1), how=HOW, where=st.integers(0, 10**6), text=JSON_TEXTS)
+@given(pair=st.sampled_from(PAIRS), how=HOW, where=st.integers(0, 10**6), text=JSON_TEXTS)
 def test_much_damage(trained, pair, how, where, text):
     check_damage(trained, pair, how, where, text)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=40)
+@given(pair=st.sampled_from(MORE), how=HOW, where=st.integers(0, 10**6), text=JSON_TEXTS)
+def test_much_damage_to_exports_and_adapted_runs(adapted, pair, how, where, text):
+    check_damage(adapted, pair, how, where, text)
 
 
 def test_every_job_is_tried():

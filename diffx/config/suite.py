@@ -75,7 +75,7 @@ class RetrievalSuite(SuiteConfig):
         self.cases = _cases(self.cases)
         self.lengths = None if self.lengths is None else _counts("suite.lengths", self.lengths, least=1)
         self.depths = _shares("suite.depths", self.depths)
-        require(self.samples >= 1, "suite.samples", self.samples, "a positive whole number")
+        _number("suite.samples", self.samples)
         require(1 <= self.digits <= 18, "suite.digits", self.digits, "from 1 to 18")
 
 
@@ -102,7 +102,7 @@ class AllocationSuite(SuiteConfig):
         (self.case,) = _cases([self.case])
         self.length = None if self.length is None else count("suite.length", self.length)
         self.depths = _shares("suite.depths", self.depths)
-        require(self.samples >= 1, "suite.samples", self.samples, "a positive whole number")
+        _number("suite.samples", self.samples)
         require(1 <= self.digits <= 18, "suite.digits", self.digits, "from 1 to 18")
 
 
@@ -130,7 +130,7 @@ class IclSuite(SuiteConfig):
     def __post_init__(self) -> None:
         self.tasks = _texts("suite.tasks", self.tasks)
         self.shots = None if self.shots is None else _counts("suite.shots", self.shots, least=0)
-        require(self.queries >= 1, "suite.queries", self.queries, "a positive whole number")
+        _number("suite.queries", self.queries)
         require(2 <= self.labels <= 100, "suite.labels", self.labels, "from 2 to 100")
         _template(self.template)
 
@@ -169,7 +169,7 @@ class IclOrderSuite(SuiteConfig):
         for seed in self.seeds:
             check_seed("suite.seeds", seed)
         for key in ("orders", "queries"):
-            require(getattr(self, key) >= 1, f"suite.{key}", getattr(self, key), "a positive whole number")
+            _number(f"suite.{key}", getattr(self, key))
         require(self.orders >= 2, "suite.orders", self.orders, "2 or more: a spread needs two orders")
         require(self.shots is None or self.shots >= 2, "suite.shots", self.shots, "2 or more")
         require(2 <= self.labels <= 100, "suite.labels", self.labels, "from 2 to 100")
@@ -196,7 +196,7 @@ class LongContextSuite(SuiteConfig):
     def __post_init__(self) -> None:
         self.length = None if self.length is None else count("suite.length", self.length)
         for key in ("texts", "chunk", "frequent"):
-            require(getattr(self, key) >= 1, f"suite.{key}", getattr(self, key), "a positive whole number")
+            _number(f"suite.{key}", getattr(self, key))
         require(self.length is None or int(self.length) >= 2, "suite.length", self.length, "2 tokens or more")
 
 
@@ -243,7 +243,7 @@ class HallucinationSuite(SuiteConfig):
         self.tasks = _texts("suite.tasks", self.tasks)
         for key in ("samples", "max_tokens"):
             value = getattr(self, key)
-            require(value is None or value >= 1, f"suite.{key}", value, "a positive whole number")
+            _number(f"suite.{key}", 1 if value is None else value)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -269,7 +269,7 @@ class SpeedSuite(SuiteConfig):
         self.batches = _counts("suite.batches", self.batches, least=1)
         self.lengths = _counts("suite.lengths", self.lengths, least=2)
         for key in ("decode_tokens", "rounds"):
-            require(getattr(self, key) >= 1, f"suite.{key}", getattr(self, key), "a positive whole number")
+            _number(f"suite.{key}", getattr(self, key))
 
 
 def _listed(key: str, value: Any) -> list[Any]:
@@ -284,6 +284,10 @@ def _texts(key: str, value: Any) -> list[str]:
     if not all(isinstance(item, str) and item for item in items):
         raise UserError(f"{key}={value} cannot be used: it must be a name or a list of names")
     return items
+
+
+def _number(key: str, value: int) -> None:
+    require(1 <= value <= 10**6, key, value, "a whole number from 1 to 1,000,000")  # each is an example in memory
 
 
 def _counts(key: str, value: Any, least: int) -> list[int]:
