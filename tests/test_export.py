@@ -24,7 +24,7 @@ from diffx.loading import load
 
 COMMON = (
     "data=text data.val_tokens=1000 train.steps=4 train.seq_len=32 train.batch_tokens=64 train.lr=1e-2 train.sample_tokens=0 "
-    "train.save_every=2 wandb.mode=disabled device=cpu"
+    "train.save_every=2 train.eval_every=4 wandb.mode=disabled device=cpu"
 )
 DEX = "dex.anneal_steps=8 dex.init=linear dex.calibration_tokens=128 dex.lora_rank=2"
 OURS = "tokenizer=bytes model.hidden_size=32 model.num_layers=2 model.num_heads=4 model.num_kv_heads=2 train.warmup=1"

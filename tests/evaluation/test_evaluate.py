@@ -17,7 +17,7 @@ from diffx.evaluation import icl
 from diffx.evaluation.run import evaluate, read_records
 
 TINY = (
-    "tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 train.steps=4 train.save_every=2 "
+    "tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 train.steps=4 train.save_every=2 train.eval_every=4 "
     "train.seq_len=128 train.batch_tokens=256 train.warmup=1 train.sample_tokens=0 wandb.mode=disabled device=cpu data.val_tokens=500 "
     "data=text"
 )
