@@ -256,7 +256,11 @@ def test_a_damaged_file_is_one_line(trained, pair, how, where, text):
     check_damage(trained, pair, how, where, text)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[2]}-{pair[0].split()[0]}")
+@pytest.mark.parametrize(
+    "pair",
+    [pytest.param(pair, marks=() if pair[0].startswith(("generate", "eval")) else pytest.mark.slow) for pair in PAIRS],
+    ids=lambda pair: f"{pair[2]}-{pair[0].split()[0]}",
+)
 def test_deep_nesting_is_one_line(trained, pair):
     check_damage(trained, pair, "nested", 1, "")
 

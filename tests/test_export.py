@@ -116,7 +116,12 @@ def assert_same(exported, run, tolerance):
     return theirs
 
 
-@pytest.mark.parametrize("name", [name for name, words in RUNS.items() if "dex." in words])
+SELDOM = ("attn_only", "full")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SELDOM else ()) for name, words in RUNS.items() if "dex." in words]
+)
 def test_an_adapted_run_becomes_a_model_of_its_bases_class(name, run, export):
     model = assert_same(export(name), run(name), 1e-4)
     assert type(model).__name__ == CLASSES.get(name, "LlamaForCausalLM")

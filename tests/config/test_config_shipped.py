@@ -134,7 +134,7 @@ def test_generate(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "experiment", [pytest.param(name, marks=pytest.mark.slow if jobs > 12 else ()) for name, jobs in EXPERIMENTS.items()]
+    "experiment", [pytest.param(name, marks=pytest.mark.slow if jobs > 6 else ()) for name, jobs in EXPERIMENTS.items()]
 )
 def test_every_job_of_every_experiment(experiment, tmp_path):
     name, *own = ("adapt", "base=x") if experiment.startswith("dex/") else ("train",)

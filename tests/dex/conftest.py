@@ -50,7 +50,10 @@ OTHERS = {
 IDS = torch.randint(1, V, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(params=FAMILIES)
+QUICK = ("llama", "phi3", "gemma2", "gpt2", "gpt_neox", "opt", "deepseek_v3", "qwen3_moe")  # one of each kind; the others are slow
+
+
+@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
 def family(request):
     return request.param
 

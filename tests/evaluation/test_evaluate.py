@@ -17,9 +17,9 @@ from diffx.evaluation import icl
 from diffx.evaluation.run import evaluate, read_records
 
 TINY = (
-    "tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 train.steps=4 train.save_every=2 train.eval_every=4 "
+    "tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 train.steps=4 train.save_every=2 "
     "train.seq_len=128 train.batch_tokens=256 train.warmup=1 train.sample_tokens=0 wandb.mode=disabled device=cpu data.val_tokens=500 "
-    "data=text"
+    "data=text train.eval_every=4"
 )
 SUITE = "suite=icl suite.shots=[1,2] suite.queries=6 suite.labels=3 wandb.mode=disabled device=cpu"
 

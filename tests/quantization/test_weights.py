@@ -90,7 +90,7 @@ def test_stored_weights_are_the_nearest_of_their_grid(runs, kind, bits, group, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["transformer", "diff_v1", "diff_v2"])
+@pytest.mark.parametrize("kind", ["diff_v1", "diff_v2"])
 def test_it_loads_and_is_measured_like_any_model(runs, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copy(runs / f"{kind}-0", "run")
