@@ -273,7 +273,7 @@ def test_much_damage(trained, pair, how, where, text):
 
 
 @pytest.mark.slow
-@settings(QUICK, max_examples=40)
+@settings(QUICK, max_examples=20)
 @given(pair=st.sampled_from(MORE), how=HOW, where=st.integers(0, 10**6), text=JSON_TEXTS)
 def test_much_damage_to_exports_and_adapted_runs(adapted, pair, how, where, text):
     check_damage(adapted, pair, how, where, text)

@@ -96,7 +96,7 @@ def test_output_and_every_gradient(shape, dtype):
 
 @pytest.mark.slow
 def test_a_long_text():
-    length = 4097 if DEVICE == "cuda" else 1025  # the interpreter takes minutes for the longer one
+    length = 4097 if DEVICE == "cuda" else 513  # the interpreter takes minutes for the longer one
     q, k, v, lam, weights = draw((1, length, length, 1, 1, 64))
     place = torch.arange(length, device=DEVICE)
     assert_close(fused(q, k, v, lam, weights), explicit(q, k, v, lam, weights, place <= place[:, None]), 4e-6)
