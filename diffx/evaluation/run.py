@@ -25,7 +25,6 @@ from typing import Any
 import zstandard
 from torch import nn
 
-import diffx
 from diffx.config import UserError
 from diffx.config.eval import EvalJob
 from diffx.console import Reporter, make_table
@@ -135,7 +134,7 @@ def _evaluate(
         "change": facts,
         "metrics": [_finite(asdict(metric)) for metric in metrics],
         "examples": len(records),
-        "versions": {"diffx": diffx.__version__, **{name: version(name) for name in ("torch", "transformers", "lm_eval")}},
+        "versions": {name: version(name) for name in ("diffx", "torch", "transformers", "lm_eval")},
         "device": str(lm.device),
         "seconds": round(seconds, 1),
         "finished": True,

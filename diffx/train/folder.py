@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-import diffx
 from diffx.config import UserError
 from diffx.config.bridge import load_config, save_config
 from diffx.config.data import HfTokenizer
@@ -205,7 +204,7 @@ def environment(seed: int) -> dict[str, Any]:
     packages = ("torch", "transformers", "tokenizers", "datasets", "hydra-core", "lm_eval", "wandb", "numpy")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "diffx": diffx.__version__,
+        "diffx": version("diffx"),
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
@@ -220,7 +219,7 @@ def environment(seed: int) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The checkout's commit, ``+changes`` if it has any; ``None`` when installed from a wheel."""
-    root = Path(diffx.__file__).parent.parent
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
 
