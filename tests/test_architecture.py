@@ -54,6 +54,11 @@ def imports(path):
                 yield from ((f"diffx.{alias.name}", node not in late) for alias in node.names)
 
 
+def test_only_the_door_imports_the_package_itself():
+    importers = {room_of(path) for path in FILES for name, _ in imports(path) if name == "diffx"}
+    assert importers <= {"cli", "__main__"}, "diffx/__init__.py has what users call, and stands on top"
+
+
 def test_every_room_is_in_the_list():
     assert {room_of(path) for path in FILES} - OUTSIDE <= LEVEL.keys()
 
