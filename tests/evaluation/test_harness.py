@@ -418,6 +418,7 @@ def test_rows_of_our_mathematics_tasks(row, question):
         ("3.1416", " The answer is 3.14159.", True),
         ("5", " The answer is 5/0.", False),
         ("5", " The answer is 1e9999999999.", False),
+        ("2.5", " The answer is 1e999.", False),
     ],
 )
 def test_final_answers(gold, response, right):
