@@ -113,6 +113,7 @@ TABLE = [
     ("train --cfg jobs", ["jobs", "job"]),
     ("train --cfg job -p trian", ["trian"]),
     ("train --doc trian.lr", ["trian.lr", "train.lr"]),
+    ("train --doc train.lr --cfg job", ["--doc", "--cfg"]),
     ("train -m --cfg job seed=0,1", ["--multirun", "--cfg"]),
     ("train --config-dir nowhere", ["--config-dir=nowhere"]),
     ("compare", ["RUN"]),

@@ -12,7 +12,7 @@ from typer.exceptions import TyperException
 
 from diffx import __version__
 from diffx.cli.bench import SETTINGS, bench
-from diffx.errors import Stopped, describe, one_line
+from diffx.errors import Stopped, UserError, describe, one_line
 from diffx.files import read_json
 
 app = typer.Typer(name="diffx", **SETTINGS)
@@ -152,6 +152,8 @@ def _composed(
             cfg = cfg or "job"
         show = [*(["--cfg", cfg] if cfg else []), *(["--resolve"] if resolve else []), *(["--package", package] if package else [])]
         show += ["--info", info] if info else []
+        if doc and show:
+            raise UserError(f"--doc with {show[0]} cannot be used: ask for one of them")
         show = ["--doc", doc] if doc else show
         try:
             code = launch(config, work, words or [], multirun=multirun, show=show, config_dir=config_dir, after=after)
