@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.bridge import JOBS, literal, register_schemas, to_typed
 from diffx.config.checks import new_path
-from diffx.config.describe import commented, explained
+from diffx.config.meanings import commented, explained
 from diffx.config.messages import explain, keys, unknown
 from diffx.errors import UserError, describe, one_line
 from diffx.files import append_lines, read_checked_lines, read_json, write_json

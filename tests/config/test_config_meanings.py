@@ -6,8 +6,8 @@ from omegaconf import OmegaConf
 
 from diffx.cli import main
 from diffx.config.bridge import GROUPS, JOBS, to_plain
-from diffx.config.describe import meanings
 from diffx.config.launch import compose
+from diffx.config.meanings import meanings
 
 
 @pytest.mark.parametrize("kind", [*JOBS.values(), *(kind for kinds in GROUPS.values() for kind in kinds.values())])
