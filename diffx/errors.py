@@ -36,12 +36,16 @@ def storage_failure(error: BaseException) -> str | None:
         The line, or ``None`` if the exception is something else.
     """
     if isinstance(error, OSError) and error.errno in _STORAGE:
-        reason = f"{error.strerror} ({error.filename})" if error.filename else f"{error.strerror}"
+        reason = _reason(error)
     elif "No space left on device" in str(error):  # safetensors and pyarrow tell a full disk by the text of their own exceptions
         reason = "No space left on device"
     else:
         return None
     return f"{reason}; files that were finished are intact, and the same command goes on once this is mended"
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
 
 
 @contextmanager
@@ -52,7 +56,7 @@ def storage_errors(what: str) -> Iterator[None]:
     except Exception as error:
         failure = storage_failure(error)
         if failure is None and isinstance(error, OSError) and error.strerror:  # such as a folder that was deleted meanwhile
-            failure = error.strerror + (f" ({error.filename})" if error.filename else "")
+            failure = _reason(error)
         if failure is None:
             raise
         raise RunError(f"{what}: {failure}") from error

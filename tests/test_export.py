@@ -212,37 +212,42 @@ def test_in_bf16_the_branch_stays_fp32(export, run):
 # What comes after: evaluation takes the run, folded or not, with equal results.
 
 
-TASK = """
-task: squares
+SOURCE = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {path}}}}}
-output_type: multiple_choice
 test_split: test
+"""
+TASK = (
+    SOURCE
+    + """
+task: squares
+output_type: multiple_choice
 doc_to_text: "{{{{text}}}}"
 doc_to_choice: [" yes", " no, it is not"]
 doc_to_target: 0
 """
+)
 
 
-ROLLING = """
+ROLLING = (
+    SOURCE
+    + """
 task: rolling
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {path}}}}}
 output_type: loglikelihood_rolling
-test_split: test
 doc_to_text: ""
 doc_to_target: "{{{{text}}}}"
 """
-ANSWERS = """
+)
+ANSWERS = (
+    SOURCE
+    + """
 task: answers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {path}}}}}
 output_type: generate_until
-test_split: test
 doc_to_text: "{{{{text[:20]}}}}"
 doc_to_target: " no"
 generation_kwargs: {{max_gen_toks: 4, until: ["."]}}
 """
+)
 
 
 @pytest.mark.parametrize(
