@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -362,6 +363,12 @@ def compare(
         compare_runs([Path(word) for word in words], out)
 
 
+@cache
+def _program() -> Any:
+    """Make the commands, which takes Typer 20 ms, once."""
+    return typer.main.get_command(app)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
@@ -375,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     for talker in ("torchao", "torch.utils._pytree"):  # at import torchao tells of each kernel that it has no use for here
         logging.getLogger(talker).setLevel(logging.ERROR)
     try:
-        code = app(argv, prog_name="diffx", standalone_mode=False) or 0
+        code = _program()(argv, prog_name="diffx", standalone_mode=False) or 0
         if code == 130:  # what Typer makes of a KeyboardInterrupt
             command = (sys.argv[1:] if argv is None else argv)[0]
             print(_INTERRUPTED.get(command, "interrupted"), file=sys.stderr)

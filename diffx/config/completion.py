@@ -6,11 +6,10 @@ from typing import Any, get_type_hints
 
 import yaml
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffx.config.launch import composer, config_groups
+from diffx.config.composition import compose_config, composer, config_groups
 from diffx.config.messages import keys, names_of
 from diffx.errors import UserError
 
@@ -29,9 +28,9 @@ def complete(name: str, before: list[str], incomplete: str, config_dir: Path | N
     try:
         with composer(config_dir) as app:
             try:
-                cfg = app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
+                cfg = compose_config(app, name, words, several=True)
             except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError):
-                cfg = app.compose_config(name, [], RunMode.RUN)
+                cfg = compose_config(app, name, [])
             found = _candidates(cfg, config_groups(app, name), split + incomplete)
     except (UserError, HydraException, yaml.YAMLError):  # a folder of the user's that does not compose
         return []

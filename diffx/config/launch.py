@@ -9,58 +9,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import hydra
 import yaml
 from hydra._internal.callbacks import Callbacks
-from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
-from hydra.core.plugins import Plugins
 from hydra.core.utils import run_job
 from hydra.errors import HydraException
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffx.config.bridge import JOBS, literal, register_schemas, to_typed
+from diffx.config.bridge import JOBS, literal, to_typed
 from diffx.config.checks import new_path
+from diffx.config.composition import CONFIGS, compose_config, composer, config_groups
 from diffx.config.meanings import commented, explained
 from diffx.config.messages import explain, keys, unknown
 from diffx.errors import UserError, describe, one_line
 from diffx.files import append_lines, read_checked_lines, read_json, write_json
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-CONFIGS = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())  # a wheel's, or a checkout's
 _RUN_DIR = "run.dir={} cannot be used in a multirun: each job's folder is <hydra.sweep.dir>/<job number>; set hydra.sweep.dir instead"
 _FAILED, _RESULT = "failed.jsonl", "result_{}.json"
 _TEXT_KEYS = ("prompt", "train.sample_prompt")
-
-
-class UserConfigsFirst(SearchPathPlugin):
-    """Puts ``--config-dir`` before everything else; Hydra's own flag would put it last."""
-
-    folder: ClassVar[Path | None] = None
-
-    @classmethod
-    def use(cls, folder: Path | None) -> None:
-        """Set the folder for the compositions that follow; ``None`` is none.
-
-        Raises:
-            UserError: it is no folder.
-        """
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"--config-dir={folder} cannot be used: it must be a folder of configs")
-        cls.folder = folder
-        Plugins.instance().register(cls)
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Prepend the user's folder."""
-        if self.folder is not None:
-            search_path.prepend("user", f"file://{self.folder.resolve()}")
 
 
 @dataclass
@@ -125,19 +96,6 @@ class Task:
             return None
 
 
-def config_groups(app: Any, name: str) -> dict[str, list[str]]:
-    """The groups that the primary config ``name`` chooses from, and the options of each (``model`` has ``ablation/…`` among its own)."""
-    loader = app.config_loader
-    names = loader.repository.get_group_options  # the loader's own method copies all configs at each call
-
-    def options(group: str) -> list[str]:
-        nested = [f"{sub}/{name}" for sub in names(group, ObjectType.GROUP) for name in options(f"{group}/{sub}")]
-        return [*names(group, ObjectType.CONFIG), *nested]
-
-    choices = loader.compute_defaults_list(name, [], RunMode.MULTIRUN).overrides.known_choices  # passes over a group without a default
-    return {group: options(group) for group in choices if not group.startswith("hydra/")}
-
-
 def _failure(number: int, words: list[str], error: Exception) -> dict[str, Any]:
     """What the sweep's list says of a failed job."""
     described = describe(error)
@@ -154,15 +112,6 @@ def _job(entry: dict[str, Any], given: list[str]) -> str:
     return f"{entry['job']} ({own})"
 
 
-@contextmanager
-def composer(config_dir: Path | None = None) -> Iterator[Any]:
-    """Hydra itself on our configs, with the user's folder before them; for looking before the leap."""
-    UserConfigsFirst.use(config_dir)
-    register_schemas()
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        yield GlobalHydra.instance().hydra
-
-
 def compose(name: str, words: list[str]) -> Any:
     """Compose the job that ``diffx <name>`` would run for these words, and run nothing.
 
@@ -171,7 +120,8 @@ def compose(name: str, words: list[str]) -> Any:
     """
     words = [_plain_text(word) for word in words]
     with composer() as app, _one_line(app, name, words):
-        cfg = hydra.compose(name, words)
+        cfg = compose_config(app, name, words)
+        del cfg.hydra
     return to_typed(cfg, JOBS[name])
 
 
@@ -263,16 +213,16 @@ def launch(
 
 
 def _composition(app: Any, name: str, words: list[str], several: bool) -> DictConfig:
-    """Compose once: the only job's config, or with the words of ``several`` jobs what they have in common."""
-    if not several:
-        try:
-            return app.compose_config(name, words, RunMode.RUN)
-        except HydraException:  # an experiment may be a sweep without being asked
-            cfg = app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
-            if cfg.hydra.mode is not RunMode.MULTIRUN:
-                raise
-            return cfg
-    return app.compose_config(name, words, RunMode.MULTIRUN, validate_sweep_overrides=False)
+    """Compose the only job's config, or with ``several`` what the configs of the jobs have in common."""
+    if several:
+        return compose_config(app, name, words, several=True)
+    try:
+        return compose_config(app, name, words)
+    except HydraException:  # an experiment may be a sweep without -m
+        cfg = compose_config(app, name, words, several=True)
+        if cfg.hydra.mode is not RunMode.MULTIRUN:
+            raise
+        return cfg
 
 
 def _plain_text(word: str) -> str:

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
 
 from diffx.config import RunError, UserError
+from diffx.config.composition import compose_config, composer
 from diffx.config.launch import _plain_text, compose, launch
 
 
@@ -211,3 +214,33 @@ def test_a_prompt_is_plain_text(text):
 def test_a_quoted_prompt_is_left_to_hydra():
     assert compose("generate", [_plain_text("prompt='a, b'"), "checkpoint=x"]).prompt == "a, b"
     assert _plain_text("train.lr=1e-3") == "train.lr=1e-3"
+
+
+def test_a_second_composition_takes_hydra_no_time(monkeypatch):
+    words = ["model=diff_v2", "size=pico", "train.lr=1e-4"]
+    first = compose("train", words)
+    monkeypatch.setattr(Hydra, "compose_config", None)  # the groups are composed already
+    again = compose("train", [*words, "seed=3", "data.val_fraction=0.1"])
+    assert (again.seed, again.data.val_fraction, again.train, again.model) == (3, 0.1, first.train, first.model)
+    assert compose("train", words) == first, "the words of one composition reached another"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model=diff_v2", "train.lr=1e-4", "+train.extra=1", "size=pico"],
+        ["train.tokens=20M", "seed=1"],
+        ["experiment=diff/retrieval_tiny", "model.num_heads=2"],
+        ["model={hidden_size:64}", "seed=2"],
+        ["run.name=${model.kind}", "++train.lr=3"],
+    ],
+)
+def test_a_composition_is_what_hydra_composes(words):
+    with composer() as app:
+        expected = app.compose_config("train", words, RunMode.RUN)
+        for _ in range(2):
+            cfg = compose_config(app, "train", words)
+            assert {key: cfg._get_node(key) for key in cfg if key != "hydra"} == {
+                key: expected._get_node(key) for key in expected if key != "hydra"
+            }
+            assert cfg.hydra.overrides == expected.hydra.overrides

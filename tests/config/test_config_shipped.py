@@ -5,12 +5,11 @@ import itertools
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from diffx.config import UserError
 from diffx.config.bridge import GROUPS, JOBS, load_config, save_config, to_typed
-from diffx.config.launch import CONFIGS, composer, config_groups
+from diffx.config.composition import CONFIGS, compose_config, composer, config_groups
 
 KINDS = list(GROUPS["model"])
 PAPER_SIZES = {"830m": (1536, 24, 8), "1.4b": (2048, 24, 8), "2.8b": (2560, 32, 10), "6.8b": (4096, 32, 16), "13.1b": (5120, 40, 20)}
@@ -46,9 +45,9 @@ def names(folder):
 SIZES = sorted(names("size"))
 
 
-def compose(name, *words, mode=RunMode.RUN):
+def compose(name, *words, several=False):
     with composer() as app:
-        cfg = app.compose_config(name, list(words), mode)
+        cfg = compose_config(app, name, list(words), several=several)
     OmegaConf.set_struct(cfg, False)
     return cfg, cfg.pop("hydra")
 
@@ -140,7 +139,7 @@ def test_every_job_of_every_experiment(experiment, tmp_path):
     name, *own = ("adapt", "base=x") if experiment.startswith("dex/") else ("train",)
     if experiment == "diff/low_bits":
         name, own = "quantize", ["checkpoint=x"]
-    cfg, hydra = compose(name, f"experiment={experiment}", mode=RunMode.MULTIRUN)
+    cfg, hydra = compose(name, f"experiment={experiment}", several=True)
     given = [f"experiment={experiment}", *own, *NEEDED.get(cfg.data.kind if cfg.data else "", [])]
     parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()])
     axes = [[f"{word.get_key_element()}={value}" for value in word.sweep_string_iterator()] for word in parsed]
