@@ -17,7 +17,8 @@ from diffx.console import Reporter
 from diffx.dex.attach import fold
 from diffx.dex.registered import to_registered as keep_branch
 from diffx.errors import storage_errors
-from diffx.files import locked, replacing_folder
+from diffx.files import locked, read_json, replacing_folder
+from diffx.hub.card import CARD, export_usage, training_card
 from diffx.hub.convert import to_diffllama, to_llama
 from diffx.hub.registered import to_registered
 from diffx.loading import DTYPES, Loaded, load_run, write_origin
@@ -31,6 +32,7 @@ def export(job: ExportJob) -> Path:
 
     ``transformer`` becomes a Llama and ``diff_v1`` a DiffLlama where that is the same function; the others become our registered class,
     which loads after ``import diffx``. An adapted run becomes a model of its base's class, folded in fp64, or keeps its branch.
+    A model card (README.md) is written beside it.
 
     Raises:
         UserError: the checkpoint cannot be used.
@@ -44,6 +46,7 @@ def export(job: ExportJob) -> Path:
         model.to(DTYPES[job.dtype])
     with new_model_folder(out, "out") as folder:
         write_pretrained(model, loaded, folder)
+        _write_card(model, loaded, out.name, folder)
     needs = " (load it after `import diffx`)" if model.config.model_type.startswith("diffx") else ""
     reporter.line(f"{type(model).__name__} in {out}{needs}; its logits differ from the run's by {error:.1e} of their norm")
     return out
@@ -76,6 +79,22 @@ def write_pretrained(model: PreTrainedModel, loaded: Loaded, folder: Path) -> No
     model.save_pretrained(folder)
     loaded.tokenizer.save(folder, begin=loaded.adapted is None)
     write_origin(loaded, folder)
+
+
+def _write_card(model: PreTrainedModel, loaded: Loaded, name: str, folder: Path) -> None:
+    assert loaded.job is not None  # load_run gave it
+    summary, base = loaded.folder / "summary.json", loaded.folder / "base.json"
+    needs_diffx = model.config.model_type.startswith("diffx")
+    training_card(
+        loaded.job,
+        name,
+        loaded.step,
+        read_json(summary) if summary.exists() else {},
+        export_usage(name, needs_diffx),
+        base=read_json(base, {"name": str})["name"] if base.exists() else None,
+        parameters=model.num_parameters(),
+        library="diffx" if needs_diffx else "transformers",
+    ).save(folder / CARD)
 
 
 @contextmanager

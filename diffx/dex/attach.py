@@ -1,11 +1,11 @@
 """A DEX variant on a pretrained model: what is put in, what is trained, and how it folds away."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -34,6 +34,21 @@ class Adapted:
         """Give lambda(t) its t: optimizer steps done."""
         for branch in self.branches:
             branch.set_step(step)
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor], step: int, dtype: torch.dtype) -> None:
+        """Load what was trained, for use without further training.
+
+        Args:
+            weights: a tensor for each name of ``trained``.
+            step: optimizer steps done.
+            dtype: of the model's weights, W_D and lambda excepted.
+        """
+        for name, parameter in self.trained().items():
+            parameter.copy_(weights[name])
+        self.set_step(step)
+        self.cast(dtype)
+        self.model.requires_grad_(False)
 
     def cast(self, dtype: torch.dtype) -> None:
         """Give the model's weights one type, save for W_D and lambda; and save for buffers: positions rotated in bf16 are others."""

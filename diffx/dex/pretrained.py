@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -82,7 +82,7 @@ def load_pretrained(
     if key == "base" and Path(spec, "config.yaml").is_file() and not Path(spec, "config.json").is_file():
         raise UserError(f"{refused}: it is a run folder; `diffx export checkpoint={spec} out=FOLDER` makes a model of it")
     try:
-        _check_reach(spec, revision)
+        check_reach(spec, revision)
         with quiet_transformers(), _quiet_hub():
             config = AutoConfig.from_pretrained(spec, **options)
             _check(key, refused, config, dtype, device, trust_remote_code)
@@ -130,14 +130,33 @@ def load_pretrained(
     )
 
 
+def fingerprint_of(model: PreTrainedModel) -> str | None:
+    """Give the ``Pretrained.fingerprint`` of a model that transformers loaded; None if its origin is not known."""
+    name = model.name_or_path
+    if name and Path(name).is_dir():
+        return _weights_hash(Path(name))
+    return getattr(model.config, "_commit_hash", None)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free where a model is to be."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def _check_reach(spec: str, revision: str | None) -> None:
-    """Refuse at once what only the hub can have while it cannot be asked; ``huggingface_hub`` would try for half a minute."""
-    if Path(spec).is_dir() or isinstance(try_to_load_from_cache(spec, "config.json", revision=revision), str):
+def check_reach(spec: str, revision: str | None, file: str = "config.json") -> None:
+    """Refuse a repository that is not in the cache while the hub cannot be reached.
+
+    ``huggingface_hub`` itself would try for half a minute.
+
+    Args:
+        spec: the repository, or a folder.
+        revision: of the repository.
+        file: a file that the repository must have.
+
+    Raises:
+        ConnectionError: the hub cannot be reached.
+    """
+    if Path(spec).is_dir() or isinstance(try_to_load_from_cache(spec, file, revision=revision), str):
         return
     if constants.is_offline_mode():
         raise ConnectionError("offline mode is on (HF_HUB_OFFLINE) and it is not in the cache")

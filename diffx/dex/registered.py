@@ -1,21 +1,34 @@
 """An adapted model that keeps its branch, as a model of ``transformers``: what ``diffx export fold=false`` writes."""
 
-from functools import wraps
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.utils import TransformersKwargs
 
 from diffx.config.dex import Share
 from diffx.dex.attach import Adapted
 from diffx.dex.layer import DexProjection
 from diffx.hub.configs import DexConfig
 
+_OUTPUTS = ("output_attentions", "output_hidden_states")
+
 
 def _forward(self: Any, input_ids: Tensor | None = None, *, labels: Tensor | None = None, **kwargs: Any) -> Any:
-    """The base's forward, which takes or refuses each keyword."""
-    return self.base(input_ids=input_ids, labels=labels, **kwargs)
+    """Call the forward of the instance, which accepts or refuses each keyword."""
+    return self.forward(input_ids=input_ids, labels=labels, **kwargs)
+
+
+@lru_cache
+def _keywords(forward: Callable[..., Any]) -> frozenset[str]:
+    """Keywords that the ``forward`` of a base accepts, those behind its ``**kwargs`` included."""
+    names = inspect.signature(forward).parameters
+    accepted = {*names, *TransformersKwargs.__annotations__, "return_dict"}
+    return frozenset(accepted | {"past_key_values"} if "cache" in names else accepted)
 
 
 class _BaseForward:
@@ -27,6 +40,12 @@ class _BaseForward:
 
         @wraps(model.base.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            # most bases ignore a keyword that they do not know, whatever it was meant to change
+            if unknown := kwargs.keys() - _keywords(type(model.base).forward):
+                raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
+            for name in _OUTPUTS:
+                if kwargs.get(name) is None and getattr(model.config, name):
+                    kwargs[name] = True
             return model.base(*args, **kwargs)
 
         return forward
@@ -41,14 +60,20 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict = {"w_d", "lambda_learn", "chosen", "schedule"}  # noqa: RUF012  # the type that the base class gives it
 
     def __init__(self, config: DexConfig, base: PreTrainedModel | None = None):
+        attention = config._attn_implementation  # None, unless the caller asked for one
         super().__init__(config)
         if base is None:
             base = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(**config.base), dtype=torch.get_default_dtype(), trust_remote_code=False
+                AutoConfig.for_model(**config.base),
+                dtype=torch.get_default_dtype(),
+                trust_remote_code=False,
+                attn_implementation=attention,
             )
             for branch in config.branches:
                 _put(base, branch, config)
         self.base = base
+        self.supports_gradient_checkpointing = base.supports_gradient_checkpointing
+        config._attn_implementation = base.config._attn_implementation
         ties = getattr(base, "all_tied_weights_keys", {})
         self._tied_weights_keys = {f"base.{name}": f"base.{other}" for name, other in dict(ties).items()}
         self.generation_config = base.generation_config
@@ -64,6 +89,28 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         """The base's."""
         return self.base.get_output_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the base's."""
+        self.base.set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the base's."""
+        self.base.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the base's token embeddings, with the same arguments; both configs follow."""
+        embeddings = self.base.resize_token_embeddings(*args, **kwargs)
+        self.config.base = self.base.config.to_dict()
+        self.config.vocab_size = embeddings.num_embeddings
+        return embeddings
+
+    def set_step(self, step: int) -> None:
+        """Give lambda(t) its t, the number of optimizer steps done; the saved config keeps it."""
+        self.config.step = step
+        for module in self.modules():
+            if isinstance(module, DexProjection):
+                module.set_step(step)
 
     forward = _BaseForward()
 

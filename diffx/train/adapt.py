@@ -20,6 +20,7 @@ from diffx.config.dex import CRITERIA, AdaptJob
 from diffx.config.train import Precision
 from diffx.console import Reporter, duration, make_table
 from diffx.data import Batches, Corpus
+from diffx.dex.adapters import BRANCH, DESCRIPTION, TUNED, file_of
 from diffx.dex.attach import Adapted, attach, parameter_counts
 from diffx.dex.heads import Plan, choose_heads, draw_heads, load_plan
 from diffx.dex.layer import projection_weight
@@ -27,7 +28,9 @@ from diffx.dex.layout import Layer, find_layers
 from diffx.dex.pretrained import Pretrained, free_memory, load_pretrained
 from diffx.dex.watch import Watch
 from diffx.files import read_json, read_json_lines, replacing_folder, write_json
-from diffx.train.checkpoint import WEIGHTS, read_tensors
+from diffx.hub.card import CARD, adapter_usage, training_card
+from diffx.models.tensors import read_tensors
+from diffx.train.checkpoint import WEIGHTS
 from diffx.train.folder import hold_folder, new_folder, run_name, settle, write_start
 from diffx.train.loop import Fit, fit
 from diffx.train.parallel import World, autocast, join_world, precision_of
@@ -148,7 +151,7 @@ def _run(
             watch(lambda: model(held_out))  # for the verdict
         if world.main:
             summary = _summary(job, base, folder, result, counts, watch)
-            _save_adapter(job, folder, result.checkpoint)
+            _save_adapter(job, folder, result.checkpoint, summary)
             write_json(folder / "summary.json", summary)
             track.summary({key: value for key, value in summary.items() if isinstance(value, int | float)})
             _report(summary, folder, reporter)
@@ -176,14 +179,11 @@ def restore(
     layers = find_layers(base.model, {"input_ids": torch.tensor([[0, 1]], device=device)})
     plan = load_plan(run_dir / "heads.json", base.fingerprint, layers)
     adapted = attach(base.model, layers, job.dex, plan.heads, int(job.dex.anneal_steps or 0), job.seed)
-    trained = {f"model.{name}": parameter for name, parameter in adapted.trained().items()}  # as ForTraining names them
-    weights = read_tensors(checkpoint / WEIGHTS, {name: parameter.shape for name, parameter in trained.items()})
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-    adapted.set_step(int(checkpoint.name.removeprefix("step_")))
-    adapted.cast(base.dtype)
-    adapted.model.requires_grad_(False)
+    prefix = "model."  # of ForTraining
+    shapes = {prefix + name: parameter.shape for name, parameter in adapted.trained().items()}
+    weights = read_tensors(checkpoint / WEIGHTS, shapes)
+    step = int(checkpoint.name.removeprefix("step_"))
+    adapted.load({name.removeprefix(prefix): weights[name] for name in shapes}, step, base.dtype)
     return base, adapted
 
 
@@ -245,22 +245,26 @@ def _blocks(adapted: Adapted) -> nn.ModuleList:
     return next(module for module in adapted.model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers)
 
 
-def _save_adapter(job: AdaptJob, folder: Path, checkpoint: Path) -> None:
-    """Write adapter/: the branch alone (``branch.safetensors``), what else was trained (``tuned.safetensors``), and what they are of."""
+def _save_adapter(job: AdaptJob, folder: Path, checkpoint: Path, summary: dict[str, Any]) -> None:
+    """Write adapter/: ``branch.safetensors``, ``tuned.safetensors`` (what else was trained), ``adapter.json`` and a model card."""
     weights = load_file(checkpoint / WEIGHTS)
-    own = {name.removeprefix("model."): value for name, value in weights.items()}
-    branch = {name: value for name, value in own.items() if name.endswith((".w_d", ".lambda_learn"))}
+    trained = {name.removeprefix("model."): value for name, value in weights.items()}
+    settings = {key: getattr(value, "value", value) for key, value in dataclasses.asdict(job.dex).items()}
     described = {
-        "dex": {key: getattr(value, "value", value) for key, value in dataclasses.asdict(job.dex).items()},
+        "dex": settings | {"heads": Path(job.dex.heads).name},  # without the folder of a heads.json
         "base": read_json(folder / "base.json"),
         "heads": read_json(folder / "heads.json", {"heads": list})["heads"],
         "step": int(checkpoint.name.removeprefix("step_")),
     }
     with replacing_folder(folder / ADAPTER) as temporary:
-        for name, part in (("branch", branch), ("tuned", {name: value for name, value in own.items() if name not in branch})):
-            if part:
-                save_file(part, temporary / f"{name}.safetensors")
-        write_json(temporary / "adapter.json", described)
+        for file in (BRANCH, TUNED):
+            if part := {name: value for name, value in trained.items() if file_of(name) == file}:
+                save_file(part, temporary / file)
+        write_json(temporary / DESCRIPTION, described)
+        base, name = summary["base"], summary["name"]
+        usage = adapter_usage(base)
+        card = training_card(job, name, summary["step"], summary, usage, base=base)
+        card.save(temporary / CARD)
         shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # of a run that was finished before and went on
 
 

@@ -8,13 +8,12 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from diffx.config import RunError, UserError
 from diffx.files import json_checksum, read_json, replacing_folder, sha256, write_json
+from diffx.models.tensors import read_tensors
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -94,26 +94,6 @@ def save_checkpoint(
 def trained_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """Names and shapes of the tensors that a checkpoint of the model holds: what is trained, a tied weight once."""
     return {name.replace(_WRAPPER, ""): parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def read_tensors(path: Path, shapes: Mapping[str, torch.Size], optional: Collection[str] = ()) -> dict[str, torch.Tensor]:
-    """Read a safetensors file that must hold exactly the tensors of ``shapes``, and may hold those named in ``optional``.
-
-    Raises:
-        UserError: the file cannot be read, or it lacks a tensor, holds another one, or one has another shape.
-    """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    for name in sorted((shapes.keys() | tensors.keys()) - set(optional)):
-        if name not in tensors:
-            raise UserError(f"{path} cannot be used: it lacks {name}")
-        if name not in shapes:
-            raise UserError(f"{path} cannot be used: it holds {name}, which the model does not have")
-        if tensors[name].shape != shapes[name]:
-            raise UserError(f"{path} cannot be used: {name} has the shape {list(tensors[name].shape)}, the model's is {list(shapes[name])}")
-    return tensors
 
 
 def read_state(folder: Path) -> dict[str, Any]:

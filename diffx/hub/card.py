@@ -1,0 +1,151 @@
+"""Model cards: the README.md of what is exported or pushed."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+from diffx.config.data import DataConfig, HubData
+from diffx.config.dex import AdaptJob
+from diffx.config.train import TrainJob
+
+CARD = "README.md"
+_SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
+
+
+def export_usage(name: str, needs_diffx: bool) -> str:
+    """The lines that load an exported model."""
+    first = "import diffx  # registers the model's class\n" if needs_diffx else ""
+    return f"""{first}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+
+
+def adapter_usage(base: str) -> str:
+    """The lines that load an adapter on its base."""
+    return f"""from diffx.dex import load_adapter
+
+adapters = load_adapter("{base}", "FOLDER or REPOSITORY")  # the base, then this adapter
+adapters.model.generate(...)
+with adapters.disabled():  # the base as it was
+    ..."""
+
+
+def training_card(
+    job: TrainJob | AdaptJob,
+    name: str,
+    step: int,
+    summary: dict[str, Any],
+    usage: str,
+    *,
+    base: str | None = None,
+    parameters: int | None = None,
+    library: str = "diffx",
+) -> ModelCard:
+    """Describe a model that a run trained or adapted.
+
+    Args:
+        job: the run's.
+        name: the model's.
+        step: of the checkpoint.
+        summary: the run's ``summary.json``; empty if the run is not finished. Its losses are
+            given where they are of ``step``.
+        usage: Python code that loads the model.
+        base: the name of the base of an adapted run.
+        parameters: the number that the model has; None is what the summary says.
+        library: what loads it: ``transformers`` or ``diffx``.
+    """
+    counts = summary.get("parameters", {})
+    rows = {"parameters": parameters or counts.get("total")}
+    if isinstance(job, AdaptJob):
+        rows |= {"architecture": f"{base} with DEX, variant {job.dex.variant.value}", "trained parameters": counts.get("trained")}
+    else:
+        shape = ", ".join(f"{key} {getattr(job.model, key)}" for key in _SHAPE)
+        rows |= {"architecture": f"{job.model.kind}: {shape}"}
+    rows |= {
+        "training text": _data_name(job.data),
+        "steps": step,
+        "tokens": step * int(job.train.batch_tokens),
+        "sequence length": job.train.seq_len,
+        "seed": job.seed,
+    }
+    if summary.get("step") == step:
+        rows |= {
+            "held-out loss, nats a token": summary.get("val/loss"),
+            "held-out bits per byte": summary.get("val/bpb"),
+            "held-out loss of the base": summary.get("base/val/loss"),
+        }
+    elif summary.get("best/step") == step:
+        rows |= {"held-out loss, nats a token": summary.get("best/val/loss")}
+    tags = ["diffx", "differential-attention", job.dex.variant.value if isinstance(job, AdaptJob) else job.model.kind]
+    license_name = _license(job.base, job.revision) if isinstance(job, AdaptJob) else None
+    return _card(
+        name,
+        rows,
+        usage,
+        base_model=base,
+        library_name=library,
+        license=license_name,
+        tags=tags,
+        datasets=[job.data.name] if isinstance(job.data, HubData) and not _is_local(job.data.name) else None,
+    )
+
+
+def adapter_card(base: str, variant: str, step: int) -> ModelCard:
+    """Describe an adapter of which nothing is known but its own files."""
+    rows = {"architecture": f"{base} with DEX, variant {variant}", "steps": step}
+    tags = ["diffx", "differential-attention", variant]
+    return _card(f"{base}-{variant}", rows, adapter_usage(base), base_model=base, library_name="diffx", tags=tags)
+
+
+def _card(name: str, rows: dict[str, Any], usage: str, **header: Any) -> ModelCard:
+    data = ModelCardData(pipeline_tag="text-generation", **header)
+    table = "\n".join(f"| {key} | {_shown(value)} |" for key, value in rows.items() if value is not None)
+    return ModelCard(
+        f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+Made with diffx {version("diffx")}.
+
+| | |
+|---|---|
+{table}
+
+## How to load
+
+```python
+{usage}
+```
+"""
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _data_name(data: DataConfig) -> str:
+    """The text by name, without the folder of a local file."""
+    if data.kind == "stdlib":
+        return "the source code of Python's standard library"
+    values: Any = getattr(data, "name", None) or getattr(data, "path", None) or []
+    names = [values] if isinstance(values, str) else values
+    return " ".join([data.kind, *(Path(name).name if data.kind != "hub" or _is_local(name) else name for name in names)])
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).is_absolute() or Path(name).exists()
+
+
+def _license(base: str, revision: str | None) -> str | None:
+    """The license in the model card of a base that is a folder or in the hub's cache."""
+    path = Path(base, CARD) if Path(base).is_dir() else try_to_load_from_cache(base, CARD, revision=revision)
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return None
+    license_name = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict().get("license")
+    return license_name if isinstance(license_name, str) else None
