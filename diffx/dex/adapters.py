@@ -234,7 +234,7 @@ class Adapters:
         for name in touched:
             parameters[name].data = data[name].clone()
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(range(torch.cuda.device_count())):
                 steps = int(config.anneal_steps or 0)
                 adapted = attach(self.model, self._layers, config, described["heads"], steps, seed=0)
             weights: dict[str, Tensor] = {}
