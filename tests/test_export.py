@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -59,6 +61,7 @@ def place(tmp_path_factory, hf_folder, tokenizer):
     config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, vocab_size=tokenizer.vocab_size, initializer_range=0.2, **ends)
     GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
     tokenizer.save(folder / "gpt2")
+    (folder / "gpt2" / "README.md").write_text("---\nlicense: mit\n---\n\nA model.\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFX_CACHE", str(folder / "cache"))
         patch.chdir(folder)
@@ -152,6 +155,44 @@ def test_an_earlier_checkpoint(run, place):
     ids = torch.tensor([[5, 6, 7]])
     theirs, ours = AutoModelForCausalLM.from_pretrained(out), load(f"{run('dex')}@2", Device.cpu).model
     torch.testing.assert_close(read(theirs, ids), read(ours, ids), rtol=1e-4, atol=1e-4)
+    card = ModelCard.load(out / "README.md")
+    assert "| steps | 2 |" in card.text and "held-out loss" not in card.text  # the summary is of step 4
+
+
+# The model card.
+
+
+@pytest.mark.parametrize("name", ["fused", "dex", "diff_v1", "diff_v2"])
+def test_the_card_says_what_the_model_is_and_how_it_is_loaded(name, run, export, place, hf_folder, monkeypatch):
+    adapted, registered = name in BRANCHES, name == "diff_v2"
+    card = ModelCard.load(export(name) / "README.md")
+    assert card.data.library_name == ("diffx" if registered else "transformers")
+    assert card.data.base_model == {"fused": "gpt2", "dex": "tiny-llama"}.get(name)
+    assert card.data.license == ("mit" if name == "fused" else None)  # the base's
+    assert {"diffx", "dex" if adapted else name} <= set(card.data.tags)
+    rows = dict(
+        line.strip("| ").split(" | ") for line in card.text.splitlines() if line.count("|") == 3 and "---" not in line and line != "| | |"
+    )
+    summary = json.loads((run(name) / "summary.json").read_text())
+    assert rows["held-out loss, nats a token"] == f"{summary['val/loss']:.4f}" and rows["steps"] == "4" and rows["tokens"] == "256"
+    assert rows["training text"] == "text text.jsonl" and ("held-out loss of the base" in rows) is adapted
+    assert ("hidden_size 32" in rows["architecture"]) is not adapted
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    loaded = {}
+    monkeypatch.chdir(export(name).parent)
+    exec(code, loaded)
+    assert type(loaded["model"]).__name__ == CLASSES.get(name, "LlamaForCausalLM")
+    assert rows["parameters"] == f"{loaded['model'].num_parameters():,}" and loaded["tokenizer"]("x")["input_ids"]
+    for folder in (place, hf_folder, Path.home(), Path.cwd()):
+        assert str(folder) not in card.content
+
+
+def test_the_card_of_an_adapter(run, place, hf_folder):
+    card = ModelCard.load(run("dex") / "adapter" / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("diffx", "tiny-llama")
+    summary = json.loads((run("dex") / "summary.json").read_text())
+    assert f"{summary['val/loss']:.4f}" in card.text and f"| {summary['parameters']['trained']:,} |" in card.text
+    assert str(place) not in card.content and str(hf_folder) not in card.content
 
 
 # In another process.

@@ -1,6 +1,7 @@
 """diffx as a library: the README's own lines, and what they give against what others compute."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,23 @@ def words(folder):
     return [*TINY.split(), "data=text", "data.path=text.jsonl", "device=cpu", "train.steps=2"]
 
 
-def test_the_lines_of_the_readme(words, monkeypatch, capsys):
+KEYS = "data=text data.path=text.jsonl train.steps=2 train.seq_len=16 train.batch_tokens=32 data.val_tokens=200"
+
+
+@pytest.fixture(scope="module")
+def adapt(folder, hf_folder):
+    """Adapt a base into a run folder."""
+
+    def adapt(run, base):
+        assert main(["adapt-dex", f"base={base}", f"run.dir={run}", "wandb.mode=disabled", "device=cpu", *KEYS.split()]) == 0
+
+    return adapt
+
+
+def test_the_lines_of_the_readme(words, adapt, hf_folder, monkeypatch, capsys):
+    shutil.copytree(hf_folder, "models/smollm2")
+    adapt("runs/y", "models/smollm2")
+    shutil.copytree("runs/y", "runs/z")
     (code,) = re.findall(r"```python\n(import torch, diffx.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
     train = diffx.train_run
     monkeypatch.setattr(diffx, "train_run", lambda *own: train(*own, *words))
@@ -40,6 +57,7 @@ def test_the_lines_of_the_readme(words, monkeypatch, capsys):
     for maps, lam in zip(found["maps"], found["lambdas"], strict=True):
         torch.testing.assert_close(maps.sum(-1), (1 - lam).expand(maps.shape[:3]))
     assert capsys.readouterr().out.strip()
+    assert found["adapters"].names == ["default", "z"] and found["adapters"].active == "z" and not found["adapters"].folded
 
 
 def test_a_model_of_the_hub(hf_folder):
@@ -50,8 +68,7 @@ def test_a_model_of_the_hub(hf_folder):
     assert model.lambdas(ids) == [None, None]
 
 
-def test_an_adapted_model(folder, hf_folder):
-    keys = "data=text data.path=text.jsonl train.steps=2 train.seq_len=16 train.batch_tokens=32 data.val_tokens=200"
-    assert main(["adapt-dex", f"base={hf_folder}", "run.dir=adapted", "wandb.mode=disabled", "device=cpu", *keys.split()]) == 0
+def test_an_adapted_model(adapt, hf_folder):
+    adapt("adapted", hf_folder)
     model = diffx.load("adapted", device="cpu")
     assert [lam.numel() for lam in model.lambdas(torch.tensor([[5, 6]]))] == [1, 1]
