@@ -31,17 +31,9 @@ _FIELDS = {"dex": dict, "base": dict, "heads": list, "step": int}
 
 @dataclass
 class _Adapter:
-    """An adapter that is loaded.
-
-    Attributes:
-        folder: its files.
-        tuned: the weights that take the place of the model's, by parameter name.
-        branches: the DEX projections, by the name of the output projection.
-    """
-
     folder: Path
-    tuned: dict[str, Tensor]
-    branches: dict[str, DexProjection]
+    tuned: dict[str, Tensor]  # replace the model's weights, by parameter name
+    branches: dict[str, DexProjection]  # by the name of the output projection
 
 
 class Adapters:
@@ -77,14 +69,9 @@ class Adapters:
         self._layers = find_layers(model, {"input_ids": ids})
         self._parameters = dict(model.named_parameters())
         self._originals: dict[str, Tensor] = {}  # of the parameters that some adapter replaces
-        self._modules = {
-            name: model.get_submodule(name)
-            for layer in self._layers
-            for name in (
-                layer.output,
-                *(part.name for part in (*layer.queries, *layer.keys, *layer.values)),
-            )
-        }
+        names = {part.name for layer in self._layers for part in layer.queries + layer.keys + layer.values}
+        names |= {layer.output for layer in self._layers}
+        self._modules = {name: model.get_submodule(name) for name in sorted(names)}
 
     @property
     def names(self) -> list[str]:
@@ -107,13 +94,8 @@ class Adapters:
         path = _fetched(folder, revision)
         described, config = _read_description(path)
         self._check(path, described)
-        previous, folded = self.active, self.folded
-        self.activate(None)
-        try:
+        with self.disabled():
             self._adapters[name] = self._make(path, described, config)
-        except BaseException:
-            self._place(previous, folded)
-            raise
         self.activate(name)
 
     def activate(self, name: str | None) -> None:
@@ -171,7 +153,8 @@ class Adapters:
         described["dex"]["heads"] = Path(config.heads).name  # not the folder of a heads.json
         write_json(target / DESCRIPTION, {key: described[key] for key in _FIELDS})
         if not (target / CARD).exists():  # the run was made before there were cards
-            adapter_card(described["base"]["name"], config.variant.value, described["step"]).save(target / CARD)
+            card = adapter_card(described["base"]["name"], config.variant.value, described["step"])
+            card.save(target / CARD)
         return target
 
     def push_to_hub(
@@ -230,24 +213,23 @@ class Adapters:
         data = {name: parameter.data for name, parameter in parameters.items()}
         trains = {name: parameter.requires_grad for name, parameter in parameters.items()}
         buffers = [(module, dict(module._buffers)) for module in self.model.modules()]
-        touched = parameters.keys() if config.variant is Variant.full else self._projections()
-        for name in touched:
-            parameters[name].data = data[name].clone()
+        full = config.variant is Variant.full
+        touched = list(parameters) if full else [f"{name}.weight" for name in self._modules]
         try:
+            for name in touched:
+                parameters[name].data = data[name].clone()
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 steps = int(config.anneal_steps or 0)
                 adapted = attach(self.model, self._layers, config, described["heads"], steps, seed=0)
-            weights: dict[str, Tensor] = {}
-            for file in (BRANCH, TUNED):
-                shapes = {name: parameter.shape for name, parameter in adapted.trained().items() if file_of(name) == file}
-                weights |= read_tensors(path / file, shapes) if shapes else {}
+            shapes: dict[str, dict[str, torch.Size]] = {BRANCH: {}, TUNED: {}}
+            for name, parameter in adapted.trained().items():
+                shapes[file_of(name)][name] = parameter.shape
+            files = [read_tensors(path / file, part) for file, part in shapes.items() if part]
+            weights = {name: tensor for tensors in files for name, tensor in tensors.items()}
             adapted.load(weights, described["step"], self.model.dtype)
             fold(adapted, keep_branch=True)
-            branches = {
-                layer.output: module
-                for layer in self._layers
-                if isinstance(module := self.model.get_submodule(layer.output), DexProjection)
-            }
+            modules = {name: self.model.get_submodule(name) for name in self._modules}
+            branches = {name: m for name, m in modules.items() if isinstance(m, DexProjection)}
             tuned = {name: parameters[name].data.to(data[name].dtype) for name in touched}
         finally:
             for name, module in self._modules.items():
@@ -259,10 +241,6 @@ class Adapters:
                 module._buffers.update(values)
         self._originals |= {name: data[name] for name in touched}
         return _Adapter(path, tuned, branches)
-
-    def _projections(self) -> list[str]:
-        """The names of the attention projections' weights."""
-        return [f"{name}.weight" for name in self._modules]
 
     @torch.no_grad()
     def _place(self, name: str | None, folded: bool) -> None:

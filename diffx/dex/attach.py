@@ -42,20 +42,17 @@ class Adapted:
         Args:
             weights: a tensor for each name of ``trained``.
             step: optimizer steps done.
-            dtype: of the model's weights, W_D and lambda excepted.
+            dtype: of the model's weights, but not of W_D, lambda and buffers: positions rotated in
+                bf16 would be others.
         """
         for name, parameter in self.trained().items():
             parameter.copy_(weights[name])
         self.set_step(step)
-        self.cast(dtype)
-        self.model.requires_grad_(False)
-
-    def cast(self, dtype: torch.dtype) -> None:
-        """Give the model's weights one type, save for W_D and lambda; and save for buffers: positions rotated in bf16 are others."""
         for module in self.model.modules():
             if not isinstance(module, DexProjection):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(dtype)
+        self.model.requires_grad_(False)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""

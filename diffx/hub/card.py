@@ -50,12 +50,11 @@ def training_card(
         job: the run's.
         name: the model's.
         step: of the checkpoint.
-        summary: the run's ``summary.json``; empty if the run is not finished. Its losses are
-            given where they are of ``step``.
+        summary: the run's ``summary.json``; empty if there is none. Losses of another step are left out.
         usage: Python code that loads the model.
         base: the name of the base of an adapted run.
         parameters: the number that the model has; None is what the summary says.
-        library: what loads it: ``transformers`` or ``diffx``.
+        library: what loads it.
     """
     counts = summary.get("parameters", {})
     rows = {"parameters": parameters or counts.get("total")}
