@@ -177,6 +177,7 @@ def test_the_card_says_what_the_model_is_and_how_it_is_loaded(name, run, export,
     assert rows["held-out loss, nats a token"] == f"{summary['val/loss']:.4f}" and rows["steps"] == "4" and rows["tokens"] == "256"
     assert rows["training text"] == "text text.jsonl" and ("held-out loss of the base" in rows) is adapted
     assert ("hidden_size 32" in rows["architecture"]) is not adapted
+    assert "None" not in card.text
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     loaded = {}
     monkeypatch.chdir(export(name).parent)

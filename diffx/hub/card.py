@@ -61,7 +61,8 @@ def training_card(
     if isinstance(job, AdaptJob):
         rows |= {"architecture": f"{base} with DEX, variant {job.dex.variant.value}", "trained parameters": counts.get("trained")}
     else:
-        shape = ", ".join(f"{key} {getattr(job.model, key)}" for key in _SHAPE)
+        sizes = {key: getattr(job.model, key) for key in _SHAPE}
+        shape = ", ".join(f"{key} {size}" for key, size in sizes.items() if size is not None)
         rows |= {"architecture": f"{job.model.kind}: {shape}"}
     rows |= {
         "training text": _data_name(job.data),
