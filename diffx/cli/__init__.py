@@ -147,17 +147,29 @@ def _composed(
         ] = None,
         config_dir: Annotated[Path | None, typer.Option(help="A folder of your own configs; it comes before ours.")] = None,
     ) -> None:
-        from diffx.config.launch import launch
+        from diffx.config.launch import launch, show_config
 
         if resolve or package:
             cfg = cfg or "job"
-        show = [*(["--cfg", cfg] if cfg else []), *(["--resolve"] if resolve else []), *(["--package", package] if package else [])]
-        show += ["--info", info] if info else []
-        if doc and show:
-            raise UserError(f"--doc with {show[0]} cannot be used: ask for one of them")
-        show = ["--doc", doc] if doc else show
+        shown = [f"--{flag}" for flag, value in (("cfg", cfg), ("info", info), ("doc", doc)) if value]
+        if len(shown) > 1:
+            raise UserError(f"{shown[-1]} with {shown[0]} cannot be used: ask for one of them")
+        if shown and multirun:
+            raise UserError(f"--multirun with {shown[0]} cannot be used: it shows one job's config; give each key one value")
+        if shown:
+            show_config(
+                config,
+                words or [],
+                cfg=cfg,
+                resolve=resolve,
+                package=package,
+                doc=doc,
+                info=info,
+                config_dir=config_dir,
+            )
+            return
         try:
-            code = launch(config, work, words or [], multirun=multirun, show=show, config_dir=config_dir, after=after)
+            code = launch(config, work, words or [], multirun=multirun, config_dir=config_dir, after=after)
         except Stopped as stop:  # Typer would make 130 of it
             print(stop, file=sys.stderr)
             code = 0

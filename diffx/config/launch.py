@@ -1,4 +1,4 @@
-"""Hydra under the door: compose a command's config, hand its job to Hydra's launchers, keep count of a sweep's failures."""
+"""Run the job of a command, or its sweep through Hydra, whose failed jobs are listed."""
 
 import json
 import os
@@ -13,12 +13,10 @@ from typing import Any, cast
 
 import hydra
 import yaml
-from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import run_job
 from hydra.errors import HydraException
-from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.bridge import JOBS, literal, to_typed
@@ -31,26 +29,31 @@ from diffx.files import append_lines, read_checked_lines, read_json, write_json
 
 _RUN_DIR = "run.dir={} cannot be used in a multirun: each job's folder is <hydra.sweep.dir>/<job number>; set hydra.sweep.dir instead"
 _FAILED, _RESULT = "failed.jsonl", "result_{}.json"
+_HYDRA_RUN: dict[str, Any] = {
+    "run.dir": ".",
+    "output_subdir": None,
+    "job.chdir": False,
+    "job.env_set": {},
+    "callbacks": {},
+}
 _TEXT_KEYS = ("prompt", "train.sample_prompt")
 
 
 @dataclass
-class Task:
-    """What Hydra runs for each job, in this process or in a launcher's.
+class SweepJob:
+    """The function that Hydra calls for each job of a sweep, in this process or in a launcher's.
 
-    An exception never reaches Hydra, which would print it in its own words: that of a single run is kept
-    for ``launch`` to raise, that of a sweep's job is told at once and written to the sweep's folder.
+    An exception never reaches Hydra, which would print it in its own way: its line goes to standard
+    error at once and to the sweep's folder.
 
     Attributes:
         job_class: the dataclass that the config becomes.
-        work: what is done with the job.
-        given: the words of the command line, a sweep's several values among them.
+        work: does the job.
+        given: the words of the command line, with several values for a key.
         argv: the command line.
-        keep: write what ``work`` returned to the sweep's folder, for what is done after it.
-        result: what a single run's ``work`` returned.
-        error: what a single run raised.
-        unwritten: failed jobs that the sweep's folder could not take, its disk being full.
-        process: the id of the process that made the task; a launcher's jobs may run in others.
+        keep: write what ``work`` returned to the sweep's folder.
+        unwritten: failed jobs that could not be written to the sweep's folder.
+        process: the id of the process that made this object; a launcher's jobs may run in others.
     """
 
     job_class: type
@@ -58,41 +61,38 @@ class Task:
     given: list[str]
     argv: list[str]
     keep: bool = False
-    result: Any = None
-    error: Exception | None = None
     unwritten: list[dict[str, Any]] = field(default_factory=list)
     process: int = field(default_factory=os.getpid)
 
     def __call__(self, cfg: DictConfig) -> Any:
-        """Convert and check the config, then work; returns what ``work`` returns (an objective, for sweepers that want one)."""
+        """Check the config and do the job; returns what ``work`` returns, for a sweeper's objective."""
         sys.argv = self.argv
         settings = HydraConfig.get()
-        words = cast(list[str], OmegaConf.to_container(settings.overrides.task, resolve=False))  # a word may hold an interpolation
-        sweep = Path(settings.sweep.dir) if settings.mode is RunMode.MULTIRUN else None
+        words = cast(list[str], OmegaConf.to_container(settings.overrides.task, resolve=False))
+        sweep = Path(settings.sweep.dir)
         try:
-            if sweep and "run" in cfg:
+            if "run" in cfg:
                 if cfg.run.dir is not None:
                     raise UserError(_RUN_DIR.format(cfg.run.dir))
                 cfg.run.dir = str(sweep / str(settings.job.num))
                 cfg.wandb.group = cfg.wandb.group or sweep.name
-            self.result = result = self.work(to_typed(cfg, self.job_class), words)
-            if sweep and self.keep:
+            result = self.work(to_typed(cfg, self.job_class), words)
+            if self.keep:
                 sweep.mkdir(parents=True, exist_ok=True)
                 write_json(sweep / _RESULT.format(settings.job.num), result)
             return result
         except Exception as error:
-            if sweep:
-                entry = _failure(settings.job.num, words, error)
-                print(f"error: job {_job(entry, self.given)}: {one_line(entry['error'])}", file=sys.stderr, flush=True)
-                try:
-                    with append_lines(sweep / _FAILED) as file:  # one write, so that jobs side by side do not mix
-                        file.write(json.dumps(entry) + "\n")
-                except OSError:
-                    if os.getpid() != self.process:  # only a launcher's error can tell of it
-                        raise
-                    self.unwritten.append(entry)
-            else:
-                self.error = error
+            entry = _failure(settings.job.num, words, error)
+            line = f"error: job {_job(entry, self.given)}: {one_line(entry['error'])}"
+            print(line, file=sys.stderr, flush=True)
+            try:
+                # One write, so that the lines of parallel jobs do not mix.
+                with append_lines(sweep / _FAILED) as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError:
+                if os.getpid() != self.process:  # only the launcher's error can report it
+                    raise
+                self.unwritten.append(entry)
             return None
 
 
@@ -121,8 +121,50 @@ def compose(name: str, words: list[str]) -> Any:
     words = [_plain_text(word) for word in words]
     with composer() as app, _one_line(app, name, words):
         cfg = compose_config(app, name, words)
-        del cfg.hydra
+        with open_dict(cfg):
+            del cfg["hydra"]
     return to_typed(cfg, JOBS[name])
+
+
+def show_config(
+    name: str,
+    words: list[str],
+    *,
+    cfg: str | None = None,
+    resolve: bool = False,
+    package: str | None = None,
+    doc: str | None = None,
+    info: str | None = None,
+    config_dir: Path | None = None,
+) -> None:
+    """Print what the words compose to, and run nothing.
+
+    Args:
+        name: the primary config.
+        words: the user's words in Hydra's grammar.
+        cfg: print the config: its ``job``, its ``hydra`` or ``all``.
+        resolve: resolve the interpolations of that config.
+        package: print only this part of it.
+        doc: print the meaning of this key, of the keys of this group, or of ``all``.
+        info: print what Hydra knows about ``searchpath``, ``defaults`` and so on.
+        config_dir: a folder of configs that come before those of diffx.
+
+    Raises:
+        UserError: the words do not compose to a valid config, or a key does not exist.
+    """
+    words = [_plain_text(word) for word in words]
+    with composer(config_dir) as app, _one_line(app, name, words):
+        config = _composition(app, name, words, several=True)
+        if package and OmegaConf.select(config, package) is None:
+            raise UserError(unknown(package, list(keys(config))))  # Hydra would end the process
+        if doc:
+            print(explained(config, JOBS[name], doc))
+        elif info:
+            app.show_info(info, name, words)
+        elif cfg == "job":
+            print(commented(config, JOBS[name], package, resolve))
+        else:
+            app.show_cfg(name, words, cfg, package, resolve)
 
 
 def launch(
@@ -131,20 +173,19 @@ def launch(
     words: list[str],
     *,
     multirun: bool = False,
-    show: list[str] | None = None,
     config_dir: Path | None = None,
     after: Callable[[list[Any], Path | None], None] | None = None,
 ) -> int:
-    """Run one command's job, or its sweep, through Hydra.
+    """Run one command's job, or its sweep through Hydra.
 
     Args:
         name: the primary config, and the job it becomes.
-        work: gets the job and the words that shaped it; importable by name, since launchers pickle it.
+        work: gets the job and the words that set it; importable by name, since launchers pickle it.
         words: in Hydra's grammar: ``key=value``, ``~key``, ``+key=value``.
         multirun: run every combination of values.
-        show: flags that print instead of running: Hydra's (``--cfg job``, ``--info searchpath``), and ``--doc KEY``.
-        config_dir: a folder of configs that come before ours.
-        after: called with what ``work`` returned for each job that did not fail (JSON objects), and with the sweep's folder, if any.
+        config_dir: a folder of configs that come before those of diffx.
+        after: called with what ``work`` returned for each job that did not fail (JSON objects), and
+            with the sweep's folder or ``None``.
 
     Returns:
         0, or a sweep's exit code: 2 if all of its failed jobs were user errors, else 1.
@@ -152,34 +193,19 @@ def launch(
     Raises:
         UserError: the words do not compose to a valid config.
     """
-    if show and multirun:
-        raise UserError(f"--multirun with {show[0]} cannot be used: it shows one job's config; give each key one value")
     words = [_plain_text(word) for word in words]
     with composer(config_dir) as app, _one_line(app, name, words):
-        cfg = _composition(app, name, words, several=multirun or bool(show))
-    if show and "--package" in show and OmegaConf.select(cfg, package := show[show.index("--package") + 1]) is None:
-        raise UserError(unknown(package, list(keys(cfg))))  # Hydra would end the process
-    task = Task(JOBS[name], work, words, sys.argv, keep=after is not None)
-    if show:
-        with _one_line(app, name, words):
-            if show[0] == "--doc":
-                print(explained(cfg, JOBS[name], show[1]))
-                return 0
-            if show[:2] == ["--cfg", "job"]:
-                part = show[show.index("--package") + 1] if "--package" in show else None
-                print(commented(cfg, JOBS[name], part, "--resolve" in show))
-                return 0
-            _hydra_main(task, name, [*show, "--", *words])
-        return 0
-    if not (multirun or cfg.hydra.mode is RunMode.MULTIRUN):
-        with _one_line(app, name, words):
-            # hydra.main would compose the config once more. Hydra has no public place for its callbacks.
-            context = HydraContext(config_loader=app.config_loader, callbacks=Callbacks(cfg))
-            run_job(task, cfg, "hydra.run.dir", None, context, configure_logging=False)
-        if task.error:
-            raise task.error
+        cfg = _composition(app, name, words, several=multirun)
+        single = not (multirun or cfg.hydra.mode is RunMode.MULTIRUN)
+        if single:
+            _check_single(cfg.hydra)
+            HydraConfig.instance().set_config(cfg)  # for ${hydra:...} in a value
+            with open_dict(cfg):
+                del cfg["hydra"]
+    if single:
+        result = work(to_typed(cfg, JOBS[name]), words)
         if after:
-            after([task.result], None)
+            after([result], None)
         return 0
 
     if "run" in cfg and cfg.run.dir is not None:
@@ -192,11 +218,12 @@ def launch(
         stale.unlink(missing_ok=True)
     # The folder's name holds the time: resolved once, here, it is the same for every job, process and machine.
     words = [*words, "hydra.sweep.dir='" + str(sweep).replace("'", "\\'") + "'"]
+    sweep_job = SweepJob(JOBS[name], work, words, sys.argv, keep=after is not None)
     try:
         with _one_line(app, name, words):
-            _hydra_main(task, name, ["--multirun", "--", *words])
+            _hydra_main(sweep_job, name, words)
     finally:
-        failed = sorted([*read_checked_lines(sweep / _FAILED), *task.unwritten], key=lambda entry: entry["job"])
+        failed = sorted([*read_checked_lines(sweep / _FAILED), *sweep_job.unwritten], key=lambda entry: entry["job"])
         if failed:
             jobs = ", ".join(_job(entry, words) for entry in failed)
             count = f"{len(failed)} jobs" if len(failed) > 1 else "1 job"
@@ -234,13 +261,21 @@ def _plain_text(word: str) -> str:
     return f"{key}='" + re.sub(r"(\\+)$", r"\1\1", value) + "'"
 
 
-def _hydra_main(task: Task, name: str, argv: list[str]) -> None:
+def _check_single(settings: DictConfig) -> None:
+    """Refuse the settings of Hydra that only its own runs of a job would follow."""
+    for key, default in _HYDRA_RUN.items():
+        if (value := OmegaConf.select(settings, key)) != default:
+            reason = "Hydra runs sweeps (-m) only; give run.dir=, or set the environment"
+            raise UserError(f"hydra.{key}={value} cannot be used: {reason}")
+
+
+def _hydra_main(sweep_job: SweepJob, name: str, words: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out as they are
-    own, sys.argv = sys.argv, [sys.argv[0], *argv]
+    sys.argv = [sys.argv[0], "--multirun", "--", *words]
     try:
-        hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")(task)()
+        hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")(sweep_job)()
     finally:
-        sys.argv = own
+        sys.argv = sweep_job.argv
 
 
 @contextmanager
@@ -248,6 +283,8 @@ def _one_line(app: Any, name: str, words: list[str]) -> Iterator[None]:
     """Turn what Hydra raises while it composes into a ``UserError``."""
     try:
         yield
+    except UserError:
+        raise
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         if isinstance(error, TypeError) and not any("[" in word for word in words):  # Hydra's, where a group is given a list
             raise

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -244,3 +245,23 @@ def test_a_composition_is_what_hydra_composes(words):
                 key: expected._get_node(key) for key in expected if key != "hydra"
             }
             assert cfg.hydra.overrides == expected.hydra.overrides
+
+
+def test_a_single_job_is_composed_once_and_called(monkeypatch):
+    calls = []
+    compose_config = Hydra.compose_config
+    monkeypatch.setattr(Hydra, "compose_config", lambda *args, **kw: calls.append(1) or compose_config(*args, **kw))
+    monkeypatch.setattr("hydra.main", None)
+    monkeypatch.setattr("hydra.core.utils.run_job", None)
+    work = Work()
+    launch("train", work, ["run.name=${hydra:job.config_name}", "seed=9", "hydra.sweep.dir=unused"])
+    assert [(job.run.name, job.seed) for job in work.jobs] == [("train", 9)]
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("word", ["hydra.run.dir=x", "hydra.job.chdir=true", "hydra.output_subdir=x", "+hydra.job.env_set.A=b"])
+def test_what_hydra_would_do_for_a_single_job_is_refused(here, word):
+    work = Work()
+    with pytest.raises(UserError, match=re.escape(word.lstrip("+").partition(".A")[0].partition("=")[0])):
+        launch("train", work, [word])
+    assert work.jobs == list(here.iterdir()) == []
