@@ -87,7 +87,6 @@ VARIANT = {
         ("from diffx.models.diff_v2", "from diffx.models.diff_toy import ToyAttention\nfrom diffx.models.diff_v2"),
         ('    "diff_v2": DiffV2Attention,', '    "diff_v2": DiffV2Attention,\n    "diff_toy": ToyAttention,'),
     ],
-    "conf/model/diff_toy.yaml": "defaults: [/schema/model/diff_toy@_here_]\n",
 }
 NEW_SUITE = {
     "diffx/config/suite.py": [
@@ -95,7 +94,6 @@ NEW_SUITE = {
         ('    "speed": SpeedSuite,', '    "speed": SpeedSuite,\n    "surprise": SurpriseSuite,'),
     ],
     "diffx/evaluation/surprise.py": SUITE,
-    "conf/suite/surprise.yaml": "defaults:\n  - /schema/suite/surprise@_here_\n  - _self_\nname: surprise\n",
 }
 TRAIN = (
     "train model=diff_toy model.hidden_size=32 model.num_layers=2 model.num_heads=4 model.num_kv_heads=2 tokenizer=bytes "
@@ -151,9 +149,9 @@ def test_a_variant_and_a_suite_by_the_words_of_the_guide(tmp_path):
     for name in ("diffx", "conf", "experiments"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     change(tmp_path, VARIANT)
-    assert sum(touched(ROOT / name, tmp_path / name) for name in ("diffx", "conf")) == 4
+    assert sum(touched(ROOT / name, tmp_path / name) for name in ("diffx", "conf")) == 3
     change(tmp_path, NEW_SUITE)
-    assert sum(touched(ROOT / name, tmp_path / name) for name in ("diffx", "conf")) == 4 + 3
+    assert sum(touched(ROOT / name, tmp_path / name) for name in ("diffx", "conf")) == 3 + 2
 
     rows = ({"text": f"Note {n}. The square of {n} is {n * n}. Nothing else is known of it. " * 3} for n in range(200))
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -8,6 +8,7 @@ part of a text is saved with a backslash, as on the command line.
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 from enum import Enum
 from functools import cache
@@ -48,8 +49,6 @@ GROUPS: dict[str, Mapping[str, type]] = {
     "judge": JUDGE_CONFIGS,
     "method": METHOD_CONFIGS,
 }
-# Keys that came after the first saved configs, with what was done before; a key without a row here makes older runs unreadable.
-_LATER = {("train", "fused_attention"): False}
 
 _INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # behind an odd number of backslashes it is text
 
@@ -58,13 +57,19 @@ Job = TypeVar("Job")
 
 @cache
 def register_schemas() -> None:
-    """Store each dataclass as ``schema/<job>`` or ``schema/<group>/<kind>``, out of the way of the groups' own options."""
+    """Store each job's dataclass as ``schema/<job>``, and the others as the options of their groups."""
     store = ConfigStore.instance()
     for name, job in JOBS.items():
         store.store(group="schema", name=name, node=job)
     for group, kinds in GROUPS.items():
-        for name, config in kinds.items():
-            store.store(group=f"schema/{group}", name=name, node=config)
+        for kind, config in kinds.items():
+            node = OmegaConf.structured(config)
+            if group == "suite":
+                node.name = kind  # conf/suite has more suites of these kinds, with other names
+            store.store(group=group, name=kind, node=node)
+    # A user's file may change an option: it is checked against the dataclass, as Hydra warns.
+    message = r"\s*'\S+' is validated against ConfigStore schema with the same name"
+    warnings.filterwarnings("ignore", message)
 
 
 def to_typed(cfg: DictConfig, cls: type[Job]) -> Job:
@@ -168,24 +173,21 @@ def save_config(job: Any, path: Path) -> None:
 
 
 def load_config(path: Path) -> Any:
-    """Read a job that ``save_config`` wrote.
+    """Read a job that ``save_config`` wrote; a key that the file does not have takes its default.
 
     Raises:
-        UserError: the file is missing or damaged, holds an interpolation, or was written by a version with other keys.
+        UserError: the file is missing or damaged, holds an interpolation or an unknown key, or
+            lacks a key without a default.
     """
     try:
         saved = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a saved config: {' '.join(str(error).split())}") from error
-    for (group, key), value in _LATER.items():
-        if isinstance(saved, dict) and isinstance(saved.get(group), dict):
-            saved[group].setdefault(key, value)
     schema = _schema(saved, path)
-    _same_keys(saved, OmegaConf.to_container(schema), path)
     try:
         return from_plain(schema, saved)
     except UserError as error:
-        raise UserError(f"{path} cannot be used: {error}") from error
+        raise UserError(f"{path} cannot be used by this version of diffx: {error}") from error
 
 
 def _schema(saved: Any, path: Path) -> DictConfig:
@@ -200,18 +202,7 @@ def _schema(saved: Any, path: Path) -> DictConfig:
     schema = OmegaConf.structured(of(JOBS, saved, "kind"))
     for group in GROUPS.keys() & schema.keys():
         schema[group] = OmegaConf.structured(of(GROUPS[group], saved.get(group), f"{group}.kind"))
+    for key in saved.keys() & schema.keys():
+        if isinstance(schema._get_node(key), DictConfig) and not isinstance(saved[key], dict):
+            raise UserError(f"{path} cannot be used: {key} must be a group of keys")
     return schema
-
-
-def _same_keys(saved: Any, schema: Any, path: Path, prefix: str = "") -> None:
-    """Refuse keys that this version does not have, and keys that it needs and an older one did not write."""
-    if not isinstance(schema, dict):
-        return
-    if not isinstance(saved, dict):
-        raise UserError(f"{path} cannot be used: {prefix.rstrip('.')} must be a group of keys")
-    for key in [*saved, *schema]:
-        if key not in schema or key not in saved:
-            problem = "is unknown to" if key not in schema else "is missing, which is needed by"
-            raise UserError(f"{path} cannot be used: {prefix}{key} {problem} this version of diffx; it was written by another one")
-    for key, value in schema.items():
-        _same_keys(saved[key], value, path, f"{prefix}{key}.")

@@ -24,7 +24,13 @@ class SuiteConfig:
 
 @dataclass(kw_only=True, slots=True)
 class HarnessSuite(SuiteConfig):
-    """Tasks of ``lm-eval``.
+    """Any tasks of ``lm-eval``: ``suite.tasks=[...]``.
+
+    ``include_path`` adds task YAMLs (lm-eval's format: docs/new_task_guide.md of its repository).
+    ``data_dir`` replaces the hub for all tasks: ``<data_dir>/<task>/<split>.jsonl`` or ``.parquet``,
+    rows as on the hub. A task reads the split it is measured on and the one its demonstrations come
+    from, such as arc_easy/test.jsonl and arc_easy/train.jsonl; a group needs a folder for each of its
+    tasks.
 
     Attributes:
         tasks: task or group names.
@@ -109,6 +115,11 @@ class AllocationSuite(SuiteConfig):
 @dataclass(kw_only=True, slots=True)
 class IclSuite(SuiteConfig):
     """Many-shot classification with the labels as the only answers (arXiv 2410.05258, section 3.5).
+
+    A task may be a file of JSON lines (.jsonl or .jsonl.gz) with at least two labels and more lines
+    than ``queries``; queries and demonstrations both come from it. A line:
+
+        {"text": "a mail", "label": "its class"}
 
     Attributes:
         tasks: ``trec``, ``trec_fine``, ``banking77``, ``clinc150`` (from the hub), ``synthetic``, or paths of JSON lines {"text", "label"}.
@@ -224,6 +235,13 @@ class OutliersSuite(SuiteConfig):
 @dataclass(kw_only=True, slots=True)
 class HallucinationSuite(SuiteConfig):
     """Summaries and answers, judged for their faithfulness to the text (arXiv 2410.05258, section 3.6).
+
+    A task may be a file of JSON lines (.jsonl or .jsonl.gz) of either form:
+
+        {"document": "a text", "reference": "its summary"}
+        {"context": "a text", "question": "about it", "answers": ["right", "right too"]}
+
+    "reference" and "answers" are a text or a list of texts.
 
     Attributes:
         tasks: ``xsum``, ``cnn_dm``, ``multinews``, ``qasper``, ``hotpotqa``, ``2wikimqa`` (from the hub), or paths of JSON lines:

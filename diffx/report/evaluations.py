@@ -12,7 +12,8 @@ import numpy as np
 import zstandard
 
 from diffx.config import UserError
-from diffx.config.launch import CONFIGS
+from diffx.config.composition import CONFIGS
+from diffx.config.suite import SUITE_CONFIGS
 from diffx.files import parse_json, read_json
 from diffx.report.runs import as_word
 
@@ -114,7 +115,7 @@ def find_evaluations(spec: str, suite: str) -> list[Evaluation]:
         UserError: there are none, or the suite or the checkpoint does not exist.
     """
     run, which = _find_folder(spec)
-    shipped = sorted(path.stem for path in (CONFIGS / "suite").glob("*.yaml"))
+    shipped = sorted({*SUITE_CONFIGS, *(path.stem for path in (CONFIGS / "suite").glob("*.yaml"))})
     there = {path.relative_to(step).as_posix() for step in run.glob("evals/*") for path in step.glob("*")}
     if suite not in [*shipped, *there]:
         raise UserError(

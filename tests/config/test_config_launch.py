@@ -265,3 +265,13 @@ def test_what_hydra_would_do_for_a_single_job_is_refused(here, word):
     with pytest.raises(UserError, match=re.escape(word.lstrip("+").partition(".A")[0].partition("=")[0])):
         launch("train", work, [word])
     assert work.jobs == list(here.iterdir()) == []
+
+
+def test_a_users_file_may_change_an_option_that_is_a_dataclass(here, recwarn):
+    file = here / "mine" / "model" / "diff_v1.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("rope_theta: 500\n")
+    work = Work()
+    launch("train", work, [], config_dir=here / "mine")
+    assert (work.jobs[0].model.kind, work.jobs[0].model.rope_theta) == ("diff_v1", 500)
+    assert not recwarn.list

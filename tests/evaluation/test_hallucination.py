@@ -12,7 +12,6 @@ from matplotlib.image import imread
 
 from diffx.config import UserError
 from diffx.config.eval import EvalJob
-from diffx.config.launch import CONFIGS
 from diffx.config.suite import HallucinationSuite
 from diffx.console import Reporter
 from diffx.evaluation import hallucination
@@ -59,8 +58,8 @@ def test_the_plan(ask, both):
     assert set(ids) < {example.id for example in plan(ask(both))}
 
 
-def test_the_layouts_that_the_config_shows_are_read(ask, tmp_path):
-    shown = re.findall(r"^# +(\{.+\})$", (CONFIGS / "suite/hallucination.yaml").read_text(), re.MULTILINE)
+def test_the_layouts_that_the_docstring_shows_are_read(ask, tmp_path):
+    shown = re.findall(r"^ +(\{.+\})$", HallucinationSuite.__doc__, re.MULTILINE)
     tasks = [write(tmp_path / f"{number}.jsonl", [json.loads(line)]) for number, line in enumerate(shown)]
     assert [example.data["kind"] for example in plan(ask(tasks))] == ["summary", "question"]
     assert [example.data["references"] for example in plan(ask(tasks))] == [["its summary"], ["right", "right too"]]

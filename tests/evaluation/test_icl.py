@@ -13,7 +13,6 @@ from matplotlib.image import imread
 from diffx.config import UserError
 from diffx.config.data import BpeTokenizer
 from diffx.config.eval import EvalJob
-from diffx.config.launch import CONFIGS
 from diffx.config.suite import IclSuite
 from diffx.console import Reporter
 from diffx.data.tokenizers import make_tokenizer
@@ -45,7 +44,7 @@ def context(tiny, tmp_path):
 
 
 def test_the_layout_that_the_config_shows_is_read(context, tmp_path):
-    (shown,) = re.findall(r"^# +(\{.+\})$", (CONFIGS / "suite/icl.yaml").read_text(), re.MULTILINE)
+    (shown,) = re.findall(r"^ +(\{.+\})$", IclSuite.__doc__, re.MULTILINE)
     (tmp_path / "mails.jsonl").write_text(f"{shown}\n" * 3 + shown.replace("its class", "other"))
     examples = icl.plan(context(tasks=[str(tmp_path / "mails.jsonl")], queries=1))
     assert {(example.data["text"], *example.data["labels"]) for example in examples} == {("a mail", "its class", "other")}
