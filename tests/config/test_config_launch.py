@@ -11,6 +11,7 @@ from hydra._internal.hydra import Hydra
 from hydra.types import RunMode
 
 from diffx.config import RunError, UserError
+from diffx.config.bridge import register_schemas
 from diffx.config.composition import compose_config, composer
 from diffx.config.launch import _plain_text, compose, launch
 
@@ -271,6 +272,7 @@ def test_a_users_file_may_change_an_option_that_is_a_dataclass(here, recwarn):
     file = here / "mine" / "model" / "diff_v1.yaml"
     file.parent.mkdir(parents=True)
     file.write_text("rope_theta: 500\n")
+    register_schemas.cache_clear()  # pytest has reset the filter of warnings
     work = Work()
     launch("train", work, [], config_dir=here / "mine")
     assert (work.jobs[0].model.kind, work.jobs[0].model.rope_theta) == ("diff_v1", 500)
