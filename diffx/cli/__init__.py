@@ -1,4 +1,4 @@
-"""The doors: one Typer command each, a few lines long. Nothing heavy is imported before a command runs."""
+"""The command line: one Typer command each. Nothing slow to import is imported before a command runs."""
 
 import logging
 import os
@@ -45,7 +45,7 @@ def _diffx(
       diffx eval checkpoint=runs/x suite=retrieval
       diffx adapt-dex base=HuggingFaceTB/SmolLM2-135M data=text data.path=books/
 
-    `diffx COMMAND --help` shows each command's own, `diffx COMMAND --doc all` what each key means.
+    `diffx COMMAND --help` shows a command's options, `diffx COMMAND --doc all` the meaning of each key.
     """
 
 
@@ -80,10 +80,10 @@ def _quantize(job: Any, words: list[str]) -> dict[int, str]:
     return {bits: str(folder) for bits, folder in quantize(job).items()}
 
 
-def _report_quantization(found: list[dict[Any, str]], sweep: Path | None) -> None:
+def _report_quantization(results: list[dict[Any, str]], sweep: Path | None) -> None:
     from diffx.report.quantized import report_quantization
 
-    folders = [{int(bits): Path(folder) for bits, folder in own.items()} for own in found]  # JSON's keys are text
+    folders = [{int(bits): Path(folder) for bits, folder in result.items()} for result in results]  # JSON's keys are text
     step = next(iter(folders[0].values())).parents[1]
     name = folders[0][min(folders[0])].parent.name.rpartition("-")[0] or "quantized"
     report_quantization(folders, (sweep or step) / f"{name}.png")
@@ -123,7 +123,7 @@ def _prepare(job: Any, words: list[str]) -> None:
 def _composed(
     config: str, work: Callable[[Any, list[str]], Any], text: str, after: Callable[[list[Any], Path | None], None] | None = None
 ) -> Callable[..., None]:
-    """Make the command that composes ``config`` from its words, does ``work`` with the job, and ``after`` it all what there is to do."""
+    """Make the command that composes ``config`` from its words, does ``work`` with the job, and then ``after`` with the results."""
 
     def candidates(ctx: typer.Context, incomplete: str) -> list[str]:
         from diffx.config.completion import complete
@@ -137,15 +137,15 @@ def _composed(
         multirun: Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of a=1,2 b=x,y.")] = False,
         cfg: Annotated[Literal["job", "hydra", "all"] | None, typer.Option(help="Print the composed config; run nothing.")] = None,
         doc: Annotated[
-            str | None, typer.Option(metavar="KEY", help="Say what a key (train.lr), a group (train) or all mean; run nothing.")
+            str | None, typer.Option(metavar="KEY", help="Print the meaning of a key (train.lr), a group (train) or all; run nothing.")
         ] = None,
         resolve: Annotated[bool, typer.Option("--resolve", help="Print it with interpolations resolved.")] = False,
         package: Annotated[str | None, typer.Option("--package", "-p", help="Print only this part of it, such as train.")] = None,
         info: Annotated[
             Literal["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"] | None,
-            typer.Option(help="Print what Hydra knows; run nothing."),
+            typer.Option(help="Print Hydra's view of the configs; run nothing."),
         ] = None,
-        config_dir: Annotated[Path | None, typer.Option(help="A folder of your own configs; it comes before ours.")] = None,
+        config_dir: Annotated[Path | None, typer.Option(help="A folder of configs; it comes before those of diffx.")] = None,
     ) -> None:
         from diffx.config.launch import launch, show_config
 
@@ -185,7 +185,7 @@ app.command("train")(
         _train,
         """Train a model.
 
-        With no words at all: a small DIFF V1 on 3.6M tokens of Python's own source, in minutes on two cores.
+        Without arguments: a small DIFF V1 on 3.6M tokens of Python's own source, in minutes on two cores.
 
         \b
         Groups: model= size= data= tokenizer= experiment=
@@ -391,8 +391,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, 1 for a run that failed, 2 for input that cannot be used, 130 for an interrupt. The latter three come
         with one line on standard error. Any other exception is a bug, and keeps its traceback.
     """
-    for talker in ("torchao", "torch.utils._pytree"):  # at import torchao tells of each kernel that it has no use for here
-        logging.getLogger(talker).setLevel(logging.ERROR)
+    for logger in ("torchao", "torch.utils._pytree"):  # torchao reports each kernel that it cannot use
+        logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         code = _program()(argv, prog_name="diffx", standalone_mode=False) or 0
         if code == 130:  # what Typer makes of a KeyboardInterrupt

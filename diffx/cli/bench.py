@@ -47,7 +47,7 @@ def bench_eval(
 ) -> None:
     """Measure the harness adapter's requests a second.
 
-    A Llama made into our transformer, beside lm-eval's own class on the original, on the same requests.
+    A Llama converted to diffx's transformer, beside lm-eval's own class on the original, on the same requests.
 
     \b
     Examples:
@@ -119,7 +119,7 @@ def bench_attention(
 ) -> None:
     """Measure differential attention, forward and backward.
 
-    Ours beside two padded calls, the four calls of public libraries, and the baseline's attention.
+    The operation of diffx beside two padded calls, the four calls of public libraries, and the baseline's attention.
 
     \b
     Examples:
@@ -134,7 +134,7 @@ def bench_attention(
 
 @bench.command("profile")
 def bench_profile(
-    words: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What diffx train takes.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config groups and keys of diffx train.")] = None,
     trace: Annotated[Path, typer.Option(help="The trace to write (JSON, for https://ui.perfetto.dev).")] = Path("trace.json"),
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 10,
 ) -> None:

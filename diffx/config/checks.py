@@ -15,10 +15,10 @@ def require(condition: bool, key: str, value: Any, accepted: str) -> None:
     """Raise ``UserError`` unless ``condition`` holds.
 
     Args:
-        condition: what must be true.
+        condition: must be true.
         key: the config key, as a user would type it (``model.num_heads``).
         value: the value it has.
-        accepted: what would be accepted instead.
+        accepted: the values that would be accepted.
     """
     if not condition:
         raise UserError(f"{key}={value} cannot be used: it must be {accepted}")
@@ -74,7 +74,7 @@ def new_path(key: str, value: str | Path) -> Path:
 
 
 def plain(key: str, value: Any) -> None:
-    """Refuse what no option can take, whatever it means: numbers beyond all ranges, and text that is no UTF-8.
+    """Refuse values that no option can take: numbers beyond all ranges and text that is not UTF-8.
 
     Args:
         key: the config key.

@@ -21,7 +21,7 @@ def complete(name: str, before: list[str], incomplete: str, config_dir: Path | N
         name: the primary config.
         before: the words before it; they decide which keys exist. Bash hands ``a=b`` over as ``a``, ``=``, ``b``.
         incomplete: the beginning of the word.
-        config_dir: a folder of configs that come before ours.
+        config_dir: a folder of configs that come before those of diffx.
     """
     words = re.sub(r" ?= ?", "=", " ".join(before)).split()
     split = f"{words.pop().rstrip('=')}=" if words and (words[-1].endswith("=") or "=" not in words[-1]) else ""
@@ -31,10 +31,10 @@ def complete(name: str, before: list[str], incomplete: str, config_dir: Path | N
                 cfg = compose_config(app, name, words, several=True)
             except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError):
                 cfg = compose_config(app, name, [])
-            found = _candidates(cfg, config_groups(app, name), split + incomplete)
-    except (UserError, HydraException, yaml.YAMLError):  # a folder of the user's that does not compose
+            candidates = _candidates(cfg, config_groups(app, name), split + incomplete)
+    except (UserError, HydraException, yaml.YAMLError):  # the user's folder does not compose
         return []
-    return [word[len(split) :] for word in found]
+    return [word[len(split) :] for word in candidates]
 
 
 def _candidates(cfg: Any, groups: dict[str, list[str]], word: str) -> list[str]:
@@ -42,17 +42,17 @@ def _candidates(cfg: Any, groups: dict[str, list[str]], word: str) -> list[str]:
     names = [name for name in dict.fromkeys([*groups, *keys(cfg)]) if name.startswith(key) and name.rpartition(".")[2] != "kind"]
     if not equals and len(names) != 1:
         return [f"{name}=" for name in names]
-    # One key is left: its values too, which also keeps the shell from putting a space after "key=".
+    # For a single key its values are given too, so that the shell puts no space after "key=".
     key = key if equals else names[0]
     several = value.rpartition(",")[0]  # -m model=diff_v1,…
     prefix = f"{key}={several}," if several else f"{key}="
     options = groups[key] if key in groups else _values(cfg, key)
-    found = [f"{prefix}{option}" for option in options]
-    return [option for option in found if option.startswith(word)] if equals else found
+    candidates = [f"{prefix}{option}" for option in options]
+    return [option for option in candidates if option.startswith(word)] if equals else candidates
 
 
 def _values(cfg: Any, key: str) -> list[str]:
-    """What a key may be if that is a choice, else what it is."""
+    """The values that a key may take if it is a choice, else its current value."""
     group, _, name = key.rpartition(".")
     parent = OmegaConf.select(cfg, group) if group else cfg
     hint = get_type_hints(OmegaConf.get_type(parent)).get(name) if OmegaConf.is_dict(parent) else None

@@ -97,7 +97,7 @@ class SweepJob:
 
 
 def _failure(number: int, words: list[str], error: Exception) -> dict[str, Any]:
-    """What the sweep's list says of a failed job."""
+    """The entry of a failed job in the sweep's ``failed.jsonl``."""
     described = describe(error)
     if described is None:
         traceback.print_exception(error)
@@ -107,9 +107,9 @@ def _failure(number: int, words: list[str], error: Exception) -> dict[str, Any]:
 
 
 def _job(entry: dict[str, Any], given: list[str]) -> str:
-    """Name a failed job by its number and the words that set it apart from the sweep's other jobs."""
-    own = " ".join(word for word in entry["overrides"] if word not in given)
-    return f"{entry['job']} ({own})"
+    """Name a failed job by its number and the words that differ between the sweep's jobs."""
+    distinct = " ".join(word for word in entry["overrides"] if word not in given)
+    return f"{entry['job']} ({distinct})"
 
 
 def compose(name: str, words: list[str]) -> Any:
@@ -253,7 +253,7 @@ def _composition(app: Any, name: str, words: list[str], several: bool) -> DictCo
 
 
 def _plain_text(word: str) -> str:
-    """Quote the value of a key that holds free text, which Hydra's grammar would take apart; what is quoted already stays, and null."""
+    """Quote the value of a key that holds free text, unless it is quoted already or null."""
     key, _, value = word.partition("=")
     if key not in _TEXT_KEYS or value[:1] in ("'", '"') or value == "null":
         return word
@@ -286,10 +286,10 @@ def _one_line(app: Any, name: str, words: list[str]) -> Iterator[None]:
     except UserError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        if isinstance(error, TypeError) and not any("[" in word for word in words):  # Hydra's, where a group is given a list
+        if isinstance(error, TypeError) and not any("[" in word for word in words):  # Hydra raises it for a group that is given a list
             raise
         try:
             groups = config_groups(app, name)
-        except HydraException:  # the user's own configs break the primary one
+        except HydraException:  # the user's configs break the primary one
             groups = {}
         raise UserError(explain(error, words, groups)) from error

@@ -13,15 +13,16 @@ from diffx.errors import UserError
 
 def meanings(kind: type) -> dict[str, str]:
     """The lines of a class's and its bases' "Attributes:", by name."""
-    found: dict[str, str] = {}
+    meaning_by_name: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         attributes = cleandoc(base.__dict__.get("__doc__") or "").partition("Attributes:\n")[2]
-        found |= {match[1]: " ".join(match[2].split()) for match in re.finditer(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", attributes, re.M)}
-    return {name: meaning.replace("``", "`") for name, meaning in found.items()}
+        for match in re.finditer(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", attributes, re.M):
+            meaning_by_name[match[1]] = " ".join(match[2].split())
+    return {name: meaning.replace("``", "`") for name, meaning in meaning_by_name.items()}
 
 
 def explained(cfg: DictConfig, job: type, key: str) -> str:
-    """Say of a key, of all keys of a group, or of ``all``: its value, what it means, and of a choice what it can be.
+    """Give the value, the meaning and the choices of a key, of the keys of a group, or of ``all``.
 
     Raises:
         UserError: there is no such key.

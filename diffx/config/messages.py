@@ -32,8 +32,8 @@ def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, li
     """Say in one line what is wrong with the words or the YAML behind a composition error.
 
     Args:
-        error: what Hydra or OmegaConf raised.
-        words: what the user gave.
+        error: the exception of Hydra or OmegaConf.
+        words: the user's words.
         groups: the config groups and their options, to choose the nearest from.
     """
     if isinstance(error, RecursionError):
@@ -103,7 +103,7 @@ def _nearest(name: str, names: list[str]) -> str:
 
 
 def keys(node: Any) -> Iterator[str]:
-    """Every dotted key with a value in the config that ``node`` is a part of, Hydra's own excepted."""
+    """Every dotted key with a value in the config that ``node`` is a part of, except those of Hydra."""
 
     def below(part: DictConfig, prefix: str) -> Iterator[str]:
         for key in map(str, part):
@@ -117,7 +117,7 @@ def keys(node: Any) -> Iterator[str]:
 
 
 def _accepted(hint: Any, value: Any) -> str:
-    """A type in a user's words."""
+    """Describe a type as a user would."""
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_accepted(part, value) for part in get_args(hint))
     if names := names_of(hint):
