@@ -15,7 +15,8 @@ class DataConfig:
 
     Attributes:
         kind: the source (set by ``data=``, not by hand).
-        val_fraction: share of the documents held out, chosen by a hash of each document's text.
+        val_fraction: share of the corpus held out, in documents chosen by a hash of their text. Of 150 documents or fewer
+            the share is that of bytes. A text file that is more than 2% of its corpus is cut into pieces of 1%.
         val_tokens: at most so many held-out tokens are measured: whole documents, or the beginning of one where none is as short.
     """
 

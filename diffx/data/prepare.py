@@ -25,6 +25,7 @@ from diffx.data.tokenizers import FastTokenizer, TiktokenEncoding, Tokenizer, lo
 from diffx.errors import storage_errors
 from diffx.files import locked, replacing_folder
 
+_FEW = 150  # documents whose keys would often hold out far more or less than the fraction
 BPE_BYTES = 200 * 10**6  # a vocabulary of some thousands is settled long before
 _GROUP_BYTES, _GROUP_DOCUMENTS = 1 << 20, 512  # what a process tokenizes at once
 
@@ -79,6 +80,7 @@ def settings(data: DataConfig, tokenizer: BpeTokenizer | Tokenizer, contents: st
     """Everything that decides what the shards of a corpus hold, by the names that a message shows."""
     chosen = {f"data.{key}": value for key, value in asdict(data).items() if key not in ("path", "val_tokens", "shuffle_buffer")}
     made = asdict(tokenizer) if isinstance(tokenizer, BpeTokenizer) else {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
+    chosen["way to hold documents out"] = 2  # 1 held out whole documents, however few and long
     return {"format": FORMAT} | chosen | {f"tokenizer.{key}": value for key, value in made.items()} | {"state of the files": contents}
 
 
@@ -136,17 +138,21 @@ def build(
 
 
 def holdout_threshold(source: Source) -> int:
-    """The highest key that is held out: ``data.val_fraction`` of all keys, but in a small corpus at least one document, and not all.
+    """Return the highest key that is held out.
 
-    Reads no further than it has to, which is a few dozen documents.
+    Of at most ``_FEW`` documents, those with the lowest keys are held out whose bytes come nearest to
+    ``data.val_fraction`` of all bytes: at least one document, and not all. Of more documents,
+    ``data.val_fraction`` of all keys is held out, and only the first ``_FEW`` are read.
 
     Raises:
         UserError: the corpus holds no text, or no two different documents.
     """
     wanted, low, high = int(source.data.val_fraction * 2**64), 2**64, -1
+    read: list[tuple[int, int]] = []
     for document in source.read():
         low, high = min(low, document.key), max(high, document.key)
-        if low <= wanted < high:
+        read += [(document.key, document.n_bytes)] if len(read) <= _FEW else []
+        if len(read) > _FEW and low <= wanted < high:
             return wanted
     if high < 0:
         raise UserError(f"{label(source.data)} cannot be used: it holds no text")
@@ -154,7 +160,12 @@ def holdout_threshold(source: Source) -> int:
         raise UserError(
             f"{label(source.data)} cannot be used: it holds one document, and one more is held out; give more text, or a .jsonl"
         )
-    return low
+    if len(read) > _FEW:
+        return low
+    read.sort()
+    sizes = dict(zip((key for key, _ in read), itertools.accumulate(size for _, size in read), strict=True))
+    aim = source.data.val_fraction * sizes.pop(high)
+    return min(sizes, key=lambda key: abs(sizes[key] - aim))
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[tuple[str, str]], masked: bool) -> list[tuple[np.ndarray, np.ndarray | None]]:

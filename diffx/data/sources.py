@@ -7,7 +7,7 @@ import io
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,9 @@ class Document:
 def documents(data: DataConfig) -> Iterator[Document]:
     """Read a source's documents in their fixed order, leaving out empty ones; one at a time, so that a corpus of any size can be read.
 
+    A text of ``data=text`` that is more than 2% of its corpus is cut into pieces of about 1%, each
+    of them a document, so that ``data.val_fraction`` can be met. A text with a prompt stays whole.
+
     Raises:
         UserError: a file or data set that cannot be read, text that is not UTF-8, a JSON line or a field that is wrong.
     """
@@ -63,12 +66,15 @@ def documents(data: DataConfig) -> Iterator[Document]:
         yield from hub_documents(data, hub_dataset(data))
         return
     files = source_files(data)
-    before = 0
+    before, total = 0, sum(path.stat().st_size for path in files.values())
+    size = max(total // _PIECES, _PIECE_MIN)
     for name, path in files.items():
         try:
             for text, prompt, where, read in _read(path, data, alone=len(files) == 1):
-                if text:
-                    yield _document(text, prompt, name, where, before + read)
+                cut = isinstance(data, TextData) and not prompt and len(text) >= 2 * size
+                for piece in _pieces(text.splitlines(keepends=True), size) if cut else [text]:
+                    if piece:
+                        yield _document(piece, prompt, name, where, before + read)
             before += path.stat().st_size
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise UserError(f"{_cannot(path)}: it cannot be read: {reason(error)}") from error
@@ -176,15 +182,30 @@ def _read_pieces(path: Path) -> Iterator[tuple[str, str, str, int]]:
     As one document it could not be split into training and held-out text.
     """
     size = min(max(path.stat().st_size // _PIECES, _PIECE_MIN), _PIECE_MAX)
-    start, lines, length = 0, [], 0
+    read = 0
     with path.open("rb") as file:
-        for line in file:
-            lines.append(_decode(line, path, start + length))
-            length += len(line)
-            if length >= 2 * size or (length >= size and not line.strip()):
-                yield "".join(lines), "", _cannot(path), start + length
-                start, lines, length = start + length, [], 0
-    yield "".join(lines), "", _cannot(path), start + length
+        for piece in _pieces(_lines(file, path), size):
+            read += len(piece.encode())
+            yield piece, "", _cannot(path), read
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[str]:
+    start = 0
+    for line in file:
+        yield _decode(line, path, start)
+        start += len(line)
+
+
+def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
+    """Join lines to texts of ``size`` bytes or more, which end at a blank line or at ``2 * size``."""
+    taken, length = [], 0
+    for line in lines:
+        taken.append(line)
+        length += len(line.encode())
+        if length >= 2 * size or (length >= size and not line.strip()):
+            yield "".join(taken)
+            taken, length = [], 0
+    yield "".join(taken)
 
 
 def _read_jsonl(path: Path, data: TextData) -> Iterator[tuple[str, str, str, int]]:

@@ -19,6 +19,7 @@ from diffx.data import open_data
 from diffx.data import prepare as preparation
 from diffx.data.prepare import encode_documents, prepare
 from diffx.data.shards import TokenArray
+from diffx.data.texts import read_texts
 from diffx.data.tokenizers import make_tokenizer
 
 BPE = BpeTokenizer(vocab_size=280)
@@ -117,9 +118,33 @@ def test_val_is_capped_by_whole_documents(jsonl, texts_of):
 def test_at_least_one_document_is_held_out(tmp_path, texts_of):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(f"text {name}")
-    for fraction in (1e-9, 0.999999999):
+    for fraction, held_out in ((1e-9, 1), (0.999999999, 2)):
         corpus = open_data(text(tmp_path, val_fraction=fraction), BytesTokenizer())
-        assert len(texts_of(corpus.val, corpus.tokenizer)) == 1 and len(texts_of(corpus.train, corpus.tokenizer)) == 2
+        val, train = (texts_of(tokens, corpus.tokenizer) for tokens in (corpus.val, corpus.train))
+        assert (len(val), len(train)) == (held_out, 3 - held_out)
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl"])
+@pytest.mark.parametrize("fraction", [0.05, 0.3])
+def test_the_fraction_is_met_with_four_books(tmp_path, texts_of, form, fraction):
+    books = {name: "".join(f"{name} {line} of the book.\n" + "\n" * (line % 5 == 0) for line in range(length))
+             for name, length in (("a", 2000), ("b", 1500), ("c", 2500), ("d", 40))}  # fmt: skip
+    for name, book in books.items():
+        (tmp_path / f"{name}.{form}").write_text(book if form == "txt" else json.dumps({"text": book}))
+    corpus = open_data(text(tmp_path, val_fraction=fraction), BytesTokenizer())
+    val, train = (texts_of(tokens, corpus.tokenizer) for tokens in (corpus.val, corpus.train))
+    total = sum(map(len, books.values()))
+    assert abs(sum(map(len, val)) - fraction * total) <= 0.02 * total / 2 + 30
+    assert sorted("".join(val + train)) == sorted("".join(books.values())) and books["d"] in val + train
+    assert sorted(read_texts(corpus.data, held_out=True)[0]) == sorted(val)
+    assert not set("".join(val).splitlines()) & set("".join(train).splitlines()) - {""}
+
+
+def test_a_prompts_text_is_not_cut(tmp_path, texts_of):
+    rows = [{"text": f"{name} says.\n" * 500, "prompt": "Who?"} for name in "abc"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = open_data(text(tmp_path, prompt_key="prompt"), BytesTokenizer())
+    assert len(texts_of(corpus.val, corpus.tokenizer) + texts_of(corpus.train, corpus.tokenizer)) == 3
 
 
 def test_wide_vocabularies_take_32_bits(jsonl):
