@@ -91,17 +91,18 @@ def to_typed(cfg: DictConfig, cls: type[Job]) -> Job:
 def _check(cfg: DictConfig, prefix: str = "") -> None:
     """Refuse keys that ``+key=value`` put past the dataclasses, a ``kind`` that is not its dataclass's, and unusable values."""
     cls: Any = OmegaConf.get_type(cfg)
-    known = list(get_type_hints(cls))
+    free = cls is dict  # its keys are another library's
+    known = [] if free else list(get_type_hints(cls))
     for key in map(str, cfg):
         name = f"{prefix}{key}"
-        if key not in known:
+        if key not in known and not free:
             raise UserError(unknown(name, [f"{prefix}{other}" for other in known]))
         value = None if OmegaConf.is_missing(cfg, key) else cfg[key]
         if isinstance(value, DictConfig):
             _check(value, f"{name}.")
             continue
         plain(name, OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value)
-        if key == "kind" and value not in (None, *(field.default for field in dataclasses.fields(cls) if field.name == key)):
+        if key == "kind" and not free and value not in (None, *(field.default for field in dataclasses.fields(cls) if field.name == key)):
             options = ", ".join(GROUPS.get(prefix[:-1], ()))
             choice = f"give {prefix[:-1]}={value} in its place, one of {options}" if prefix else "the command sets it"
             raise UserError(f"{name}={value} cannot be set by hand: {choice}")

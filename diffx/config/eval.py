@@ -106,7 +106,8 @@ class EvalJob:
         device: where to compute.
         dtype: the model's type; ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         batch: sequences at once, or ``auto``.
-        limit: examples measured at most (in each task or cell); ``null`` is all.
+        limit: examples measured at most (in each task or cell), or the share of them that is measured, between 0
+            and 1, rounded up as lm-eval does; ``null`` is all.
         seed: of everything that is drawn.
         force: measure again where results with the same settings exist.
         revision: the hub's revision.
@@ -122,7 +123,7 @@ class EvalJob:
     device: Device = Device.auto
     dtype: Dtype = Dtype.auto
     batch: int | str = "auto"
-    limit: int | None = None
+    limit: int | float | None = None
     seed: int = 0
     force: bool = False
     revision: str | None = None
@@ -133,7 +134,9 @@ class EvalJob:
             path_name("suite.name", self.suite.name)
         if self.batch != "auto":
             self.batch = count("batch", self.batch)
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, "a positive whole number, or null for all")
+        limit = self.limit or 0
+        good = self.limit is None or 0 < limit < 1 or (isinstance(limit, int) and limit >= 1)
+        require(good, "limit", self.limit, "a positive whole number, a share between 0 and 1, or null for all")
         check_seed("seed", self.seed)
         if self.judge.kind != "none" and self.suite.kind != "hallucination":
             raise UserError(f"judge={self.judge.kind} cannot be used with suite={self.suite.name}: only suite=hallucination is judged")

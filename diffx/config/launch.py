@@ -36,7 +36,7 @@ _HYDRA_RUN: dict[str, Any] = {
     "job.env_set": {},
     "callbacks": {},
 }
-_TEXT_KEYS = ("prompt", "train.sample_prompt")
+_TEXT_KEYS = ("prompt", "train.sample_prompt", "suite.system_instruction")
 
 
 @dataclass

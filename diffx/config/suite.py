@@ -38,7 +38,12 @@ class HarnessSuite(SuiteConfig):
         include_path: a folder of task YAMLs of your own.
         data_dir: a folder with local copies of the tasks' data, ``<data_dir>/<task>/<split>.jsonl`` (or ``.parquet``), rows as on the hub.
         chat_template: apply the tokenizer's chat template (models of the hub only).
+        fewshot_as_multiturn: with ``chat_template``, each demonstration is a turn of the user and one of the
+            assistant; ``null`` is the same as ``chat_template``, as with lm-eval.
+        system_instruction: a text before every prompt; with ``chat_template``, the system's turn.
         max_tokens: tokens of a generated answer; ``null`` is each task's own number.
+        gen_kwargs: settings of generation that replace each task's, such as ``{temperature: 0.7, do_sample: true}``;
+            ``null`` is each task's own.
     """
 
     kind: str = "harness"
@@ -47,9 +52,19 @@ class HarnessSuite(SuiteConfig):
     include_path: str | None = None
     data_dir: str | None = None
     chat_template: bool = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
     max_tokens: int | None = None
+    gen_kwargs: Any = None
 
     def __post_init__(self) -> None:
+        self.gen_kwargs = self.gen_kwargs or {}
+        good = isinstance(self.gen_kwargs, dict)
+        require(good, "suite.gen_kwargs", self.gen_kwargs, "names and values, such as {temperature: 0.7, do_sample: true}")
+        if self.fewshot_as_multiturn is None:
+            self.fewshot_as_multiturn = self.chat_template
+        if self.fewshot_as_multiturn and not self.chat_template:
+            raise UserError("suite.fewshot_as_multiturn=true cannot be used without suite.chat_template=true")
         self.tasks = _texts("suite.tasks", self.tasks)
         self.shots = None if self.shots is None else _counts("suite.shots", self.shots, least=0)
         require(self.max_tokens is None or self.max_tokens >= 1, "suite.max_tokens", self.max_tokens, "a positive whole number")
@@ -67,6 +82,7 @@ class RetrievalSuite(SuiteConfig):
         samples: samples for each case, length and depth.
         digits: digits of a magic number.
         constrained: also choose among the numbers in the text by their likelihood; guessing is right once in N.
+        chat_template: ask within the tokenizer's chat template (instruct models of the hub only).
     """
 
     kind: str = "retrieval"
@@ -76,6 +92,7 @@ class RetrievalSuite(SuiteConfig):
     samples: int = 50
     digits: int = 7
     constrained: bool = True
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         self.cases = _cases(self.cases)
@@ -128,6 +145,7 @@ class IclSuite(SuiteConfig):
         template: a demonstration; ``{text}`` and ``{label}`` are filled in, and the label must stand at the end.
         labels: labels of the synthetic task.
         per_class: count ``shots`` for each class, with 0 allowed, instead of in all.
+        chat_template: ask within the tokenizer's chat template (instruct models of the hub only).
     """
 
     kind: str = "icl"
@@ -137,6 +155,7 @@ class IclSuite(SuiteConfig):
     template: str = "Text: {text}\nLabel: {label}\n\n"
     labels: int = 6
     per_class: bool = False
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         self.tasks = _texts("suite.tasks", self.tasks)
@@ -159,6 +178,7 @@ class IclOrderSuite(SuiteConfig):
         queries: texts to classify for each order.
         template: as in ``icl``.
         labels: labels of the synthetic task.
+        chat_template: ask within the tokenizer's chat template (instruct models of the hub only).
     """
 
     kind: str = "icl_order"
@@ -170,6 +190,7 @@ class IclOrderSuite(SuiteConfig):
     queries: int = 50
     template: str = "Text: {text}\nLabel: {label}\n\n"
     labels: int = 6
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         self.tasks = _texts("suite.tasks", self.tasks)
@@ -249,6 +270,7 @@ class HallucinationSuite(SuiteConfig):
         samples: samples a task.
         max_tokens: tokens of an answer; ``null`` is 128 for a summary and 32 for an answer.
         data_dir: a folder with local copies of the hub's data, rows as there: ``<data_dir>/<task>.jsonl`` or ``.jsonl.gz``.
+        chat_template: ask within the tokenizer's chat template (instruct models of the hub only).
     """
 
     kind: str = "hallucination"
@@ -256,6 +278,7 @@ class HallucinationSuite(SuiteConfig):
     samples: int = 100
     max_tokens: int | None = None
     data_dir: str | None = None
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         self.tasks = _texts("suite.tasks", self.tasks)

@@ -7,10 +7,12 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from lm_eval.api.model import LM, TemplateLM, hash_args
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -18,15 +20,18 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from diffx.config import RunError
+from diffx.config import RunError, UserError
 from diffx.config.eval import EvalJob
+from diffx.data.sources import reason
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.scoring import generations, loglikelihoods
 from diffx.files import append_lines, checked_line, read_checked_lines
+from diffx.models import Decoder
 
 Ask = Callable[[str, list[Any]], list[Any]]  # a method of LM and requests -> an answer to each
 _CHUNK = 512  # requests between two writes
 _CPU_LOGITS = 2**31  # bytes
+_USER, _ASSISTANT = "diffx asks", "diffx answers"  # mark where a chat template puts texts
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells what it does, and warns of what we do on purpose
 
@@ -129,6 +134,56 @@ def quiet() -> Iterator[None]:
         tqdm.__init__ = original
 
 
+def _tokenizer(lm: LanguageModel, job: EvalJob) -> Any:
+    """A new tokenizer that recognizes special tokens in a text, which ``lm.tokenizer`` does not."""
+    where = job.checkpoint if lm.loaded.adapted is None else str(lm.loaded.folder / "tokenizer")
+    return AutoTokenizer.from_pretrained(where, revision=job.revision, trust_remote_code=job.trust_remote_code)
+
+
+def with_chat_template(lm: LanguageModel, job: EvalJob, system: str | None = None) -> LanguageModel:
+    """Return a copy of a model whose prompts are a user's turn in its chat template.
+
+    Args:
+        lm: the model.
+        job: says where its tokenizer is.
+        system: a system instruction that the template must accept.
+
+    Raises:
+        UserError: the model has no chat template, or one that cannot be used.
+    """
+    refused = "suite.chat_template=true cannot be used"
+    if isinstance(lm.model, Decoder):
+        raise UserError(f"{refused}: a run has no chat template; only a model of the hub can have one")
+    tokenizer = _tokenizer(lm, job)
+    if not tokenizer.chat_template:
+        raise UserError(f"{refused}: the tokenizer of {lm.name} has no chat template; choose an instruct model")
+    turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
+    try:
+        asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        answered = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # a template is code that can fail in any way
+        raise UserError(f"{refused}: the template of {lm.name} fails: {reason(error)}") from error
+    if system:
+        try:
+            messages = [{"role": "system", "content": system}, *turns[:1]]
+            taken = system.strip() in tokenizer.apply_chat_template(messages, tokenize=False)
+        except TemplateError:
+            taken = False
+        if not taken:
+            told = f"the chat template of {lm.name} has no system role"
+            raise UserError(f"suite.system_instruction={system} cannot be used: {told}; set it to null")
+    head, _, middle = asked.rpartition(_USER)
+    if not head and not middle:
+        raise UserError(f"{refused}: the template of {lm.name} leaves out the user's text")
+    chat = copy(lm)
+    first, chat.suffix, chat.closing = (
+        tokenizer.encode(text, add_special_tokens=False) for text in (head, middle, answered.rpartition(_ASSISTANT)[2])
+    )
+    chat.prefix = first if first[: len(lm.prefix)] == lm.prefix else lm.prefix + first
+    chat.ends = lm.ends | ({*chat.closing[:1]} & {*tokenizer.all_special_ids})
+    return chat
+
+
 class PretrainedLM:
     """A model of ``transformers`` through lm-eval's own class.
 
@@ -144,9 +199,7 @@ class PretrainedLM:
     """
 
     def __init__(self, lm: LanguageModel, job: EvalJob):
-        # a tokenizer of its own: ours reads special tokens as the text they are, which a chat template must not
-        where = job.checkpoint if lm.loaded.adapted is None else str(lm.loaded.folder / "tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=job.revision, trust_remote_code=job.trust_remote_code)
+        tokenizer = _tokenizer(lm, job)
         self.hflm = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=1, max_length=lm.context)
         self._batch = job.batch
         self.cut = 0

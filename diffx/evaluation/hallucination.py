@@ -78,7 +78,7 @@ def plan(context: Context) -> list[Example]:
     examples = [Example(f"{name}/{key}", {"group": name, **row}) for name, drawn in tasks.items() for key, row in drawn]
     for example in examples:
         max_tokens = suite.max_tokens or _FORMS[example.data["kind"]].max_tokens
-        needed = len(context.lm.prefix) + len(context.lm.encode(_prompt(example.data, _CUT))) + max_tokens
+        needed = len(context.lm.prompt(_prompt(example.data, _CUT))) + max_tokens
         if needed > context.lm.context:
             what = f"{example.id} and its answer take {needed} tokens without any text, and the model was trained on {context.lm.context}"
             raise UserError(f"suite.max_tokens={max_tokens} cannot be used: {what}; lower it or leave the task out")
@@ -94,7 +94,7 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
         chosen = [example for example in examples if example.data["kind"] == kind]
         max_tokens = context.suite.max_tokens or form.max_tokens
         prompts = [fit(lm, example.data, max_tokens) for example in chosen]
-        tokens = [[*lm.prefix, *lm.encode(prompt)] for prompt, _ in prompts]
+        tokens = [lm.prompt(prompt) for prompt, _ in prompts]
         for index, text in generations(lm, tokens, max_tokens, batch=context.batch):
             example, (prompt, seen) = chosen[index], prompts[index]
             said = text.strip().partition(form.stop)[0].rstrip()  # many models begin with an empty line
@@ -117,7 +117,7 @@ def fit(lm: LanguageModel, row: dict[str, Any], max_tokens: int) -> tuple[str, f
     Returns:
         The prompt, and the share of the text's tokens that it holds.
     """
-    room = lm.context - len(lm.prefix) - max_tokens
+    room = lm.context - len(lm.prefix) - len(lm.suffix) - max_tokens
     prompt = _prompt(row, row["text"])
     tokens, excess = lm.encode(row["text"]), len(lm.encode(prompt)) - room
     kept = len(tokens)

@@ -12,9 +12,11 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from matplotlib.figure import Figure
+from transformers import GenerationConfig
 
 from diffx.config import UserError
-from diffx.evaluation.adapter import DecoderLM, PretrainedLM, RecordingLM, generation_settings, quiet
+from diffx.data.sources import reason
+from diffx.evaluation.adapter import DecoderLM, PretrainedLM, RecordingLM, generation_settings, quiet, with_chat_template
 from diffx.evaluation.bootstrap import interval, resampled_means
 from diffx.evaluation.harness_tasks import Tasks, digest, load_tasks
 from diffx.evaluation.published import published
@@ -22,6 +24,7 @@ from diffx.evaluation.suite import Context, Example, Metric, Record, mean_metric
 from diffx.models import Decoder
 
 _REQUESTS = "requests.jsonl"
+_GENERATION = ("until", "do_sample", "temperature", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SEED = 1234  # lm-eval's own for demonstrations: seed=0 draws those that it draws
 _RESAMPLES = 200  # of figures that are no means
 # What is averaged over tasks, and the score of a task that counts: the first that it has.
@@ -41,9 +44,10 @@ def plan(context: Context) -> list[Example]:
     Raises:
         UserError: a task, its data or a setting cannot be used.
     """
-    ours = isinstance(context.lm.model, Decoder)
-    if context.suite.chat_template and ours:
-        raise UserError("suite.chat_template=true cannot be used: a run has no chat template; only a model of the hub can have one")
+    suite, ours = context.suite, isinstance(context.lm.model, Decoder)
+    if suite.chat_template:
+        with_chat_template(context.lm, context.job, suite.system_instruction)  # which checks it
+    _check_gen_kwargs(suite.gen_kwargs, ours)
     found = _tasks(context)
     for name, task in found.tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
@@ -54,7 +58,34 @@ def plan(context: Context) -> list[Example]:
 
 def _tasks(context: Context) -> Tasks:
     suite = context.suite
-    return load_tasks(tuple(suite.tasks), suite.include_path, suite.data_dir, suite.max_tokens, context.seed)
+    arguments = {"max_gen_toks": suite.max_tokens} if suite.max_tokens else {}
+    generation = json.dumps(arguments | suite.gen_kwargs)
+    return load_tasks(tuple(suite.tasks), suite.include_path, suite.data_dir, generation, context.seed)
+
+
+def _check_gen_kwargs(arguments: dict[str, Any], ours: bool) -> None:
+    """Refuse names and values that the model's generation does not know."""
+    known = {*_GENERATION, *(() if ours else GenerationConfig().to_dict())}
+    for name, value in arguments.items():
+        refused = f"suite.gen_kwargs.{name}={value} cannot be used"
+        if name not in known:
+            which = ", ".join(_GENERATION) + (" with a run" if ours else ", or one of transformers' GenerationConfig")
+            raise UserError(f"{refused}: it must be {which}")
+        texts = value if isinstance(value, list) else [value]
+        if name == "until":
+            good, accepted = all(isinstance(text, str) and text for text in texts), "a text or a list of texts"
+        elif name == "do_sample":
+            good, accepted = isinstance(value, bool), "true or false"
+        elif name == "temperature":
+            good, accepted = type(value) in (int, float) and value >= 0, "zero or more"
+        else:
+            good, accepted = name not in _GENERATION or (type(value) is int and value >= 1), "a positive whole number"
+        if not good:
+            raise UserError(f"{refused}: it must be {accepted}")
+    try:
+        GenerationConfig(**{name: value for name, value in arguments.items() if name not in _GENERATION}).validate(strict=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"suite.gen_kwargs={arguments} cannot be used: {reason(error)}") from error
 
 
 def _check_generation(context: Context, name: str, settings: dict[str, Any], ours: bool) -> None:
@@ -65,6 +96,8 @@ def _check_generation(context: Context, name: str, settings: dict[str, Any], our
             "set suite.max_tokens below that"
         )
     if ours and settings["do_sample"]:
+        if context.suite.gen_kwargs.get("do_sample", context.suite.gen_kwargs.get("temperature")):
+            raise UserError("suite.gen_kwargs.do_sample=true cannot be used with a run: its answers are decoded greedily")
         raise UserError(f"suite.tasks={name} cannot be used: it samples its answers, and the suite decodes greedily; choose another task")
 
 
@@ -98,7 +131,7 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             context.bar.at(done + documents * answered // requests, f"{heading}: {answered}/{requests} requests")
 
     model = RecordingLM(asked_of.ask, context.folder / _REQUESTS, tell, getattr(asked_of, "hflm", None))
-    chat = context.suite.chat_template
+    suite = context.suite
     runs = [example.data["run"] for example in examples]
     for name, asked, shots in dict.fromkeys(runs):
         task, heading, documents = tasks[name], f"{name} ({shots}-shot)", runs.count((name, asked, shots))
@@ -111,8 +144,9 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
                 {"tasks": {name: task}},
                 limit=context.job.limit,
                 bootstrap_iters=0,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=chat,
+                system_instruction=suite.system_instruction,
+                apply_chat_template=suite.chat_template,
+                fewshot_as_multiturn=suite.fewshot_as_multiturn,
             )
         if asked_of.cut:
             limit = f"the context of {context.lm.context} tokens"

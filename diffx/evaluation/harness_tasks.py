@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,14 @@ class Tasks:
 
 
 @lru_cache(maxsize=1)
-def load_tasks(names: tuple[str, ...], include_path: str | None, data_dir: str | None, max_tokens: int | None, seed: int) -> Tasks:
+def load_tasks(names: tuple[str, ...], include_path: str | None, data_dir: str | None, generation: str, seed: int) -> Tasks:
     """Build tasks and read their data.
 
     Args:
         names: tasks, groups or tags of lm-eval.
         include_path: a folder of more task YAMLs.
         data_dir: where the data of all tasks lie, ``<data_dir>/<task>/<split>.jsonl`` or ``.parquet``.
-        max_tokens: tokens of a generated answer; None leaves it to each task.
+        generation: a JSON object of settings of generation, which replace each task's.
         seed: of what tasks draw as they are built.
 
     Raises:
@@ -75,9 +75,37 @@ def load_tasks(names: tuple[str, ...], include_path: str | None, data_dir: str |
             _add(loaded, name, manager)
     for name, task in loaded.tasks.items():
         loaded.shots[name] = task.get_config("num_fewshot")
-        if max_tokens and task.OUTPUT_TYPE == "generate_until":
-            task.set_config("generation_kwargs", {"max_gen_toks": max_tokens}, update=True)
+        if task.OUTPUT_TYPE == "generate_until":
+            task.set_config("generation_kwargs", json.loads(generation), update=True)
+        _tell_failures(task)
     return loaded
+
+
+def _tell_failures(task: Any) -> None:
+    """Let an exception of a task's own metric be a ``UserError`` that names the task and the metric."""
+
+    def told(name: str, function: Any) -> Any:
+        if not callable(function) or getattr(function, "__module__", "").startswith("lm_eval.api"):
+            return function
+
+        @wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                if kwargs and isinstance(error, TypeError):  # lm-eval calls it again with a list
+                    raise
+                failed = f"its metric {name} failed with {type(error).__name__}: {reason(error)}"
+                raise UserError(f"suite.tasks={task.task_name} cannot be used: {failed}") from error
+
+        return called
+
+    for functions in (getattr(task, "_metric_fn_list", {}), getattr(task, "_aggregation_list", {})):
+        functions.update({name: told(name, function) for name, function in functions.items()})
+    scoring = task.get_config("process_results")
+    if callable(scoring):
+        metrics = ", ".join(getattr(task, "_metric_fn_list", {})) or scoring.__name__
+        task.set_config("process_results", told(f"{metrics} ({scoring.__name__})", scoring))
 
 
 def _add(loaded: Tasks, name: str, manager: TaskManager) -> None:

@@ -28,6 +28,7 @@ class Prompts:
     Attributes:
         labels: their tokens, in the order given: the whitespace before a label, the label, and the template's end, without which
             a label that begins like a longer one would always be likelier than it.
+        answers: tokens of the labels as answers to a query: in a chat, each is a turn of its own.
     """
 
     def __init__(self, lm: LanguageModel, template: str, labels: Sequence[str]) -> None:
@@ -35,6 +36,7 @@ class Prompts:
         self._lm, self._head, self._names = lm, head.rstrip(), labels
         self._gap = head[len(self._head) :]
         self.labels = [self._label(label) for label in labels]
+        self.answers = [lm.encode(label) + lm.closing[:1] for label in labels] if lm.suffix else self.labels
 
     def _label(self, label: str) -> list[int]:
         """Cut a label's tokens out of a text: alone, many tokenizers would treat its beginning and its end differently."""
@@ -61,7 +63,7 @@ class Prompts:
 
     def room(self, rows: Sequence[Row], queries: Sequence[Row], tokens: int) -> int:
         """How many of the first rows fit into so many tokens with the longest query and label; -1 if not even these two do."""
-        longest = max(map(len, self.queries(text for text, _ in queries))) + max(map(len, self.labels))
+        longest = max(map(len, self.queries(text for text, _ in queries))) + max(map(len, self.answers)) + len(self._lm.suffix)
         used = accumulate(map(len, self.demonstrations(rows[:tokens])), initial=len(self._lm.prefix) + longest)
         return sum(total <= tokens for total in used) - 1
 
@@ -123,8 +125,8 @@ def classify(context: Context, examples: list[Example]) -> Iterator[Record]:
         first = members[0].data
         prompts = Prompts(lm, context.suite.template, first["labels"])
         shared = lm.prefix + list(chain.from_iterable(prompts.demonstrations(first["demonstrations"])))
-        queries = prompts.queries(example.data["text"] for example in members)
-        for index, label, score in likeliest(lm, shared, queries, prompts.labels, context.batch):
+        queries = [query + lm.suffix for query in prompts.queries(example.data["text"] for example in members)]
+        for index, label, score in likeliest(lm, shared, queries, prompts.answers, context.batch):
             data, predicted = members[index].data, first["labels"][label]
             yield {
                 "id": members[index].id,

@@ -34,7 +34,7 @@ def plan(context: Context) -> list[Example]:
         UserError: the model cannot read so many tokens, or the documents are too short.
     """
     suite, lm = context.suite, context.lm
-    length, texts = int(suite.length or lm.context), min(suite.texts, context.job.limit or suite.texts)
+    length, texts = int(suite.length or lm.context), len(context.limited(list(range(suite.texts))))
     if lm.limit is not None and length > lm.limit:
         raise UserError(f"suite.length={length} cannot be used: the model reads {lm.limit} tokens at most")
     documents = context.documents()

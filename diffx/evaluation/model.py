@@ -57,6 +57,8 @@ class LanguageModel:
         context: tokens it was trained to read at once.
         limit: tokens it can read at once; None if there is no bound (rotary positions).
         prefix: tokens that every text begins with; may be none.
+        suffix: tokens between a text and its answer; none without a chat template.
+        closing: tokens that end an answer; none without a chat template.
         ends: tokens that end a generation.
         pads: whether texts of different lengths can share a cache.
     """
@@ -66,6 +68,8 @@ class LanguageModel:
         self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
         self.device = next(loaded.model.parameters()).device
         self.context, self.limit, self.prefix, self.ends = loaded.context, loaded.limit, loaded.prefix, loaded.ends
+        self.suffix: list[int] = []
+        self.closing: list[int] = []
         self._theirs = None if isinstance(loaded.model, Decoder) else loaded.model
         self.pads = self._theirs is None or _full_attention(self._theirs.config)
         self._cache = "" if self._theirs is None else cache_keyword(self._theirs)
@@ -84,6 +88,12 @@ class LanguageModel:
     def encode(self, text: str) -> list[int]:
         """Encode a text, without special tokens."""
         return self.tokenizer.encode(text)
+
+    def prompt(self, text: str, answer: str = "") -> list[int]:
+        """Tokens of a whole input: ``prefix``, a text, ``suffix`` and the beginning of the answer."""
+        if not self.suffix:
+            return self.prefix + self.encode(text + answer)
+        return self.prefix + self.encode(text) + self.suffix + self.encode(answer.lstrip())
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encode several texts."""

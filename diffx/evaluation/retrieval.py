@@ -60,7 +60,7 @@ def needles_of(context: Context, example: Example) -> Needles:
 
 def hide(context: Context, haystack: Haystack, example: Example) -> Sample:
     """The example's sample, with which the model's input has the example's length at most."""
-    return haystack.hide(needles_of(context, example), example.data["length"] - len(context.lm.prefix))
+    return haystack.hide(needles_of(context, example), example.data["length"] - len(context.lm.prefix + context.lm.suffix))
 
 
 def long_enough(context: Context, haystack: Haystack, examples: list[Example], key: str) -> list[Example]:
@@ -79,7 +79,7 @@ def long_enough(context: Context, haystack: Haystack, examples: list[Example], k
     needles = max(example.data["needles"] for example in examples)
     if needles > min(len(CITIES), 9 * 10 ** (digits - 1)):
         raise UserError(f"suite.digits={digits} cannot be used with {needles} needles: there are not so many numbers; give more digits")
-    least = len(lm.prefix) + max(haystack.least(needles_of(context, example)) for example in examples)
+    least = len(lm.prefix + lm.suffix) + max(haystack.least(needles_of(context, example)) for example in examples)
     lengths = sorted({example.data["length"] for example in examples})
     short = [length for length in lengths if length < least]
     what = f"{needles} needles, question and answer take {least} tokens"
@@ -111,7 +111,7 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
         size = max(1, _CHUNK // left[0].data["length"], 0 if context.batch == "auto" else int(context.batch))
         chunk, left = left[:size], left[size:]
         samples = [hide(context, haystack, example) for example in chunk]
-        prompts = [lm.prefix + tokens for tokens in lm.encode_batch([sample.prompt for sample in samples])]
+        prompts = [lm.prompt(*_parts(sample.prompt)) for sample in samples]
         room = max(map(len, lm.encode_batch([sample.needles.answer for sample in samples])))
         said = dict(generations(lm, prompts, room, batch=context.batch))
         chosen = _choose(context, samples) if context.suite.constrained else [None] * len(chunk)
@@ -148,15 +148,25 @@ def _choose(context: Context, samples: list[Sample]) -> list[list[str]]:
     for index, sample in enumerate(samples):
         needles, before = sample.needles, lm.prefix + lm.encode(sample.context)
         for place in range(needles.asked):
-            question = question_of([needles.cities[place]])
-            texts = _behind(lm, [f"{question} {number}" for number in needles.numbers])
-            requests += [(before, tokens) for tokens in texts]
+            question, start = _parts(question_of([needles.cities[place]]))
+            if lm.suffix:
+                asked = before + _behind(lm, [question])[0] + lm.suffix
+                requests += [(asked, lm.encode(f"{start.lstrip()} {number}")) for number in needles.numbers]
+            else:
+                texts = _behind(lm, [f"{question}{start} {number}" for number in needles.numbers])
+                requests += [(before, tokens) for tokens in texts]
             places += [(index, place, number) for number in needles.numbers]
     best: dict[tuple[int, int], tuple[float, str]] = {}
     for (index, place, number), (score, _) in zip(places, loglikelihoods(lm, requests, context.batch), strict=True):
         if (index, place) not in best or score > best[index, place][0]:
             best[index, place] = (score, number)
     return [[best[index, place][1] for place in range(sample.needles.asked)] for index, sample in enumerate(samples)]
+
+
+def _parts(prompt: str) -> tuple[str, str]:
+    """Split a prompt into what a user asks and the beginning of the answer."""
+    text, mark, start = prompt.rpartition("?")
+    return text + mark, start
 
 
 def _behind(lm: LanguageModel, texts: list[str]) -> list[list[int]]:

@@ -29,6 +29,7 @@ from diffx.config import UserError
 from diffx.config.eval import EvalJob
 from diffx.console import Reporter, make_table
 from diffx.errors import storage_errors
+from diffx.evaluation.adapter import with_chat_template
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context, Example, Metric, Record
 from diffx.files import append_lines, checked_line, locked, parse_json, read_checked_lines, read_json, replacing, write_json
@@ -80,6 +81,8 @@ def measure(job: EvalJob, lm: LanguageModel, change: Change | None = None, table
     started = time.time()
     reporter = Reporter()
     module: ModuleType = import_module(f"diffx.evaluation.{_MODULES.get(job.suite.kind, job.suite.kind)}")
+    if job.suite.kind != "harness" and getattr(job.suite, "chat_template", False):  # lm-eval applies its tasks' itself
+        lm = with_chat_template(lm, job)
     context = Context(job, lm, Path(), reporter)
     examples = module.plan(context)
     judged = job.judge.kind != "none" and hasattr(module, "judge")

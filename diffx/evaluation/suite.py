@@ -10,6 +10,7 @@ A suite is a module with four functions:
 A record is a JSON-able dict with ``id``, ``group`` (a row of the table), ``scores`` (name to figure), and what the model saw and said.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -102,8 +103,9 @@ class Context:
         return self.job.batch
 
     def limited(self, examples: list[Any]) -> list[Any]:
-        """The first ``limit`` of a group's examples."""
-        return examples[: self.job.limit]
+        """The first ``limit`` of a group's examples, or that share of them."""
+        limit = self.job.limit
+        return examples[: math.ceil(len(examples) * limit) if isinstance(limit, float) else limit]
 
     @property
     def data(self) -> DataConfig:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -32,6 +33,21 @@ def tiny(tokenizer, wrap):
         return wrap(model)
 
     return make
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(hf_folder, tmp_path_factory):
+    """The tiny Llama with a chat template."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny-chat"
+    shutil.copytree(hf_folder, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -130,11 +130,112 @@ def run(context):
     return records, {(metric.group, metric.name): metric for metric in harness.summarize(context, records)}
 
 
-def theirs(llama, hf_folder, folder, tasks, shots=None):
+def theirs(llama, hf_folder, folder, tasks, shots=None, **options):
     """lm-eval by itself: its evaluator, its class, its demonstrations."""
     model = HFLM(pretrained=llama, tokenizer=AutoTokenizer.from_pretrained(hf_folder), batch_size=4)
     manager = TaskManager(include_path=folder, include_defaults=False)
-    return lm_eval.simple_evaluate(model, tasks=tasks, num_fewshot=shots, task_manager=manager, bootstrap_iters=0, log_samples=True)
+    options |= {"task_manager": manager, "bootstrap_iters": 0, "log_samples": True}
+    return lm_eval.simple_evaluate(model, tasks=tasks, num_fewshot=shots, **options)
+
+
+LM_EVAL_OPTIONS = [
+    {"chat_template": True, "system_instruction": "Be brief.", "limit": 0.3},
+    {"chat_template": True, "fewshot_as_multiturn": False, "limit": 3},
+    {"gen_kwargs": {"max_gen_toks": 5, "until": ["e"]}, "system_instruction": "Be brief.", "limit": 0.11},
+    {"gen_kwargs": {"do_sample": True, "temperature": 0.7, "top_k": 9}, "limit": 2},
+]
+
+
+@pytest.mark.parametrize("options", LM_EVAL_OPTIONS)
+def test_options_are_those_of_lm_eval(llama, chat_folder, folder, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    tasks = ["local_choice", "local_generate"]
+    asked = job(folder, tasks=tasks, shots=[1], **options)
+    asked.checkpoint, asked.wandb.mode = str(chat_folder), "disabled"
+    results = evaluate(asked, [])
+    by_id = {record["id"]: record for record in read_records(results)}
+    chat = options.get("chat_template", False)
+    torch.manual_seed(0)
+    expected = theirs(
+        llama,
+        chat_folder,
+        folder,
+        tasks,
+        shots=1,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=options.get("fewshot_as_multiturn", chat),
+        system_instruction=options.get("system_instruction"),
+        gen_kwargs=options.get("gen_kwargs"),
+        limit=options["limit"],
+    )
+    samples = [(task, sample) for task in tasks for sample in expected["samples"][task] if sample["filter"] in ("none", "whole")]
+    assert len(by_id) == len(samples)
+    for task, sample in samples:
+        record = by_id[f"{task}/1/{sample['doc_id']}"]
+        assert record["prompts"] == list(dict.fromkeys(arguments[0] for arguments in sample["arguments"]))
+        if task == "local_choice":
+            assert [answer[0] for answer in record["responses"]] == pytest.approx([given[0][0] for given in sample["resps"]], abs=1e-4)
+        elif not options.get("gen_kwargs", {}).get("do_sample"):
+            assert record["responses"] == sample["resps"][0]
+
+
+def test_the_harness_options_change_the_settings_hash(llama, chat_folder, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    for options in [{}, *LM_EVAL_OPTIONS]:
+        asked = job(folder, tasks=["local_generate"], **options | {"limit": 1})
+        asked.checkpoint, asked.wandb.mode = str(chat_folder), "disabled"
+        folders.append(evaluate(asked, []).name)
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gen_kwargs": {"temprature": 1}}, "suite.gen_kwargs.temprature=1 cannot be used"),
+        ({"gen_kwargs": {"top_p": 0.5}}, r"suite.gen_kwargs.top_p=0.5 cannot be used: .* with a run"),
+        ({"gen_kwargs": {"max_gen_toks": "many"}}, "suite.gen_kwargs.max_gen_toks=many .* a positive whole number"),
+        ({"gen_kwargs": {"until": 3}}, "suite.gen_kwargs.until=3 .* a text or a list of texts"),
+        ({"gen_kwargs": {"temperature": -1}}, "suite.gen_kwargs.temperature=-1 .* zero or more"),
+        ({"gen_kwargs": {"do_sample": "yes"}}, "suite.gen_kwargs.do_sample=yes .* true or false"),
+        ({"gen_kwargs": {"do_sample": True, "temperature": 1}}, "suite.gen_kwargs.do_sample=true cannot be used with a run"),
+        ({"gen_kwargs": {"max_gen_toks": 300}}, "answers have up to 300 tokens"),
+    ],
+)
+def test_gen_kwargs_that_cannot_be_used(context, options, message):
+    with pytest.raises(UserError, match=message):
+        harness.plan(context(tasks=["local_generate"], **options))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("process_results: !function own.score", r"suite.tasks=own cannot be used: its metric exact_match \(score\) failed with KeyError"),
+        (
+            "metric_list: [{metric: !function own.metric, aggregation: mean, higher_is_better: true}]",
+            "suite.tasks=own cannot be used: its metric metric failed with TypeError: bad metric$",
+        ),
+        (
+            "metric_list: [{metric: exact_match, aggregation: !function own.aggregate, higher_is_better: true}]",
+            "suite.tasks=own cannot be used: its metric exact_match failed with ZeroDivisionError",
+        ),
+    ],
+)
+def test_a_users_metric_that_raises_is_named(context, folder, tmp_path, more, message):
+    tasks = tmp_path / "own"
+    tasks.mkdir()
+    (tasks / "own.py").write_text(
+        "def score(doc, results):\n    return {'exact_match': doc['absent']}\n"
+        "def metric(*args, **kwargs):\n    raise TypeError('bad metric')\n"
+        "def aggregate(items):\n    return 1 / 0\n"
+    )
+    text = GENERATE.format(folder=folder).replace("local_generate", "own")
+    if more.startswith("metric_list"):
+        text = text.partition("metric_list")[0]
+    (tasks / "own.yaml").write_text(f"{text}\n{more}\n")
+    with pytest.raises(UserError, match=message) as raised:
+        run(context(tasks=["own"], folder=tasks, limit=2))
+    assert "\n" not in str(raised.value)
 
 
 def test_figures_are_those_of_lm_eval(context, llama, hf_folder, folder):
