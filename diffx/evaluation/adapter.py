@@ -172,9 +172,9 @@ def with_chat_template(lm: LanguageModel, job: EvalJob, system: str | None = Non
         if not taken:
             told = f"the chat template of {lm.name} has no system role"
             raise UserError(f"suite.system_instruction={system} cannot be used: {told}; set it to null")
+    if _USER not in asked or _ASSISTANT not in answered:
+        raise UserError(f"{refused}: the template of {lm.name} leaves out a turn's text")
     head, _, middle = asked.rpartition(_USER)
-    if not head and not middle:
-        raise UserError(f"{refused}: the template of {lm.name} leaves out the user's text")
     chat = copy(lm)
     first, chat.suffix, chat.closing = (
         tokenizer.encode(text, add_special_tokens=False) for text in (head, middle, answered.rpartition(_ASSISTANT)[2])
