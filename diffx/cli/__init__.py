@@ -67,10 +67,13 @@ def _generate(job: Any, words: list[str]) -> None:
     generate_text(job)
 
 
-def _eval(job: Any, words: list[str]) -> None:
-    from diffx.evaluation.run import evaluate
+def _eval(job: Any, words: list[str]) -> int | None:
+    from diffx.evaluation.run import evaluate, evaluate_all
 
+    if isinstance(job, list):
+        return evaluate_all(job)
     evaluate(job, words)
+    return None
 
 
 def _quantize(job: Any, words: list[str]) -> dict[int, str]:
@@ -268,7 +271,8 @@ app.command("eval")(
         """Measure a model.
 
         checkpoint= is a run (runs/x, runs/x@best, runs/x@1000) or a model of the Hugging Face hub, by name or folder. Results, records and
-        a picture go to its evals/ folder; an interrupted evaluation goes on, and a finished one is shown again.
+        a picture go to its evals/ folder; an interrupted evaluation goes on, and a finished one is shown again. With a list of suites
+        the model is loaded once, and suite.KEY= must be a key of each; the other suites run where one fails.
 
         \b
         Groups: suite=paper_lm | dex_lm | harness | math | retrieval | attention_allocation | icl | icl_order | long_context | outliers |
@@ -278,6 +282,7 @@ app.command("eval")(
         \b
         Examples:
           diffx eval checkpoint=runs/x suite=retrieval
+          diffx eval checkpoint=runs/x suite=[retrieval,outliers]
           diffx eval checkpoint=Qwen/Qwen2.5-0.5B suite=paper_lm limit=100
           diffx eval -m checkpoint=runs/a,runs/b suite=outliers data=text data.path=books/
           diffx eval checkpoint=runs/x suite=harness suite.tasks=[my_task] suite.include_path=tasks/

@@ -112,14 +112,14 @@ def _job(entry: dict[str, Any], given: list[str]) -> str:
     return f"{entry['job']} ({distinct})"
 
 
-def compose(name: str, words: list[str]) -> Any:
+def compose(name: str, words: list[str], config_dir: Path | None = None) -> Any:
     """Compose the job that ``diffx <name>`` would run for these words, and run nothing.
 
     Raises:
         UserError: the words do not compose to a valid config.
     """
     words = [_plain_text(word) for word in words]
-    with composer() as app, _one_line(app, name, words):
+    with composer(config_dir) as app, _one_line(app, name, words):
         cfg = compose_config(app, name, words)
         with open_dict(cfg):
             del cfg["hydra"]
@@ -167,6 +167,25 @@ def show_config(
             app.show_cfg(name, words, cfg, package, resolve)
 
 
+def _compose_of_several(name: str, words: list[str], config_dir: Path | None) -> Any:
+    try:
+        return compose(name, words, config_dir)
+    except UserError as error:
+        raise UserError(f"{error} ({words[0]} of the list)") from error
+
+
+def _suites(name: str, words: list[str]) -> list[list[str]]:
+    """For ``diffx eval`` with ``suite=[a,b]``, the words of each suite; else none."""
+    lists = [word for word in words if name == "eval" and re.fullmatch(r"suite=\[.*\]", word)]
+    if not lists:
+        return []
+    suites = [suite.strip() for suite in lists[-1][len("suite=[") : -1].split(",")]
+    if not all(suites):
+        raise UserError(f"{lists[-1]} cannot be used: it must be a suite, or a list such as [retrieval,outliers]")
+    others = [word for word in words if not word.startswith("suite=")]
+    return [[f"suite={suite}", *others] for suite in suites]
+
+
 def launch(
     name: str,
     work: Callable[[Any, list[str]], Any],
@@ -180,7 +199,8 @@ def launch(
 
     Args:
         name: the primary config, and the job it becomes.
-        work: gets the job and the words that set it; importable by name, since launchers pickle it.
+        work: gets the job and the words that set it; importable by name, since launchers pickle it. With
+            ``suite=[a,b]`` it gets the jobs of all suites as a list, and returns the exit code.
         words: in Hydra's grammar: ``key=value``, ``~key``, ``+key=value``.
         multirun: run every combination of values.
         config_dir: a folder of configs that come before those of diffx.
@@ -193,6 +213,11 @@ def launch(
     Raises:
         UserError: the words do not compose to a valid config.
     """
+    suites = _suites(name, words)
+    if suites and not multirun:
+        return cast(int, work([_compose_of_several(name, suite, config_dir) for suite in suites], words))
+    if suites:
+        words = [*suites[0][1:], "suite=" + ",".join(suite[0].removeprefix("suite=") for suite in suites)]
     words = [_plain_text(word) for word in words]
     with composer(config_dir) as app, _one_line(app, name, words):
         cfg = _composition(app, name, words, several=multirun)

@@ -2,14 +2,18 @@
 
 from math_verify import LatexExtractionConfig, parse, verify
 
-from diffx.evaluation.grading import final, matches
+from diffx.evaluation.grading import final, is_number, matches
 
 
 def score(row: dict[str, str], responses: list[str]) -> dict[str, float]:
-    """Whether a response gives the row's answer, as text, as a number, or as an equal expression."""
+    """Whether a response gives the row's answer, as text, as a number, or as an equal expression.
+
+    A number is compared by ``matches`` alone, which is exact. ``math_verify`` ends a comparison after 5 s
+    by a signal, and then counts it as wrong; it works in the main thread only.
+    """
     gold, response = row["answer"], responses[0]
-    if matches(gold, response):
-        return {"exact_match": 1.0}
+    if matches(gold, response) or is_number(gold):
+        return {"exact_match": float(matches(gold, response))}
     expected = parse(f"${gold.strip('$')}$", extraction_config=[LatexExtractionConfig()])
     said = final(response)
     given = parse(response if said is None else f"${said.strip('$')}$")

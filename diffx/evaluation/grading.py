@@ -64,6 +64,11 @@ def matches(gold: str, response: str) -> bool:
     return abs(value - number) <= max(abs(value), abs(number)) / 10_000  # exact: a float may not hold what a model writes
 
 
+def is_number(gold: str) -> bool:
+    """Whether a right answer is a number, a fraction or a mixed number."""
+    return _number(_bare(gold)) is not None
+
+
 def final(response: str) -> str | None:
     """What stands in the last LaTeX box behind the last "answer is", or the rest of that line; None if there is neither."""
     _, said, rest = response.rpartition("answer is")

@@ -12,7 +12,9 @@ import json
 import logging
 import math
 import shutil
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -28,7 +30,7 @@ from torch import nn
 from diffx.config import UserError
 from diffx.config.eval import EvalJob
 from diffx.console import Reporter, make_table
-from diffx.errors import storage_errors
+from diffx.errors import describe, one_line, storage_errors
 from diffx.evaluation.adapter import with_chat_template
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context, Example, Metric, Record
@@ -74,6 +76,34 @@ def evaluate(job: EvalJob, words: list[str]) -> Path:
         RunError: something outside failed; what was measured is kept, and the same command goes on.
     """
     return measure(job, LanguageModel(load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code)))
+
+
+def evaluate_all(jobs: list[EvalJob]) -> int:
+    """Run several suites on one checkpoint, which is loaded once; a suite that fails does not stop the others.
+
+    Args:
+        jobs: jobs that differ in their suites only.
+
+    Returns:
+        0, or the exit code: 2 if all failures are user errors, else 1.
+
+    Raises:
+        UserError: the checkpoint cannot be used.
+    """
+    job = jobs[0]
+    lm = LanguageModel(load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code))
+    codes = []
+    for job in jobs:
+        try:
+            measure(job, lm)
+        except Exception as error:
+            described = describe(error)
+            if described is None:
+                traceback.print_exception(error)
+                described = 1, f"{type(error).__name__}: {error}"
+            codes.append(described[0])
+            print(f"error: suite={job.suite.name}: {one_line(described[1])}", file=sys.stderr, flush=True)
+    return min(codes, default=0)
 
 
 def measure(job: EvalJob, lm: LanguageModel, change: Change | None = None, table: bool = True) -> Path:

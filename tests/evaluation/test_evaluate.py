@@ -13,7 +13,7 @@ from filelock import FileLock
 from diffx.cli import main
 from diffx.config import RunError, UserError
 from diffx.config.launch import compose
-from diffx.evaluation import icl
+from diffx.evaluation import icl, run
 from diffx.evaluation.run import evaluate, read_records
 
 TINY = (
@@ -41,10 +41,10 @@ def runs(documents, tmp_path_factory):
 def measure(runs):
     """Evaluate the first run: ``measure("limit=2")``; what was measured before is gone with ``force``."""
 
-    def run(*words, spec="transformer"):
+    def measured(*words, spec="transformer"):
         return evaluate(compose("eval", [f"checkpoint={runs}/{spec}", *SUITE.split(), *words]), [])
 
-    return run
+    return measured
 
 
 def results(folder):
@@ -78,6 +78,50 @@ def test_settings_and_checkpoints_have_folders_of_their_own(measure):
     folders = {measure(*words) for words in ([], ["limit=2"], ["seed=1"], ["batch=1"], ["suite.queries=5"])}
     assert len(folders) == 4  # how many at once is no setting
     assert measure(spec="transformer@2").parent.parent.name == "2"
+
+
+SEVERAL = "suite=[icl,icl_order] suite.shots=2 suite.queries=4 suite.labels=3 limit=2 wandb.mode=disabled device=cpu"
+
+
+def test_several_suites_load_the_model_once(measure, runs, monkeypatch, capsys):
+    loads = []
+    monkeypatch.setattr(run, "load", lambda *args, of=run.load: (loads.append(args), of(*args))[1])
+    words = [f"checkpoint={runs}/diff_v1", *SEVERAL.split()[1:]]
+    together = {}
+    assert main(["eval", *words, "suite=[icl,icl_order]"]) == 0 and len(loads) == 1
+    assert "synthetic 2 shots" in (shown := capsys.readouterr().out) and "alternating max - min" in shown
+    for name in ("icl", "icl_order"):
+        (folder,) = (runs / "diff_v1" / "evals" / "4" / name).iterdir()
+        together[folder] = without_time(folder)
+    for (folder, expected), name in zip(together.items(), ("icl", "icl_order"), strict=True):
+        assert evaluate(compose("eval", [*words, f"suite={name}", "force=true"]), []) == folder
+        assert without_time(folder) == expected
+
+
+def test_a_suite_that_fails_does_not_stop_the_others(runs, monkeypatch, capsys):
+    words = ["eval", f"checkpoint={runs}/diff_v1@2", "limit=2", "wandb.mode=disabled", "device=cpu"]
+    suites = "suite=[icl_order,icl]"  # by default icl_order does not fit into the context
+    assert main([*words, suites]) == 2
+    assert "error: suite=icl_order: suite.shots=null cannot be used" in capsys.readouterr().err
+    assert len(list((runs / "diff_v1" / "evals" / "2" / "icl").glob("*/results.json"))) == 1
+
+    def broken(context, examples):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(icl, "answer", broken)
+    assert main([*words, suites, "seed=3"]) == 1
+    assert "error: suite=icl: ZeroDivisionError: a defect" in capsys.readouterr().err
+
+
+def test_a_list_of_suites_in_a_sweep(runs, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = f"checkpoint={runs}/transformer@2,{runs}/diff_v1@2"
+    words = [checkpoints, "suite=[icl,outliers]", "limit=1", "wandb.mode=disabled", "device=cpu", "seed=5"]
+    assert main(["eval", "-m", *words]) == 0
+    for kind in ("transformer", "diff_v1"):
+        for name in ("icl", "outliers"):
+            settings = [results(path.parent)["settings"] for path in (runs / kind / "evals" / "2" / name).glob("*/results.json")]
+            assert any(found["seed"] == 5 for found in settings)
 
 
 def test_what_is_there_is_shown_and_force_measures_again(measure, monkeypatch, capsys):

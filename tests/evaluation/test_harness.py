@@ -1,8 +1,11 @@
 """Tasks of lm-eval through ``diffx eval``, against lm-eval's own evaluator and class on the same weights."""
 
+import importlib
 import json
 import random
+import sys
 import time
+import types
 from functools import partial
 
 import lm_eval
@@ -540,6 +543,7 @@ def test_grading_takes_time_linear_in_the_response(part):
         ("$x^2+2x+1$", " The answer is $(x+1)^2$.", True),
         ("\\sqrt{8}", " \\boxed{2\\sqrt{2}}", True),
         ("(1,2)", " The answer is (2, 1).", False),
+        ("100000", " The answer is 100009.", False),
     ],
 )
 def test_final_answers_that_are_expressions(gold, response, right):
@@ -547,6 +551,19 @@ def test_final_answers_that_are_expressions(gold, response, right):
     from diffx.evaluation.expressions import score
 
     assert score({"answer": gold}, [response]) == {"exact_match": float(right)}
+
+
+def test_a_number_is_not_left_to_math_verify(monkeypatch):
+    def yes(*args, **options):
+        return True
+
+    fake = types.SimpleNamespace(LatexExtractionConfig=yes, parse=yes, verify=yes)
+    monkeypatch.setitem(sys.modules, "math_verify", fake)
+    monkeypatch.delitem(sys.modules, "diffx.evaluation.expressions", raising=False)
+    score = importlib.import_module("diffx.evaluation.expressions").score
+    monkeypatch.delitem(sys.modules, "diffx.evaluation.expressions")
+    for gold, response, right in (("100000", "100009", 0), ("3/4", "0.5", 0), ("3/4", "0.75", 1), ("x+1", "1+x", 1)):
+        assert score({"answer": gold}, [f" The answer is {response}."]) == {"exact_match": right}
 
 
 def test_our_mathematics_tasks_by_generation(context, tmp_path):
