@@ -67,13 +67,12 @@ def _generate(job: Any, words: list[str]) -> None:
     generate_text(job)
 
 
-def _eval(job: Any, words: list[str]) -> int | None:
+def _eval(job: Any, words: list[str]) -> Any:
     from diffx.evaluation.run import evaluate, evaluate_all
 
     if isinstance(job, list):
         return evaluate_all(job)
     evaluate(job, words)
-    return None
 
 
 def _quantize(job: Any, words: list[str]) -> dict[int, str]:
@@ -281,7 +280,6 @@ app.command("eval")(
 
         \b
         Examples:
-          diffx eval checkpoint=runs/x suite=retrieval
           diffx eval checkpoint=runs/x suite=[retrieval,outliers]
           diffx eval checkpoint=Qwen/Qwen2.5-0.5B suite=paper_lm limit=100
           diffx eval -m checkpoint=runs/a,runs/b suite=outliers data=text data.path=books/

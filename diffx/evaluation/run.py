@@ -86,9 +86,6 @@ def evaluate_all(jobs: list[EvalJob]) -> int:
 
     Returns:
         0, or the exit code: 2 if all failures are user errors, else 1.
-
-    Raises:
-        UserError: the checkpoint cannot be used.
     """
     job = jobs[0]
     lm = LanguageModel(load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code))
