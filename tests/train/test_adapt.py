@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ RECIPE = (
     "dex.lora_rank=2 wandb.mode=disabled device=cpu"
 )
 LAYERS = ("00", "01")
+GOLDEN = json.loads((Path(__file__).parent / "golden_adapt.json").read_text())  # variant: losses of the 8 steps
 SPEED = ("time", "train/tokens_per_second", "train/mfu", "train/peak_memory_bytes")
 
 
@@ -133,6 +135,11 @@ def test_every_variant_starts_as_the_base_and_learns(run, variant, hf_folder):
     lines = rows(run(variant))
     assert lines[0]["val/loss"] == rows(run("attn_only"))[0]["val/loss"]
     assert lines[-1]["val/loss"] < lines[0]["val/loss"]
+
+
+@pytest.mark.parametrize("variant", GOLDEN)
+def test_the_golden_curve_has_not_moved(run, variant):
+    assert [line["train/loss"] for line in rows(run(variant))[1:]] == pytest.approx(GOLDEN[variant], rel=1e-4)
 
 
 @every_variant
