@@ -50,9 +50,9 @@ def train_run(*words: str) -> Path:
         RunError: the run failed.
     """
     from diffx.config.launch import compose
-    from diffx.train.run import train
+    from diffx.train.run import run_job
 
-    return train(compose("train", list(words)), list(words))
+    return run_job(compose("train", list(words)), list(words))
 
 
 class _Registration(MetaPathFinder):

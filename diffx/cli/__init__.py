@@ -50,10 +50,10 @@ def _diffx(
 
 
 def _train(job: Any, words: list[str]) -> float | None:
-    """Train; returns the held-out loss, which a sweeper such as optuna minimises."""
-    from diffx.train.run import train
+    """Train or adapt; returns the held-out loss, which a sweeper such as optuna minimises."""
+    from diffx.train.run import run_job
 
-    return _loss(train(job, words))
+    return _loss(run_job(job, words))
 
 
 def _loss(run: Path) -> float | None:
@@ -89,13 +89,6 @@ def _report_quantization(results: list[dict[Any, str]], sweep: Path | None) -> N
     step = next(iter(folders[0].values())).parents[1]
     name = folders[0][min(folders[0])].parent.name.rpartition("-")[0] or "quantized"
     report_quantization(folders, (sweep or step) / f"{name}.png")
-
-
-def _adapt(job: Any, words: list[str]) -> float | None:
-    """Adapt; returns the held-out loss, which a sweeper minimises."""
-    from diffx.train.adapt import adapt
-
-    return _loss(adapt(job, words))
 
 
 def _export(job: Any, words: list[str]) -> None:
@@ -205,7 +198,7 @@ app.command("train")(
 app.command("adapt-dex")(
     _composed(
         "adapt",
-        _adapt,
+        _train,
         """Adapt a pretrained model with DEX, or with one of its controls.
 
         base= is a causal model of the Hugging Face hub, by name or folder. Without a network: any folder with config.json, safetensors and

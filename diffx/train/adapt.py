@@ -1,13 +1,12 @@
-"""``diffx adapt-dex``: from a pretrained model to a finished run folder, by the same ``fit`` as training.
+"""What only a run of ``diffx adapt-dex`` does: a DEX variant in a pretrained model; see run.py.
 
-Besides what a training run has, the folder holds base.json, heads.json, plots/heads.png and, at the end, adapter/. Its checkpoints hold
-what is trained, and nothing of what is frozen.
+Besides the files of every run, the folder holds base.json, heads.json, plots/heads.png and, at the
+end, adapter/. The checkpoints hold only what is trained.
 """
 
 import dataclasses
 import json
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +14,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffx.config import RunError, UserError
+from diffx.config import UserError
 from diffx.config.dex import CRITERIA, AdaptJob
 from diffx.config.train import Precision
-from diffx.console import Reporter, duration, make_table
-from diffx.data import Batches, Corpus
-from diffx.dex.adapters import BRANCH, DESCRIPTION, TUNED, file_of
+from diffx.console import Reporter, make_table
+from diffx.data import Corpus
 from diffx.dex.attach import Adapted, attach, parameter_counts
 from diffx.dex.heads import Plan, choose_heads, draw_heads, load_plan
 from diffx.dex.layer import projection_weight
-from diffx.dex.layout import Layer, find_layers
+from diffx.dex.layout import find_layers
 from diffx.dex.pretrained import Pretrained, free_memory, load_pretrained
 from diffx.dex.watch import Watch
 from diffx.files import read_json, read_json_lines, replacing_folder, write_json
-from diffx.hub.card import CARD, adapter_usage, training_card
-from diffx.models.tensors import read_tensors
-from diffx.train.checkpoint import WEIGHTS
-from diffx.train.folder import hold_folder, new_folder, run_name, settle, write_start
-from diffx.train.loop import Fit, fit
-from diffx.train.parallel import World, autocast, join_world, precision_of
-from diffx.train.run import open_corpus, open_tracker, take_up
+from diffx.train.checkpoint import WEIGHTS, read_tensors
+from diffx.train.loop import Fit
+from diffx.train.parallel import World, autocast, precision_of
 
 ADAPTER = "adapter"
 
 
 class ForTraining(nn.Module):
-    """A pretrained model as ``fit`` calls one: tokens in, logits out."""
+    """A pretrained model with the interface that ``fit`` calls: tokens in, logits out."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -51,260 +45,240 @@ class ForTraining(nn.Module):
         return self.model(input_ids=input_ids, use_cache=False).logits
 
 
-def adapt(job: AdaptJob, words: list[str]) -> Path:
-    """Adapt a pretrained model, or go on with a run, and return its folder.
+class Adaptation:
+    """A DEX variant in a pretrained model; run.py says what calls it."""
 
-    Args:
-        job: the composed job.
-        words: the overrides given on the command line; a resumed run refuses those that conflict with it.
-
-    Raises:
-        UserError: the job cannot be run as it is; nothing was made.
-        RunError: the loss is not finite, or the disk or the device's memory is full.
-        Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
-    """
-    with join_world(job.device) as world, ExitStack() as stack:
-        torch.manual_seed(job.seed)
-        try:
-            return _adapt(job, words, world, Reporter(quiet=not world.main), stack)
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"the memory of {world.device} is full ({str(error).splitlines()[0][:120]}); lower train.micro_batch_size or "
-                "train.seq_len, or give train.activation_checkpointing=true; a run that has a checkpoint goes on with train.resume"
-            ) from error
-
-
-def _adapt(job: AdaptJob, words: list[str], world: World, reporter: Reporter, stack: ExitStack) -> Path:
-    job, resumed = settle(job, words)
-    if resumed and world.main:
-        stack.enter_context(hold_folder(resumed, new=False))
-    base = load_pretrained("base", job.base, _base_dtype(job, world), world.device, job.revision, job.trust_remote_code)
-    _same_base(base, resumed)
-    layers = find_layers(base.model, {"input_ids": torch.tensor([[0, 1]], device=world.device)})
-    _enough_context(job, base)
-    corpus = open_corpus(job.data, base.tokenizer, world, reporter)
-    if corpus.tokenizer.fingerprint != base.tokenizer.fingerprint:
-        raise UserError(
-            f"data={job.data.kind} cannot be used with base={job.base}: its tokens come from another tokenizer; prepare it with "
-            f"tokenizer=hf tokenizer.name={job.base}, or give text"
+    def __init__(
+        self, job: AdaptJob, resumed: Path | None, world: World, reporter: Reporter
+    ) -> None:
+        self._job, self._resumed, self._world, self._reporter = job, resumed, world, reporter
+        # Under bf16 autocast frozen weights keep their type; otherwise everything is fp32.
+        bf16 = precision_of(world.device, job.train.precision) is Precision.bf16
+        dtype = "auto" if bf16 else torch.float32
+        self._base = load_pretrained(
+            "base", job.base, dtype, world.device, job.revision, job.trust_remote_code
         )
-    batches, found = take_up(job, corpus, world, resumed, reporter)
-    plan = _plan(job, base, layers, corpus, resumed, reporter)
-    plan = Plan(**json.loads(world.share(json.dumps(dataclasses.asdict(plan)))))  # where rounding differs, the main process decides
-    adapted = attach(base.model, layers, job.dex, plan.heads, int(job.dex.anneal_steps or 0), job.seed)
-    _enough_memory(job, adapted, world)
-    folder = resumed or Path(world.share(str(new_folder(job))))
-    if world.main:
-        if resumed is None:
-            stack.enter_context(hold_folder(folder, new=True))
-        write_start(folder, job, words, corpus.tokenizer, corpus.info)
-        write_json(folder / "base.json", {"name": base.name, "revision": job.revision, "fingerprint": base.fingerprint})
-        plan.save(folder / "heads.json")
+        _check_base(self._base, resumed)
+        inputs = {"input_ids": torch.tensor([[0, 1]], device=world.device)}
+        self._layers = find_layers(self._base.model, inputs)
+        limit = self._base.limit
+        if limit is not None and job.train.seq_len > limit:
+            raise UserError(
+                f"train.seq_len={job.train.seq_len} cannot be used: {self._base.name} reads "
+                f"{limit} tokens at most"
+            )
+        self.tokenizer = self._base.tokenizer
+
+    def build(self, corpus: Corpus, initial: bool) -> None:
+        """Choose heads and attach the variant.
+
+        Args:
+            corpus: the text; the heads may be chosen by how the base attends to it.
+            initial: not used: a base starts with its own weights.
+
+        Raises:
+            UserError: the text has another tokenizer, the heads cannot be used, or the memory of
+                the device is too small.
+        """
+        job, base = self._job, self._base
+        if corpus.tokenizer.fingerprint != base.tokenizer.fingerprint:
+            raise UserError(
+                f"data={job.data.kind} cannot be used with base={job.base}: its tokens come from "
+                f"another tokenizer; prepare it with tokenizer=hf tokenizer.name={job.base}, or "
+                "give text"
+            )
+        # Rounding can differ between processes, so the main process decides.
+        plan = json.dumps(dataclasses.asdict(self._choose_heads(corpus)))
+        self._plan = Plan(**json.loads(self._world.share(plan)))
+        steps = int(job.dex.anneal_steps or 0)
+        adapted = attach(base.model, self._layers, job.dex, self._plan.heads, steps, job.seed)
+        self._check_memory(adapted)
+        self._corpus, self._adapted, self._watch = corpus, adapted, Watch(adapted)
+        self.model = ForTraining(adapted.model)
+        num_layers = adapted.model.config.get_text_config().num_hidden_layers
+        self.blocks = next(
+            module
+            for module in adapted.model.modules()
+            if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        )
+        self.parameters = parameter_counts(adapted)
+        # Forward and the gradient of activations everywhere; that of weights where they are trained.
+        self.flops_per_token = 4.0 * self.parameters["rest"] + 2.0 * self.parameters["trained"]
+        self.probe, self.on_step = self._watch, self._watch.set_step
+
+    def write_start(self, folder: Path) -> None:
+        """Write base.json, heads.json and plots/heads.png."""
+        job, base = self._job, self._base
+        origin = {"name": base.name, "revision": job.revision, "fingerprint": base.fingerprint}
+        write_json(folder / "base.json", origin)
+        self._plan.save(folder / "heads.json")
         (folder / "plots").mkdir(exist_ok=True)
         if job.dex.variant.branches:
-            draw_heads(plan, folder / "plots" / "heads.png")
-        reporter.open_log(folder / "train.log")
-        stack.callback(reporter.close_log)
-    world.barrier()
-    return _run(job, base, adapted, corpus, batches, folder, world, reporter, resumed is not None, found)
+            draw_heads(self._plan, folder / "plots" / "heads.png")
 
+    def describe(self) -> None:
+        """Print the parameter counts."""
+        rows = [[name, f"{number:,}"] for name, number in self.parameters.items()]
+        title = f"Parameters: {self._job.dex.variant.value} on {self._base.name}"
+        self._reporter.table(make_table(title, ["", ""], rows))
 
-def _run(
-    job: AdaptJob,
-    base: Pretrained,
-    adapted: Adapted,
-    corpus: Corpus,
-    batches: Batches,
-    folder: Path,
-    world: World,
-    reporter: Reporter,
-    resumed: bool,
-    found: tuple[Path, dict[str, Any]] | None,
-) -> Path:
-    counts = parameter_counts(adapted)
-    reporter.line(f"run folder {folder}")
-    rows = [[name, f"{number:,}"] for name, number in counts.items()]
-    reporter.table(make_table(f"Parameters: {job.dex.variant.value} on {base.name}", ["", ""], rows))
-    reporter.line(
-        f"{job.train.num_steps} steps of {job.train.batch_tokens} tokens, T={job.train.seq_len}, on {world.size} x {world.device}"
-    )
-    model, watch = ForTraining(adapted.model), Watch(adapted)
-    with open_tracker(job, folder, world, reporter, resumed, found) as track:
-        result = fit(
-            model,
-            _blocks(adapted),
-            corpus,
-            batches,
-            job.train,
-            flops_per_token=4.0 * counts["rest"] + 2.0 * counts["trained"],
-            world=world,
-            run_dir=folder,
-            track=track,
-            reporter=reporter,
-            resume=found,
-            probe=watch,
-            on_step=watch.set_step,
-        )
-        adapted.set_step(result.progress.step)
-        held_out = next(iter(corpus.val_batches(job.train.seq_len, world.size, world.rank, world.size))).inputs.to(world.device)
+    def finish(self, folder: Path, result: Fit) -> dict[str, Any]:
+        """Measure the branch on held-out text in all processes, and write adapter/ in the main one."""
+        job, world = self._job, self._world
+        self._adapted.set_step(result.progress.step)
+        batches = self._corpus.val_batches(job.train.seq_len, world.size, world.rank, world.size)
+        held_out = next(iter(batches)).inputs.to(world.device)
         with autocast(world.device, job.train.precision):
-            watch(lambda: model(held_out))  # for the verdict
-        if world.main:
-            summary = _summary(job, base, folder, result, counts, watch)
-            _save_adapter(job, folder, result.checkpoint, summary)
-            write_json(folder / "summary.json", summary)
-            track.summary({key: value for key, value in summary.items() if isinstance(value, int | float)})
-            _report(summary, folder, reporter)
-    return folder
+            self._watch(lambda: self.model(held_out))  # for the verdict
+        if not world.main:
+            return {}
+        self._save_adapter(folder, result.checkpoint)
+        return {
+            "base": self._base.name,
+            "base/val/loss": read_json_lines(folder / "metrics.jsonl")[0]["val/loss"],
+            "branch": self._watch.verdict() if job.dex.variant.branches else None,
+            "adapter": str(folder / ADAPTER),
+        }
+
+    def report(self, summary: dict[str, Any]) -> None:
+        """Print the held-out loss before and after, and the verdict on the branch."""
+        before, after = summary["base/val/loss"], summary["val/loss"]
+        rows = [
+            ["held-out loss of the base, nats a token", f"{before:.4f}"],
+            ["held-out loss at the end", f"{after:.4f} ({after - before:+.4f})"],
+            ["adapter", summary["adapter"]],
+        ]
+        title = f"{summary['kind']} on {summary['base']}"
+        self._reporter.table(make_table(title, ["", ""], rows))
+        if summary["branch"]:
+            self._reporter.line(summary["branch"])
+
+    def _check_memory(self, adapted: Adapted) -> None:
+        """Refuse what cannot fit: gradients, AdamW's moments, and the logits of a micro-batch."""
+        job, world, gib = self._job, self._world, 2**30
+        trained = sum(parameter.numel() for parameter in adapted.trained().values())
+        entries = projection_weight(adapted.model.get_input_embeddings()).shape[0]
+        rows = int(job.train.batch_tokens) // job.train.seq_len // world.size
+        rows = job.train.micro_batch_size or rows
+        logits = 3 * 4 * rows * job.train.seq_len * entries  # logits, logarithms, gradient: fp32
+        needed, free = 12 * trained // world.size + logits, free_memory(world.device)
+        if needed > free:
+            raise UserError(
+                f"dex.variant={job.dex.variant.value} cannot be trained here: besides the weights "
+                f"it needs {needed / gib:.1f} GiB and more ({logits / gib:.1f} for the logits of "
+                f"{rows} sequences, the rest for gradients and moments) and {free / gib:.1f} GiB "
+                "are free; lower train.micro_batch_size or train.seq_len, or train less "
+                "(dex.variant=adapter_only)"
+            )
+
+    def _choose_heads(self, corpus: Corpus) -> Plan:
+        """Read the heads of the resumed run or of ``dex.heads``, or choose them on the text."""
+        job, base, layers = self._job, self._base, self._layers
+        if self._resumed and (self._resumed / "heads.json").exists():
+            return load_plan(self._resumed / "heads.json", base.fingerprint, layers)
+        if not job.dex.variant.branches:
+            num_heads = [layer.num_heads for layer in layers]
+            return Plan(base.fingerprint, "none", {}, num_heads, [], [[] for _ in layers])
+        if job.dex.heads not in CRITERIA:
+            plan = load_plan(Path(job.dex.heads), base.fingerprint, layers)
+            if not any(plan.heads):
+                raise UserError(
+                    f"dex.heads={job.dex.heads} cannot be used: it chooses no heads; give that of "
+                    "a run with a branch"
+                )
+            return plan
+        self._reporter.line(f"choosing heads by {job.dex.heads}")
+        length = min(job.train.seq_len, base.limit or job.train.seq_len)
+        rows = min(-(-int(job.dex.calibration_tokens) // length), len(corpus.train) // length)
+        if rows < 1:
+            raise UserError(
+                f"train.seq_len={length} cannot be used: the training text has "
+                f"{len(corpus.train)} tokens"
+            )
+        text = torch.from_numpy(corpus.train.read(0, rows * length)[0].astype("int64"))
+        batches = text.view(rows, length).to(base.model.device).split(1)  # (1, T) each
+        return choose_heads(
+            base.model,
+            layers,
+            job.dex,
+            batches,
+            base.fingerprint,
+            job.seed,
+            corpus.info["sha256"],
+        )
+
+    def _save_adapter(self, folder: Path, checkpoint: Path) -> None:
+        """Write adapter/: branch.safetensors, tuned.safetensors (what else was trained) and JSON."""
+        weights = load_file(checkpoint / WEIGHTS)
+        parts: dict[str, dict[str, Tensor]] = {"branch": {}, "tuned": {}}
+        for name, value in weights.items():
+            part = "branch" if name.endswith((".w_d", ".lambda_learn")) else "tuned"
+            parts[part][name.removeprefix("model.")] = value
+        dex = dataclasses.asdict(self._job.dex)
+        described = {
+            "dex": {key: getattr(value, "value", value) for key, value in dex.items()},
+            "base": read_json(folder / "base.json"),
+            "heads": self._plan.heads,
+            "step": int(checkpoint.name.removeprefix("step_")),
+        }
+        with replacing_folder(folder / ADAPTER) as temporary:
+            for part, tensors in parts.items():
+                if tensors:
+                    save_file(tensors, temporary / f"{part}.safetensors")
+            write_json(temporary / "adapter.json", described)
+            # A finished run that was resumed has one already.
+            shutil.rmtree(folder / ADAPTER, ignore_errors=True)
 
 
 def restore(
-    run_dir: Path, checkpoint: Path, job: AdaptJob, device: torch.device, dtype: torch.dtype | str, trust_remote_code: bool = False
+    run_dir: Path,
+    checkpoint: Path,
+    job: AdaptJob,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool = False,
 ) -> tuple[Pretrained, Adapted]:
-    """Load the base of an adapted run, and put a checkpoint of the run into it; all in the base's type, save for W_D and lambda.
+    """Load the base of an adapted run, and put a checkpoint of the run into it.
+
+    All weights have the base's type, except W_D and lambda.
 
     Args:
         run_dir: the run folder.
-        checkpoint: a folder of its ``checkpoints``.
-        job: its saved config. ``trust_remote_code`` in it is ignored: somebody else may have written it.
-        device: where the model goes.
+        checkpoint: a folder in its ``checkpoints``.
+        job: its saved config; ``trust_remote_code`` in it is ignored, since another person may
+            have written it.
+        device: of the model.
         dtype: of the base.
         trust_remote_code: run Python code that comes with the base.
 
     Raises:
-        UserError: the base is not there any more, or it is not what it was, or it needs code that may not be run.
+        UserError: the base is missing, has changed, or needs code that may not be run.
     """
     base = load_pretrained("base", job.base, dtype, device, job.revision, trust_remote_code)
-    _same_base(base, run_dir)
+    _check_base(base, run_dir)
     layers = find_layers(base.model, {"input_ids": torch.tensor([[0, 1]], device=device)})
     plan = load_plan(run_dir / "heads.json", base.fingerprint, layers)
-    adapted = attach(base.model, layers, job.dex, plan.heads, int(job.dex.anneal_steps or 0), job.seed)
-    prefix = "model."  # of ForTraining
-    shapes = {prefix + name: parameter.shape for name, parameter in adapted.trained().items()}
+    steps = int(job.dex.anneal_steps or 0)
+    adapted = attach(base.model, layers, job.dex, plan.heads, steps, job.seed)
+    # Checkpoints have the names of ForTraining.
+    trained = {f"model.{name}": parameter for name, parameter in adapted.trained().items()}
+    shapes = {name: parameter.shape for name, parameter in trained.items()}
     weights = read_tensors(checkpoint / WEIGHTS, shapes)
-    step = int(checkpoint.name.removeprefix("step_"))
-    adapted.load({name.removeprefix(prefix): weights[name] for name in shapes}, step, base.dtype)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+    adapted.set_step(int(checkpoint.name.removeprefix("step_")))
+    adapted.cast(base.dtype)
+    adapted.model.requires_grad_(False)
     return base, adapted
 
 
-def _base_dtype(job: AdaptJob, world: World) -> torch.dtype | str:
-    """Frozen weights keep their own type under bf16 autocast; without it everything is computed in fp32."""
-    return "auto" if precision_of(world.device, job.train.precision) is Precision.bf16 else torch.float32
-
-
-def _same_base(base: Pretrained, run_dir: Path | None) -> None:
+def _check_base(base: Pretrained, run_dir: Path | None) -> None:
     path = run_dir / "base.json" if run_dir else None
     if path and path.exists():  # a run that was killed before it wrote it starts again
-        known = read_json(path, {"fingerprint": str})
-        if known["fingerprint"] != base.fingerprint:
-            raise UserError(f"base={base.name} cannot be used: {run_dir} was adapted from other weights ({known['fingerprint'][:12]})")
-
-
-def _enough_context(job: AdaptJob, base: Pretrained) -> None:
-    if base.limit is not None and job.train.seq_len > base.limit:
-        raise UserError(f"train.seq_len={job.train.seq_len} cannot be used: {base.name} reads {base.limit} tokens at most")
-
-
-def _enough_memory(job: AdaptJob, adapted: Adapted, world: World) -> None:
-    """Refuse what cannot fit: gradients and AdamW's moments of what is trained, and the logits of one micro-batch, beside the weights."""
-    trained = sum(parameter.numel() for parameter in adapted.trained().values())
-    entries = projection_weight(adapted.model.get_input_embeddings()).shape[0]
-    rows = job.train.micro_batch_size or int(job.train.batch_tokens) // job.train.seq_len // world.size
-    logits = 3 * 4 * rows * job.train.seq_len * entries  # with their logarithms and their gradient, in fp32
-    needed, free = 12 * trained // world.size + logits, free_memory(world.device)
-    if needed > free:
-        raise UserError(
-            f"dex.variant={job.dex.variant.value} cannot be trained here: besides the weights it needs {needed / 2**30:.1f} GiB and more "
-            f"({logits / 2**30:.1f} for the logits of {rows} sequences, the rest for gradients and moments) and {free / 2**30:.1f} GiB are "
-            "free; lower train.micro_batch_size or train.seq_len, or train less (dex.variant=adapter_only)"
-        )
-
-
-def _plan(job: AdaptJob, base: Pretrained, layers: list[Layer], corpus: Corpus, resumed: Path | None, reporter: Reporter) -> Plan:
-    """The heads of a resumed run, those of the heads.json that was named, or those that the calibration text chooses."""
-    if resumed and (resumed / "heads.json").exists():
-        return load_plan(resumed / "heads.json", base.fingerprint, layers)
-    if not job.dex.variant.branches:
-        return Plan(base.fingerprint, "none", {}, [layer.num_heads for layer in layers], [], [[] for _ in layers])
-    if job.dex.heads not in CRITERIA:
-        plan = load_plan(Path(job.dex.heads), base.fingerprint, layers)
-        if not any(plan.heads):
-            raise UserError(f"dex.heads={job.dex.heads} cannot be used: it chooses no heads; give that of a run with a branch")
-        return plan
-    reporter.line(f"choosing heads by {job.dex.heads}")
-    length = min(job.train.seq_len, base.limit or job.train.seq_len)
-    rows = min(-(-int(job.dex.calibration_tokens) // length), len(corpus.train) // length)
-    if rows < 1:
-        raise UserError(f"train.seq_len={length} cannot be used: the training text has {len(corpus.train)} tokens")
-    tokens = torch.from_numpy(corpus.train.read(0, rows * length)[0].astype("int64")).view(rows, length).to(base.model.device)
-    return choose_heads(base.model, layers, job.dex, tokens.split(1), base.fingerprint, job.seed, corpus.info["sha256"])
-
-
-def _blocks(adapted: Adapted) -> nn.ModuleList:
-    layers = adapted.model.config.get_text_config().num_hidden_layers
-    return next(module for module in adapted.model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers)
-
-
-def _save_adapter(job: AdaptJob, folder: Path, checkpoint: Path, summary: dict[str, Any]) -> None:
-    """Write adapter/: ``branch.safetensors``, ``tuned.safetensors`` (what else was trained), ``adapter.json`` and a model card."""
-    weights = load_file(checkpoint / WEIGHTS)
-    trained = {name.removeprefix("model."): value for name, value in weights.items()}
-    settings = {key: getattr(value, "value", value) for key, value in dataclasses.asdict(job.dex).items()}
-    described = {
-        "dex": settings | {"heads": Path(job.dex.heads).name},  # without the folder of a heads.json
-        "base": read_json(folder / "base.json"),
-        "heads": read_json(folder / "heads.json", {"heads": list})["heads"],
-        "step": int(checkpoint.name.removeprefix("step_")),
-    }
-    with replacing_folder(folder / ADAPTER) as temporary:
-        for file in (BRANCH, TUNED):
-            if part := {name: value for name, value in trained.items() if file_of(name) == file}:
-                save_file(part, temporary / file)
-        write_json(temporary / DESCRIPTION, described)
-        base, name = summary["base"], summary["name"]
-        usage = adapter_usage(base)
-        card = training_card(job, name, summary["step"], summary, usage, base=base)
-        card.save(temporary / CARD)
-        shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # of a run that was finished before and went on
-
-
-def _summary(job: AdaptJob, base: Pretrained, folder: Path, result: Fit, counts: dict[str, int], watch: Watch) -> dict[str, Any]:
-    now = result.progress
-    first = read_json_lines(folder / "metrics.jsonl")[0]
-    return {
-        "name": run_name(job),
-        "kind": job.dex.variant.value,
-        "base": base.name,
-        "seed": job.seed,
-        "step": now.step,
-        "tokens": now.tokens,
-        "base/val/loss": first["val/loss"],
-        **result.validation,
-        "best/val/loss": now.best_loss,
-        "best/step": now.best_step,
-        "branch": watch.verdict() if job.dex.variant.branches else None,
-        "parameters": counts,
-        "seconds": round(now.seconds, 1),
-        "tokens_per_second": result.tokens_per_second,
-        "checkpoint": str(result.checkpoint),
-        "adapter": str(folder / ADAPTER),
-        "finished": True,
-    }
-
-
-def _report(summary: dict[str, Any], folder: Path, reporter: Reporter) -> None:
-    before, after = summary["base/val/loss"], summary["val/loss"]
-    rows = [
-        ["held-out loss of the base, nats a token", f"{before:.4f}"],
-        ["held-out loss at the end", f"{after:.4f} ({after - before:+.4f})"],
-        ["best", f"{summary['best/val/loss']:.4f} at step {summary['best/step']}"],
-        ["trained parameters", f"{summary['parameters']['trained']:,} of {summary['parameters']['total']:,}"],
-        ["training tokens", f"{summary['tokens']:,}"],
-        ["time", duration(summary["seconds"])],
-        ["tokens a second", f"{summary['tokens_per_second']:,.0f}"],
-        ["adapter", summary["adapter"]],
-    ]
-    reporter.table(make_table(f"{summary['kind']} on {summary['base']}", ["", ""], rows))
-    if summary["branch"]:
-        reporter.line(summary["branch"])
-    reporter.line(f"run folder: {folder}")
+        fingerprint = read_json(path, {"fingerprint": str})["fingerprint"]
+        if fingerprint != base.fingerprint:
+            raise UserError(
+                f"base={base.name} cannot be used: {run_dir} was adapted from other weights "
+                f"({fingerprint[:12]})"
+            )

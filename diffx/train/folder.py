@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
@@ -42,11 +42,10 @@ _FREE = (
     "device",
 )
 AnyJob = TrainJob | AdaptJob
-Job = TypeVar("Job", TrainJob, AdaptJob)
 _SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
 
 
-def settle(job: Job, words: list[str]) -> tuple[Job, Path | None]:
+def settle(job: AnyJob, words: list[str]) -> tuple[AnyJob, Path | None]:
     """Decide what runs: the job as composed, or an earlier run's with the words given for this one.
 
     Args:
@@ -115,7 +114,7 @@ def given(words: list[str], job: AnyJob, saved: AnyJob) -> list[str]:
     return [key for key in dict.fromkeys(found) if key in _flat(saved) or key.endswith(".kind")]
 
 
-def _continued(job: Job, words: list[str]) -> Job:
+def _continued(job: AnyJob, words: list[str]) -> AnyJob:
     """With ``train.init_from``, take the model and the tokenizer from that run; ``model.rope_theta`` alone may change."""
     if job.train.init_from is None or not isinstance(job, TrainJob):
         return job

@@ -366,7 +366,7 @@ def test_memory_that_runs_out_is_one_line(words, tmp_path, monkeypatch, capfd):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("tried to allocate 3 GiB\nmany more lines")
 
-    monkeypatch.setattr(module, "fit", full)
+    monkeypatch.setattr("diffx.train.run.fit", full)
     line = error_of(capfd, words(f"run.dir={tmp_path / 'run'}"), code=1)
     assert "the memory of cpu is full (tried to allocate 3 GiB)" in line and "train.activation_checkpointing=true" in line
 
@@ -375,8 +375,8 @@ DISTRIBUTED = """
 import sys
 from pathlib import Path
 from diffx.config.bridge import load_config
-from diffx.train.adapt import adapt
-adapt(load_config(Path(sys.argv[1])), [])
+from diffx.train.run import run_job
+run_job(load_config(Path(sys.argv[1])), [])
 """
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from diffx.config.bridge import save_config
 from diffx.config.train import Schedule
-from diffx.train.run import train
+from diffx.train.run import run_job
 
 pytestmark = pytest.mark.slow
 MAIN = """
@@ -23,14 +23,14 @@ import os, sys
 from pathlib import Path
 from diffx.config.bridge import load_config
 from diffx.cli import main
-from diffx.train.run import train
+from diffx.train.run import run_job
 job = load_config(Path(sys.argv[1]))
 if sys.argv[2:]:  # let the first step be seen before the rest
     from diffx.train import loop
     import time
     step = loop._accumulate_gradients
     loop._accumulate_gradients = lambda *args: (time.sleep(0.2), step(*args))[1]
-train(job, [f"train.steps={job.train.steps}"])
+run_job(job, [f"train.steps={job.train.steps}"])
 """
 
 
@@ -52,12 +52,12 @@ def launch(tmp_path, job, processes):
 def test_any_number_of_processes_goes_on_with_a_run(make_job, tmp_path):
     """1, 2, 2, 4 and 1 processes after each other end as one process does."""
     settings = {"sample_tokens": 8, "warmup": 2, "schedule": Schedule.constant}
-    one = train(make_job("one", steps=8, **settings), [])
+    one = run_job(make_job("one", steps=8, **settings), [])
     job = make_job("several", resume="auto", **settings)
     for steps, processes in ((2, 1), (4, 2), (5, 2), (7, 4), (8, 1)):
         part = dataclasses.replace(job, train=dataclasses.replace(job.train, steps=steps))
         if processes == 1:
-            train(part, [f"train.steps={steps}"])
+            run_job(part, [f"train.steps={steps}"])
         else:
             done = launch(tmp_path, part, processes)
             assert done.returncode == 0, done.stderr[-2000:]

@@ -21,7 +21,7 @@ from diffx.data.prepare import prepare
 from diffx.errors import Stopped
 from diffx.loading import load_run
 from diffx.train import loop
-from diffx.train.run import train
+from diffx.train.run import run_job
 
 
 def rows(folder):
@@ -44,11 +44,11 @@ def same(a, b):
 
 @pytest.fixture
 def run(make_job):
-    return lambda *args, **settings: train(make_job(*args, **settings), [])
+    return lambda *args, **settings: run_job(make_job(*args, **settings), [])
 
 
 def resume(job, words=(), **train_settings):
-    return train(dataclasses.replace(job, train=dataclasses.replace(job.train, resume="auto", **train_settings)), list(words))
+    return run_job(dataclasses.replace(job, train=dataclasses.replace(job.train, resume="auto", **train_settings)), list(words))
 
 
 @pytest.mark.parametrize("kind", MODEL_CONFIGS)
@@ -143,7 +143,7 @@ def killed(job, tmp_path, at, number):
 
         loop._accumulate_gradients = counted
         try:
-            train(job, [])
+            run_job(job, [])
         except Stopped as stopped:
             (tmp_path / "stopped.txt").write_text(str(stopped))
         finally:
@@ -186,14 +186,14 @@ def test_a_stop_raises_stopped_in_process(make_job, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(loop, "_accumulate_gradients", interrupted)
     with pytest.raises(Stopped, match=r"after step 1; go on with train\.resume="):
-        train(make_job(), [])
+        run_job(make_job(), [])
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_damaged_checkpoint_is_passed_over(make_job, run, capsys):
     whole = run("whole")
     job = make_job("damaged", keep_last=3)
-    folder = train(job, [])
+    folder = run_job(job, [])
     newest = folder / "checkpoints" / "step_00000012" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"\0")
     resume(job)
@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_passed_over(make_job, run, capsys):
 
 def test_more_steps_go_on_from_where_it_ended(make_job):
     job = make_job(steps=4)
-    folder = train(job, [])
+    folder = run_job(job, [])
     words = ["train.resume=auto", "train.steps=6"]
     resume(job, words, steps=6)
     assert [row["step"] for row in rows(folder)] == list(range(7))
@@ -221,12 +221,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_job, monkeypatch):
 
     monkeypatch.setattr(loop, "token_losses", broken)
     with pytest.raises(RunError, match=r"the loss is nan at step 6 \(batch at batch 5 .*last good checkpoint is .*step_00000004"):
-        train(make_job(log_every=3), [])
+        run_job(make_job(log_every=3), [])
 
 
 def test_an_update_that_is_not_finite_is_not_saved(make_job):
     with pytest.raises(RunError, match=r"gradient norm is (nan|inf) at step 2|loss is (nan|inf)"):
-        train(make_job(lr=1e30, warmup=0, save_every=1), [])
+        run_job(make_job(lr=1e30, warmup=0, save_every=1), [])
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(make_job, tmp_path):
@@ -234,7 +234,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(make_job, tmp_path):
     lines = [json.dumps({"text": f"line {n} of a text that changes " * 5}) + "\n" for n in range(100)]
     path.write_text("".join(lines))
     job = dataclasses.replace(make_job(), data=TextData(path=str(path), val_tokens=500), tokenizer=BpeTokenizer(vocab_size=300))
-    folder = train(job, [])
+    folder = run_job(job, [])
     assert resume(job, ["train.steps=14"], steps=14) == folder  # a trained tokenizer is read back, not trained again
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     path.write_text("".join(lines[:-1]) + json.dumps({"text": "something else"}) + "\n")
@@ -258,7 +258,7 @@ def test_a_run_stopped_at_its_last_step_is_measured_there(make_job, monkeypatch)
 
     monkeypatch.setattr(loop, "_accumulate_gradients", interrupted)
     with pytest.raises(Stopped):
-        train(job, [])
+        run_job(job, [])
     folder = resume(job, ["train.steps=5"], steps=5)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["step"] == 5
@@ -269,11 +269,11 @@ def test_a_run_stopped_at_its_last_step_is_measured_there(make_job, monkeypatch)
 
 
 def test_init_from_starts_from_the_weights_at_another_length_and_theta(make_job, text):
-    source = train(make_job("source"), [])
+    source = run_job(make_job("source"), [])
     words = ["model.rope_theta=640000", f"train.init_from={source}@8"]
     settings = {"seq_len": 64, "batch_tokens": 256, "init_from": f"{source}@8", "lr": 1e-9, "steps": 1, "warmup": 0}
     job = make_job("long", model={"rope_theta": 640_000.0}, **settings)
-    folder = train(job, words)
+    folder = run_job(job, words)
     assert load_run(str(folder)).model.config.rope_theta == 640_000.0
     for name, weight in weights(source, 8).items():
         torch.testing.assert_close(weights(folder, 1)[name], weight, rtol=0, atol=1e-6)
@@ -282,11 +282,11 @@ def test_init_from_starts_from_the_weights_at_another_length_and_theta(make_job,
     again = resume(job, ["train.steps=2"], steps=2)  # needs nothing of the run that it came from
     assert rows(again)[-1]["step"] == 2
     (source.parent / "moved").rename(source)
-    untouched = train(make_job("same", init_from=str(source), lr=1e-9, steps=1, warmup=0), [])
+    untouched = run_job(make_job("same", init_from=str(source), lr=1e-9, steps=1, warmup=0), [])
     assert rows(untouched)[0]["val/loss"] == rows(source)[-1]["val/loss"]
     with pytest.raises(UserError, match=r"model\.hidden_size=64 conflicts with train\.init_from"):
         wide = dataclasses.replace(job, model=dataclasses.replace(job.model, hidden_size=64), run=dataclasses.replace(job.run, dir=None))
-        train(wide, ["model.hidden_size=64"])
+        run_job(wide, ["model.hidden_size=64"])
 
 
 def test_prompts_carry_no_loss(make_job, tmp_path):
@@ -296,7 +296,7 @@ def test_prompts_carry_no_loss(make_job, tmp_path):
     corpus = open_data(job.data, job.tokenizer)
     batch = next(corpus.batches(32, 4, 0))
     assert 0 < (batch.targets >= 0).float().mean() < 0.5
-    assert rows(train(job, []))[-1]["train/loss"] > 0
+    assert rows(run_job(job, []))[-1]["train/loss"] > 0
 
 
 def test_shards_bring_their_tokenizer(make_job, tmp_path):
@@ -304,8 +304,8 @@ def test_shards_bring_their_tokenizer(make_job, tmp_path):
     shards = prepare(PrepareJob(data=job.data, tokenizer=job.tokenizer, out=str(tmp_path / "shards"), workers=1))
     other = dataclasses.replace(job, data=ShardsData(path=str(shards)), tokenizer=BpeTokenizer())
     with pytest.raises(UserError, match=r"tokenizer=bpe cannot be used with data=shards: these hold bytes tokens"):
-        train(other, ["tokenizer=bpe"])
-    assert load_run(str(train(other, []))).tokenizer.kind == "bytes"
+        run_job(other, ["tokenizer=bpe"])
+    assert load_run(str(run_job(other, []))).tokenizer.kind == "bytes"
 
 
 def test_refusals_leave_nothing_behind(make_job, tmp_path):
@@ -316,5 +316,5 @@ def test_refusals_leave_nothing_behind(make_job, tmp_path):
     }
     for words, job in jobs.items():
         with pytest.raises(UserError, match=words):
-            train(job, [])
+            run_job(job, [])
     assert not [p for p in tmp_path.iterdir() if p.name in "abc"]

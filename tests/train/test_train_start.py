@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from diffx.config import RunError, UserError
 from diffx.train import loop
 from diffx.train.folder import hold_folder
-from diffx.train.run import train
+from diffx.train.run import run_job
 
 CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 SHORT = {"steps": 4, "eval_every": 2, "save_every": 2, "keep_last": 1}
@@ -41,7 +41,7 @@ def killed_before(number, job):
 
         sys.addaudithook(hook)
         try:
-            train(job, [])
+            run_job(job, [])
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -58,13 +58,13 @@ def outcome(folder):
 
 def check_kills(make_job, numbers):
     """Kill a run before each of these changes, start it again with the same words, and compare what it ends as."""
-    rows, weights, files = outcome(train(make_job("whole", **SHORT), []))
+    rows, weights, files = outcome(run_job(make_job("whole", **SHORT), []))
     job = make_job("killed", **SHORT)
     auto = dataclasses.replace(job, train=dataclasses.replace(job.train, resume="auto"))
     killed = 0
     for _ in takewhile(lambda number: killed_before(number, job), numbers):
         killed += 1
-        folder = train(auto, [])
+        folder = run_job(auto, [])
         again_rows, again_weights, again_files = outcome(folder)
         assert again_rows == rows, killed
         assert all(torch.equal(again_weights[name], weight) for name, weight in weights.items())
@@ -84,13 +84,13 @@ def test_a_run_that_is_killed_at_any_change_of_a_file_can_be_resumed(make_job):
 
 def test_a_second_process_on_a_run_is_refused(make_job):
     job = make_job(**SHORT)
-    folder = train(job, [])
+    folder = run_job(job, [])
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     again = dataclasses.replace(job, train=dataclasses.replace(job.train, resume="auto", steps=6))
     with hold_folder(folder, new=False), pytest.raises(UserError, match=r"run\.dir=.* another process is writing it"):
-        train(again, ["train.steps=6"])
+        run_job(again, ["train.steps=6"])
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    train(again, ["train.steps=6"])
+    run_job(again, ["train.steps=6"])
 
 
 @pytest.mark.parametrize("settings", [{"log_every": 1}, {"log_every": 100, "eval_every": 100, "save_every": 5}])
@@ -105,5 +105,5 @@ def test_a_folder_that_is_deleted_while_its_run_goes_is_an_error(make_job, monke
 
     monkeypatch.setattr(loop, "_accumulate_gradients", deleting)
     with pytest.raises(RunError, match="deleted or moved"):
-        train(job, [])
+        run_job(job, [])
     assert not Path(job.run.dir).exists()

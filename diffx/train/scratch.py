@@ -1,0 +1,130 @@
+"""What only a run of ``diffx train`` does: a decoder from initial weights; see run.py."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffx.config import UserError
+from diffx.config.train import TrainJob
+from diffx.console import Bar, Reporter, figure, make_table
+from diffx.data import Corpus, load_tokenizer
+from diffx.data.ngram import baselines
+from diffx.dex.pretrained import free_memory
+from diffx.models import build_model, generate, init_weights
+from diffx.train.checkpoint import WEIGHTS, find_checkpoint, read_tensors, trained_shapes
+from diffx.train.loop import Fit
+from diffx.train.parallel import World
+from diffx.train.params import check_memory, counts_table
+from diffx.train.probes import attention_statistics
+
+
+class Scratch:
+    """A decoder with random weights, or those of ``train.init_from``; run.py says what calls it."""
+
+    on_step = None
+
+    def __init__(
+        self,
+        job: TrainJob,
+        overrides: list[str],
+        resumed: Path | None,
+        world: World,
+        reporter: Reporter,
+    ) -> None:
+        check_memory(job, world.size, free_memory(world.device))
+        self._job, self._world, self._reporter = job, world, reporter
+        self._tokenizer_given = any(word.startswith("tokenizer") for word in overrides)
+        # A resumed run keeps its tokenizer: a newly trained one could differ.
+        saved = resumed / "tokenizer" if resumed else None
+        self.tokenizer = load_tokenizer(saved) if saved and saved.is_dir() else job.tokenizer
+
+    def build(self, corpus: Corpus, initial: bool) -> None:
+        """Build the model on its device.
+
+        Args:
+            corpus: the text; its tokenizer gives the size of the vocabulary.
+            initial: whether to load ``train.init_from``; not if a checkpoint is loaded later.
+
+        Raises:
+            UserError: the vocabulary, the tokenizer or the weights cannot be used.
+        """
+        job, kind = self._job, corpus.tokenizer.kind
+        if job.data.kind == "shards" and kind != job.tokenizer.kind and self._tokenizer_given:
+            raise UserError(
+                f"tokenizer={job.tokenizer.kind} cannot be used with data=shards: these hold "
+                f"{kind} tokens; leave it out"
+            )
+        entries = corpus.tokenizer.vocab_size
+        size = job.model.vocab_size or entries
+        if size < entries:
+            raise UserError(
+                f"model.vocab_size={size} cannot be used: the tokenizer has {entries} entries; "
+                "leave it null, or give more"
+            )
+        model = build_model(dataclasses.replace(job.model, vocab_size=size))
+        init_weights(model, job.seed)
+        if initial and job.train.init_from is not None:
+            source, folder = find_checkpoint(job.train.init_from, "train.init_from")
+            if load_tokenizer(source / "tokenizer").fingerprint != corpus.tokenizer.fingerprint:
+                raise UserError(
+                    f"data={job.data.kind} cannot be used with train.init_from="
+                    f"{job.train.init_from}: its tokens come from another tokenizer"
+                )
+            model.load_state_dict(read_tensors(folder / WEIGHTS, trained_shapes(model)))
+        self._corpus = corpus
+        self.model = model.to(self._world.device)
+        self.blocks = model.layers
+        self.parameters = model.num_parameters()
+        self.flops_per_token = model.flops_per_token(job.train.seq_len)
+        self.probe = partial(attention_statistics, model, model.layers)
+
+    def write_start(self, folder: Path) -> None:
+        """Write nothing: a run of ``diffx train`` has no files of its own."""
+
+    def describe(self) -> None:
+        """Print parameter counts and the n-gram baselines, which the main process measures."""
+        self._reporter.table(counts_table(self.model.config))
+        self._baselines: dict[str, dict[str, float]] = {}
+        if self._world.main:
+            with self._reporter.progress("n-gram baselines", None, unit="MB") as bar:
+                self._baselines = baselines(self._corpus, progress=partial(show_read, bar))
+        for name, losses in self._baselines.items():
+            values = ", ".join(f"{value:.4f} {unit}" for unit, value in losses.items())
+            self._reporter.line(f"{name}: {values}")
+
+    def finish(self, folder: Path, result: Fit) -> dict[str, Any]:
+        """Sample a continuation of ``train.sample_prompt``; all processes hold parts of the model."""
+        job, tokenizer, sample = self._job, self._corpus.tokenizer, ""
+        if job.train.sample_tokens:
+            prompt = [tokenizer.eot_id, *tokenizer.encode(job.train.sample_prompt)]
+            sampled = generate(
+                self.model,
+                torch.tensor([prompt], device=self._world.device),
+                max_tokens=job.train.sample_tokens,
+                temperature=0.8,
+                top_p=0.95,
+                seed=job.seed,
+                eot_id=tokenizer.eot_id,
+            )
+            sample = tokenizer.decode(list(sampled))
+        return {"baselines": self._baselines, "sample": sample}
+
+    def report(self, summary: dict[str, Any]) -> None:
+        """Print the sample, and the held-out loss beside the baselines."""
+        if summary["sample"]:
+            self._reporter.line("\nsampled continuation:\n" + summary["sample"] + "\n")
+        losses = {summary["kind"]: {"nats": summary["val/loss"], "bpb": summary["val/bpb"]}}
+        rows = [
+            [name, f"{loss['nats']:.4f}" if "nats" in loss else "-", f"{loss['bpb']:.4f}"]
+            for name, loss in (losses | summary["baselines"]).items()
+        ]
+        columns = ["model", "nats a token", "bits per byte"]
+        self._reporter.table(make_table("Held-out loss", columns, rows))
+
+
+def show_read(bar: Bar, stage: str, done: int, total: int | None) -> None:
+    """Show the bytes of a corpus that were read in a progress bar of megabytes."""
+    bar.at(done // 10**6, stage + (f" of {figure(total)} bytes" if total else ""))
