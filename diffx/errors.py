@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 
 
 class UserError(ValueError):
@@ -21,6 +22,12 @@ class Stopped(KeyboardInterrupt):
     """SIGINT or SIGTERM asked a run to stop, and it saved a checkpoint first: a clean end (exit code 0)."""
 
     exit_code = 0
+
+
+def reason(error: BaseException) -> str:
+    """Describe an exception of another library in one line of at most 200 characters."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return shorten(text, 200, placeholder=" …").rstrip(".: ")
 
 
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}

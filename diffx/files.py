@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all; a damaged one is named in one line."""
+"""Small files: written atomically, read with a one-line error that names a damaged file."""
 
 import hashlib
 import json
@@ -10,21 +10,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from diffx.errors import UserError
+from diffx.errors import UserError, reason
 
 _log = logging.getLogger(__name__)
-_CHECKSUM = b', "checksum": "'  # in a line of JSON; within a text its quotes would be escaped
+_CHECKSUM = b', "checksum": "'  # cannot occur within a JSON string, where quotes are escaped
 
 
 @contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
-    """Give a temporary path beside ``path``; it takes the place of ``path`` at the end, and is deleted after an exception.
+    """Yield a temporary path that replaces ``path`` at the end, or is deleted after an exception.
 
-    The temporary file is named after ``path`` alone, so that a killed writer leaves at most one and the next writer replaces it.
+    The temporary name depends on ``path`` alone, so that a killed process leaves at most one
+    file, which the next process replaces.
 
     Args:
         path: the file to write.
-        suffix: ends the temporary name, for a library that takes the format from it.
+        suffix: ends the temporary name, for a library that derives the format from it.
     """
     temporary = path.with_name(f".{path.name}.tmp{suffix}")
     try:
@@ -37,9 +38,9 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Give a new folder beside ``folder``; it is renamed to ``folder`` at the end, and deleted after an exception.
+    """Yield a new folder that is renamed to ``folder`` at the end, or deleted after an exception.
 
-    Its name depends on ``folder`` alone, as that of ``replacing`` does. ``folder`` must be absent or empty by then.
+    ``folder`` must be absent or empty when the block ends.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -53,15 +54,15 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file ``path`` while the block runs; a killed process gives it up too.
+def locked(path: Path, name: str) -> Iterator[None]:
+    """Hold a lock file; the system releases it if the process is killed.
 
     Args:
-        path: the lock file, in a folder that exists.
-        what: names what the lock protects, in the message.
+        path: the lock file, in an existing folder.
+        name: what the lock protects, for the message.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
     from filelock import FileLock, Timeout  # not needed by commands that only read
 
@@ -69,7 +70,9 @@ def locked(path: Path, what: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{what} cannot be used: another process is writing it; wait for it to end, or stop it") from error
+        raise UserError(
+            f"{name} cannot be used: another process is writing it; wait for it to end, or stop it"
+        ) from error
     try:
         yield
     finally:
@@ -79,13 +82,13 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all."""
+    """Write UTF-8 text atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -93,7 +96,7 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: it is no JSON, no UTF-8, or nested too deeply to read.
+        ValueError: it is not JSON, not UTF-8, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -106,15 +109,15 @@ def read_json(path: Path, fields: Mapping[str, Any] | None = None) -> dict[str, 
 
     Args:
         path: the file.
-        fields: keys that it must have, each with the type of its value (as ``isinstance`` takes it).
+        fields: required keys, each with the type of its value (as ``isinstance`` takes it).
 
     Raises:
-        UserError: the file cannot be read, or holds something else.
+        UserError: the file cannot be read, or is not such an object.
     """
     try:
         value = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it must hold a JSON object")
     for key, kind in (fields or {}).items():
@@ -123,101 +126,97 @@ def read_json(path: Path, fields: Mapping[str, Any] | None = None) -> dict[str, 
     return value
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON objects of a file, one a line; a missing file has none.
+def read_json_lines(path: Path, skip_damaged: bool = False) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one a line; a missing file has none.
 
-    A last line without its newline was torn by a kill and is left out.
+    A last line without a newline is left out: the process that wrote it was killed. The checksum
+    of a line from ``checked_line`` is verified and removed.
+
+    Args:
+        path: the file.
+        skip_damaged: leave damaged lines out with a warning, for values that can be computed again.
 
     Raises:
-        UserError: the file cannot be read, or another line is no JSON object.
+        UserError: the file cannot be read, or a line is damaged.
     """
     try:
-        content = path.read_bytes()
+        *lines, cut_off = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
-    rows = []
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            row = parse_json(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path} is damaged: line {number} is no JSON object")
-        rows.append(row)
-    return rows
-
-
-def json_checksum(value: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON object without its key ``checksum``."""
-    rest = {key: item for key, item in value.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def append_lines(path: Path) -> TextIO:
-    """Open a file of lines to append to; a last line that was torn by a kill or a full disk is ended first."""
-    torn = path.exists() and path.stat().st_size > 0 and not _ends_with_newline(path)
-    file = path.open("a", encoding="utf-8")
-    file.write("\n" if torn else "")
-    return file
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
-
-
-def checked_line(row: Mapping[str, Any]) -> str:
-    """Write a JSON object as a line whose last key is the ``checksum`` of the rest, for ``read_checked_lines``."""
-    text = json.dumps(row)
-    return f'{text[:-1]}{_CHECKSUM.decode()}{_line_checksum(text.encode())}"}}\n'
-
-
-def read_checked_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON objects that ``checked_line`` wrote; a missing file has none.
-
-    A damaged line is left out with a warning: what it held is computed again. A line without a checksum is taken as it is.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
-    rows, damaged = [], 0
-    for line in filter(None, lines):
-        head, mark, checksum = line.rpartition(_CHECKSUM)
-        text = head + b"}" if mark else line
-        try:
-            row = parse_json(text)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and (not mark or checksum == f'{_line_checksum(text)}"}}'.encode()):
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    rows, damaged = [], int(bool(cut_off))
+    for number, line in enumerate(lines, 1):
+        row = _parse_line(line)
+        if row is not None:
             rows.append(row)
-        else:
+        elif skip_damaged:
             damaged += 1
-    if damaged:
+        else:
+            raise UserError(f"{path} is damaged: line {number} is no JSON object")
+    if skip_damaged and damaged:
         _log.warning("%s: %d damaged lines are left out", path, damaged)
     return rows
 
 
-def _line_checksum(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()[:16]
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    head, mark, checksum = line.rpartition(_CHECKSUM)
+    text = head + b"}" if mark else line
+    try:
+        row = parse_json(text)
+    except ValueError:
+        return None
+    intact = not mark or checksum == f'{sha256(text)[:16]}"}}'.encode()
+    return row if intact and isinstance(row, dict) else None
 
 
-def sha256(path: Path) -> str:
-    """Hash a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def checked_line(row: Mapping[str, Any]) -> str:
+    """Format a JSON object as a line whose last key is the ``checksum`` of the other keys."""
+    text = json.dumps(row)
+    return f'{text[:-1]}{_CHECKSUM.decode()}{sha256(text)[:16]}"}}\n'
 
 
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split()) or type(error).__name__
+def append_lines(path: Path) -> TextIO:
+    """Open a file of lines to append to; a last line that was cut off is ended first."""
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+    return path.open("a", encoding="utf-8")
+
+
+def open_text(path: Path) -> TextIO:
+    """Open UTF-8 text to read it; a ``.gz`` or ``.zst`` file is decompressed."""
+    if path.suffix == ".gz":
+        import gzip
+
+        return gzip.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".zst":
+        import zstandard
+
+        return zstandard.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def sha256(*contents: Path | bytes | str) -> str:
+    """Return the hexadecimal SHA-256 of files' contents (``Path``), bytes and UTF-8 text."""
+    hasher = hashlib.sha256()
+    for content in contents:
+        if isinstance(content, Path):
+            with content.open("rb") as file:
+                while block := file.read(1 << 20):
+                    hasher.update(block)
+        else:
+            hasher.update(content.encode() if isinstance(content, str) else content)
+    return hasher.hexdigest()
+
+
+def json_sha256(value: Any, sort_keys: bool = True) -> str:
+    """Return the SHA-256 of a value's JSON."""
+    return sha256(json.dumps(value, sort_keys=sort_keys))
+
+
+def json_checksum(value: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a JSON object without its key ``checksum``."""
+    return json_sha256({key: item for key, item in value.items() if key != "checksum"})

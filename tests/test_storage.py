@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from diffx.cli import main
 from diffx.errors import UserError
-from diffx.files import append_lines, checked_line, locked, read_checked_lines
+from diffx.files import append_lines, checked_line, locked, read_json_lines
 
 TRAIN = (
     "train model=transformer tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 train.steps=2 "
@@ -97,16 +97,16 @@ class Filling:
 def test_lines_that_were_torn_or_altered_are_left_out(tmp_path, caplog):
     path = tmp_path / "lines.jsonl"
     rows = [{"id": str(n), "text": 'a", "checksum": "b', "value": n / 7, "none": None} for n in range(4)]
-    assert read_checked_lines(path) == []
+    assert read_json_lines(path, skip_damaged=True) == []
     for row in rows:
         with append_lines(path) as file:
             file.write(checked_line(row))
-    assert read_checked_lines(path) == rows and not caplog.text
+    assert read_json_lines(path, skip_damaged=True) == rows and not caplog.text
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0].replace(b'"0"', b'"1"') + lines[1] + b'{"old": 1}\n' + lines[2][:30])
     with append_lines(path) as file:
         file.write(checked_line(rows[3]))
-    assert read_checked_lines(path) == [rows[1], {"old": 1}, rows[3]] and "2 damaged lines" in caplog.text
+    assert read_json_lines(path, skip_damaged=True) == [rows[1], {"old": 1}, rows[3]] and "2 damaged lines" in caplog.text
 
 
 def test_a_lock_is_held_once_and_leaves_nothing(tmp_path):

@@ -25,7 +25,7 @@ from diffx.config.composition import CONFIGS, compose_config, composer, config_g
 from diffx.config.meanings import commented, explained
 from diffx.config.messages import explain, keys, unknown
 from diffx.errors import UserError, describe, one_line
-from diffx.files import append_lines, read_checked_lines, read_json, write_json
+from diffx.files import append_lines, read_json, read_json_lines, write_json
 
 _RUN_DIR = "run.dir={} cannot be used in a multirun: each job's folder is <hydra.sweep.dir>/<job number>; set hydra.sweep.dir instead"
 _FAILED, _RESULT = "failed.jsonl", "result_{}.json"
@@ -248,7 +248,7 @@ def launch(
         with _one_line(app, name, words):
             _hydra_main(sweep_job, name, words)
     finally:
-        failed = sorted([*read_checked_lines(sweep / _FAILED), *sweep_job.unwritten], key=lambda entry: entry["job"])
+        failed = sorted([*read_json_lines(sweep / _FAILED, skip_damaged=True), *sweep_job.unwritten], key=lambda entry: entry["job"])
         if failed:
             jobs = ", ".join(_job(entry, words) for entry in failed)
             count = f"{len(failed)} jobs" if len(failed) > 1 else "1 job"

@@ -14,13 +14,14 @@ from filelock import FileLock
 from diffx.config import UserError
 from diffx.config.data import BpeTokenizer, DataConfig, HubData, RetrievalData, ShardsData, TokenizerConfig
 from diffx.data.batches import Batch, WindowBatches, val_batches
-from diffx.data.prepare import Source, build, digest, ready, settings
+from diffx.data.prepare import Source, build, ready, settings
 from diffx.data.shards import HeldOut, Progress, Shards, TokenArray, cache_folder, no_progress, read_meta
 from diffx.data.sources import documents, file_hashes, source_files
 from diffx.data.stream import StreamBatches
 from diffx.data.synthetic import SampleBatches, held_out, train_tokenizer
 from diffx.data.tokenizers import Tokenizer, load_tokenizer
 from diffx.errors import storage_errors
+from diffx.files import json_sha256
 
 Batches = WindowBatches | StreamBatches | SampleBatches
 _SHARD_TOKENS = 10**8
@@ -59,7 +60,7 @@ class Corpus:
         Raises:
             UserError: the training text is shorter than one sequence, or the rows do not divide among the processes.
         """
-        corpus = digest([self.info["sha256"], self.tokenizer.fingerprint])
+        corpus = json_sha256([self.info["sha256"], self.tokenizer.fingerprint])
         if isinstance(self.data, RetrievalData):
             return SampleBatches(self.data, self.shards, corpus, seq_len, batch_size, seed, rank, world_size)
         if not isinstance(self.data, HubData):
@@ -94,7 +95,7 @@ def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progr
         shards = Shards(Path(data.path).expanduser(), progress)
     elif isinstance(data, HubData):
         first = list(itertools.islice(documents(data), data.tokenizer_documents))
-        contents = digest([document.digest.hex() for document in first])
+        contents = json_sha256([document.digest.hex() for document in first])
         shards = _cached(Source(data, lambda: first, progress=progress), tokenizer, contents)
     else:
         files = source_files(data)
@@ -102,7 +103,7 @@ def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progr
         sizes = {name: path.stat().st_size for name, path in files.items()}
         info["files"] = [{"name": name, "bytes": sizes[name], "sha256": hashes[name]} for name in files]
         source = Source(data, lambda: documents(data), sum(sizes.values()), progress)
-        shards = _cached(source, tokenizer, digest(list(hashes.values())))
+        shards = _cached(source, tokenizer, json_sha256(list(hashes.values())))
     val = shards.held_out(int(data.val_tokens))
     info |= {key: shards.meta[key] for key in ("sha256", "tokenizer", "train")}
     info["val"] = shards.meta["val"] | {"measured": {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}}
@@ -113,7 +114,7 @@ def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: st
     """Open the shards of a corpus whose files have the hash ``contents``, building them if there are none or they are damaged."""
     made = ready(tokenizer)
     wanted = settings(source.data, made, contents)
-    folder = cache_folder() / digest(wanted)[:32]
+    folder = cache_folder() / json_sha256(wanted)[:32]
     with storage_errors(f"the cache {folder.parent} cannot be written (DIFFX_CACHE can name another)"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # of several processes that start together, one builds

@@ -1,9 +1,7 @@
 """Write token shards: for the cache, and for ``diffx data prepare``. A killed one goes on behind its last finished shard."""
 
 import functools
-import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import threading
@@ -23,7 +21,7 @@ from diffx.data.shards import FORMAT, Progress, Shards, ShardWriter, no_progress
 from diffx.data.sources import Document, documents, label, source_files
 from diffx.data.tokenizers import FastTokenizer, TiktokenEncoding, Tokenizer, load_tokenizer, make_tokenizer
 from diffx.errors import storage_errors
-from diffx.files import locked, replacing_folder
+from diffx.files import json_sha256, locked, replacing_folder
 
 _FEW = 150  # documents whose keys would often hold out far more or less than the fraction
 BPE_BYTES = 200 * 10**6  # a vocabulary of some thousands is settled long before
@@ -45,7 +43,7 @@ def prepare(job: PrepareJob, progress: Progress = no_progress) -> Path:
     total = sum(path.stat().st_size for path in files.values()) or None
     source = Source(job.data, lambda: documents(job.data), total, progress)
     tokenizer = ready(job.tokenizer)
-    wanted = settings(job.data, tokenizer, digest(state)) | {"shard_tokens": job.shard_tokens}
+    wanted = settings(job.data, tokenizer, json_sha256(state)) | {"shard_tokens": job.shard_tokens}
     _begun(out, wanted)  # refuse before anything is made, the lock included
     with storage_errors(f"out={out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -82,11 +80,6 @@ def settings(data: DataConfig, tokenizer: BpeTokenizer | Tokenizer, contents: st
     made = asdict(tokenizer) if isinstance(tokenizer, BpeTokenizer) else {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
     chosen["way to hold documents out"] = 2  # 1 held out whole documents, however few and long
     return {"format": FORMAT} | chosen | {f"tokenizer.{key}": value for key, value in made.items()} | {"state of the files": contents}
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value's JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

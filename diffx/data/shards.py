@@ -229,7 +229,7 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]], progress: Progress) 
         if status.st_size != file["bytes"]:
             raise UserError(f"data.path={folder} cannot be used: {name} has {status.st_size} bytes in place of {file['bytes']}")
         state[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, file["sha256"]]
-    stamp = cache_folder() / "verified" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.json"
+    stamp = cache_folder() / "verified" / f"{sha256(str(folder.resolve()))[:32]}.json"
     with ExitStack() as stack:
         try:
             stamp.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +287,7 @@ class ShardWriter:
             self._in_shard += len(tokens)
         for key, more in (("documents", 1), ("tokens", len(tokens)), ("bytes", document.n_bytes)):
             meta[split][key] += more
-        meta["sha256"] = hashlib.sha256(bytes.fromhex(meta["sha256"]) + document.digest).hexdigest()
+        meta["sha256"] = sha256(bytes.fromhex(meta["sha256"]), document.digest)
         if self._in_shard >= self._shard_tokens:
             self._finish_shard()
             self._start_shard()

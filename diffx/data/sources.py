@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, BinaryIO, cast
 
 import zstandard
 
 from diffx.config import RunError, UserError
 from diffx.config.data import DataConfig, HubData, RetrievalData, StdlibData, TextData
+from diffx.errors import reason
 from diffx.files import parse_json, sha256
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -117,12 +117,6 @@ def label(data: DataConfig) -> str:
     if isinstance(data, TextData):
         return f"data.path={','.join(data.path)}"
     return f"data.name={data.name}" if isinstance(data, HubData) else f"data={data.kind}"
-
-
-def reason(error: Exception) -> str:
-    """Make one line, not too long, of an exception of another library."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return shorten(text, 200, placeholder=" …").rstrip(".: ")
 
 
 def _cannot(path: Any) -> str:

@@ -1,6 +1,5 @@
 """A corpus as plain documents, for evaluations."""
 
-import hashlib
 import itertools
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from diffx.config.data import DataConfig, HubData, ShardsData
 from diffx.data.prepare import Source, holdout_threshold
 from diffx.data.shards import Shards
 from diffx.data.sources import documents
+from diffx.files import sha256
 
 _MOST = 64 << 20  # characters; no evaluation needs more
 
@@ -44,4 +44,4 @@ def read_texts(data: DataConfig, held_out: bool) -> tuple[list[str], str]:
                 if length > _MOST:
                     break
     texts = [text for text in texts if text]
-    return texts, hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    return texts, sha256("\0".join(texts))

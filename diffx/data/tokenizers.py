@@ -1,7 +1,6 @@
 """Text to tokens and back. Special tokens that stand in a text are encoded as the text they are."""
 
 import base64
-import hashlib
 import json
 import logging
 import os
@@ -14,8 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from diffx.config import UserError
 from diffx.config.data import BpeTokenizer, BytesTokenizer, HfTokenizer, TiktokenTokenizer, TokenizerConfig
-from diffx.data.sources import reason
-from diffx.files import read_json, write_json
+from diffx.errors import reason
+from diffx.files import json_sha256, read_json, sha256, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 _FILE = "diffx_tokenizer.json"
@@ -45,7 +44,7 @@ class FastTokenizer:
         self._backend, self._eot, self._pretrained = backend, eot, pretrained
         definition = json.loads(backend.to_str())
         del definition["post_processor"]  # never used, and rewritten by transformers when it saves
-        self.fingerprint = hashlib.sha256(json.dumps([definition, self.eot_id], sort_keys=True).encode()).hexdigest()
+        self.fingerprint = json_sha256([definition, self.eot_id])
 
     def encode(self, text: str) -> list[int]:
         """Encode one text, without an end-of-text token."""
@@ -92,8 +91,8 @@ class TiktokenEncoding:
         self.eot_id: int = encoding.eot_token
         self.vocab_size: int = encoding.n_vocab
         self._encoding = encoding
-        ranks = hashlib.sha256(self._ranks()).hexdigest()
-        self.fingerprint = hashlib.sha256(json.dumps([ranks, encoding._pat_str, encoding._special_tokens]).encode()).hexdigest()
+        ranks = sha256(self._ranks())
+        self.fingerprint = json_sha256([ranks, encoding._pat_str, encoding._special_tokens], sort_keys=False)
 
     def encode(self, text: str) -> list[int]:
         """Encode one text, without an end-of-text token."""

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from diffx.config import UserError
 from diffx.config.dex import CRITERIA, DexConfig
-from diffx.data.sources import reason
 from diffx.dex.layout import Layer
+from diffx.errors import reason
 from diffx.files import read_json, write_json
 from diffx.hub.attention import observing
 from diffx.models.view import AttentionView

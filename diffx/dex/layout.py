@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from diffx.config import UserError
-from diffx.data.sources import reason
 from diffx.dex.layer import projection_weight
+from diffx.errors import reason
 from diffx.hub.attention import attending_with
 
 

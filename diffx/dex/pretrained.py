@@ -1,6 +1,5 @@
 """A pretrained causal model of ``transformers`` with its tokenizer, from the hub or a folder."""
 
-import hashlib
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +19,10 @@ from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from diffx.config import UserError
-from diffx.data.sources import reason
 from diffx.data.tokenizers import FastTokenizer
 from diffx.dex.layout import quiet_transformers
+from diffx.errors import reason
+from diffx.files import sha256
 from diffx.hub.configs import DexConfig
 
 
@@ -213,10 +213,5 @@ def _commit(spec: str, revision: str | None) -> str:
 
 
 def _weights_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    paths = sorted(folder.glob("*.safetensors"))
+    return sha256(*(content for path in paths for content in (path.name, path)))

@@ -25,7 +25,7 @@ from diffx.config.eval import EvalJob
 from diffx.data.sources import reason
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.scoring import generations, loglikelihoods
-from diffx.files import append_lines, checked_line, read_checked_lines
+from diffx.files import append_lines, checked_line, read_json_lines
 from diffx.models import Decoder
 
 Ask = Callable[[str, list[Any]], list[Any]]  # a method of LM and requests -> an answer to each
@@ -247,7 +247,7 @@ class RecordingLM(LM):
     def __init__(self, ask: Ask, path: Path, tell: Callable[[int, int], None], template: LM | None = None):
         super().__init__()
         self._ask, self._path, self._tell, self._template = ask, path, tell, template
-        rows = [row for row in read_checked_lines(path) if isinstance(row.get("request"), str) and "answer" in row]
+        rows = [row for row in read_json_lines(path, skip_damaged=True) if isinstance(row.get("request"), str) and "answer" in row]
         self._known = {row["request"]: row["answer"] for row in rows}
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:

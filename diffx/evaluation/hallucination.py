@@ -1,8 +1,5 @@
 """``suite=hallucination``: summaries and answers, judged for their faithfulness to the text (arXiv 2410.05258, section 3.6)."""
 
-import gzip
-import hashlib
-import json
 import random
 import re
 import zipfile
@@ -18,12 +15,12 @@ from matplotlib.figure import Figure
 
 from diffx.config import UserError
 from diffx.config.eval import EndpointJudge
-from diffx.data.sources import reason
+from diffx.errors import reason
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.published import published
 from diffx.evaluation.scoring import generations
 from diffx.evaluation.suite import Context, Example, Metric, Record, mean_metrics
-from diffx.files import parse_json
+from diffx.files import json_sha256, open_text, parse_json
 
 # (name, subset, revision) of data sets that `datasets` reads without a script; LongBench has a script, and an archive beside it.
 _HUB: dict[str, tuple[str, str | None, str | None]] = {
@@ -71,8 +68,8 @@ def plan(context: Context) -> list[Example]:
         name, rows = _load(task, suite.data_dir)
         if name in tasks:
             raise UserError(f"suite.tasks={','.join(suite.tasks)} cannot be used: two tasks would be called {name}; rename a file")
-        drawn = list({_digest(row)[:16]: row for row in rows}.items())  # equal rows once
-        context.sources[name] = _digest(rows)
+        drawn = list({json_sha256(row, sort_keys=False)[:16]: row for row in rows}.items())  # equal rows once
+        context.sources[name] = json_sha256(rows, sort_keys=False)
         random.Random(f"{context.seed}/{name}").shuffle(drawn)
         tasks[name] = context.limited(drawn[: suite.samples])
     examples = [Example(f"{name}/{key}", {"group": name, **row}) for name, drawn in tasks.items() for key, row in drawn]
@@ -241,10 +238,6 @@ def _prompt(row: dict[str, Any], text: str) -> str:
     return _FORMS[row["kind"]].prompt.format(text=text, question=row.get("question"))
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
 def _load(task: str, data_dir: str | None) -> tuple[str, list[dict[str, Any]]]:
     """Read a task's name and rows: ``kind``, ``text``, ``references``, and of a question ``question``."""
     if task in _HUB or task in _LONGBENCH_TASKS:
@@ -272,7 +265,7 @@ def _load(task: str, data_dir: str | None) -> tuple[str, list[dict[str, Any]]]:
 
 def _read(path: Path) -> list[Any]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             return [parse_json(line) for line in file if line.strip()]
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"{path} cannot be used: {reason(error)}; it must be JSON lines in UTF-8, or those in .gz") from error

@@ -18,7 +18,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from diffx.config import UserError
-from diffx.data.sources import reason
+from diffx.errors import reason
 
 _OURS = Path(__file__).with_name("tasks")
 _SUFFIXES = {".jsonl": "json", ".parquet": "parquet"}

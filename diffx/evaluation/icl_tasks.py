@@ -1,8 +1,5 @@
 """Labelled texts for in-context classification: data sets of the hub, JSON lines, and a mapping of invented words."""
 
-import gzip
-import hashlib
-import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,9 +8,9 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from diffx.config import UserError
-from diffx.data.sources import reason
+from diffx.errors import reason
 from diffx.evaluation.suite import Context
-from diffx.files import parse_json
+from diffx.files import json_sha256, open_text, parse_json
 
 _CONVERTED = "refs/convert/parquet"  # the hub's own conversion: `datasets` no longer runs a data set's script
 # name: (data set, subset, revision, text column, label column, a label that is left out)
@@ -93,7 +90,7 @@ def load_tasks(context: Context) -> list[Task]:
             raise UserError(f"suite.tasks={','.join(names)} cannot be used: two tasks would be called {task.name}; rename a file")
         if len(task.labels) < 2:
             raise UserError(f"suite.tasks={task.name} cannot be used: its texts have {len(task.labels)} labels; two are needed")
-        context.sources[task.name] = hashlib.sha256(json.dumps([task.train, task.test]).encode()).hexdigest()
+        context.sources[task.name] = json_sha256([task.train, task.test])
     return tasks
 
 
@@ -114,7 +111,7 @@ def _load(name: str, labels: int, seed: int) -> Task:
 def _read_lines(path: Path) -> list[Row]:
     rows = []
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = parse_json(line)

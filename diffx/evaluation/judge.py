@@ -1,7 +1,6 @@
 """A model behind an OpenAI-compatible endpoint says of each answer whether it is faithful; what it said is kept in a file."""
 
 import asyncio
-import hashlib
 import itertools
 import json
 import os
@@ -31,8 +30,8 @@ from openai import (
 
 from diffx.config import RunError, UserError
 from diffx.config.eval import EndpointJudge
-from diffx.data.sources import reason
-from diffx.files import append_lines, checked_line, parse_json, read_checked_lines
+from diffx.errors import reason
+from diffx.files import append_lines, checked_line, json_sha256, parse_json, read_json_lines
 
 _httpx = import_module(DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])  # httpx2 since openai 3
 
@@ -127,7 +126,7 @@ def ask(judge: EndpointJudge, prompts: Sequence[str], cache: Path, progress: Cal
     if not (secret.isascii() and secret.isprintable()):
         raise UserError("OPENAI_API_KEY cannot be used: it holds a character that a key cannot have; copy it again")
     asked_of = [judge.base_url, judge.model, judge.temperature]
-    keys = [hashlib.sha256(json.dumps([*asked_of, prompt]).encode()).hexdigest() for prompt in prompts]
+    keys = [json_sha256([*asked_of, prompt]) for prompt in prompts]
     said = _read(cache)
     todo = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in said}
     refused: dict[str, str] = {}
@@ -277,7 +276,7 @@ def _redacted(error: BaseException, secret: str) -> str:
 def _read(cache: Path) -> dict[str, str]:
     """Read the understood replies by key; a line that an interrupt tore is left out."""
     said = {}
-    for row in read_checked_lines(cache):
+    for row in read_json_lines(cache, skip_damaged=True):
         key, reply = row.get("key"), row.get("said")
         if isinstance(key, str) and isinstance(reply, str) and parse(reply) is not None:
             said[key] = reply

@@ -7,7 +7,6 @@
     <suite>.png
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -34,7 +33,18 @@ from diffx.errors import describe, one_line, storage_errors
 from diffx.evaluation.adapter import with_chat_template
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context, Example, Metric, Record
-from diffx.files import append_lines, checked_line, locked, parse_json, read_checked_lines, read_json, replacing, write_json
+from diffx.files import (
+    append_lines,
+    checked_line,
+    json_sha256,
+    locked,
+    open_text,
+    parse_json,
+    read_json,
+    read_json_lines,
+    replacing,
+    write_json,
+)
 from diffx.loading import load
 from diffx.tracking import show_evaluation
 
@@ -114,7 +124,7 @@ def measure(job: EvalJob, lm: LanguageModel, change: Change | None = None, table
     examples = module.plan(context)
     judged = job.judge.kind != "none" and hasattr(module, "judge")
     settings = _settings(context, judged) | ({"change": change.settings} if change else {})
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    digest = json_sha256(settings)[:12]
     name = f"{job.suite.name}-{change.name}" if change else job.suite.name
     folder = context.folder = lm.loaded.folder / "evals" / str(lm.loaded.step) / name / digest
     reporter.line(f"{name} on {lm.name}, {len(examples)} examples, in {folder}")
@@ -191,11 +201,11 @@ def _evaluate(
 
 def read_records(folder: Path) -> list[Record]:
     """Read the records of an evaluation: those of a finished one, or of an unfinished one what there is; damaged ones are left out."""
-    records = read_checked_lines(folder / _RECORDS)
+    records = read_json_lines(folder / _RECORDS, skip_damaged=True)
     whole = folder / f"{_RECORDS}.zst"
     if whole.exists():
         try:
-            with zstandard.open(whole, "rt", encoding="utf-8") as file:
+            with open_text(whole) as file:
                 records = [parse_json(line) for line in file] + records
         except (ValueError, zstandard.ZstdError) as error:
             _log.warning("%s is damaged (%s): its records are measured again", whole, error)

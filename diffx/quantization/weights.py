@@ -1,7 +1,5 @@
 """Weights at few bits, stored by torchao: a folder that ``AutoModelForCausalLM`` loads, made once and then evaluated like any model."""
 
-import hashlib
-import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,6 +19,7 @@ from diffx.console import Reporter
 from diffx.dex.pretrained import load_pretrained
 from diffx.evaluation.run import Change
 from diffx.export import new_model_folder, to_transformers, write_pretrained
+from diffx.files import json_sha256
 from diffx.loading import Loaded, load, load_run
 
 _GROUP = 32  # weights that share a scale where nothing is said, below 8 bits
@@ -78,8 +77,8 @@ def quantize_weights(job: QuantizeJob, loaded: Loaded, bits: int, left: list[str
     method: Any = job.method
     dtype = next(loaded.model.parameters()).dtype
     settings = change_settings(method, bits) | {"group_size": _group(method, bits)}  # the one that null stands for
-    known = json.dumps({"fingerprint": loaded.fingerprint, "dtype": str(dtype), **settings}, sort_keys=True)
-    name = f"{method.scheme.value}-{bits}bit-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    known = json_sha256({"fingerprint": loaded.fingerprint, "dtype": str(dtype), **settings})
+    name = f"{method.scheme.value}-{bits}bit-{known[:12]}"
     out = loaded.folder / "quantized" / str(loaded.step) / name
     if job.force:
         shutil.rmtree(out, ignore_errors=True)

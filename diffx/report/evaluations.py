@@ -14,7 +14,7 @@ import zstandard
 from diffx.config import UserError
 from diffx.config.composition import CONFIGS
 from diffx.config.suite import SUITE_CONFIGS
-from diffx.files import parse_json, read_json
+from diffx.files import open_text, parse_json, read_json
 from diffx.report.runs import as_word
 
 Key = tuple[str, str]  # group and score
@@ -69,7 +69,7 @@ class Evaluation:
         path = self.folder / "records.jsonl.zst"
         found: dict[Key, dict[str, list[float]]] = {}
         try:
-            with zstandard.open(path, "rt", encoding="utf-8") as file:
+            with open_text(path) as file:
                 records = [parse_json(line) for line in file]
             if len(records) != self.results["examples"]:  # a file that was cut off reads as one that ends there
                 raise ValueError(f"it has {len(records)} of {self.results['examples']} records")

@@ -25,7 +25,7 @@ from diffx.dex.layer import projection_weight
 from diffx.dex.layout import find_layers
 from diffx.dex.pretrained import Pretrained, free_memory, load_pretrained
 from diffx.dex.watch import Watch
-from diffx.files import read_json, read_json_lines, replacing_folder, write_json
+from diffx.files import read_json, read_json_lines, replacing, replacing_folder, write_json
 from diffx.train.checkpoint import WEIGHTS, read_tensors
 from diffx.train.loop import Fit
 from diffx.train.parallel import World, autocast, precision_of
@@ -114,7 +114,8 @@ class Adaptation:
         self._plan.save(folder / "heads.json")
         (folder / "plots").mkdir(exist_ok=True)
         if job.dex.variant.branches:
-            draw_heads(self._plan, folder / "plots" / "heads.png")
+            with replacing(folder / "plots" / "heads.png", ".png") as temporary:
+                draw_heads(self._plan, temporary)
 
     def describe(self) -> None:
         """Print the parameter counts."""
