@@ -1,4 +1,7 @@
-"""What a command says: rich tables and progress on a terminal, plain lines elsewhere; a run's lines also go to its log."""
+"""Output of a command: rich tables and progress on a terminal, plain lines elsewhere.
+
+The lines of a run are also written to its log.
+"""
 
 import sys
 import time
@@ -8,12 +11,20 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 
 def make_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
-    """Build a table whose first column is text and whose other columns are figures, aligned right."""
+    """Build a table: text in the first column, figures aligned right in the others."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
@@ -26,7 +37,7 @@ class Reporter:
     """Prints lines, tables and progress; ``quiet`` (ranks above 0) prints nothing.
 
     Attributes:
-        console: where it prints.
+        console: the ``rich`` console.
     """
 
     def __init__(self, quiet: bool = False):
@@ -36,7 +47,7 @@ class Reporter:
         self._log: TextIO | None = None
 
     def open_log(self, path: Path) -> None:
-        """Copy every line from here on to ``path`` (appending)."""
+        """Append every later line to ``path`` too."""
         self._log = path.open("a", encoding="utf-8")
 
     def close_log(self) -> None:
@@ -46,7 +57,7 @@ class Reporter:
             self._log = None
 
     def line(self, text: str = "") -> None:
-        """Print one line as it is (no markup)."""
+        """Print one line, without markup."""
         self.console.print(text, markup=False)
         self._write_log(text)
 
@@ -68,14 +79,16 @@ class Reporter:
             self._log.flush()
 
     @contextmanager
-    def progress(self, what: str, total: int | None, done: int = 0, unit: str = "steps") -> Iterator["Bar"]:
-        """Show progress while the block runs: a bar with ETA on a terminal, plain lines elsewhere.
+    def progress(
+        self, name: str, total: int | None, done: int = 0, unit: str = "steps"
+    ) -> Iterator["Bar"]:
+        """Show progress while the block runs: a bar with ETA on a terminal, else plain lines.
 
         Args:
-            what: a word for the work.
+            name: of the work.
             total: units in all; ``None`` if unknown.
-            done: units already done (a resumed run).
-            unit: what a unit is called.
+            done: units done before (a resumed run).
+            unit: name of a unit.
         """
         if self.console.is_terminal and not self.console.quiet:
             columns: list[ProgressColumn] = [
@@ -89,32 +102,41 @@ class Reporter:
                 TextColumn("{task.fields[note]}"),
             ]
             with Progress(*columns, console=self.console, transient=True) as bars:
-                task = bars.add_task(what, total=total, completed=done, note="")
-                yield Bar(self, what, total, done, lambda n, note: bars.update(task, completed=n, note=note))
+                task = bars.add_task(name, total=total, completed=done, note="")
+                yield Bar(
+                    self,
+                    name,
+                    total,
+                    done,
+                    lambda n, note: bars.update(task, completed=n, note=note),
+                )
         else:
-            yield Bar(self, what, total, done, None)
+            yield Bar(self, name, total, done, None)
 
 
 class Bar:
-    """One piece of work in progress; made by ``Reporter.progress``."""
+    """The progress of one piece of work; made by ``Reporter.progress``."""
 
-    def __init__(self, reporter: Reporter, what: str, total: int | None, done: int, update):
-        self._reporter, self._what, self._total, self._update = reporter, what, total, update
+    def __init__(self, reporter: Reporter, name: str, total: int | None, done: int, update):
+        self._reporter, self._name, self._total, self._update = reporter, name, total, update
         self._first, self._start = done, time.monotonic()
         self._printed = self._start
 
     def at(self, done: int, note: str = "", always: bool = False) -> None:
-        """Say that ``done`` units are done.
+        """Show that ``done`` units are done.
 
         Args:
             done: units done.
             note: figures to show beside it.
-            always: print a line that stays, now; without a terminal one is printed every ten seconds at most otherwise.
+            always: print a line now; by default one is printed every ten seconds at most, and
+                none on a terminal.
         """
         now = time.monotonic()
-        line = f"{self._what} {done}" + (f"/{self._total}" if self._total else "") + (f"  {note}" if note else "")
+        total = f"/{self._total}" if self._total else ""
+        line = f"{self._name} {done}{total}" + (f"  {note}" if note else "")
         if self._total and done > self._first:
-            line += f"  ETA {duration((now - self._start) / (done - self._first) * (self._total - done))}"
+            rest = (now - self._start) / (done - self._first) * (self._total - done)
+            line += f"  ETA {duration(rest)}"
         if self._update is not None:
             self._update(done, note)
         if always or (self._update is None and now - self._printed > 10):
@@ -123,14 +145,14 @@ class Bar:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds as ``1:02:03`` or ``2:03``."""
+    """Format seconds as ``1:02:03`` or ``2:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def figure(value: float) -> str:
-    """Write a large number short: ``1.41B``, ``2.6M``, ``12.3K``."""
+    """Format a large number: ``1.41B``, ``2.6M``, ``12.3K``."""
     for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= scale:
             return f"{value / scale:.3g}{suffix}"

@@ -1,4 +1,4 @@
-"""Batches of token windows, the same for every architecture and for any number of processes."""
+"""Batches of token windows, the same for every architecture and any number of processes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from diffx.config import UserError
 from diffx.data.shards import HeldOut, TokenArray
 
 IGNORE = -100
+Row = tuple[np.ndarray, np.ndarray | None]  # tokens and their loss mask (None: all carry loss)
 
 
 @dataclass(slots=True)
@@ -20,8 +21,8 @@ class Batch:
 
     Attributes:
         inputs: tokens, int64 (B, T).
-        targets: the tokens that follow, int64 (B, T), -100 where no loss is taken.
-        position: where in the data they stand, for messages.
+        targets: the next tokens, int64 (B, T), -100 where no loss is taken.
+        position: the place in the data, for messages.
     """
 
     inputs: Tensor
@@ -29,9 +30,9 @@ class Batch:
     position: str
 
 
-def make_batch(rows: list[tuple[np.ndarray, np.ndarray | None]], position: str) -> Batch:
+def make_batch(rows: list[Row], position: str) -> Batch:
     """Stack windows of T + 1 tokens and their loss masks."""
-    tokens = torch.from_numpy(np.stack([tokens for tokens, _ in rows]).astype(np.int64))  # (B, T + 1)
+    tokens = torch.from_numpy(np.stack([tokens for tokens, _ in rows]).astype(np.int64))  # (B, T+1)
     targets = tokens[:, 1:].clone()
     for row, (_, mask) in enumerate(rows):
         if mask is not None:
@@ -39,85 +40,144 @@ def make_batch(rows: list[tuple[np.ndarray, np.ndarray | None]], position: str) 
     return Batch(tokens[:, :-1].contiguous(), targets, position)
 
 
-class WindowBatches:
-    """Endless batches from a ``TokenArray``: each epoch takes all windows of T tokens once, in an order of its own.
+class Batches:
+    """Base of the endless training batches.
 
-    The order depends on the seed only; a process takes rows ``rank::world_size`` of each batch. An epoch's windows start at a
-    random offset within the tokens that would be left over, so that none is left out for good.
+    A process takes rows ``rank::world_size`` of each batch.
+
+    Args:
+        corpus: identifies the text and its tokens.
+        seq_len: T in tokens.
+        batch_size: rows of a batch over all processes.
+        seed: of the order.
+        rank: number of this process.
+        world_size: number of processes.
     """
 
     def __init__(
-        self, tokens: TokenArray, corpus: str, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        corpus: str,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        check_rows(seq_len, batch_size, world_size)
-        if len(tokens) <= seq_len:
-            raise UserError(f"train.seq_len={seq_len} cannot be used: it must be below the {len(tokens)} tokens of the training text")
-        self._tokens, self._corpus, self._seq_len, self._batch_size = tokens, corpus, seq_len, batch_size
-        self._seed, self._rank, self._world_size = seed % 2**64, rank, world_size
-        self._per_epoch = (len(tokens) - 1) // seq_len
-        self._orders: dict[int, np.ndarray] = {}
+        _check_rows(seq_len, batch_size, world_size)
+        self._corpus, self._seq_len, self._batch_size, self._seed = (
+            corpus,
+            seq_len,
+            batch_size,
+            seed,
+        )
+        self._rows = range(rank, batch_size, world_size)
         self._step = 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        first = self._step * self._batch_size
-        numbers = range(first + self._rank, first + self._batch_size, self._world_size)
-        starts = [int(self._starts(number // self._per_epoch)[number % self._per_epoch]) for number in numbers]
-        epoch = first // self._per_epoch
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position as JSON-able values."""
+        return {"step": self._step, "corpus": self._corpus}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a position from ``state_dict``.
+
+        Raises:
+            UserError: the text or its tokens have changed.
+        """
+        if state["corpus"] != self._corpus:
+            raise UserError(
+                "data cannot be used: its text or its tokens are not those that the checkpoint was "
+                "trained on; start a new run"
+            )
+        self._step = state["step"]
+
+
+class WindowBatches(Batches):
+    """Batches from a ``TokenArray``; see ``Batches`` for the other arguments.
+
+    Each epoch takes all windows of T tokens once, in an order that depends on the seed and the
+    epoch. Its windows start at a random offset below the number of remaining tokens, so that no
+    token is left out in every epoch.
+    """
+
+    def __init__(self, tokens: TokenArray, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if len(tokens) <= self._seq_len:
+            raise UserError(
+                f"train.seq_len={self._seq_len} cannot be used: it must be below the {len(tokens)} "
+                "tokens of the training text"
+            )
+        self._tokens = tokens
+        self._per_epoch = (len(tokens) - 1) // self._seq_len
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __next__(self) -> Batch:
+        first, per_epoch = self._step * self._batch_size, self._per_epoch
+        windows = [divmod(first + row, per_epoch) for row in self._rows]
+        starts = [int(self._starts(epoch)[window]) for epoch, window in windows]
+        epoch = first // per_epoch
         self._orders = {key: order for key, order in self._orders.items() if key >= epoch}
-        position = f"batch {self._step} (epoch {epoch}), training tokens from {_places(starts)}"
+        position = f"batch {self._step} (epoch {epoch}), training tokens from {_listed(starts)}"
         self._step += 1
-        return make_batch([self._tokens.read(start, start + self._seq_len + 1) for start in starts], position)
+        rows = [self._tokens.read(start, start + self._seq_len + 1) for start in starts]
+        return make_batch(rows, position)
 
     def _starts(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            random = np.random.default_rng([self._seed, epoch])
+            random = np.random.default_rng([self._seed % 2**64, epoch])
             offset = random.integers((len(self._tokens) - 1) % self._seq_len + 1)
             self._orders[epoch] = random.permutation(self._per_epoch) * self._seq_len + offset
         return self._orders[epoch]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position, as JSON-able values."""
-        return {"step": self._step, "corpus": self._corpus}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken.
+def val_batches(
+    held_out: HeldOut,
+    seq_len: int,
+    batch_size: int,
+    eot_id: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Predict every held-out token once.
 
-        Raises:
-            UserError: the text or its tokens are not those of that time.
-        """
-        check_corpus(state, self._corpus)
-        self._step = state["step"]
-
-
-def val_batches(held_out: HeldOut, seq_len: int, batch_size: int, eot_id: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """Predict every held-out token once; what is short of a window, and of a row for each process, is padded without loss."""
-    check_rows(seq_len, batch_size, world_size)
+    The last window, and rows that a process lacks, are padded with targets that carry no loss.
+    """
+    _check_rows(seq_len, batch_size, world_size)
     n_windows = -(-(len(held_out) - 1) // seq_len)
     for first in range(0, n_windows, batch_size):
         last = min(first + batch_size, n_windows)
-        last += (first - last) % world_size  # every process has the same number of rows: they may have to meet in each
+        # Every process has as many rows as the others: sharded models synchronize in each.
+        last += (first - last) % world_size
         starts = [window * seq_len for window in range(first + rank, last, world_size)]
-        rows = [_padded(*held_out.read(start, start + seq_len + 1), seq_len + 1, eot_id) for start in starts]
-        yield make_batch(rows, f"held-out tokens from {_places(starts)}")
+        rows = [
+            _padded(held_out.read(start, start + seq_len + 1), seq_len + 1, eot_id)
+            for start in starts
+        ]
+        yield make_batch(rows, f"held-out tokens from {_listed(starts)}")
 
 
-def _places(starts: list[int]) -> str:
+def _listed(starts: list[int]) -> str:
     return ", ".join(map(str, starts[:8])) + (" …" if len(starts) > 8 else "")
 
 
-def _padded(tokens: np.ndarray, mask: np.ndarray | None, length: int, eot_id: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _padded(row: Row, length: int, eot_id: int) -> Row:
+    tokens, mask = row
     missing = length - len(tokens)
     if not missing:
-        return tokens, mask
+        return row
     mask = np.ones(len(tokens), np.uint8) if mask is None else mask
     return np.pad(tokens, (0, missing), constant_values=eot_id), np.pad(mask, (0, missing))
 
 
 def cu_seqlens(inputs: Tensor, eot_id: int) -> Tensor:
-    """Boundaries of the documents in the flattened batch: a document starts at its leading end-of-text token, and at a row's start.
+    """Return the document boundaries of the flattened batch.
+
+    A document starts at its leading end-of-text token, and at the start of a row.
 
     Args:
         inputs: tokens (B, T).
@@ -132,14 +192,9 @@ def cu_seqlens(inputs: Tensor, eot_id: int) -> Tensor:
     return torch.cat([starts.flatten().nonzero().flatten(), end]).to(torch.int32)
 
 
-def check_rows(seq_len: int, batch_size: int, world_size: int) -> None:
-    """Each process must get as many rows as the others."""
+def _check_rows(seq_len: int, batch_size: int, world_size: int) -> None:
     if batch_size % world_size:
-        accepted = f"a multiple of train.seq_len={seq_len} times {world_size} processes"
-        raise UserError(f"train.batch_tokens={seq_len * batch_size} cannot be used: it must be {accepted}")
-
-
-def check_corpus(state: dict[str, Any], corpus: str) -> None:
-    """A position means nothing in other data."""
-    if state["corpus"] != corpus:
-        raise UserError("data cannot be used: its text or its tokens are not those that the checkpoint was trained on; start a new run")
+        raise UserError(
+            f"train.batch_tokens={seq_len * batch_size} cannot be used: it must be a multiple of "
+            f"train.seq_len={seq_len} times {world_size} processes"
+        )

@@ -12,10 +12,25 @@ from typing import Any
 from filelock import FileLock
 
 from diffx.config import UserError
-from diffx.config.data import BpeTokenizer, DataConfig, HubData, RetrievalData, ShardsData, TokenizerConfig
-from diffx.data.batches import Batch, WindowBatches, val_batches
+from diffx.config.data import (
+    BpeTokenizer,
+    DataConfig,
+    HubData,
+    RetrievalData,
+    ShardsData,
+    TokenizerConfig,
+)
+from diffx.data.batches import Batch, Batches, WindowBatches, val_batches
 from diffx.data.prepare import Source, build, ready, settings
-from diffx.data.shards import HeldOut, Progress, Shards, TokenArray, cache_folder, no_progress, read_meta
+from diffx.data.shards import (
+    HeldOut,
+    ProgressCallback,
+    Shards,
+    TokenArray,
+    cache_folder,
+    no_progress,
+    read_meta,
+)
 from diffx.data.sources import documents, file_hashes, source_files
 from diffx.data.stream import StreamBatches
 from diffx.data.synthetic import SampleBatches, held_out, train_tokenizer
@@ -23,7 +38,6 @@ from diffx.data.tokenizers import Tokenizer, load_tokenizer
 from diffx.errors import storage_errors
 from diffx.files import json_sha256
 
-Batches = WindowBatches | StreamBatches | SampleBatches
 _SHARD_TOKENS = 10**8
 _log = logging.getLogger(__name__)
 
@@ -34,9 +48,11 @@ class Corpus:
 
     Attributes:
         data: the config it was opened with.
-        shards: its tokens on disk; of a stream, those of its first documents; of the retrieval task, those of the text around the needles.
+        shards: the tokens on disk; of a stream, those of its first documents; of the retrieval
+            task, those of the text around the needles.
         val: held-out tokens.
-        info: what the run folder records: the sources with their hashes, documents, tokens and bytes of each split.
+        info: recorded in the run folder: sources with hashes, and the documents, tokens and bytes
+            of each split.
     """
 
     data: DataConfig
@@ -46,7 +62,7 @@ class Corpus:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Text to tokens and back."""
+        """The tokenizer of the shards."""
         return self.shards.tokenizer
 
     @property
@@ -54,30 +70,41 @@ class Corpus:
         """Training tokens; of a stream, those of its first documents."""
         return self.shards.train
 
-    def batches(self, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batches:
-        """Endless training batches of ``batch_size`` sequences of ``seq_len`` tokens over all processes.
+    def batches(
+        self, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> Batches:
+        """Return endless training batches; see ``Batches`` for the arguments.
 
         Raises:
-            UserError: the training text is shorter than one sequence, or the rows do not divide among the processes.
+            UserError: the training text is shorter than one sequence, or the rows do not divide
+                among the processes.
         """
         corpus = json_sha256([self.info["sha256"], self.tokenizer.fingerprint])
+        args = (corpus, seq_len, batch_size, seed, rank, world_size)
         if isinstance(self.data, RetrievalData):
-            return SampleBatches(self.data, self.shards, corpus, seq_len, batch_size, seed, rank, world_size)
-        if not isinstance(self.data, HubData):
-            return WindowBatches(self.train, corpus, seq_len, batch_size, seed, rank, world_size)
-        return StreamBatches(self.data, self.shards, corpus, seq_len, batch_size, seed, rank, world_size)
+            return SampleBatches(self.data, self.shards, *args)
+        if isinstance(self.data, HubData):
+            return StreamBatches(self.data, self.shards, *args)
+        return WindowBatches(self.train, *args)
 
-    def val_batches(self, seq_len: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Batches in which every held-out token is predicted once."""
+    def val_batches(
+        self, seq_len: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Return batches in which every held-out token is predicted once."""
         return val_batches(self.val, seq_len, batch_size, self.tokenizer.eot_id, rank, world_size)
 
 
-def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progress: Progress = no_progress) -> Corpus:
-    """Open a corpus, tokenizing it into the cache (``$DIFFX_CACHE`` or ``~/.cache/diffx``) if it is not there.
+def open_data(
+    data: DataConfig,
+    tokenizer: TokenizerConfig | Tokenizer,
+    *,
+    progress: ProgressCallback = no_progress,
+) -> Corpus:
+    """Open a corpus; tokenize it first if the cache (``$DIFFX_CACHE``) does not have it.
 
     Args:
         data: the source.
-        tokenizer: the tokenizer to make, or one that a run already has. Shards bring their own.
+        tokenizer: the tokenizer to make, or an existing one. Shards have their own.
         progress: called as the corpus is read.
 
     Raises:
@@ -86,11 +113,12 @@ def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progr
     """
     info: dict[str, Any] = {"kind": data.kind}
     if isinstance(data, RetrievalData):
-        made = train_tokenizer(data, tokenizer.vocab_size) if isinstance(tokenizer, BpeTokenizer) else tokenizer
-        text = open_data(data.text(), made, progress=progress)
+        if isinstance(tokenizer, BpeTokenizer):
+            tokenizer = train_tokenizer(data, tokenizer.vocab_size)
+        text = open_data(data.text(), tokenizer, progress=progress)
         val = held_out(data, text.shards)
-        measured = {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}
-        return Corpus(data, text.shards, val, text.info | info | {"val": text.info["val"] | {"measured": measured}})
+        info = text.info | info | {"val": text.info["val"] | {"measured": _counts(val)}}
+        return Corpus(data, text.shards, val, info)
     if isinstance(data, ShardsData):
         shards = Shards(Path(data.path).expanduser(), progress)
     elif isinstance(data, HubData):
@@ -100,22 +128,30 @@ def open_data(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, *, progr
     else:
         files = source_files(data)
         hashes = file_hashes(files)
-        sizes = {name: path.stat().st_size for name, path in files.items()}
-        info["files"] = [{"name": name, "bytes": sizes[name], "sha256": hashes[name]} for name in files]
-        source = Source(data, lambda: documents(data), sum(sizes.values()), progress)
+        info["files"] = [
+            {"name": name, "bytes": path.stat().st_size, "sha256": hashes[name]}
+            for name, path in files.items()
+        ]
+        total = sum(file["bytes"] for file in info["files"])
+        source = Source(data, lambda: documents(data), total, progress)
         shards = _cached(source, tokenizer, json_sha256(list(hashes.values())))
     val = shards.held_out(int(data.val_tokens))
     info |= {key: shards.meta[key] for key in ("sha256", "tokenizer", "train")}
-    info["val"] = shards.meta["val"] | {"measured": {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}}
+    info["val"] = shards.meta["val"] | {"measured": _counts(val)}
     return Corpus(data, shards, val, info)
 
 
+def _counts(val: HeldOut) -> dict[str, int]:
+    return {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}
+
+
 def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: str) -> Shards:
-    """Open the shards of a corpus whose files have the hash ``contents``, building them if there are none or they are damaged."""
+    """Open the cached shards of files with the hash ``contents``; build them if none are usable."""
     made = ready(tokenizer)
     wanted = settings(source.data, made, contents)
     folder = cache_folder() / json_sha256(wanted)[:32]
-    with storage_errors(f"the cache {folder.parent} cannot be written (DIFFX_CACHE can name another)"):
+    message = f"the cache {folder.parent} cannot be written (DIFFX_CACHE can name another)"
+    with storage_errors(message):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # of several processes that start together, one builds
             try:
@@ -124,7 +160,7 @@ def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: st
                 if folder.exists():
                     _log.warning("the cache is built again: %s", error)
             shutil.rmtree(folder, ignore_errors=True)
-            temporary = folder.with_suffix(".tmp")  # of a killed process, it is finished
+            temporary = folder.with_suffix(".tmp")  # that of a killed process is finished
             try:
                 if read_meta(temporary):
                     load_tokenizer(temporary / "tokenizer")

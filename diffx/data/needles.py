@@ -1,9 +1,10 @@
-"""Needles in a haystack: magic numbers of cities, hidden in text and asked for at its end; the one format of training and evaluation.
+"""The task of a needle in a haystack: magic numbers of cities, hidden in text.
 
-    … text. The magic number of Chicago is 1234567. More text … What is the magic number of Chicago? The magic number of Chicago is
-    → 1234567.
+    … text. The magic number of Chicago is 1234567. More text … What is the magic number of
+    Chicago? The magic number of Chicago is → 1234567.
 
-The task is that of Gemini 1.5 and of the Large World Model (arXiv 2402.08268), as arXiv 2410.05258, section 3.4 uses it.
+Training (data=retrieval) and evaluation (suite=retrieval) use this format. The task is that of
+Gemini 1.5 and the Large World Model (arXiv 2402.08268), used in arXiv 2410.05258, section 3.4.
 """
 
 import random
@@ -11,32 +12,35 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-_NAMES = (
-    "Accra Adelaide Algiers Amman Amsterdam Ankara Antwerp Athens Atlanta Auckland Baghdad Baku Bangkok Barcelona Beijing Beirut "
-    "Belfast Belgrade Berlin Bern Bilbao Bogota Bologna Boston Brisbane Bristol Brussels Bucharest Budapest Cairo Calgary Canberra "
-    "Caracas Casablanca Chennai Chicago Cologne Copenhagen Cordoba Dakar Dallas Damascus Delhi Denver Detroit Dhaka Doha Dresden Dubai "
-    "Dublin Durban Edinburgh Florence Frankfurt Geneva Genoa Ghent Glasgow Granada Hamburg Hanoi Havana Helsinki Houston Istanbul "
-    "Jakarta Jerusalem Kabul Kampala Karachi Kiev Kingston Kyoto Lagos Lahore Leeds Leipzig Lima Lisbon Liverpool London Luanda Lusaka "
-    "Lyon Madrid Manchester Manila Marseille Melbourne Memphis Miami Milan Minsk Montreal Moscow Mumbai Munich Nairobi Naples Nice Oslo "
-    "Ottawa Palermo Paris Perth Philadelphia Phoenix Porto Portland Prague Quito Riga Rome Rotterdam Salzburg Santiago Seattle Seoul "
-    "Shanghai Singapore Sofia Stockholm Stuttgart Sydney Taipei Tallinn Tbilisi Tehran Tokyo Toronto Tripoli Tunis Turin Valencia "
-    "Vancouver Venice Verona Vienna Vilnius Warsaw Wellington Winnipeg Zagreb Zurich"
-)
+_NAMES = """
+Accra Adelaide Algiers Amman Amsterdam Ankara Antwerp Athens Atlanta Auckland Baghdad Baku Bangkok
+Barcelona Beijing Beirut Belfast Belgrade Berlin Bern Bilbao Bogota Bologna Boston Brisbane Bristol
+Brussels Bucharest Budapest Cairo Calgary Canberra Caracas Casablanca Chennai Chicago Cologne
+Copenhagen Cordoba Dakar Dallas Damascus Delhi Denver Detroit Dhaka Doha Dresden Dubai Dublin Durban
+Edinburgh Florence Frankfurt Geneva Genoa Ghent Glasgow Granada Hamburg Hanoi Havana Helsinki
+Houston Istanbul Jakarta Jerusalem Kabul Kampala Karachi Kiev Kingston Kyoto Lagos Lahore Leeds
+Leipzig Lima Lisbon Liverpool London Luanda Lusaka Lyon Madrid Manchester Manila Marseille Melbourne
+Memphis Miami Milan Minsk Montreal Moscow Mumbai Munich Nairobi Naples Nice Oslo Ottawa Palermo
+Paris Perth Philadelphia Phoenix Porto Portland Prague Quito Riga Rome Rotterdam Salzburg Santiago
+Seattle Seoul Shanghai Singapore Sofia Stockholm Stuttgart Sydney Taipei Tallinn Tbilisi Tehran
+Tokyo Toronto Tripoli Tunis Turin Valencia Vancouver Venice Verona Vienna Vilnius Warsaw Wellington
+Winnipeg Zagreb Zurich
+"""
 CITIES = _NAMES.split()
-_SENTENCE_WORDS = 16  # code and verse have few full stops: their words are cut into pieces of this many
+_SENTENCE_WORDS = 16  # length of a sentence in text without full stops, such as code
 _ENDS = (".", "!", "?", '."', '?"', ".'", ".)")
 
 
 @dataclass(frozen=True, slots=True)
 class Needles:
-    """What is hidden and asked, whatever the text around it.
+    """The hidden sentences and the question, independent of the text around them.
 
     Attributes:
         cities: one a needle, all different; those that are asked for come first.
-        numbers: theirs, all different.
+        numbers: one a needle, all different.
         asked: how many are asked for.
         places: of each needle, as a share of the text's length; the first is the depth.
-        start: where the text is taken from, as a share of all there is.
+        start: the place in the source where the text begins, as a share of its length.
     """
 
     cities: list[str]
@@ -58,12 +62,13 @@ class Needles:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Needles in their haystack. The whole input is ``context + needles.question``.
+    """Needles in a text; the input of a model is ``context + needles.question``.
 
     Attributes:
         context: the text with the needles.
-        needles: what was hidden.
-        span: where in ``context`` the first asked needle stands, in characters, from the blank before it to its full stop.
+        needles: the hidden sentences.
+        span: first and last character of the first asked needle in ``context``, with the blank
+            before it.
     """
 
     context: str
@@ -72,23 +77,23 @@ class Sample:
 
     @property
     def prompt(self) -> str:
-        """What a model reads."""
+        """The input of a model."""
         return self.context + self.needles.question
 
 
 def question_of(cities: Sequence[str]) -> str:
-    """Ask for the numbers of cities, up to where they follow."""
-    verb, what = ("is", "magic number") if len(cities) == 1 else ("are", "magic numbers")
-    return f" What {verb} the {what} of {_listed(cities)}? The {what} of {_listed(cities)} {verb}"
+    """Return the question for the numbers of cities and the beginning of the answer."""
+    verb, noun = ("is", "magic number") if len(cities) == 1 else ("are", "magic numbers")
+    return f" What {verb} the {noun} of {_listed(cities)}? The {noun} of {_listed(cities)} {verb}"
 
 
 def needle_of(city: str, number: str) -> str:
-    """Tell the number of a city."""
+    """Return the sentence with the number of a city."""
     return f"The magic number of {city} is {number}."
 
 
 def draw_needles(seed: str, needles: int, asked: int, depth: float, digits: int) -> Needles:
-    """Draw cities, numbers and places; the same for the same arguments on every machine."""
+    """Draw cities, numbers and places; equal arguments give equal needles on every machine."""
     choose = random.Random(seed)
     cities = choose.sample(CITIES, needles)
     numbers = choose.sample(range(10 ** (digits - 1), 10**digits), needles)
@@ -97,25 +102,27 @@ def draw_needles(seed: str, needles: int, asked: int, depth: float, digits: int)
 
 
 class Haystack:
-    """Text to hide needles in, cut into sentences.
+    """Text in which needles are hidden, cut into sentences.
 
     Args:
         texts: documents.
-        encode_batch: texts to tokens.
+        encode_batch: maps texts to tokens.
     """
 
-    def __init__(self, texts: Iterable[str], encode_batch: Callable[[list[str]], Sequence[Sequence[int]]]) -> None:
+    def __init__(
+        self, texts: Iterable[str], encode_batch: Callable[[list[str]], Sequence[Sequence[int]]]
+    ) -> None:
         self._sentences = [sentence for text in texts for sentence in _sentences(text)]
         self._encode_batch = encode_batch
         self._costs: dict[int, int] = {}  # tokens of the sentences that were used
 
     def least(self, needles: Needles) -> int:
-        """Tokens that needles, question and answer take without any text around them."""
+        """Return the number of tokens of needles, question and answer without text."""
         hidden = " ".join(map(needle_of, needles.cities, needles.numbers))
         return sum(self._count([hidden + needles.question, needles.answer]))
 
     def hide(self, needles: Needles, length: int) -> Sample:
-        """Hide needles in as much text as there is room for: prompt and answer take ``length`` tokens, or less by about a word.
+        """Hide needles in text; prompt and answer have ``length`` tokens, or about a word less.
 
         Raises:
             ValueError: ``length`` is below ``least``, or the text is too short.
@@ -127,12 +134,14 @@ class Haystack:
                 return sample
             if not pieces:
                 raise ValueError(f"{length} tokens do not hold the needles")
-            pieces[-1] = pieces[-1].rpartition(" ")[0]  # what tokens at the joints take more
+            pieces[-1] = pieces[-1].rpartition(" ")[
+                0
+            ]  # joined sentences can have more tokens than the sum
             if not pieces[-1]:
                 del pieces[-1], costs[-1]
 
-    def _take(self, start: float, room: int) -> tuple[list[str], list[int]]:
-        """Take sentences from a place on, as many as there is room for, and of the next one its first words; tokens of each."""
+    def _take(self, start: float, limit: int) -> tuple[list[str], list[int]]:
+        """Take sentences, and the first words of the last, up to ``limit`` tokens; with counts."""
         total = len(self._sentences)
         pieces: list[str] = []
         costs: list[int] = []
@@ -141,14 +150,22 @@ class Haystack:
             if index % total not in self._costs:
                 self._costs[index % total] = self._count([" " + sentence])[0]
             cost = self._costs[index % total]
-            if cost >= room:
+            if cost >= limit:
                 words = sentence.split()
                 starts = [" ".join(words[:stop]) for stop in range(1, len(words) + 1)]
-                fitting = [pair for pair in zip(starts, self._count([" " + text for text in starts]), strict=True) if pair[1] <= room]
-                return pieces + [text for text, _ in fitting[-1:]], costs + [cost for _, cost in fitting[-1:]]
+                fitting = [
+                    pair
+                    for pair in zip(
+                        starts, self._count([" " + text for text in starts]), strict=True
+                    )
+                    if pair[1] <= limit
+                ]
+                return pieces + [text for text, _ in fitting[-1:]], costs + [
+                    cost for _, cost in fitting[-1:]
+                ]
             pieces.append(sentence)
             costs.append(cost)
-            room -= cost
+            limit -= cost
         raise ValueError(f"the text has only {sum(costs)} tokens")
 
     def _count(self, texts: list[str]) -> list[int]:
@@ -156,11 +173,17 @@ class Haystack:
 
 
 def _join(pieces: list[str], costs: list[int], needles: Needles) -> Sample:
-    """Put each needle between two sentences, at the joint that is nearest to its place."""
+    """Put each needle between two sentences, at the position nearest to its place."""
     joints = [0, *accumulate(costs)]  # tokens before each joint
-    at = [min(range(len(joints)), key=lambda joint: abs(joints[joint] - place * joints[-1])) for place in needles.places]
-    # Of several needles at one joint the answer is the first at depth 0 and the last at depth 1.
-    order = sorted(range(len(at)), key=lambda needle: (at[needle], needles.places[0] if needle == 0 else 0.5, needle))
+    at = [
+        min(range(len(joints)), key=lambda joint: abs(joints[joint] - place * joints[-1]))
+        for place in needles.places
+    ]
+    # Of several needles at one joint, the asked one is first at depth 0 and last at depth 1.
+    order = sorted(
+        range(len(at)),
+        key=lambda needle: (at[needle], needles.places[0] if needle == 0 else 0.5, needle),
+    )
     parts: list[str] = []
     done = 0
     for needle in order:

@@ -1,4 +1,4 @@
-"""Write token shards: for the cache, and for ``diffx data prepare``. A killed one goes on behind its last finished shard."""
+"""Writing token shards, for the cache and for ``diffx data prepare``."""
 
 import functools
 import itertools
@@ -17,9 +17,24 @@ import numpy as np
 from diffx.config import UserError
 from diffx.config.data import BpeTokenizer, DataConfig, HubData, TokenizerConfig
 from diffx.config.train import PrepareJob
-from diffx.data.shards import FORMAT, Progress, Shards, ShardWriter, no_progress, read_meta, token_dtype, write_meta
+from diffx.data.shards import (
+    FORMAT,
+    ProgressCallback,
+    Shards,
+    ShardWriter,
+    no_progress,
+    read_meta,
+    token_dtype,
+    write_meta,
+)
 from diffx.data.sources import Document, documents, label, source_files
-from diffx.data.tokenizers import FastTokenizer, TiktokenEncoding, Tokenizer, load_tokenizer, make_tokenizer
+from diffx.data.tokenizers import (
+    FastTokenizer,
+    TiktokenEncoding,
+    Tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+)
 from diffx.errors import storage_errors
 from diffx.files import json_sha256, locked, replacing_folder
 
@@ -28,13 +43,15 @@ BPE_BYTES = 200 * 10**6  # a vocabulary of some thousands is settled long before
 _GROUP_BYTES, _GROUP_DOCUMENTS = 1 << 20, 512  # what a process tokenizes at once
 
 
-def prepare(job: PrepareJob, progress: Progress = no_progress) -> Path:
-    """Tokenize a corpus into ``job.out``, for ``data=shards``. The result does not depend on the number of processes.
+def prepare(job: PrepareJob, progress: ProgressCallback = no_progress) -> Path:
+    """Tokenize a corpus into ``job.out``, for ``data=shards``.
 
-    An unfinished folder is taken up behind its last finished shard: the documents before are read again, but not tokenized.
+    The result does not depend on the number of processes. An unfinished folder is continued after
+    its last finished shard: earlier documents are read again, but not tokenized.
 
     Raises:
-        UserError: the text or the tokenizer cannot be used, or ``job.out`` is something else, damaged or made with other settings.
+        UserError: the text or the tokenizer cannot be used, or ``job.out`` holds something else, is
+            damaged or was made with other settings.
         RunError: the disk is full or cannot be written.
     """
     out = Path(job.out).expanduser()
@@ -52,34 +69,64 @@ def prepare(job: PrepareJob, progress: Progress = no_progress) -> Path:
             if meta and meta["complete"]:
                 Shards(out, progress)  # which verifies it
             else:
-                build(out, source, tokenizer, wanted, int(job.shard_tokens), job.workers or os.cpu_count() or 1)
+                build(
+                    out,
+                    source,
+                    tokenizer,
+                    wanted,
+                    int(job.shard_tokens),
+                    job.workers or os.cpu_count() or 1,
+                )
     return out
 
 
 def _begun(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The ``meta.json`` of a folder that was begun with these settings, ``None`` for a new one."""
+    """Return the ``meta.json`` of an unfinished or finished folder, ``None`` for a new one."""
     meta = read_meta(out)
     if meta is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={out} cannot be used: it exists and holds no token shards; choose a new folder")
+        raise UserError(
+            f"out={out} cannot be used: it exists and holds no token shards; choose a new folder"
+        )
     differing = [key for key in wanted if meta and meta["settings"].get(key) != wanted[key]]
     if differing:
-        raise UserError(f"out={out} cannot be used: it was made with another {differing[0]}; choose a new folder or delete it")
+        raise UserError(
+            f"out={out} cannot be used: it was made with another {differing[0]}; choose a new "
+            "folder or delete it"
+        )
     return meta
 
 
 def ready(tokenizer: TokenizerConfig | Tokenizer) -> BpeTokenizer | Tokenizer:
-    """Make the tokenizer unless it has yet to be trained, so that what it is, not what it is called, decides about a cache."""
+    """Make the tokenizer, unless it must be trained first.
+
+    The key of a cache then depends on the tokenizer's content, not on its name.
+    """
     if isinstance(tokenizer, BpeTokenizer | FastTokenizer | TiktokenEncoding):
         return tokenizer
     return make_tokenizer(tokenizer, ())
 
 
-def settings(data: DataConfig, tokenizer: BpeTokenizer | Tokenizer, contents: str) -> dict[str, Any]:
-    """Everything that decides what the shards of a corpus hold, by the names that a message shows."""
-    chosen = {f"data.{key}": value for key, value in asdict(data).items() if key not in ("path", "val_tokens", "shuffle_buffer")}
-    made = asdict(tokenizer) if isinstance(tokenizer, BpeTokenizer) else {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
+def settings(
+    data: DataConfig, tokenizer: BpeTokenizer | Tokenizer, contents: str
+) -> dict[str, Any]:
+    """Return all settings that determine the shards of a corpus, with names for messages."""
+    chosen = {
+        f"data.{key}": value
+        for key, value in asdict(data).items()
+        if key not in ("path", "val_tokens", "shuffle_buffer")
+    }
+    made = (
+        asdict(tokenizer)
+        if isinstance(tokenizer, BpeTokenizer)
+        else {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
+    )
     chosen["way to hold documents out"] = 2  # 1 held out whole documents, however few and long
-    return {"format": FORMAT} | chosen | {f"tokenizer.{key}": value for key, value in made.items()} | {"state of the files": contents}
+    return (
+        {"format": FORMAT}
+        | chosen
+        | {f"tokenizer.{key}": value for key, value in made.items()}
+        | {"state of the files": contents}
+    )
 
 
 @dataclass(frozen=True)
@@ -88,19 +135,24 @@ class Source:
 
     Attributes:
         data: the config.
-        read: gives the documents, the same each time it is called.
-        total: bytes of its files; ``None`` if unknown.
+        read: returns the documents, the same at each call.
+        total: bytes of the files; ``None`` if unknown.
         progress: called as they are read.
     """
 
     data: DataConfig
     read: Callable[[], Iterable[Document]]
     total: int | None = None
-    progress: Progress = no_progress
+    progress: ProgressCallback = no_progress
 
 
 def build(
-    folder: Path, source: Source, tokenizer: BpeTokenizer | Tokenizer, settings: dict[str, Any], shard_tokens: int, workers: int
+    folder: Path,
+    source: Source,
+    tokenizer: BpeTokenizer | Tokenizer,
+    settings: dict[str, Any],
+    shard_tokens: int,
+    workers: int,
 ) -> None:
     """Write a folder of shards, or finish it."""
     meta = read_meta(folder)
@@ -109,8 +161,16 @@ def build(
         if isinstance(tokenizer, BpeTokenizer):
             tokenizer = make_tokenizer(tokenizer, _training_texts(source, threshold))
         meta = {"format": FORMAT, "complete": False, "settings": settings, "threshold": threshold}
-        meta |= {"tokenizer": {name: getattr(tokenizer, name) for name in ("kind", "vocab_size", "eot_id", "fingerprint")}}
-        meta |= {"dtype": token_dtype(tokenizer.vocab_size), "masked": getattr(source.data, "prompt_key", None) is not None}
+        meta |= {
+            "tokenizer": {
+                name: getattr(tokenizer, name)
+                for name in ("kind", "vocab_size", "eot_id", "fingerprint")
+            }
+        }
+        meta |= {
+            "dtype": token_dtype(tokenizer.vocab_size),
+            "masked": getattr(source.data, "prompt_key", None) is not None,
+        }
         meta |= {"sha256": "", "shards": 0, "files": {}}
         meta |= {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
         with replacing_folder(folder) as start:  # so that the folder never lacks its meta.json
@@ -118,7 +178,9 @@ def build(
             write_meta(start, meta)
     writer = ShardWriter(folder, meta, shard_tokens)
     read = 0
-    rest = itertools.islice(source.read(), meta["train"]["documents"] + meta["val"]["documents"], None)
+    rest = itertools.islice(
+        source.read(), meta["train"]["documents"] + meta["val"]["documents"], None
+    )
     try:
         for group in _tokenize(rest, folder / "tokenizer", meta["masked"], workers):
             for document, tokens, mask in group:
@@ -151,7 +213,8 @@ def holdout_threshold(source: Source) -> int:
         raise UserError(f"{label(source.data)} cannot be used: it holds no text")
     if low == high:
         raise UserError(
-            f"{label(source.data)} cannot be used: it holds one document, and one more is held out; give more text, or a .jsonl"
+            f"{label(source.data)} cannot be used: it holds one document, and one more is held "
+            "out; give more text, or a .jsonl"
         )
     if len(read) > _FEW:
         return low
@@ -161,11 +224,21 @@ def holdout_threshold(source: Source) -> int:
     return min(sizes, key=lambda key: abs(sizes[key] - aim))
 
 
-def encode_documents(tokenizer: Tokenizer, texts: list[tuple[str, str]], masked: bool) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """Tokenize (prompt, text) pairs: end of text, prompt and text in one array, and the loss mask if one is wanted."""
-    prompts = tokenizer.encode_batch([prompt for prompt, _ in texts]) if masked else [[]] * len(texts)
+def encode_documents(
+    tokenizer: Tokenizer, texts: list[tuple[str, str]], masked: bool
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Tokenize (prompt, text) pairs.
+
+    Returns:
+        For each, an array of end of text, prompt and text, and its loss mask if ``masked``.
+    """
+    prompts = (
+        tokenizer.encode_batch([prompt for prompt, _ in texts]) if masked else [[]] * len(texts)
+    )
     encoded = []
-    for prompt, text in zip(prompts, tokenizer.encode_batch([text for _, text in texts]), strict=True):
+    for prompt, text in zip(
+        prompts, tokenizer.encode_batch([text for _, text in texts]), strict=True
+    ):
         tokens = np.array([tokenizer.eot_id, *prompt, *text], token_dtype(tokenizer.vocab_size))
         mask = np.ones(len(tokens), np.uint8) if masked else None
         if mask is not None:
@@ -176,7 +249,9 @@ def encode_documents(tokenizer: Tokenizer, texts: list[tuple[str, str]], masked:
 
 def _training_texts(source: Source, threshold: int) -> Iterator[str]:
     done = 0
-    for document in itertools.islice(source.read(), source.data.tokenizer_documents if isinstance(source.data, HubData) else None):
+    for document in itertools.islice(
+        source.read(), source.data.tokenizer_documents if isinstance(source.data, HubData) else None
+    ):
         if document.key > threshold:
             yield document.prompt + document.text
             done += document.n_bytes
@@ -197,24 +272,39 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield group
 
 
-def _tokenize(documents: Iterable[Document], folder: Path, masked: bool, workers: int) -> Iterator[list[tuple[Document, Any, Any]]]:
-    """Tokenize documents in their order, a group at a time, with a few groups a worker in flight."""
-    spawn = multiprocessing.get_context("spawn")  # a forked process would inherit locks that the libraries' threads hold
-    pool: Executor = ThreadPoolExecutor(1) if workers == 1 else ProcessPoolExecutor(workers, spawn, _start_worker)
+def _tokenize(
+    documents: Iterable[Document], folder: Path, masked: bool, workers: int
+) -> Iterator[list[tuple[Document, Any, Any]]]:
+    """Tokenize documents in order, in groups, of which two a worker are in progress."""
+    spawn = multiprocessing.get_context(
+        "spawn"
+    )  # a forked process would inherit locks that the libraries' threads hold
+    pool: Executor = (
+        ThreadPoolExecutor(1)
+        if workers == 1
+        else ProcessPoolExecutor(workers, spawn, _start_worker)
+    )
     fingerprint = load_tokenizer(folder).fingerprint
     flight: deque[tuple[list[Document], Future]] = deque()
     try:
-        for group in itertools.chain(_groups(documents), itertools.repeat([], 2 * workers)):  # the empty ones drain the flight
+        for group in itertools.chain(
+            _groups(documents), itertools.repeat([], 2 * workers)
+        ):  # the empty ones drain the flight
             texts = [(document.prompt, document.text) for document in group]
             flight.append((group, pool.submit(_encode, folder, fingerprint, texts, masked)))
             if len(flight) > 2 * workers:
                 finished, future = flight.popleft()
-                yield [(document, *encoded) for document, encoded in zip(finished, future.result(), strict=True)]
+                yield [
+                    (document, *encoded)
+                    for document, encoded in zip(finished, future.result(), strict=True)
+                ]
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _encode(folder: Path, fingerprint: str, texts: list[tuple[str, str]], masked: bool) -> list[tuple[np.ndarray, np.ndarray | None]]:
+def _encode(
+    folder: Path, fingerprint: str, texts: list[tuple[str, str]], masked: bool
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
     return encode_documents(_loaded(folder, fingerprint), texts, masked)
 
 
@@ -232,4 +322,6 @@ def _start_worker() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()  # else a killed parent leaves its workers behind
+    threading.Thread(
+        target=leave_with_parent, daemon=True
+    ).start()  # else a killed parent leaves its workers behind

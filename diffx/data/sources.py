@@ -1,4 +1,4 @@
-"""Where documents come from: the standard library's source, local files, the Hugging Face hub."""
+"""Sources of documents: the standard library's code, local files, the Hugging Face hub."""
 
 import glob
 import gzip
@@ -30,12 +30,12 @@ class Document:
     """One text of a corpus.
 
     Attributes:
-        text: what is learnt.
-        prompt: what stands before it and carries no loss; empty if there is none.
-        name: the file it comes from, or the data set.
+        text: the text, which carries loss.
+        prompt: text before it, which carries no loss; may be empty.
+        name: the file or the data set.
         digest: SHA-256 of prompt and text.
         n_bytes: UTF-8 bytes of ``text``.
-        read: bytes of the source's files read up to its end, for a progress display; 0 where unknown.
+        read: bytes of the source's files up to its end, for a progress bar; 0 if unknown.
     """
 
     text: str
@@ -47,18 +47,19 @@ class Document:
 
     @property
     def key(self) -> int:
-        """The first 64 bits of the digest: they decide on which side of the split the document falls."""
+        """The first 64 bits of the digest; they decide whether the document is held out."""
         return int.from_bytes(self.digest[:8], "big")
 
 
 def documents(data: DataConfig) -> Iterator[Document]:
-    """Read a source's documents in their fixed order, leaving out empty ones; one at a time, so that a corpus of any size can be read.
+    """Read a source's documents one at a time, in a fixed order, without empty ones.
 
     A text of ``data=text`` that is more than 2% of its corpus is cut into pieces of about 1%, each
     of them a document, so that ``data.val_fraction`` can be met. A text with a prompt stays whole.
 
     Raises:
-        UserError: a file or data set that cannot be read, text that is not UTF-8, a JSON line or a field that is wrong.
+        UserError: a file or data set cannot be read, text is not UTF-8, a JSON line or a field is
+            wrong.
     """
     if isinstance(data, RetrievalData):
         data = data.text()
@@ -81,10 +82,10 @@ def documents(data: DataConfig) -> Iterator[Document]:
 
 
 def source_files(data: DataConfig) -> dict[str, Path]:
-    """List a local source's files in the order in which they are read, by the name that a run folder records.
+    """List a local source's files in reading order, by the name in the run folder's record.
 
     Raises:
-        UserError: a path that does not exist or holds nothing usable, or a suffix that cannot be read.
+        UserError: a path does not exist, holds nothing usable, or has an unknown suffix.
     """
     if isinstance(data, StdlibData):
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -93,7 +94,10 @@ def source_files(data: DataConfig) -> dict[str, Path]:
             folders[:] = [name for name in folders if name not in _NOT_STDLIB]
             sources += [Path(folder, name) for name in names if name.endswith(".py")]
         if not sources:
-            raise UserError(f"data=stdlib cannot be used: {root} holds no Python source; choose data=text data.path=FOLDER")
+            raise UserError(
+                f"data=stdlib cannot be used: {root} holds no Python source; choose data=text "
+                "data.path=FOLDER"
+            )
         return {path.relative_to(root).as_posix(): path for path in sorted(sources)}
     assert isinstance(data, TextData)
     paths: dict[Path, Path] = {}
@@ -104,7 +108,7 @@ def source_files(data: DataConfig) -> dict[str, Path]:
 
 
 def file_hashes(files: dict[str, Path]) -> dict[str, str]:
-    """SHA-256 of each file's bytes, several files at a time."""
+    """Return the SHA-256 of each file, computed in several threads."""
     try:
         with ThreadPoolExecutor() as pool:
             return dict(zip(files, pool.map(sha256, files.values()), strict=True))
@@ -113,7 +117,7 @@ def file_hashes(files: dict[str, Path]) -> dict[str, str]:
 
 
 def label(data: DataConfig) -> str:
-    """Name a source in a message, as a user would type it."""
+    """Return a source's name for messages, as a user would type it."""
     if isinstance(data, TextData):
         return f"data.path={','.join(data.path)}"
     return f"data.name={data.name}" if isinstance(data, HubData) else f"data={data.kind}"
@@ -127,8 +131,12 @@ def _document(text: str, prompt: str, name: str, where: str, read: int = 0) -> D
     try:
         data, head = text.encode(), prompt.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: character {error.start} is half of a surrogate pair, which is no text") from error
-    return Document(text, prompt, name, hashlib.sha256(head + b"\0" + data).digest(), len(data), read)
+        raise UserError(
+            f"{where}: character {error.start} is half of a surrogate pair, which is no text"
+        ) from error
+    return Document(
+        text, prompt, name, hashlib.sha256(head + b"\0" + data).digest(), len(data), read
+    )
 
 
 def _expand(entry: str) -> list[Path]:
@@ -139,19 +147,28 @@ def _expand(entry: str) -> list[Path]:
             raise UserError(f"{_cannot(entry)}: its suffix is not supported; {accepted}")
         return [path]
     if path.is_dir():
-        candidates = [child for child in path.rglob("*") if not any(part.startswith(".") for part in child.relative_to(path).parts)]
+        candidates = [
+            child
+            for child in path.rglob("*")
+            if not any(part.startswith(".") for part in child.relative_to(path).parts)
+        ]
     elif glob.has_magic(entry):
         candidates = [Path(match) for match in glob.glob(str(path), recursive=True)]
     else:
         raise UserError(f"{_cannot(entry)}: there is no such file or directory")
-    found = sorted(child for child in candidates if child.name.endswith(SUFFIXES) and child.is_file())
-    if not found:
-        raise UserError(f"{_cannot(entry)}: it {'holds' if path.is_dir() else 'matches'} no file that can be read; {accepted}")
-    return found
+    paths = sorted(
+        child for child in candidates if child.name.endswith(SUFFIXES) and child.is_file()
+    )
+    if not paths:
+        raise UserError(
+            f"{_cannot(entry)}: it {'holds' if path.is_dir() else 'matches'} no file that can be "
+            f"read; {accepted}"
+        )
+    return paths
 
 
 def _read(path: Path, data: DataConfig, alone: bool) -> Iterator[tuple[str, str, str, int]]:
-    """Yield text, prompt, a description of the place for error messages, and bytes of the file read so far."""
+    """Yield text, prompt, the place for messages, and the bytes of the file read so far."""
     if isinstance(data, TextData) and path.suffix == ".parquet":
         yield from _read_parquet(path, data)
     elif isinstance(data, TextData) and path.suffix in (".jsonl", ".gz", ".zst"):
@@ -167,13 +184,16 @@ def _decode(content: bytes, path: Path, start: int = 0) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{_cannot(path)}: it is not UTF-8 at byte {start + error.start}; convert it to UTF-8") from error
+        raise UserError(
+            f"{_cannot(path)}: it is not UTF-8 at byte {start + error.start}; convert it to UTF-8"
+        ) from error
 
 
 def _read_pieces(path: Path) -> Iterator[tuple[str, str, str, int]]:
-    """Cut a text file that is the whole corpus into about a hundred documents, at blank lines where it has them.
+    """Cut a text file that is the whole corpus into about a hundred documents.
 
-    As one document it could not be split into training and held-out text.
+    The cuts are at blank lines if possible. One document could not be split into training and held-
+    out text.
     """
     size = min(max(path.stat().st_size // _PIECES, _PIECE_MIN), _PIECE_MAX)
     read = 0
@@ -232,25 +252,41 @@ def _read_parquet(path: Path, data: TextData) -> Iterator[tuple[str, str, str, i
 
     try:
         file = ParquetFile(path)
-        names, total, size, rows = file.schema_arrow.names, file.metadata.num_rows, path.stat().st_size, 0
-        for batch in file.iter_batches(columns=[name for name in names if name in (data.text_key, data.prompt_key)], batch_size=1024):
+        names, total, size, rows = (
+            file.schema_arrow.names,
+            file.metadata.num_rows,
+            path.stat().st_size,
+            0,
+        )
+        for batch in file.iter_batches(
+            columns=[name for name in names if name in (data.text_key, data.prompt_key)],
+            batch_size=1024,
+        ):
             for row in batch.to_pylist() if batch.num_columns else [dict.fromkeys(names)]:
                 rows += 1
                 where = f"{_cannot(path)}: row {rows}"
                 yield *_fields(row, data, where), where, size * rows // total
     except ArrowException as error:
-        raise UserError(f"{_cannot(path)}: it cannot be read as parquet: {reason(error)}") from error
+        raise UserError(
+            f"{_cannot(path)}: it cannot be read as parquet: {reason(error)}"
+        ) from error
 
 
 def _fields(row: dict[str, Any], data: TextData | HubData, where: str) -> tuple[str, str]:
-    """Take text and prompt out of a row; a prompt that is null is empty."""
+    """Return text and prompt of a row; a prompt that is null is empty."""
     values = []
     for setting, key in (("text_key", data.text_key), ("prompt_key", data.prompt_key)):
         if key is not None and key not in row:
-            raise UserError(f"{where} has no field {key!r} (data.{setting}); it has {', '.join(map(repr, row)) or 'none'}")
+            raise UserError(
+                f"{where} has no field {key!r} (data.{setting}); it has "
+                f"{', '.join(map(repr, row)) or 'none'}"
+            )
         value = "" if key is None or (setting == "prompt_key" and row[key] is None) else row[key]
         if not isinstance(value, str):
-            raise UserError(f"{where} has a field {key!r} (data.{setting}) that is not text but {type(value).__name__}")
+            raise UserError(
+                f"{where} has a field {key!r} (data.{setting}) that is not text but "
+                f"{type(value).__name__}"
+            )
         values.append(value)
     return values[0], values[1]
 
@@ -264,19 +300,23 @@ def hub_dataset(data: HubData) -> Any:
     import datasets  # slow to import, and most runs need no hub
 
     try:
-        return datasets.load_dataset(data.name, data.subset, split=data.split, revision=data.revision, streaming=True)
-    except Exception as error:  # any library below may fail here, each with an exception of its own
-        asked = f"data.name={data.name} with data.subset={data.subset} and data.split={data.split} cannot be used"
-        accepted = "it must be a data set of the Hugging Face hub that can be reached, or a local folder"
-        raise UserError(f"{asked}: {reason(error)}; {accepted}") from error
+        return datasets.load_dataset(
+            data.name, data.subset, split=data.split, revision=data.revision, streaming=True
+        )
+    except Exception as error:  # each library below has other exceptions
+        asked = f"data.name={data.name} with data.subset={data.subset} and data.split={data.split}"
+        accepted = (
+            "it must be a data set of the Hugging Face hub that can be reached, or a local folder"
+        )
+        raise UserError(f"{asked} cannot be used: {reason(error)}; {accepted}") from error
 
 
 def hub_documents(data: HubData, dataset: Any) -> Iterator[Document]:
-    """Read a data set's documents, leaving out empty ones.
+    """Read a data set's documents, without empty ones.
 
     Raises:
         UserError: a row lacks a field.
-        RunError: the stream broke off.
+        RunError: the stream was interrupted.
     """
     where = f"{label(data)} cannot be used: a row"
     try:
@@ -286,5 +326,5 @@ def hub_documents(data: HubData, dataset: Any) -> Iterator[Document]:
                 yield _document(text, prompt, data.name, where)
     except UserError:
         raise
-    except Exception as error:  # any library below may fail here, each with an exception of its own
+    except Exception as error:  # each library below has other exceptions
         raise RunError(f"{label(data)} could not be read to its end: {reason(error)}") from error

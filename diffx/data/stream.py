@@ -1,4 +1,4 @@
-"""Batches from a stream of the Hugging Face hub, tokenized on the way; a position in it is small and exact."""
+"""Batches from a data set that is streamed from the Hugging Face hub and tokenized on the way."""
 
 import itertools
 from collections import deque
@@ -8,87 +8,92 @@ from typing import Any
 import numpy as np
 
 from diffx.config.data import HubData
-from diffx.data.batches import Batch, check_corpus, check_rows, make_batch
+from diffx.data.batches import Batch, Batches, make_batch
 from diffx.data.prepare import encode_documents
 from diffx.data.shards import Shards, TokenArray
 from diffx.data.sources import hub_dataset, hub_documents
 
-_BLOCK = 1000  # documents read at once where none are shuffled
+_BLOCK = 1000  # documents read at once if they are not shuffled
 _GROUP = 64  # documents tokenized at once
 
 
-class StreamBatches:
-    """Endless batches from a data set that is read over and over; see ``WindowBatches`` for the arguments.
+class StreamBatches(Batches):
+    """Batches from a data set that is read over and over; see ``Batches`` for the other arguments.
 
-    Documents are shuffled within blocks of ``data.shuffle_buffer``: a block's order follows from the seed and the block's
-    number, so that a position is the state of the data set at the block's start and a place within the block. Every process
-    reads and tokenizes the whole stream and takes its rows; for many processes, token shards cost less.
+    Documents are shuffled within blocks of ``data.shuffle_buffer``. The order of a block depends
+    on the seed and its number, so that a position is the data set's state at the start of the
+    block and an index within it. Every process reads and tokenizes the whole stream; with many
+    processes, token shards cost less.
     """
 
-    def __init__(
-        self, data: HubData, shards: Shards, corpus: str, seq_len: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        check_rows(seq_len, batch_size, world_size)
-        self._data, self._tokenizer, self._threshold, self._corpus = data, shards.tokenizer, shards.meta["threshold"], corpus
-        self._seq_len, self._batch_tokens, self._rows = seq_len, seq_len * batch_size, range(rank, batch_size, world_size)
-        self._seed = seed % 2**64
-        self._go_to({"step": 0, "offset": 0, "document": {"epoch": 0, "block": 0, "index": 0, "dataset": None}})
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
+    def __init__(self, data: HubData, shards: Shards, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._data, self._tokenizer = data, shards.tokenizer
+        self._threshold = shards.meta["threshold"]
+        self._go_to({"epoch": 0, "block": 0, "index": 0, "dataset": None}, 0)
 
     def __next__(self) -> Batch:
-        while len(tokens := self._pending_tokens()) <= self._offset + self._batch_tokens:
+        batch_tokens = self._seq_len * self._batch_size
+        while len(tokens := self._pending_tokens()) <= self._offset + batch_tokens:
             self._pending.append(next(self._documents))
         starts = [self._offset + row * self._seq_len for row in self._rows]
         place = self._pending[0][0]
-        position = f"batch {self._step} (epoch {place['epoch']}), {self._data.name} from block {place['block']}, document {place['index']}"
-        batch = make_batch([tokens.read(start, start + self._seq_len + 1) for start in starts], position)
+        position = (
+            f"batch {self._step} (epoch {place['epoch']}), {self._data.name} from block "
+            f"{place['block']}, document {place['index']}"
+        )
+        rows = [tokens.read(start, start + self._seq_len + 1) for start in starts]
         self._step += 1
-        self._offset += self._batch_tokens
+        self._offset += batch_tokens
         while self._offset >= len(self._pending[0][1]):
             self._offset -= len(self._pending.popleft()[1])
-        return batch
+        return make_batch(rows, position)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as JSON-able values."""
+        """Return the position as JSON-able values."""
         place = self._pending[0][0] if self._pending else self._start
-        return {"step": self._step, "offset": self._offset, "document": place, "corpus": self._corpus}
+        return super().state_dict() | {"offset": self._offset, "document": place}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken.
+        """Continue at a position from ``state_dict``.
 
         Raises:
-            UserError: the data set's first documents or their tokens are not those of that time.
+            UserError: the data set's first documents or their tokens have changed.
         """
-        check_corpus(state, self._corpus)
-        self._go_to(state)
+        super().load_state_dict(state)
+        self._go_to(state["document"], state["offset"])
 
-    def _go_to(self, state: dict[str, Any]) -> None:
-        self._step, self._offset, self._start = state["step"], state["offset"], state["document"]
+    def _go_to(self, place: dict[str, Any], offset: int) -> None:
+        self._start, self._offset = place, offset
         self._pending: deque[tuple[dict[str, Any], np.ndarray, np.ndarray | None]] = deque()
-        self._documents = self._read(self._start)
+        self._documents = self._read(place)
 
     def _pending_tokens(self) -> TokenArray:
         masks = [mask for _, _, mask in self._pending if mask is not None]
         return TokenArray([tokens for _, tokens, _ in self._pending], masks or None)
 
-    def _read(self, place: dict[str, Any]) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray | None]]:
-        """Yield the training documents from a place on: the place of each, its tokens and its loss mask."""
-        data = self._data
+    def _read(
+        self, place: dict[str, Any]
+    ) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray | None]]:
+        """Yield the place, the tokens and the loss mask of each training document."""
+        data, seed = self._data, self._seed % 2**64
         epoch, block, index, state = (place[key] for key in ("epoch", "block", "index", "dataset"))
         while True:
             dataset = hub_dataset(data)
             if state is not None:
                 dataset.load_state_dict(state)
-            documents = hub_documents(data, dataset)
-            while found := list(itertools.islice(documents, data.shuffle_buffer or _BLOCK)):
-                random = np.random.default_rng([self._seed, epoch, block])
-                order = random.permutation(len(found)) if data.shuffle_buffer else range(len(found))
-                kept = [(found[i].prompt, found[i].text) for i in order if found[i].key > self._threshold]
-                for first in range(index, len(kept), _GROUP):
-                    encoded = encode_documents(self._tokenizer, kept[first : first + _GROUP], data.prompt_key is not None)
+            stream = hub_documents(data, dataset)
+            while documents := list(itertools.islice(stream, data.shuffle_buffer or _BLOCK)):
+                if data.shuffle_buffer:
+                    order = np.random.default_rng([seed, epoch, block]).permutation(len(documents))
+                    documents = [documents[i] for i in order]
+                texts = [(doc.prompt, doc.text) for doc in documents if doc.key > self._threshold]
+                for first in range(index, len(texts), _GROUP):
+                    group = texts[first : first + _GROUP]
+                    masked = data.prompt_key is not None
+                    encoded = encode_documents(self._tokenizer, group, masked)
                     for number, (tokens, mask) in enumerate(encoded, first):
-                        yield {"epoch": epoch, "block": block, "index": number, "dataset": state}, tokens, mask
+                        place = {"epoch": epoch, "block": block, "index": number, "dataset": state}
+                        yield place, tokens, mask
                 state, block, index = dataset.state_dict(), block + 1, 0
             epoch, block, state = epoch + 1, 0, None

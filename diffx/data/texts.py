@@ -15,11 +15,11 @@ _MOST = 64 << 20  # characters; no evaluation needs more
 
 
 def read_texts(data: DataConfig, held_out: bool) -> tuple[list[str], str]:
-    """Read a corpus's documents, of a large one the first 64M characters.
+    """Read a corpus's documents, at most the first 64M characters.
 
     Args:
-        data: the source; of token shards only what they hold out is read.
-        held_out: only those that training leaves out.
+        data: the source; of token shards only held-out text is read.
+        held_out: read only the documents that training leaves out.
 
     Returns:
         The documents and their SHA-256.
@@ -31,9 +31,16 @@ def read_texts(data: DataConfig, held_out: bool) -> tuple[list[str], str]:
         shards = Shards(Path(data.path).expanduser())
         tokens = shards.held_out(int(data.val_tokens)).read(0, int(data.val_tokens))[0]
         ends = np.flatnonzero(tokens == shards.tokenizer.eot_id)
-        texts = [shards.tokenizer.decode(tokens[start + 1 : end].tolist()) for start, end in itertools.pairwise([*ends, len(tokens)])]
+        texts = [
+            shards.tokenizer.decode(tokens[start + 1 : end].tolist())
+            for start, end in itertools.pairwise([*ends, len(tokens)])
+        ]
     else:
-        read = list(itertools.islice(documents(data), data.tokenizer_documents)) if isinstance(data, HubData) else None
+        read = (
+            list(itertools.islice(documents(data), data.tokenizer_documents))
+            if isinstance(data, HubData)
+            else None
+        )
         source = Source(data, lambda: read or documents(data))
         threshold = holdout_threshold(source) if held_out else 2**64
         texts, length = [], 0

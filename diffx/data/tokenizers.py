@@ -1,4 +1,4 @@
-"""Text to tokens and back. Special tokens that stand in a text are encoded as the text they are."""
+"""Text to tokens and back. Special tokens in a text are encoded as ordinary text."""
 
 import base64
 import json
@@ -12,7 +12,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from diffx.config import UserError
-from diffx.config.data import BpeTokenizer, BytesTokenizer, HfTokenizer, TiktokenTokenizer, TokenizerConfig
+from diffx.config.data import (
+    BpeTokenizer,
+    BytesTokenizer,
+    HfTokenizer,
+    TiktokenTokenizer,
+    TokenizerConfig,
+)
 from diffx.errors import reason
 from diffx.files import json_sha256, read_json, sha256, write_json
 
@@ -28,11 +34,15 @@ class FastTokenizer:
         kind: which of the three.
         eot_id: the end-of-text token.
         vocab_size: one more than the highest token.
-        fingerprint: SHA-256 of what decides how it encodes.
+        fingerprint: SHA-256 of the definition.
     """
 
-    def __init__(self, kind: str, backend: tokenizers.Tokenizer, eot: str, pretrained: Any = None) -> None:
-        backend.encode_special_tokens = True  # "<|endoftext|>" in a text is five words, not the end of the text
+    def __init__(
+        self, kind: str, backend: tokenizers.Tokenizer, eot: str, pretrained: Any = None
+    ) -> None:
+        backend.encode_special_tokens = (
+            True  # "<|endoftext|>" in a text is five words, not the end of the text
+        )
         backend.no_truncation()
         backend.no_padding()
         self.kind = kind
@@ -52,22 +62,28 @@ class FastTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encode several texts at once."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def decode(self, ids: list[int]) -> str:
-        """Turn tokens into text, special tokens included."""
+        """Map tokens to text, special tokens included."""
         return self._backend.decode(ids, skip_special_tokens=False)
 
     def save(self, folder: str | Path, begin: bool = False) -> None:
-        """Write files that ``load_tokenizer`` and ``transformers.AutoTokenizer`` both read.
+        """Write files for ``load_tokenizer`` and ``transformers.AutoTokenizer``.
 
         Args:
-            folder: where to.
-            begin: let ``transformers``' tokenizer put the end-of-text token before every text, as ``diffx train`` does.
+            folder: the folder to write.
+            begin: let ``transformers`` put end of text before every text, as ``diffx train`` does.
         """
         from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
 
-        options: dict[str, Any] = {"eos_token": self._eot, "model_input_names": ["input_ids", "attention_mask"]}
+        options: dict[str, Any] = {
+            "eos_token": self._eot,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
         pretrained = self._pretrained
         if begin:
             backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
@@ -75,7 +91,9 @@ class FastTokenizer:
             backend.post_processor = processors.TemplateProcessing(
                 single=f"{first} $A", pair=f"{first} $A $B:1", special_tokens=[(first, self.eot_id)]
             )
-            pretrained = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=first, **options)
+            pretrained = PreTrainedTokenizerFast(
+                tokenizer_object=backend, bos_token=first, **options
+            )
         elif pretrained is None:
             pretrained = PreTrainedTokenizerFast(tokenizer_object=self._backend, **options)
         pretrained.save_pretrained(folder)
@@ -84,7 +102,7 @@ class FastTokenizer:
 
 
 class TiktokenEncoding:
-    """A tokenizer of the optional ``tiktoken`` library; the attributes are those of ``FastTokenizer``."""
+    """A tokenizer of the optional ``tiktoken`` library, with ``FastTokenizer``'s attributes."""
 
     def __init__(self, encoding: Any) -> None:
         self.kind = "tiktoken"
@@ -92,7 +110,9 @@ class TiktokenEncoding:
         self.vocab_size: int = encoding.n_vocab
         self._encoding = encoding
         ranks = sha256(self._ranks())
-        self.fingerprint = json_sha256([ranks, encoding._pat_str, encoding._special_tokens], sort_keys=False)
+        self.fingerprint = json_sha256(
+            [ranks, encoding._pat_str, encoding._special_tokens], sort_keys=False
+        )
 
     def encode(self, text: str) -> list[int]:
         """Encode one text, without an end-of-text token."""
@@ -103,16 +123,21 @@ class TiktokenEncoding:
         return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def decode(self, ids: list[int]) -> str:
-        """Turn tokens into text, special tokens included."""
+        """Map tokens to text, special tokens included."""
         return self._encoding.decode(ids)
 
     def save(self, folder: str | Path, begin: bool = False) -> None:
-        """Write the vocabulary, so that a run's tokenizer loads without the network. ``transformers`` cannot read it, ``begin`` or not."""
+        """Write the vocabulary for ``load_tokenizer``; ``transformers`` cannot read it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "ranks.tiktoken").write_bytes(self._ranks())
         encoding = self._encoding
-        saved = {"kind": self.kind, "name": encoding.name, "pat_str": encoding._pat_str, "special_tokens": encoding._special_tokens}
+        saved = {
+            "kind": self.kind,
+            "name": encoding.name,
+            "pat_str": encoding._pat_str,
+            "special_tokens": encoding._special_tokens,
+        }
         write_json(folder / _FILE, saved | {"fingerprint": self.fingerprint})
 
     def _ranks(self) -> bytes:
@@ -124,15 +149,17 @@ Tokenizer = FastTokenizer | TiktokenEncoding
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """Make the tokenizer that a config asks for; ``texts`` (read by ``bpe`` alone) is what it is trained on.
+    """Make the tokenizer of a config; ``bpe`` alone is trained, on ``texts``.
 
     Raises:
-        UserError: a tokenizer that does not exist, cannot be reached, or has no end-of-text token.
+        UserError: the tokenizer does not exist, cannot be reached, or has no end-of-text token.
     """
     if isinstance(config, BpeTokenizer):
         return _train_bpe(config.vocab_size, texts)
     if isinstance(config, BytesTokenizer):
-        vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        vocab = {
+            char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+        }
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
         backend.add_special_tokens([END_OF_TEXT])
         return FastTokenizer("bytes", _byte_level(backend, use_regex=False), END_OF_TEXT)
@@ -143,10 +170,10 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load what ``save`` wrote, without the network.
+    """Load a tokenizer that ``save`` wrote, without the network.
 
     Raises:
-        UserError: the folder holds no tokenizer of ours, or a damaged one.
+        UserError: the folder holds no such tokenizer, or a damaged one.
     """
     folder = Path(folder)
     try:
@@ -156,15 +183,24 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             lines = (line.split() for line in (folder / "ranks.tiktoken").read_bytes().splitlines())
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
             options = {"pat_str": saved["pat_str"], "special_tokens": saved["special_tokens"]}
-            tokenizer = TiktokenEncoding(_tiktoken().Encoding(saved["name"], mergeable_ranks=ranks, **options))
+            tokenizer = TiktokenEncoding(
+                _tiktoken().Encoding(saved["name"], mergeable_ranks=ranks, **options)
+            )
         elif saved["kind"] == "hf":
             tokenizer = _from_hf(str(folder), None)
         else:
-            tokenizer = FastTokenizer(saved["kind"], tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), saved["eot"])
+            tokenizer = FastTokenizer(
+                saved["kind"],
+                tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
+                saved["eot"],
+            )
     except Exception as error:  # a damaged file makes `tokenizers` raise no narrower one
         raise UserError(f"{folder} cannot be used as a tokenizer: {reason(error)}") from error
     if tokenizer.fingerprint != saved["fingerprint"]:
-        raise UserError(f"{folder} cannot be used as a tokenizer: its files are not those that were saved (fingerprint differs)")
+        raise UserError(
+            f"{folder} cannot be used as a tokenizer: its files are not those that were saved "
+            "(fingerprint differs)"
+        )
     return tokenizer
 
 
@@ -178,28 +214,40 @@ def _train_bpe(vocab_size: int, texts: Iterable[str]) -> FastTokenizer:
     backend = _byte_level(tokenizers.Tokenizer(models.BPE()))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, min_frequency=2, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        min_frequency=2,
+        show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
     tokenizer = FastTokenizer("bpe", backend, END_OF_TEXT)
     if tokenizer.vocab_size < vocab_size:
-        _log.warning("tokenizer.vocab_size=%d is more than the text gives: the vocabulary has %d", vocab_size, tokenizer.vocab_size)
+        _log.warning(
+            "tokenizer.vocab_size=%d is more than the text gives: the vocabulary has %d",
+            vocab_size,
+            tokenizer.vocab_size,
+        )
     return tokenizer
 
 
 def _from_hf(name: str, revision: str | None) -> FastTokenizer:
     from transformers import AutoTokenizer
 
+    refused = f"tokenizer.name={name} cannot be used"
     try:
         pretrained = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except Exception as error:  # any library below may fail here, each with an exception of its own
+    except Exception as error:  # each library below has other exceptions
         raise UserError(
-            f"tokenizer.name={name} cannot be used: {reason(error)}; it must be a local folder or a hub name that can be reached"
+            f"{refused}: {reason(error)}; it must be a local folder or a hub name that can be "
+            "reached"
         ) from error
     if not pretrained.is_fast:
-        raise UserError(f"tokenizer.name={name} cannot be used: it has no tokenizer.json; choose one of the `tokenizers` library")
+        raise UserError(
+            f"{refused}: it has no tokenizer.json; choose one of the `tokenizers` library"
+        )
     if pretrained.eos_token is None:
-        raise UserError(f"tokenizer.name={name} cannot be used: it has no end-of-text token (eos_token)")
+        raise UserError(f"{refused}: it has no end-of-text token (eos_token)")
     return FastTokenizer("hf", pretrained.backend_tokenizer, pretrained.eos_token, pretrained)
 
 
@@ -207,22 +255,25 @@ def _tiktoken() -> Any:
     try:
         import tiktoken
     except ImportError as error:
-        raise UserError("tokenizer=tiktoken cannot be used: tiktoken is not installed; run pip install 'diffx[tiktoken]'") from error
+        raise UserError(
+            "tokenizer=tiktoken cannot be used: tiktoken is not installed; run pip install "
+            "'diffx[tiktoken]'"
+        ) from error
     return tiktoken
 
 
 def _from_tiktoken(name: str) -> TiktokenEncoding:
-    tiktoken = _tiktoken()
+    tiktoken, refused = _tiktoken(), f"tokenizer.name={name} cannot be used"
     names = tiktoken.list_encoding_names()
     if name not in names:
-        raise UserError(f"tokenizer.name={name} cannot be used: it must be one of {', '.join(names)}")
+        raise UserError(f"{refused}: it must be one of {', '.join(names)}")
     try:
         encoding = tiktoken.get_encoding(name)
         encoding.eot_token  # noqa: B018  # a property that raises where there is none
     except KeyError as error:
-        raise UserError(f"tokenizer.name={name} cannot be used: it has no end-of-text token") from error
+        raise UserError(f"{refused}: it has no end-of-text token") from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"tokenizer.name={name} cannot be used: its vocabulary has to be fetched once from the network: {reason(error)}"
+            f"{refused}: its vocabulary has to be fetched once from the network: {reason(error)}"
         ) from error
     return TiktokenEncoding(encoding)

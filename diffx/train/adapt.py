@@ -102,7 +102,7 @@ class Adaptation:
             if isinstance(module, nn.ModuleList) and len(module) == num_layers
         )
         self.parameters = parameter_counts(adapted)
-        # Forward and the gradient of activations everywhere; that of weights where they are trained.
+        # Forward and gradients of activations for all weights; gradients of trained weights.
         self.flops_per_token = 4.0 * self.parameters["rest"] + 2.0 * self.parameters["trained"]
         self.probe, self.on_step = self._watch, self._watch.set_step
 
@@ -124,7 +124,7 @@ class Adaptation:
         self._reporter.table(make_table(title, ["", ""], rows))
 
     def finish(self, folder: Path, result: Fit) -> dict[str, Any]:
-        """Measure the branch on held-out text in all processes, and write adapter/ in the main one."""
+        """Measure the branch on held-out text; the main process writes adapter/."""
         job, world = self._job, self._world
         self._adapted.set_step(result.progress.step)
         batches = self._corpus.val_batches(job.train.seq_len, world.size, world.rank, world.size)
@@ -209,7 +209,7 @@ class Adaptation:
         )
 
     def _save_adapter(self, folder: Path, checkpoint: Path) -> None:
-        """Write adapter/: branch.safetensors, tuned.safetensors (what else was trained) and JSON."""
+        """Write adapter/: branch.safetensors, tuned.safetensors (other weights) and JSON."""
         weights = load_file(checkpoint / WEIGHTS)
         parts: dict[str, dict[str, Tensor]] = {"branch": {}, "tuned": {}}
         for name, value in weights.items():

@@ -1,7 +1,7 @@
-"""Checkpoints: ``<run>/checkpoints/step_00001000/`` with weights, optimizer and state, whole or not there at all.
+"""Checkpoints: ``<run>/checkpoints/step_00001000/`` with weights, optimizer and state.
 
-A checkpoint is written to a temporary folder and renamed. ``state.json`` holds the SHA-256 of the other files and of its own content,
-so that a damaged checkpoint is named and passed over. Nothing in it is a pickle.
+A checkpoint is written to a temporary folder and renamed. ``state.json`` holds the SHA-256 of the
+other files and a checksum of itself, so that a damaged checkpoint is detected. No file is a pickle.
 """
 
 import errno
@@ -29,29 +29,36 @@ from diffx.models.tensors import read_tensors
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+_FULL = StateDictOptions(
+    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
+)
 _WRAPPER = "_checkpoint_wrapped_module."  # which activation checkpointing puts into names
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that lacks a file, or one whose file does not have the checksum it was written with."""
+    """A checkpoint with a missing file or a wrong checksum."""
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], main: bool = True
+    run_dir: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    main: bool = True,
 ) -> Path:
-    """Write a checkpoint of ``step``; every process calls it, the main one writes.
+    """Write a checkpoint of ``step``; every process calls this, the main one writes.
 
     Args:
         run_dir: the run folder.
         step: optimizer steps done.
-        model: what is trained of it is saved, whole, however it is sharded.
+        model: its trained parameters are saved unsharded.
         optimizer: AdamW; its moments are saved by parameter name.
-        state: JSON-able: the data position, pending losses and what else the loop needs.
+        state: JSON-able: the data position, pending losses and the rest of the loop's state.
         main: whether this process writes.
 
     Raises:
-        RunError: the disk is full; earlier checkpoints are as they were.
+        RunError: the disk is full; earlier checkpoints are intact.
     """
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     weights: dict[str, Any] = get_model_state_dict(model, options=_FULL)
@@ -59,45 +66,95 @@ def save_checkpoint(
     if not main:
         return folder
     trained = trained_shapes(model)
-    weights = {name: value for name, value in weights.items() if name in trained}  # a tied weight once
-    flat = {f"{name}.{key}": value for name, values in moments["state"].items() for key, value in values.items()}
+    weights = {
+        name: value for name, value in weights.items() if name in trained
+    }  # a tied weight once
+    flat = {
+        f"{name}.{key}": value
+        for name, values in moments["state"].items()
+        for key, value in values.items()
+    }
     flat["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         flat["rng.cuda"] = torch.cuda.get_rng_state()
-    # Only this folder is made: a run folder that was deleted in the meantime is not made anew.
+    # A run folder that was deleted in the meantime is not made again: no parents=True.
     try:
         folder.parent.mkdir(exist_ok=True)
         with replacing_folder(folder) as temporary:
-            save_file({name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS)
-            save_file({name: value.contiguous() for name, value in flat.items()}, temporary / OPTIMIZER)
+            save_file(
+                {name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS
+            )
+            save_file(
+                {name: value.contiguous() for name, value in flat.items()}, temporary / OPTIMIZER
+            )
             sums = {name: sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
             state = {"step": step, "sha256": sums, **state}
             write_json(temporary / STATE, {"checksum": json_checksum(state), **state})
             for path in temporary.iterdir():
                 _sync(path)
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step, passed over at the resume
+            shutil.rmtree(
+                folder, ignore_errors=True
+            )  # a damaged one of the same step, passed over at the resume
         _sync(folder.parent)
     except FileNotFoundError as error:
         raise RunError(
-            f"{run_dir} was deleted or moved while the run was going; the checkpoint of step {step} cannot be written"
+            f"{run_dir} was deleted or moved while the run was going; the checkpoint of step "
+            f"{step} cannot be written"
         ) from error
     except Exception as error:
-        # safetensors reports a full disk in an error of its own, by its text alone
+        # safetensors reports a full disk only in the text of its exception.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise RunError(
-                f"no space left on the device for the checkpoint of step {step} in {run_dir}; earlier checkpoints are intact"
+                f"no space left on the device for the checkpoint of step {step} in {run_dir}; "
+                "earlier checkpoints are intact"
             ) from error
         raise
     return folder
 
 
 def trained_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors that a checkpoint of the model holds: what is trained, a tied weight once."""
-    return {name.replace(_WRAPPER, ""): parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Return names and shapes of the trained parameters; a tied weight is listed once."""
+    return {
+        name.replace(_WRAPPER, ""): parameter.shape
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def read_tensors(
+    path: Path, shapes: Mapping[str, torch.Size], optional: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Read a safetensors file and check the names and shapes of its tensors.
+
+    Args:
+        path: the file.
+        shapes: the required tensors.
+        optional: names of tensors that may be present too.
+
+    Raises:
+        UserError: the file cannot be read, or a tensor is missing, unknown or of another shape.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for name in sorted((shapes.keys() | tensors.keys()) - set(optional)):
+        if name not in tensors:
+            raise UserError(f"{path} cannot be used: it lacks {name}")
+        if name not in shapes:
+            raise UserError(
+                f"{path} cannot be used: it holds {name}, which the model does not have"
+            )
+        if tensors[name].shape != shapes[name]:
+            raise UserError(
+                f"{path} cannot be used: {name} has the shape {list(tensors[name].shape)}, the "
+                f"model's is {list(shapes[name])}"
+            )
+    return tensors
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read ``state.json`` and hold every file to its checksum.
+    """Read ``state.json`` and compare every file with its checksum.
 
     Raises:
         DamagedCheckpointError: names the file that is missing or altered.
@@ -105,33 +162,49 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = read_json(folder / STATE, {"step": int, "sha256": dict})
     except UserError as error:
-        raise DamagedCheckpointError(f"{folder} is damaged: {str(error).removeprefix(f'{folder}/')}") from error
-    checksum, sums = state.pop("checksum", None), state["sha256"]  # checkpoints of before there was a checksum have none
+        raise DamagedCheckpointError(
+            f"{folder} is damaged: {str(error).removeprefix(f'{folder}/')}"
+        ) from error
+    checksum, sums = (
+        state.pop("checksum", None),
+        state["sha256"],
+    )  # checkpoints of before there was a checksum have none
     match = _NAME.fullmatch(folder.name)
     altered = checksum is not None and checksum != json_checksum(state)
-    if altered or sums.keys() != {WEIGHTS, OPTIMIZER} or not match or state["step"] != int(match[1]):
+    if (
+        altered
+        or sums.keys() != {WEIGHTS, OPTIMIZER}
+        or not match
+        or state["step"] != int(match[1])
+    ):
         raise DamagedCheckpointError(f"{folder} is damaged: {STATE} is not what was written")
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpointError(f"{folder} is damaged: {name} is missing")
         if sha256(path) != expected:
-            raise DamagedCheckpointError(f"{folder} is damaged: {name} does not have the checksum it was written with")
+            raise DamagedCheckpointError(
+                f"{folder} is damaged: {name} does not have the checksum it was written with"
+            )
     return state
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights, moments and the random state into a model and its optimizer, however they are sharded.
+    """Load weights, moments and the random state into a model, sharded or not, and its optimizer.
 
-    Call ``read_state`` first: it is what checks the files.
+    ``read_state`` must be called first: it checks the files.
     """
     shapes = trained_shapes(model)
     weights: dict[str, Any] = read_tensors(folder / WEIGHTS, shapes)
     set_model_state_dict(model, weights, options=_FULL)
-    # Every process needs the parameter groups; with the options of a full state only the main one would get them.
+    # Without _FULL, which returns the parameter groups in the main process only.
     moments = get_optimizer_state_dict(model, optimizer)
     steps = {f"{name}.step": torch.Size() for name in shapes}
-    shapes = {f"{name}.{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")}
+    shapes = {
+        f"{name}.{key}": shape
+        for name, shape in shapes.items()
+        for key in ("exp_avg", "exp_avg_sq")
+    }
     shapes |= steps | {"rng.cpu": torch.get_rng_state().shape}
     flat = read_tensors(folder / OPTIMIZER, shapes, optional=("rng.cuda",))
     torch.set_rng_state(flat.pop("rng.cpu"))
@@ -142,18 +215,22 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     for name, value in flat.items():
         parameter, _, key = name.rpartition(".")
         states.setdefault(parameter, {})[key] = value
-    set_optimizer_state_dict(model, optimizer, {"state": states, "param_groups": moments["param_groups"]}, options=_FULL)
+    set_optimizer_state_dict(
+        model, optimizer, {"state": states, "param_groups": moments["param_groups"]}, options=_FULL
+    )
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """List a run's checkpoints as (step, folder), oldest first."""
     folder = run_dir / "checkpoints"
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))] if folder.is_dir() else []
-    return sorted(found)
+    if not folder.is_dir():
+        return []
+    matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """Find the newest checkpoint whose checksums hold, naming each damaged one on the way; ``None`` if there is none."""
+    """Return the newest undamaged checkpoint and its state, or ``None``; warn of damaged ones."""
     for _, folder in reversed(checkpoints(run_dir)):
         try:
             return folder, read_state(folder)
@@ -163,7 +240,7 @@ def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> tuple[Path, dic
 
 
 def best(run_dir: Path, until: int | None = None) -> Path | None:
-    """Find the checkpoint with the lowest validation loss, among those up to the step ``until`` if that is given."""
+    """Return the checkpoint with the lowest validation loss, of those up to step ``until``."""
     losses = []
     for step, folder in checkpoints(run_dir):
         try:
@@ -176,10 +253,10 @@ def best(run_dir: Path, until: int | None = None) -> Path | None:
 
 
 def prune(run_dir: Path, keep_last: int, step: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints and the best, among those up to ``step``, the newest that is intact.
+    """Delete all checkpoints up to ``step`` but the newest ``keep_last`` and the best.
 
-    What a killed process left of an unfinished checkpoint is deleted too.
-    Later checkpoints stay: they are damaged ones that the resumed run passed over, and must not count as the newest.
+    ``step`` is the newest intact checkpoint. Later ones are damaged: they are kept, and must not
+    count as the newest. Unfinished checkpoints of killed processes are deleted.
     """
     keep = best(run_dir, step)
     reached = [folder for number, folder in checkpoints(run_dir) if number <= step]
@@ -191,32 +268,41 @@ def prune(run_dir: Path, keep_last: int, step: int) -> None:
 
 
 def find_checkpoint(spec: str, key: str = "checkpoint") -> tuple[Path, Path]:
-    """Turn ``runs/x``, ``runs/x@best`` or ``runs/x@1000`` into (run folder, checkpoint folder); the newest without ``@``.
+    """Resolve ``runs/x``, ``runs/x@best`` or ``runs/x@1000``; without ``@``, the newest.
+
+    Returns:
+        The run folder and the checkpoint folder.
 
     Raises:
-        UserError: there is no such run or no such checkpoint; the message names what there is.
-        DamagedCheckpointError: the checkpoint asked for is damaged.
+        UserError: there is no such run or checkpoint; the message lists what exists.
+        DamagedCheckpointError: the checkpoint is damaged.
     """
-    path, _, which = spec.rpartition("@") if "@" in spec and not Path(spec).exists() else (spec, "", "")
-    run_dir = Path(path)
+    path, _, which = (
+        spec.rpartition("@") if "@" in spec and not Path(spec).exists() else (spec, "", "")
+    )
+    run_dir, refused = Path(path), f"{key}={spec} cannot be used"
     if not run_dir.is_dir():
-        raise UserError(f"{key}={spec} cannot be used: there is no folder {path}")
+        raise UserError(f"{refused}: there is no folder {path}")
     if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{key}={spec} cannot be used: {path} is not a run folder (it has no config.yaml)")
-    there = {str(step): folder for step, folder in checkpoints(run_dir)}
-    if not there:
-        raise UserError(f"{key}={spec} cannot be used: {path} has no checkpoint yet")
-    steps = ", ".join(there)
+        raise UserError(f"{refused}: {path} is not a run folder (it has no config.yaml)")
+    steps_saved = {str(step): folder for step, folder in checkpoints(run_dir)}
+    if not steps_saved:
+        raise UserError(f"{refused}: {path} has no checkpoint yet")
+    steps = ", ".join(steps_saved)
     if which == "best":
         folder = best(run_dir)
         if folder is None:
-            raise UserError(f"{key}={spec} cannot be used: no checkpoint of {path} has a validation loss; its steps are {steps}")
+            raise UserError(
+                f"{refused}: no checkpoint of {path} has a validation loss; its steps are {steps}"
+            )
     elif which:
-        if which not in there:
-            raise UserError(f"{key}={spec} cannot be used: {path} has no checkpoint {which!r}; accepted: best, {steps}")
-        folder = there[which]
+        if which not in steps_saved:
+            raise UserError(
+                f"{refused}: {path} has no checkpoint {which!r}; accepted: best, {steps}"
+            )
+        folder = steps_saved[which]
     else:
-        folder = list(there.values())[-1]
+        folder = list(steps_saved.values())[-1]
     read_state(folder)
     return run_dir, folder
 

@@ -1,7 +1,7 @@
-"""The run folder: which one, made when, and what a resumed or continued run takes from the earlier one.
+"""The run folder: its name, its first files, and the settings that a resumed run keeps.
 
-<run>/  config.yaml  overrides.yaml  environment.json  data.json  tokenizer/  metrics.jsonl  train.log
-        checkpoints/step_00001000/  summary.json
+<run>/  config.yaml  overrides.yaml  environment.json  data.json  tokenizer/  metrics.jsonl
+        train.log  checkpoints/step_00001000/  summary.json
 """
 
 import dataclasses
@@ -45,38 +45,55 @@ AnyJob = TrainJob | AdaptJob
 _SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
 
 
-def settle(job: AnyJob, words: list[str]) -> tuple[AnyJob, Path | None]:
-    """Decide what runs: the job as composed, or an earlier run's with the words given for this one.
+def settle(job: AnyJob, overrides: list[str]) -> tuple[AnyJob, Path | None]:
+    """Return the job to run, and the folder to resume in (``None``: start in a new one).
 
     Args:
         job: as composed from the command line.
-        words: the overrides given on the command line.
-
-    Returns:
-        The job to run, and the folder to resume in (``None``: start in a new one).
+        overrides: the overrides on the command line; they change the saved job of a resumed run.
 
     Raises:
-        UserError: the folder exists, there is nothing to resume, or a word conflicts with the earlier run.
+        UserError: the folder exists, there is nothing to resume, or an override conflicts with the
+            earlier run.
     """
     resume = job.train.resume
-    if resume is None or (resume == "auto" and (job.run.dir is None or not _begun(Path(job.run.dir)))):
+    if resume is None or (
+        resume == "auto" and (job.run.dir is None or not _begun(Path(job.run.dir)))
+    ):
         if job.run.dir is not None and not _unused(folder := Path(job.run.dir)):
-            raise UserError(f"run.dir={folder} cannot be used: it exists; choose another, or continue that run with train.resume={folder}")
-        return _continued(job, words), None
+            raise UserError(
+                f"run.dir={folder} cannot be used: it exists; choose another, or continue that run "
+                f"with train.resume={folder}"
+            )
+        return _continued(job, overrides), None
     folder = Path(job.run.dir if resume == "auto" and job.run.dir is not None else resume)
+    refused = f"train.resume={folder} cannot be used"
     if not folder.is_dir():
-        raise UserError(f"train.resume={folder} cannot be used: there is no such folder; accepted: auto, or a run folder")
+        raise UserError(f"{refused}: there is no such folder; accepted: auto, or a run folder")
     if not _begun(folder):
-        killed = "; its start was killed early: give its words again, with run.dir= and train.resume=auto" if _unused(folder) else ""
-        raise UserError(f"train.resume={folder} cannot be used: it is not a run folder (it has no config.yaml){killed}")
-    if resume != "auto" and job.run.dir is not None and Path(job.run.dir).resolve() != folder.resolve():
-        raise UserError(f"run.dir={job.run.dir} cannot be used with train.resume={folder}: a resumed run stays in its folder")
+        killed = (
+            "; its start was killed early: repeat its command with run.dir= and train.resume=auto"
+            if _unused(folder)
+            else ""
+        )
+        raise UserError(f"{refused}: it is not a run folder (it has no config.yaml){killed}")
+    if (
+        resume != "auto"
+        and job.run.dir is not None
+        and Path(job.run.dir).resolve() != folder.resolve()
+    ):
+        raise UserError(
+            f"run.dir={job.run.dir} cannot be used with train.resume={folder}: a resumed run stays "
+            "in its folder"
+        )
     saved = load_config(folder / "config.yaml")
     if saved.kind != job.kind:
-        raise UserError(f"train.resume={folder} cannot be used: it holds a {saved.kind} run, not a {job.kind} run")
+        raise UserError(f"{refused}: it holds a {saved.kind} run, not a {job.kind} run")
     if isinstance(saved, AdaptJob) and isinstance(job, AdaptJob):
-        saved.trust_remote_code = job.trust_remote_code  # only this command's word counts: somebody else may have written the folder
-    for key in given(words, job, saved):
+        saved.trust_remote_code = (
+            job.trust_remote_code
+        )  # only this command's word counts: somebody else may have written the folder
+    for key in given(overrides, job, saved):
         if key == "train.steps":
             saved.train.tokens = None
         if key == "train.tokens":
@@ -85,7 +102,8 @@ def settle(job: AnyJob, words: list[str]) -> tuple[AnyJob, Path | None]:
             _put(saved, key, _get(job, key))
         elif _get(saved, key) != _get(job, key):
             raise UserError(
-                f"{key}={_plain(_get(job, key))} conflicts with the run in {folder}, which has {key}={_plain(_get(saved, key))}; "
+                f"{key}={_plain(job, key)} conflicts with the run in {folder}, which has "
+                f"{key}={_plain(saved, key)}; "
                 "a resumed run keeps its settings, save for steps, cadence, device and wandb"
             )
     saved.run.dir = str(folder)
@@ -93,90 +111,111 @@ def settle(job: AnyJob, words: list[str]) -> tuple[AnyJob, Path | None]:
     return saved, folder
 
 
-def given(words: list[str], job: AnyJob, saved: AnyJob) -> list[str]:
-    """List the config keys that the words on the command line set.
+def given(overrides: list[str], job: AnyJob, saved: AnyJob) -> list[str]:
+    """List the config keys that the overrides set.
 
-    A word that picks a group (``model=diff_v1``) sets its ``kind``, ``size=`` the shape, ``experiment=`` everything that differs.
+    An override of a group (``model=diff_v1``) sets its ``kind``, ``size=`` the shape,
+    ``experiment=`` every key in which ``job`` and ``saved`` differ.
     """
     keys = _flat(job)
-    found: list[str] = []
-    for word in words:
-        name = word.lstrip("+~").split("=")[0].split("@")[0]
+    keys_set: list[str] = []
+    for override in overrides:
+        name = override.lstrip("+~").split("=")[0].split("@")[0]
         if name in ("model", "data", "tokenizer"):
-            found.append(f"{name}.kind")
+            keys_set.append(f"{name}.kind")
         elif name == "size":
-            found += [f"model.{key}" for key in _SHAPE]
+            keys_set += [f"model.{key}" for key in _SHAPE]
         elif name == "experiment":
-            found += [key for key in keys if key not in _flat(saved) or _get(saved, key) != _get(job, key)]
+            keys_set += [
+                key for key in keys if key not in _flat(saved) or _get(saved, key) != _get(job, key)
+            ]
         else:
-            found += [key for key in keys if key == name or key.startswith(f"{name}.")]
-    # A key that the other architecture or source does not have comes with its kind, which is compared first.
-    return [key for key in dict.fromkeys(found) if key in _flat(saved) or key.endswith(".kind")]
+            keys_set += [key for key in keys if key == name or key.startswith(f"{name}.")]
+    # A key that `saved` lacks belongs to another kind, and the kinds are compared first.
+    return [key for key in dict.fromkeys(keys_set) if key in _flat(saved) or key.endswith(".kind")]
 
 
-def _continued(job: AnyJob, words: list[str]) -> AnyJob:
-    """With ``train.init_from``, take the model and the tokenizer from that run; ``model.rope_theta`` alone may change."""
+def _continued(job: AnyJob, overrides: list[str]) -> AnyJob:
+    """With ``train.init_from``, take the model and the tokenizer from that run."""
     if job.train.init_from is None or not isinstance(job, TrainJob):
         return job
     source, _ = find_checkpoint(job.train.init_from, "train.init_from")
     saved = load_config(source / "config.yaml")
-    keys = given(words, job, saved)
+    keys = given(overrides, job, saved)
     for key in keys:
-        if key.split(".")[0] in ("model", "tokenizer") and key != "model.rope_theta" and _get(job, key) != _get(saved, key):
+        if (
+            key.split(".")[0] in ("model", "tokenizer")
+            and key != "model.rope_theta"
+            and _get(job, key) != _get(saved, key)
+        ):
             raise UserError(
-                f"{key}={_plain(_get(job, key))} conflicts with train.init_from={job.train.init_from}, which has "
-                f"{key}={_plain(_get(saved, key))}; the model and the tokenizer come from that run, and only model.rope_theta may change"
+                f"{key}={_plain(job, key)} conflicts with train.init_from={job.train.init_from}, "
+                f"which has {key}={_plain(saved, key)}; the model and the tokenizer come from that "
+                "run, and only model.rope_theta may change"
             )
     theta = job.model.rope_theta if "model.rope_theta" in keys else saved.model.rope_theta
     model = dataclasses.replace(saved.model, rope_theta=theta)
-    # A tokenizer trained on the earlier corpus is read from the earlier run, not trained anew on this one.
-    tokenizer = HfTokenizer(name=str(source / "tokenizer")) if saved.tokenizer.kind in ("bpe", "bytes") else saved.tokenizer
+    # A tokenizer that was trained is read from that run, not trained again on this corpus.
+    tokenizer = (
+        HfTokenizer(name=str(source / "tokenizer"))
+        if saved.tokenizer.kind in ("bpe", "bytes")
+        else saved.tokenizer
+    )
     return dataclasses.replace(job, model=model, tokenizer=tokenizer)
 
 
 def new_folder(job: AnyJob) -> Path:
-    """Give the path of a run that starts: ``run.dir``, or ``runs/<date-time>-<name>``. Nothing is made yet."""
+    """Return ``run.dir`` or ``runs/<date-time>-<name>``; nothing is created."""
     if job.run.dir is not None:
         return Path(job.run.dir)
     return Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{run_name(job)}"
 
 
 def run_name(job: AnyJob) -> str:
-    """Give ``run.name``, or a name made of the architecture or the variant, the data and the seed."""
-    what = job.model.kind if isinstance(job, TrainJob) else job.dex.variant.value
-    return job.run.name or f"{what}-{job.data.kind}-seed{job.seed}"
+    """Return ``run.name``, or a name made of architecture or variant, data and seed."""
+    kind = job.model.kind if isinstance(job, TrainJob) else job.dex.variant.value
+    return job.run.name or f"{kind}-{job.data.kind}-seed{job.seed}"
 
 
 @contextmanager
 def hold_folder(folder: Path, new: bool) -> Iterator[None]:
-    """Hold a run folder's lock, which a killed process gives up too; a ``new`` folder is made first.
+    """Hold a run folder's lock, which the system releases if the process is killed.
+
+    Args:
+        folder: the run folder.
+        new: create the folder first; it must have no files.
 
     Raises:
-        UserError: another process holds it, or another run made the folder in the meantime.
+        UserError: another process holds the lock, or another run created the folder meanwhile.
     """
     if new:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"run.dir={folder} cannot be used: {error.strerror}; choose a folder that can be written") from error
+            raise UserError(
+                f"run.dir={folder} cannot be used: {error.strerror}; choose a folder that can be "
+                "written"
+            ) from error
     with locked(folder / _LOCK, f"run.dir={folder}"):
         if new and not _unused(folder):
             raise UserError(f"run.dir={folder} cannot be used: it exists; choose another")
         yield
 
 
-def write_start(folder: Path, job: AnyJob, words: list[str], tokenizer: Tokenizer, corpus: dict[str, Any]) -> None:
-    """Write the files that a run begins with; of a resumed run, the config as it runs now, the words and the machine are kept too.
+def write_start(
+    folder: Path, job: AnyJob, overrides: list[str], tokenizer: Tokenizer, corpus: dict[str, Any]
+) -> None:
+    """Write the first files of a run; a resumed run adds its overrides and environment.
 
-    config.yaml is first: with it the folder is a run that can be resumed. Each file is written whole or not at all, and a resumed
-    run writes those that a kill left out.
+    config.yaml is first: a folder that has it can be resumed. Each file is written atomically; a
+    resumed run writes those that are missing.
 
     Args:
-        folder: the run folder, held.
+        folder: the run folder, locked.
         job: the job that runs.
-        words: the overrides given on the command line.
-        tokenizer: the corpus's.
-        corpus: what ``data.json`` tells of the text.
+        overrides: the overrides on the command line.
+        tokenizer: the tokenizer of the corpus.
+        corpus: the content of ``data.json``.
 
     Raises:
         UserError: a file of the resumed run is damaged; nothing was written.
@@ -185,12 +224,12 @@ def write_start(folder: Path, job: AnyJob, words: list[str], tokenizer: Tokenize
     path, now = folder / "environment.json", environment(job.seed)
     if path.exists():
         record = read_json(path)
-        record.setdefault("resumed", []).append({"overrides": words, **now})
+        record.setdefault("resumed", []).append({"overrides": overrides, **now})
     else:
         record = now
     save_config(job, folder / "config.yaml")
     if not (folder / "overrides.yaml").exists():
-        write_text(folder / "overrides.yaml", yaml.safe_dump(words))
+        write_text(folder / "overrides.yaml", yaml.safe_dump(overrides))
     write_json(path, record)
     if not (folder / "tokenizer").exists():
         with replacing_folder(folder / "tokenizer") as temporary:
@@ -199,8 +238,17 @@ def write_start(folder: Path, job: AnyJob, words: list[str], tokenizer: Tokenize
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """Describe versions, commit, command, hardware and seed. No environment variables: they hold secrets."""
-    packages = ("torch", "transformers", "tokenizers", "datasets", "hydra-core", "lm_eval", "wandb", "numpy")
+    """Describe versions, commit, command, hardware and seed; no variables, they hold secrets."""
+    packages = (
+        "torch",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "hydra-core",
+        "lm_eval",
+        "wandb",
+        "numpy",
+    )
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "diffx": version("diffx"),
@@ -217,16 +265,20 @@ def environment(seed: int) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, ``+changes`` if it has any; ``None`` when installed from a wheel."""
+    """Return the commit of the checkout, with ``+changes`` if any; ``None`` for a wheel."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "diffx", "conf", "experiments") else "")
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--", "diffx", "conf", "experiments") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -236,15 +288,22 @@ def _begun(folder: Path) -> bool:
 
 
 def _unused(folder: Path) -> bool:
-    """Whether there is no folder, or one with nothing but what a start leaves that was killed before it wrote config.yaml."""
-    return not folder.exists() or (folder.is_dir() and all(entry.name in (_LOCK, ".config.yaml.tmp") for entry in folder.iterdir()))
+    """Return whether the folder is absent, or has only files from before config.yaml."""
+    return not folder.exists() or (
+        folder.is_dir()
+        and all(entry.name in (_LOCK, ".config.yaml.tmp") for entry in folder.iterdir())
+    )
 
 
 def _flat(config: Any, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        keys += _flat(value, f"{prefix}{field.name}.") if dataclasses.is_dataclass(value) else [prefix + field.name]
+        keys += (
+            _flat(value, f"{prefix}{field.name}.")
+            if dataclasses.is_dataclass(value)
+            else [prefix + field.name]
+        )
     return keys
 
 
@@ -259,5 +318,6 @@ def _put(config: Any, key: str, value: Any) -> None:
     setattr(_get(config, group) if group else config, name, value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(config: Any, key: str) -> Any:
+    value = _get(config, key)
     return getattr(value, "value", value)

@@ -1,4 +1,4 @@
-"""The training loop. One ``fit`` for training and adaptation; it reads top to bottom in the order in which things happen."""
+"""The training loop of training and adaptation, in the order in which things happen."""
 
 import math
 import signal
@@ -32,17 +32,17 @@ Probe = Callable[[Callable[[], object]], dict[str, float]]
 
 @dataclass
 class Progress:
-    """What the loop carries from step to step and a checkpoint keeps.
+    """The state that the loop carries from step to step and that a checkpoint keeps.
 
     Attributes:
         step: optimizer steps done.
         tokens: training tokens seen.
-        seconds: seconds since the run started, those before a resume included.
-        train_seconds: those of them spent in steps rather than in evaluation and saving.
+        seconds: seconds since the run started, including those before a resume.
+        train_seconds: the part of ``seconds`` in steps, without evaluation and saving.
         pending: losses since the last logged line.
-        val_loss: the validation loss at this step, if it was measured here.
+        val_loss: the validation loss at this step, if measured.
         best_loss: the lowest validation loss so far.
-        best_step: where it was measured.
+        best_step: its step.
     """
 
     step: int = 0
@@ -57,13 +57,13 @@ class Progress:
 
 @dataclass
 class Fit:
-    """What ``fit`` gives back.
+    """The result of ``fit``.
 
     Attributes:
-        progress: where the run ended.
+        progress: the state at the end.
         validation: the last validation's figures.
         checkpoint: the last checkpoint.
-        tokens_per_second: over the steps of the whole run, evaluation and saving left out.
+        tokens_per_second: over all steps of the run, without evaluation and saving.
     """
 
     progress: Progress
@@ -72,44 +72,58 @@ class Fit:
     tokens_per_second: float
 
 
-def token_losses(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, boundaries: torch.Tensor | None) -> torch.Tensor:
-    """Sum of the cross-entropies in nats of the targets that are not -100.
+def token_losses(
+    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, boundaries: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the sum of the cross-entropies in nats of the targets that are not -100.
 
     Args:
-        model: a decoder of ours, or gives logits.
+        model: a ``Decoder``, or a model that returns logits.
         inputs: (B, T) token ids.
         targets: (B, T) next tokens, -100 where there is no loss.
-        boundaries: (n+1,) document boundaries in the flattened batch, or ``None`` to attend across documents.
+        boundaries: (n+1,) document boundaries in the flattened batch; ``None``: no masks.
     """
     if isinstance(model, Decoder):
         loss: torch.Tensor = model(inputs, cu_seqlens=boundaries, targets=targets)
         return loss
     logits = model(inputs, cu_seqlens=boundaries)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, corpus: Corpus, config: TrainConfig, world: World) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, corpus: Corpus, config: TrainConfig, world: World
+) -> dict[str, float]:
     """Measure the held-out loss; every held-out token is predicted once.
 
     Returns:
-        ``val/loss`` in nats a token, ``val/perplexity``, ``val/bpb`` in bits per byte of the held-out text.
+        ``val/loss`` in nats a token, ``val/perplexity``, ``val/bpb`` in bits per byte of the text.
     """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
-    rows = config.micro_batch_size or max(1, int(config.batch_tokens) // config.seq_len // world.size)
+    rows = config.micro_batch_size or max(
+        1, int(config.batch_tokens) // config.seq_len // world.size
+    )
     for batch in corpus.val_batches(config.seq_len, rows * world.size, world.rank, world.size):
         inputs, targets = batch.inputs.to(world.device), batch.targets.to(world.device)
         boundaries = cu_seqlens(inputs, corpus.tokenizer.eot_id) if config.mask_documents else None
         with autocast(world.device, config.precision):
             nats = token_losses(model, inputs, targets, boundaries)
-        total += torch.tensor([float(nats), float((targets >= 0).sum())], dtype=torch.float64)  # device sync: once a batch, not in training
+        total += torch.tensor(
+            [float(nats), float((targets >= 0).sum())], dtype=torch.float64
+        )  # device sync: once a batch, not in training
     model.train()
     if world.size > 1:
         total = world.total(total.to(world.device))
     nats_total, tokens = total.tolist()
     loss = nats_total / tokens
-    return {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0)), "val/bpb": nats_total / corpus.val.n_bytes / math.log(2)}
+    return {
+        "val/loss": loss,
+        "val/perplexity": math.exp(min(loss, 700.0)),
+        "val/bpb": nats_total / corpus.val.n_bytes / math.log(2),
+    }
 
 
 def fit(
@@ -136,14 +150,14 @@ def fit(
         corpus: held-out tokens and their tokenizer.
         batches: this process's training batches, at the step to start from.
         config: the recipe.
-        flops_per_token: model FLOPs of a training token, for the utilisation.
+        flops_per_token: model FLOPs of a training token, for ``train/mfu``.
         world: the processes.
-        run_dir: the run folder, made already.
-        track: takes the figures.
-        reporter: says what happens.
-        resume: a checkpoint's folder and state, as ``newest_intact`` found them.
-        probe: gives figures for the log; it is handed a call that runs the model on one sequence, for what it looks at by hooks.
-        on_step: told the number of steps done, at the start and after each step (DEX sets lambda(t) by it).
+        run_dir: the run folder, which exists.
+        track: logs figures.
+        reporter: prints lines and progress.
+        resume: a checkpoint's folder and state, from ``newest_intact``.
+        probe: returns figures for the log; its argument runs the model on one sequence.
+        on_step: called with the steps done, at the start and after each step (for lambda(t)).
 
     Raises:
         RunError: the loss is not finite, or the disk is full.
@@ -162,7 +176,7 @@ def fit(
         load_training_state(checkpoint, model, optimizer)
         now, validation = Progress(**state["progress"]), state["validation"]
         reporter.line(f"resumed from step {now.step} ({checkpoint})")
-        if world.main:  # a killed process may not have come to it
+        if world.main:  # a killed process may not have done it
             prune(run_dir, config.keep_last, now.step)
 
     if on_step is not None:
@@ -174,7 +188,14 @@ def fit(
         nonlocal validation
         validation = evaluate(model, corpus, config, world)
         if not math.isfinite(validation["val/loss"]):
-            raise _not_finite("validation loss", validation["val/loss"], now.step, "all held-out text", run_dir, reporter)
+            raise _not_finite(
+                "validation loss",
+                validation["val/loss"],
+                now.step,
+                "all held-out text",
+                run_dir,
+                reporter,
+            )
         now.val_loss = validation["val/loss"]
         if now.val_loss < now.best_loss:
             now.best_loss, now.best_step = now.val_loss, now.step
@@ -182,7 +203,12 @@ def fit(
 
     def save() -> Path:
         now.seconds = track.seconds
-        state = {"progress": vars(now), "val_loss": now.val_loss, "validation": validation, "data": batches.state_dict()}
+        state = {
+            "progress": vars(now),
+            "val_loss": now.val_loss,
+            "validation": validation,
+            "data": batches.state_dict(),
+        }
         folder = save_checkpoint(run_dir, now.step, model, optimizer, state, world.main)
         world.barrier()
         if world.main:
@@ -193,7 +219,9 @@ def fit(
         note = measure()
         track.log(0, 0, validation)
         reporter.line(f"step 0  {note}")
-    unread: list[tuple[int, torch.Tensor, str]] = []  # (step, loss on the device, the batch's position)
+    unread: list[
+        tuple[int, torch.Tensor, str]
+    ] = []  # (step, loss on the device, the batch's position)
     mark_step, mark_time = now.step, time.perf_counter()
 
     with _stop_signals() as stop, reporter.progress("step", last, now.step) as bar:
@@ -220,17 +248,22 @@ def fit(
 
             stopping = world.any(stop.name is not None)
             logs, evals, saves = (
-                now.step == last or now.step % every == 0 for every in (config.log_every, config.eval_steps, config.save_every)
+                now.step == last or now.step % every == 0
+                for every in (config.log_every, config.eval_steps, config.save_every)
             )
             if not (logs or evals or saves or stopping):
                 continue
-            synchronize(world.device)  # device sync: what is timed, logged or saved is finished work
+            synchronize(
+                world.device
+            )  # device sync: what is timed, logged or saved is finished work
             elapsed = time.perf_counter() - mark_time
             now.train_seconds += elapsed
             now.pending += _finite_losses(unread, run_dir, reporter)
             unread = []
             if not math.isfinite(norm):  # the update that it clipped is not to be saved as good
-                raise _not_finite("gradient norm", float(norm), now.step, batch.position, run_dir, reporter)
+                raise _not_finite(
+                    "gradient norm", float(norm), now.step, batch.position, run_dir, reporter
+                )
             row: dict[str, float] = {}
 
             # Log
@@ -262,10 +295,13 @@ def fit(
             if saves or stopping or (evals and now.best_step == now.step):
                 checkpoint = save()
             if stopping and now.step < last:
-                raise Stopped(f"stopped by {stop.name or 'another process'} after step {now.step}; go on with train.resume={run_dir}")
+                raise Stopped(
+                    f"stopped by {stop.name or 'another process'} after step {now.step}; go on "
+                    f"with train.resume={run_dir}"
+                )
             mark_step, mark_time = now.step, time.perf_counter()
 
-    if now.val_loss is None:  # a run that was stopped at what is now its last step
+    if now.val_loss is None:  # resumed at its last step
         note = measure()
         track.log(now.step, now.tokens, validation)
         reporter.line(f"step {now.step}  {note}")
@@ -273,8 +309,14 @@ def fit(
     return Fit(now, validation, checkpoint, now.tokens / max(now.train_seconds, 1e-9))
 
 
-def _accumulate_gradients(model: nn.Module, batch: Batch, config: TrainConfig, eot: int, world: World) -> torch.Tensor:
-    """Add up a step's gradients, micro-batch by micro-batch, and return its mean loss (on the device, every process's the same)."""
+def _accumulate_gradients(
+    model: nn.Module, batch: Batch, config: TrainConfig, eot: int, world: World
+) -> torch.Tensor:
+    """Accumulate a step's gradients over micro-batches.
+
+    Returns:
+        The mean loss, on the device, the same in every process.
+    """
     rows = batch.inputs.shape[0]
     size = config.micro_batch_size or rows
     scored = world.total((batch.targets >= 0).sum().float().to(world.device)).clamp(min=1)
@@ -286,32 +328,40 @@ def _accumulate_gradients(model: nn.Module, batch: Batch, config: TrainConfig, e
         boundaries = cu_seqlens(inputs, eot) if config.mask_documents else None
         with autocast(world.device, config.precision):
             nats = token_losses(model, inputs, targets, boundaries)
-        (nats * (world.size / scored)).backward()  # sharded gradients are averaged over the processes
+        (
+            nats * (world.size / scored)
+        ).backward()  # sharded gradients are averaged over the processes
         total += nats.detach()
     return world.total(total) / scored
 
 
 def _look(model: nn.Module, batch: Batch, config: TrainConfig, eot: int, world: World) -> None:
-    """Run the model on a batch's first sequence, for the probes."""
+    """Run the model on a batch's first sequence, for the probe."""
     inputs = batch.inputs[:1].to(world.device)
     boundaries = cu_seqlens(inputs, eot) if config.mask_documents else None
     with autocast(world.device, config.precision):
         model(inputs, cu_seqlens=boundaries)
 
 
-def _finite_losses(unread: list[tuple[int, torch.Tensor, str]], run_dir: Path, reporter: Reporter) -> list[float]:
-    """Read the losses of the last steps from the device; stop the run at one that is not finite."""
-    values = torch.stack([loss for _, loss, _ in unread]).tolist()  # device sync: once for all of them
+def _finite_losses(
+    unread: list[tuple[int, torch.Tensor, str]], run_dir: Path, reporter: Reporter
+) -> list[float]:
+    """Read the losses of the last steps from the device; raise if one is not finite."""
+    values = torch.stack(
+        [loss for _, loss, _ in unread]
+    ).tolist()  # device sync: once for all of them
     for (step, _, position), value in zip(unread, values, strict=True):
         if not math.isfinite(value):
             raise _not_finite("loss", value, step, f"batch at {position}", run_dir, reporter)
     return values
 
 
-def _not_finite(what: str, value: float, step: int, where: str, run_dir: Path, reporter: Reporter) -> RunError:
+def _not_finite(
+    name: str, value: float, step: int, place: str, run_dir: Path, reporter: Reporter
+) -> RunError:
     good = newest_intact(run_dir, reporter.warn)
     last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
-    return RunError(f"the {what} is {value} at step {step} ({where}); {last}")
+    return RunError(f"the {name} is {value} at step {step} ({place}); {last}")
 
 
 @dataclass
@@ -321,9 +371,11 @@ class _Stop:
 
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
-    """Note SIGINT and SIGTERM for the loop to act on after the step in hand; a second one ends the process at once."""
+    """Record SIGINT and SIGTERM for the loop to act on after the step; a second one kills."""
     stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only the main thread may set handlers
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -11,26 +11,41 @@ from diffx.config.train import Schedule, TrainConfig
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Build AdamW over the parameters that require gradients.
 
-    Weight decay acts on matrices (embeddings included) and never on vectors: norm gains, biases, DIFF's lambda vectors.
+    Weight decay acts on matrices (embeddings included), not on norm gains, biases, lambda vectors.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     # One lambda vector a head makes a matrix of them, so they are told by their name.
-    vectors = {id(p) for name, p in model.named_parameters() if p.ndim < 2 or name.rpartition(".")[2].startswith("lambda_")}
+    vectors = {
+        id(p)
+        for name, p in model.named_parameters()
+        if p.ndim < 2 or name.rpartition(".")[2].startswith("lambda_")
+    }
     groups = [
-        {"params": [p for p in trainable if id(p) not in vectors], "weight_decay": config.weight_decay},
+        {
+            "params": [p for p in trainable if id(p) not in vectors],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [p for p in trainable if id(p) in vectors], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
     )
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Give the learning rate of the update that follows ``step`` done updates."""
+    """Return the learning rate of the update after ``step`` updates."""
     total, warmup = config.num_steps, config.warmup_steps
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    start = warmup if config.schedule is not Schedule.wsd else max(warmup, round(total * (1 - config.decay_ratio)))
+    start = (
+        warmup
+        if config.schedule is not Schedule.wsd
+        else max(warmup, round(total * (1 - config.decay_ratio)))
+    )
     # The last update still moves: the floor would be reached one step after it.
     progress = min(max(step - start, 0) / max(total - start, 1), 1.0)
     if config.schedule is Schedule.constant:

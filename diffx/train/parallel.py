@@ -1,6 +1,6 @@
-"""Devices and distribution. The only file that knows of either; models, data and the loop do not.
+"""Devices and distribution, which no other file handles.
 
-Order: activation checkpointing, then compile each block, then ``fully_shard`` each block, then the root.
+Order: activation checkpointing, compile each block, ``fully_shard`` each block, then the root.
 """
 
 import ctypes
@@ -33,9 +33,9 @@ class World:
     """The processes of a run.
 
     Attributes:
-        device: this process's device.
-        rank: this process's number.
-        size: how many there are.
+        device: the device of this process.
+        rank: the number of this process.
+        size: the number of processes.
     """
 
     device: torch.device
@@ -60,40 +60,48 @@ class World:
         return bool(self.total(torch.tensor(float(flag), device=self.device)))  # device sync
 
     def share(self, value: str) -> str:
-        """Give every process the main one's text."""
+        """Return the text of the main process in every process."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         if self.size > 1:
             dist.barrier()
 
 
 def pick_device(device: Device) -> torch.device:
-    """Turn ``device=`` into a device, and ready it.
+    """Return the device that ``device=`` names, and prepare it.
 
     Raises:
         UserError: this machine has no such device.
     """
-    available = {Device.cuda: torch.cuda.is_available(), Device.mps: torch.backends.mps.is_available(), Device.cpu: True}
+    available = {
+        Device.cuda: torch.cuda.is_available(),
+        Device.mps: torch.backends.mps.is_available(),
+        Device.cpu: True,
+    }
     if device is Device.auto:
         device = next(kind for kind, here in available.items() if here)
     if not available[device]:
-        there = ", ".join(kind.value for kind, here in available.items() if here)
-        raise UserError(f"device={device.value} cannot be used: this machine has none that torch can see; it has {there}")
+        present = ", ".join(kind.value for kind, here in available.items() if here)
+        raise UserError(
+            f"device={device.value} cannot be used: this machine has none that torch can see; it "
+            f"has {present}"
+        )
     if device is Device.cpu:
         keep_freed_memory()
     return torch.device(device.value)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free, for the next ones, rather than hand it back to the system. Other C libraries are left alone.
+    """Make glibc keep freed memory for later tensors; other C libraries are not changed.
 
-    A training step frees and takes the same large blocks again and again. By default each is mapped afresh, and its pages
-    fault in one by one: a step of the default run took five times as long that way on a virtual machine of two cores.
+    A training step frees and allocates the same large blocks repeatedly. By default each is mapped
+    again and its pages fault one by one: a step of the default run took five times as long on a
+    virtual machine with two cores.
     """
     mallopt = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt", None)
     if mallopt is not None:
@@ -104,9 +112,10 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def join_world(device: Device) -> Iterator[World]:
-    """Join the other processes if ``torchrun`` started this one, and leave them at the end; alone otherwise.
+    """Join the process group if ``torchrun`` started this process, and leave it at the end.
 
-    Of several processes, the first that fails prints its error and the others none: each ends with the exit code of its own error.
+    The first process that fails prints its error, the others nothing; each exits with the code of
+    its error.
 
     Raises:
         UserError: this machine has no such device.
@@ -120,7 +129,9 @@ def join_world(device: Device) -> Iterator[World]:
         if chosen.type == "cuda":
             chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
+        )
         yield World(chosen, rank, size)
     except (Exception, Stopped) as error:
         described = describe(error)
@@ -141,7 +152,7 @@ def parallelize(model: nn.Module, blocks: nn.ModuleList, config: TrainConfig, wo
     Args:
         model: the whole model.
         blocks: its decoder blocks, a list inside ``model``.
-        config: says whether to checkpoint activations and to compile.
+        config: whether to checkpoint activations and to compile.
         world: the processes to shard over; one process shards nothing.
     """
     if config.activation_checkpointing:
@@ -156,13 +167,17 @@ def parallelize(model: nn.Module, blocks: nn.ModuleList, config: TrainConfig, wo
         for block in blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        if hasattr(model, "forward_hidden"):  # sampling enters here, and needs the weights whole as forward does
+        if hasattr(
+            model, "forward_hidden"
+        ):  # sampling enters here, and needs the weights whole as forward does
             register_fsdp_forward_method(model, "forward_hidden")
 
 
 def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what attention kernels give, which costs most to compute again and is no larger than a block's input; recompute the rest."""
-    attention = isinstance(op, torch._ops.OpOverload) and ("scaled_dot_product" in op.name() or op.namespace == "diffx")
+    """Keep the outputs of attention kernels, small but expensive; recompute the rest."""
+    attention = isinstance(op, torch._ops.OpOverload) and (
+        "scaled_dot_product" in op.name() or op.namespace == "diffx"
+    )
     return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -173,41 +188,51 @@ def accumulate(model: nn.Module, last: bool) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], bound: float) -> torch.Tensor:
-    """Clip the global gradient norm to ``bound`` (0: measure only) and return the norm before it."""
+    """Clip the global gradient norm to ``bound`` (0: do not clip); return the norm before."""
     norm = nn.utils.clip_grad_norm_(parameters, bound or float("inf"))
     full = getattr(norm, "full_tensor", None)
     return full() if full is not None else norm
 
 
 @contextmanager
-def fused_attention(wanted: bool, device: torch.device) -> Iterator[None]:
-    """Let the fused kernels compute differential attention for as long as the context lasts, if that is ``wanted``.
+def fused_attention(enabled: bool, device: torch.device) -> Iterator[None]:
+    """Use the fused kernels for differential attention within the context if ``enabled``.
 
     Raises:
         UserError: there is no GPU, or no Triton.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     if device.type != "cuda":
-        raise UserError(f"train.fused_attention=true cannot be used on {device}: the kernels are for a GPU (device=cuda)")
+        raise UserError(
+            f"train.fused_attention=true cannot be used on {device}: the kernels are for a GPU "
+            "(device=cuda)"
+        )
     try:
         kernels = import_module("diffx.ops.triton_attention")
     except ImportError as error:
-        raise UserError("train.fused_attention=true cannot be used: it needs Triton; pip install 'diffx[triton]' installs it") from error
+        raise UserError(
+            "train.fused_attention=true cannot be used: it needs Triton; pip install "
+            "'diffx[triton]' installs it"
+        ) from error
     with attending_by(kernels):
         yield
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """Give the context for forward passes: bf16 autocast over fp32 weights, or nothing."""
+    """Return the context for forward passes: bf16 autocast over fp32 weights, or nothing."""
     if precision_of(device, precision) is Precision.fp32:
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def precision_of(device: torch.device, precision: Precision) -> Precision:
-    """What ``auto`` means on a device: bf16 on a GPU that has it, else fp32."""
+    """Resolve ``auto``: bf16 on a GPU that supports it, else fp32."""
     if precision is Precision.auto:
-        return Precision.bf16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else Precision.fp32
+        return (
+            Precision.bf16
+            if device.type == "cuda" and torch.cuda.is_bf16_supported()
+            else Precision.fp32
+        )
     return precision

@@ -16,57 +16,73 @@ _SHAPE = [field.name for field in dataclasses.fields(ModelConfig) if field.name 
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Count a model's parameters as ``Decoder.num_parameters`` does, from its first two layers: all of them have as many.
+    """Count a model's parameters as ``Decoder.num_parameters`` does, from two of its layers.
+
+    All layers have the same number.
 
     Args:
         config: the architecture and its shape, ``vocab_size`` included.
     """
     with torch.device("meta"):
-        one, two = (build_model(dataclasses.replace(config, num_layers=layers)).num_parameters() for layers in (1, 2))
+        one, two = (
+            build_model(dataclasses.replace(config, num_layers=layers)).num_parameters()
+            for layers in (1, 2)
+        )
     return {part: one[part] + (config.num_layers - 1) * (two[part] - one[part]) for part in one}
 
 
 def check_memory(job: TrainJob, processes: int, free: int) -> None:
-    """Refuse a model or a batch that cannot fit, by a lower bound of what training takes.
+    """Refuse a model or a batch whose lower bound of memory does not fit.
 
     Args:
         job: the job.
-        processes: the processes that share weights, gradients, moments and the batch.
-        free: bytes that are free on the device of one process.
+        processes: the number of processes that share weights, gradients, moments and the batch.
+        free: free bytes on the device of one process.
 
     Raises:
-        UserError: they do not fit.
+        UserError: it does not fit.
     """
     model, recipe, gib = job.model, job.train, 2**30
-    # An unknown vocabulary is taken for the smallest that there is.
-    total = count_parameters(dataclasses.replace(model, vocab_size=model.vocab_size or 257))["total"]
+    # An unknown vocabulary counts as the smallest possible.
+    total = count_parameters(dataclasses.replace(model, vocab_size=model.vocab_size or 257))[
+        "total"
+    ]
     weights = 16 * total // processes  # fp32: weights, gradients, two moments
     if weights > free:
         names = ("hidden_size", "num_layers", "intermediate_size", "vocab_size")
-        shape = ", ".join(f"model.{name}={value}" for name in names if (value := getattr(model, name)) is not None)
+        shape = ", ".join(
+            f"model.{name}={value}" for name in names if (value := getattr(model, name)) is not None
+        )
         raise UserError(
-            f"{shape} cannot be used: {total:,} parameters take {weights / gib:,.1f} GiB with gradients and "
-            f"moments, and {free / gib:,.1f} GiB are free; choose a smaller model"
+            f"{shape} cannot be used: {total:,} parameters take {weights / gib:,.1f} GiB with "
+            f"gradients and moments, and {free / gib:,.1f} GiB are free; choose a smaller model"
         )
     batch = int(recipe.batch_tokens) // processes
     tokens = min(batch, recipe.seq_len * (recipe.micro_batch_size or batch))
-    # Token and target ids of the batch, and what even activation checkpointing keeps of a micro-batch:
-    # the input of every block.
+    # Token and target ids of the batch, and the input of every block for a micro-batch, which even
+    # activation checkpointing keeps.
     needed = 16 * batch + 2 * tokens * model.hidden_size * model.num_layers
     if weights + needed > free:
-        micro = "" if recipe.micro_batch_size is None else f", train.micro_batch_size={recipe.micro_batch_size}"
+        micro = (
+            ""
+            if recipe.micro_batch_size is None
+            else f", train.micro_batch_size={recipe.micro_batch_size}"
+        )
         raise UserError(
-            f"train.batch_tokens={recipe.batch_tokens}, train.seq_len={recipe.seq_len}{micro} cannot be used: a step takes "
-            f"{needed / gib:,.1f} GiB and more beside the model's {weights / gib:,.1f}, and {free / gib:,.1f} GiB are free; "
-            "give fewer tokens"
+            f"train.batch_tokens={recipe.batch_tokens}, train.seq_len={recipe.seq_len}{micro} "
+            f"cannot be used: a step takes {needed / gib:,.1f} GiB and more beside the model's "
+            f"{weights / gib:,.1f}, and {free / gib:,.1f} GiB are free; give fewer tokens"
         )
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, dict[str, int] | str]:
-    """Count the parameters of every architecture at one shape; a text says why an architecture cannot have it.
+    """Count the parameters of every architecture at one shape.
 
     Args:
-        config: the shape, ``vocab_size`` included; its own options count for its own architecture.
+        config: the shape, ``vocab_size`` included; its options apply to its own architecture.
+
+    Returns:
+        The counts by kind, or a text that says why an architecture cannot have the shape.
     """
     counts: dict[str, dict[str, int] | str] = {}
     shape = {name: getattr(config, name) for name in _SHAPE}
@@ -79,29 +95,42 @@ def parameter_counts(config: ModelConfig) -> dict[str, dict[str, int] | str]:
 
 
 def parameter_table(job: TrainJob) -> Table:
-    """Draw the counts of a composed ``diffx train`` job.
+    """Return the table of counts of a composed ``diffx train`` job.
 
     Raises:
-        UserError: the vocabulary's size is known only once the tokenizer is loaded.
+        UserError: the size of the vocabulary is known only once the tokenizer is loaded.
     """
     size = job.model.vocab_size
     if size is None:
-        size = {"bpe": job.tokenizer.vocab_size if isinstance(job.tokenizer, BpeTokenizer) else 0, "bytes": 257}.get(job.tokenizer.kind)
+        size = {
+            "bpe": job.tokenizer.vocab_size if isinstance(job.tokenizer, BpeTokenizer) else 0,
+            "bytes": 257,
+        }.get(job.tokenizer.kind)
     if size is None:
-        raise UserError(f"model.vocab_size=null cannot be used with tokenizer={job.tokenizer.kind}: give the number, such as 100288")
+        raise UserError(
+            f"model.vocab_size=null cannot be used with tokenizer={job.tokenizer.kind}: give the "
+            "number, such as 100288"
+        )
     return counts_table(dataclasses.replace(job.model, vocab_size=size))
 
 
 def counts_table(config: ModelConfig) -> Table:
-    """Draw the counts of every architecture at the shape of ``config``, its own marked."""
+    """Return the table of counts of every architecture at one shape; ``*`` marks the config's."""
     rows = []
     for kind, count in parameter_counts(config).items():
         name = f"{kind} *" if kind == config.kind else kind
         rows.append(
-            [name, *((f"{count[part]:,}" for part in ("total", "embedding", "rest")) if isinstance(count, dict) else ("-", "-", count))]
+            [
+                name,
+                *(
+                    (f"{count[part]:,}" for part in ("total", "embedding", "rest"))
+                    if isinstance(count, dict)
+                    else ("-", "-", count)
+                ),
+            ]
         )
     title = (
-        f"Parameters at D={config.hidden_size}, {config.num_layers} layers, H={config.num_heads}, H_kv={config.num_kv_heads}, "
-        f"FFN {config.ffn_size}, vocabulary {config.vocab_size}"
+        f"Parameters at D={config.hidden_size}, {config.num_layers} layers, H={config.num_heads}, "
+        f"H_kv={config.num_kv_heads}, FFN {config.ffn_size}, vocabulary {config.vocab_size}"
     )
     return make_table(title, ["model", "total", "embedding", "rest"], rows)

@@ -1,4 +1,4 @@
-"""What the attention of each layer does, read by hooks in a forward pass of its own."""
+"""Statistics of each layer's attention, read by hooks in a separate forward pass."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,22 +8,27 @@ from torch import nn
 
 
 @torch.no_grad()
-def attention_statistics(model: nn.Module, blocks: Iterable[Any], forward: Callable[[], object]) -> dict[str, float]:
+def attention_statistics(
+    model: nn.Module, blocks: Iterable[Any], forward: Callable[[], object]
+) -> dict[str, float]:
     """Measure each layer's lambda and the RMS of its context.
 
     Args:
         model: the model that ``forward`` runs.
         blocks: its decoder blocks; ``self_attn`` of each is a ``diffx.models.attention.Attention``.
-        forward: runs the model on a few tokens. It runs eagerly, since hooks would break a compiled block.
+        forward: runs the model on a few tokens, eagerly: hooks would break a compiled block.
 
     Returns:
-        ``diff/lambda/<layer>``: mean lambda over heads, and over tokens where each has one; no key for a layer that subtracts nothing.
-        ``attention/context_rms/<layer>``: root mean square of the weighted values, after the subtraction and before any norm.
+        ``diff/lambda/<layer>``: mean lambda over heads (and tokens); absent for a layer without.
+        ``attention/context_rms/<layer>``: root mean square of the weighted values, after the
+        subtraction and before any norm.
     """
     values: dict[str, torch.Tensor] = {}
 
     def read_lambda(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        lam = module.lambda_value(args[0])  # in the forward pass, where sharded parameters are whole
+        lam = module.lambda_value(
+            args[0]
+        )  # in the forward pass, where sharded parameters are whole
         if lam is not None:
             values[f"diff/lambda/{module.layer:02d}"] = lam.float().mean()
 
@@ -49,4 +54,6 @@ def attention_statistics(model: nn.Module, blocks: Iterable[Any], forward: Calla
         for handle in handles:
             handle.remove()
     names = sorted(values)
-    return dict(zip(names, torch.stack([values[name] for name in names]).tolist(), strict=True))  # device sync: one for all layers
+    return dict(
+        zip(names, torch.stack([values[name] for name in names]).tolist(), strict=True)
+    )  # device sync: one for all layers

@@ -96,7 +96,7 @@ class Scratch:
             self._reporter.line(f"{name}: {values}")
 
     def finish(self, folder: Path, result: Fit) -> dict[str, Any]:
-        """Sample a continuation of ``train.sample_prompt``; all processes hold parts of the model."""
+        """Sample a continuation of ``train.sample_prompt``, in all processes if sharded."""
         job, tokenizer, sample = self._job, self._corpus.tokenizer, ""
         if job.train.sample_tokens:
             prompt = [tokenizer.eot_id, *tokenizer.encode(job.train.sample_prompt)]

@@ -1,4 +1,4 @@
-"""What a step costs: the device's matrix-product ceiling, for the model-FLOPs utilisation, and peak memory."""
+"""The cost of a step: the device's matrix-product ceiling and peak memory."""
 
 import gc
 import json
@@ -21,9 +21,9 @@ SIDES = {"cuda": 8192, "mps": 1024, "cpu": 1024}  # rows of the matrices that ar
 
 
 def matmul_ceiling(device: torch.device, precision: Precision) -> float:
-    """Measure the FLOPs a second of a large square matrix product in the type that training uses.
+    """Measure the FLOPs a second of a large square matrix product in the training type.
 
-    The utilisation is against this measured ceiling, on every device alike, and not against a data sheet.
+    The utilisation refers to this measurement, on every device, instead of a data sheet.
     """
     n, end = SIDES[device.type], time.perf_counter() + 1
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
@@ -49,7 +49,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Give the peak memory in bytes: of the allocator on CUDA, of the process elsewhere."""
+    """Return the peak memory in bytes: of the allocator on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -57,10 +57,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def peak_allocation(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Measure the most bytes of tensors that live at once while ``call`` runs, those that were there before left out.
+    """Measure the most bytes of tensors that ``call`` adds at one time.
 
-    On CUDA the allocator counts them, on the CPU the profiler; None elsewhere, where nothing counts. It is what tensors and operators
-    allocate, and less than what the process holds.
+    The allocator counts them on CUDA, the profiler on a CPU; ``None`` elsewhere. The process holds
+    more.
     """
     gc.collect()
     if device.type == "cuda":
@@ -70,13 +70,19 @@ def peak_allocation(call: Callable[[], Any], device: torch.device) -> int | None
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints a line when it starts and one when it stops
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # the profiler prints a line when it starts and one when it stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"] if event.get("name") == "[memory]"]
+        events = [
+            event
+            for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+            if event.get("name") == "[memory]"
+        ]
     live = peak = 0
     for event in sorted(events, key=lambda event: event["ts"]):
         live += event["args"]["Bytes"]
