@@ -187,8 +187,9 @@ class Shards:
         names = [_shard_name(split, shard, suffix) for shard in range(self.meta["shards"])]
         # An empty file cannot be mapped.
         present = [name for name in names if self.meta["files"][name]["bytes"]]
-        arrays = [np.memmap(self.folder / name, dtype, "r") for name in present]
-        return arrays or [np.empty(0, dtype)]
+        return [np.memmap(self.folder / name, dtype, "r") for name in present] or [
+            np.empty(0, dtype)
+        ]
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
