@@ -1,19 +1,22 @@
 """A full disk, a folder that cannot be written, what a killed process has left: one line, no work lost, nothing left behind."""
 
 import errno
+import gzip
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 
 import pytest
+import zstandard
 from filelock import FileLock
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 
 from diffx.cli import main
 from diffx.errors import UserError
-from diffx.files import append_lines, checked_line, locked, read_json_lines
+from diffx.files import append_lines, checked_line, json_sha256, locked, open_text, read_json_lines, sha256
 
 TRAIN = (
     "train model=transformer tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 train.steps=2 "
@@ -107,6 +110,30 @@ def test_lines_that_were_torn_or_altered_are_left_out(tmp_path, caplog):
     with append_lines(path) as file:
         file.write(checked_line(rows[3]))
     assert read_json_lines(path, skip_damaged=True) == [rows[1], {"old": 1}, rows[3]] and "2 damaged lines" in caplog.text
+
+
+def test_a_line_without_its_newline_is_left_out_and_a_damaged_one_refused(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 1}\n' + checked_line({"step": 2}) + '{"step": 3}')
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n' + checked_line({"step": 2}).replace("2", "4", 1))
+    with pytest.raises(UserError, match="line 2"):
+        read_json_lines(path)
+
+
+@pytest.mark.parametrize("suffix, opener", [("", open), (".gz", gzip.open), (".zst", zstandard.open)])
+def test_text_is_opened_whatever_compressed_it(tmp_path, suffix, opener):
+    path = tmp_path / f"text.jsonl{suffix}"
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.write("é\n2\n")
+    with open_text(path) as file:
+        assert list(file) == ["é\n", "2\n"]
+
+
+def test_one_hash_of_files_bytes_and_text(tmp_path):
+    (tmp_path / "file").write_bytes(b"b" * (1 << 21))
+    assert sha256("é", tmp_path / "file", b"c") == hashlib.sha256("é".encode() + b"b" * (1 << 21) + b"c").hexdigest()
+    assert json_sha256({"b": 1, "a": 2}) == sha256('{"a": 2, "b": 1}') != json_sha256({"b": 1, "a": 2}, sort_keys=False)
 
 
 def test_a_lock_is_held_once_and_leaves_nothing(tmp_path):

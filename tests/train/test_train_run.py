@@ -318,3 +318,12 @@ def test_refusals_leave_nothing_behind(make_job, tmp_path):
         with pytest.raises(UserError, match=words):
             run_job(job, [])
     assert not [p for p in tmp_path.iterdir() if p.name in "abc"]
+
+
+def test_memory_that_runs_out_is_one_line(make_job, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB\nmany more lines")
+
+    monkeypatch.setattr("diffx.train.run.fit", full)
+    with pytest.raises(RunError, match=r"memory of cpu is full \(tried to allocate 3 GiB\); lower train.micro_batch_size"):
+        run_job(make_job(), [])
