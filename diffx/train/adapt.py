@@ -19,6 +19,7 @@ from diffx.config.dex import CRITERIA, AdaptJob
 from diffx.config.train import Precision
 from diffx.console import Reporter, make_table
 from diffx.data import Corpus
+from diffx.dex.adapters import BRANCH, DESCRIPTION, TUNED, file_of
 from diffx.dex.attach import Adapted, attach, parameter_counts
 from diffx.dex.heads import Plan, choose_heads, draw_heads, load_plan
 from diffx.dex.layer import projection_weight
@@ -26,7 +27,9 @@ from diffx.dex.layout import find_layers
 from diffx.dex.pretrained import Pretrained, free_memory, load_pretrained
 from diffx.dex.watch import Watch
 from diffx.files import read_json, read_json_lines, replacing, replacing_folder, write_json
-from diffx.train.checkpoint import WEIGHTS, read_tensors
+from diffx.hub.card import CARD, adapter_usage, training_card
+from diffx.models.tensors import read_tensors
+from diffx.train.checkpoint import WEIGHTS
 from diffx.train.loop import Fit
 from diffx.train.parallel import World, autocast, precision_of
 
@@ -123,7 +126,7 @@ class Adaptation:
         title = f"Parameters: {self._job.dex.variant.value} on {self._base.name}"
         self._reporter.table(make_table(title, ["", ""], rows))
 
-    def finish(self, folder: Path, result: Fit) -> dict[str, Any]:
+    def finish(self, folder: Path, result: Fit, summary: dict[str, Any]) -> dict[str, Any]:
         """Measure the branch on held-out text; the main process writes adapter/."""
         job, world = self._job, self._world
         self._adapted.set_step(result.progress.step)
@@ -133,13 +136,14 @@ class Adaptation:
             self._watch(lambda: self.model(held_out))  # for the verdict
         if not world.main:
             return {}
-        self._save_adapter(folder, result.checkpoint)
-        return {
+        entries = {
             "base": self._base.name,
             "base/val/loss": read_json_lines(folder / "metrics.jsonl")[0]["val/loss"],
             "branch": self._watch.verdict() if job.dex.variant.branches else None,
             "adapter": str(folder / ADAPTER),
         }
+        self._save_adapter(folder, result.checkpoint, summary | entries)
+        return entries
 
     def report(self, summary: dict[str, Any]) -> None:
         """Print the held-out loss before and after, and the verdict on the branch."""
@@ -208,25 +212,29 @@ class Adaptation:
             corpus.info["sha256"],
         )
 
-    def _save_adapter(self, folder: Path, checkpoint: Path) -> None:
-        """Write adapter/: branch.safetensors, tuned.safetensors (other weights) and JSON."""
+    def _save_adapter(self, folder: Path, checkpoint: Path, summary: dict[str, Any]) -> None:
+        """Write adapter/: the weights in one or two files, adapter.json and a model card."""
         weights = load_file(checkpoint / WEIGHTS)
-        parts: dict[str, dict[str, Tensor]] = {"branch": {}, "tuned": {}}
-        for name, value in weights.items():
-            part = "branch" if name.endswith((".w_d", ".lambda_learn")) else "tuned"
-            parts[part][name.removeprefix("model.")] = value
+        trained = {name.removeprefix("model."): value for name, value in weights.items()}
         dex = dataclasses.asdict(self._job.dex)
+        settings = {key: getattr(value, "value", value) for key, value in dex.items()}
         described = {
-            "dex": {key: getattr(value, "value", value) for key, value in dex.items()},
+            # Without the folder of a heads.json.
+            "dex": settings | {"heads": Path(self._job.dex.heads).name},
             "base": read_json(folder / "base.json"),
             "heads": self._plan.heads,
             "step": int(checkpoint.name.removeprefix("step_")),
         }
+        base = self._base.name
+        usage = adapter_usage(base)
+        name, step = summary["name"], summary["step"]
+        card = training_card(self._job, name, step, summary, usage, base=base)
         with replacing_folder(folder / ADAPTER) as temporary:
-            for part, tensors in parts.items():
-                if tensors:
-                    save_file(tensors, temporary / f"{part}.safetensors")
-            write_json(temporary / "adapter.json", described)
+            for file in (BRANCH, TUNED):
+                if part := {key: value for key, value in trained.items() if file_of(key) == file}:
+                    save_file(part, temporary / file)
+            write_json(temporary / DESCRIPTION, described)
+            card.save(temporary / CARD)
             # A finished run that was resumed has one already.
             shutil.rmtree(folder / ADAPTER, ignore_errors=True)
 
@@ -261,16 +269,11 @@ def restore(
     plan = load_plan(run_dir / "heads.json", base.fingerprint, layers)
     steps = int(job.dex.anneal_steps or 0)
     adapted = attach(base.model, layers, job.dex, plan.heads, steps, job.seed)
-    # Checkpoints have the names of ForTraining.
-    trained = {f"model.{name}": parameter for name, parameter in adapted.trained().items()}
-    shapes = {name: parameter.shape for name, parameter in trained.items()}
+    prefix = "model."  # of ForTraining
+    shapes = {prefix + name: parameter.shape for name, parameter in adapted.trained().items()}
     weights = read_tensors(checkpoint / WEIGHTS, shapes)
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-    adapted.set_step(int(checkpoint.name.removeprefix("step_")))
-    adapted.cast(base.dtype)
-    adapted.model.requires_grad_(False)
+    step = int(checkpoint.name.removeprefix("step_"))
+    adapted.load({name.removeprefix(prefix): weights[name] for name in shapes}, step, base.dtype)
     return base, adapted
 
 

@@ -121,38 +121,6 @@ def trained_shapes(model: nn.Module) -> dict[str, torch.Size]:
     }
 
 
-def read_tensors(
-    path: Path, shapes: Mapping[str, torch.Size], optional: Collection[str] = ()
-) -> dict[str, torch.Tensor]:
-    """Read a safetensors file and check the names and shapes of its tensors.
-
-    Args:
-        path: the file.
-        shapes: the required tensors.
-        optional: names of tensors that may be present too.
-
-    Raises:
-        UserError: the file cannot be read, or a tensor is missing, unknown or of another shape.
-    """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    for name in sorted((shapes.keys() | tensors.keys()) - set(optional)):
-        if name not in tensors:
-            raise UserError(f"{path} cannot be used: it lacks {name}")
-        if name not in shapes:
-            raise UserError(
-                f"{path} cannot be used: it holds {name}, which the model does not have"
-            )
-        if tensors[name].shape != shapes[name]:
-            raise UserError(
-                f"{path} cannot be used: {name} has the shape {list(tensors[name].shape)}, the "
-                f"model's is {list(shapes[name])}"
-            )
-    return tensors
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """Read ``state.json`` and compare every file with its checksum.
 

@@ -128,9 +128,9 @@ def _run(
             probe=subject.probe,
             on_step=subject.on_step,
         )
-        entries = subject.finish(folder, result)
+        summary = _summary(job, result, subject.parameters)
+        summary |= subject.finish(folder, result, summary) | {"finished": True}
         if world.main:
-            summary = _summary(job, result, subject.parameters) | entries | {"finished": True}
             write_json(folder / "summary.json", summary)
             if sample := summary.get("sample"):
                 track.samples(result.progress.step, [(job.train.sample_prompt, sample)])

@@ -14,7 +14,8 @@ from diffx.data import Corpus, load_tokenizer
 from diffx.data.ngram import baselines
 from diffx.dex.pretrained import free_memory
 from diffx.models import build_model, generate, init_weights
-from diffx.train.checkpoint import WEIGHTS, find_checkpoint, read_tensors, trained_shapes
+from diffx.models.tensors import read_tensors
+from diffx.train.checkpoint import WEIGHTS, find_checkpoint, trained_shapes
 from diffx.train.loop import Fit
 from diffx.train.parallel import World
 from diffx.train.params import check_memory, counts_table
@@ -95,7 +96,7 @@ class Scratch:
             values = ", ".join(f"{value:.4f} {unit}" for unit, value in losses.items())
             self._reporter.line(f"{name}: {values}")
 
-    def finish(self, folder: Path, result: Fit) -> dict[str, Any]:
+    def finish(self, folder: Path, result: Fit, summary: dict[str, Any]) -> dict[str, Any]:
         """Sample a continuation of ``train.sample_prompt``, in all processes if sharded."""
         job, tokenizer, sample = self._job, self._corpus.tokenizer, ""
         if job.train.sample_tokens:
