@@ -89,4 +89,4 @@ def test_files_stay_short(path):
 
 
 def test_the_library_stays_small():
-    assert sum(len(path.read_text(encoding="utf-8")) for path in FILES) <= 910_000  # characters, whatever the line length
+    assert sum(len(path.read_text(encoding="utf-8")) for path in FILES) <= 915_000  # characters, whatever the line length
