@@ -21,7 +21,7 @@ from diffx.models import build_model, init_weights
 from diffx.train.checkpoint import save_checkpoint
 from diffx.train.loop import token_losses
 from diffx.train.optimizer import build_optimizer
-from diffx.train.parallel import World, autocast, clip_gradients, fused_attention, parallelize, pick_device
+from diffx.train.parallel import World, autocast, clip_gradients, fused_kernels, parallelize, pick_device
 from diffx.train.throughput import matmul_ceiling, synchronize
 
 PARTS = ("data", "forward", "backward", "clip", "optimizer")
@@ -52,6 +52,7 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
         raise UserError(f"trace={trace} cannot be used: it must be the name of a .json file in a folder that exists")
     job = compose("train", words)
     reporter, world = Reporter(), World(pick_device(job.device))
+    fused_kernels(job.train, world.device)  # refused before the corpus is read
     corpus = open_data(job.data, job.tokenizer)
     model = build_model(dataclasses.replace(job.model, vocab_size=job.model.vocab_size or corpus.tokenizer.vocab_size))
     init_weights(model, job.seed)
@@ -90,15 +91,14 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    with fused_attention(job.train.fused_attention, world.device):
-        for _ in range(_WARM + steps):
+    for _ in range(_WARM + steps):
+        step()
+    medians = {name: statistics.median(seconds[name] for seconds in spent[_WARM:]) for name in PARTS}
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]
+    with profile(activities=kinds) as recorded:
+        for _ in range(TRACED):
             step()
-        medians = {name: statistics.median(own[name] for own in spent[_WARM:]) for name in PARTS}
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]
-        with profile(activities=kinds) as recorded:
-            for _ in range(TRACED):
-                step()
     try:
         recorded.export_chrome_trace(str(trace))
     except (OSError, RuntimeError) as error:

@@ -18,11 +18,12 @@ from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 
 from diffx.config import UserError
 from diffx.models import Decoder
-from diffx.models.attention import Attention
+from diffx.models.attention import Attention, attention_modules
 from diffx.models.view import AttentionView
-from diffx.ops import QuantizedLogits, attending_by
+from diffx.ops import QuantizedLogits
 
-_NAME = "diffx_observed"  # our attention function's in transformers' interface
+_NAME = "diffx"  # of `_attend` among the attention functions of transformers
+_ATTEND = "_diffx_attend"  # the attribute of a module that holds the function of `attending_with`
 _ROWS = 256  # query rows of a map that are formed at once
 # Keywords of transformers' attention functions that change nothing here: queries and keys are rotated already, and the mask holds the
 # window. Those of _HANDLED are followed. Any other keyword may change the attention, as sinks and biases do, and is refused.
@@ -61,9 +62,8 @@ def observing(model: nn.Module, attention: AttentionCallback | None = None, hidd
             for layer, block in enumerate(decoder_blocks(model)):
                 stack.enter_context(block.register_forward_hook(_hidden_hook(layer, hidden)))
         if attention is not None and ours:
-            for module in model.modules():
-                if isinstance(module, Attention):
-                    stack.enter_context(module.register_forward_pre_hook(_attention_hook(attention)))
+            for module in attention_modules(model):
+                stack.enter_context(module.register_forward_pre_hook(_attention_hook(attention)))
         if attention is not None and not ours:
             stack.enter_context(_interface(model, attention))
         yield
@@ -143,7 +143,7 @@ def _interface(model: nn.Module, tell: AttentionCallback) -> Iterator[None]:
 
 @contextmanager
 def attending_with(model: PreTrainedModel, attend: Callable[..., Any]) -> Iterator[None]:
-    """Let a model of ``transformers`` attend with a function of ours, in the place of its own, for as long as the context lasts.
+    """Let one model of ``transformers`` attend with another function for as long as the context lasts.
 
     Args:
         model: the model.
@@ -152,16 +152,24 @@ def attending_with(model: PreTrainedModel, attend: Callable[..., Any]) -> Iterat
     Raises:
         UserError: the model's attention does not go through that interface.
     """
-    before = model.config._attn_implementation
-    AttentionInterface.register(_NAME, attend)
-    AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
-    try:
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, _ATTEND, getattr(module, _ATTEND, None))
+            setattr(module, _ATTEND, attend)
+        stack.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation(_NAME)
         if model.config._attn_implementation != _NAME:
             raise _cannot_see(model, "does not follow transformers' AttentionInterface")
         yield
-    finally:
-        model.set_attn_implementation(before)
+
+
+def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Attend with the module's function; with SDPA in another model, which may share the config that names ``_attend``."""
+    return (getattr(module, _ATTEND, None) or ALL_ATTENTION_FUNCTIONS["sdpa"])(module, *args, **kwargs)
+
+
+AttentionInterface.register(_NAME, _attend)
+AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
 
 
 @contextmanager
@@ -178,8 +186,11 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
         sets = 2 if isinstance(module, DiffLlamaAttention) else 1  # the A1 of its heads stand before their A2
         return quantized.attention(q, k, v, _causal(module, kwargs), kwargs.get("scaling"), mask=attention_mask, sets=sets), None
 
-    if any(isinstance(module, Decoder) for module in model.modules()):
-        with attending_by(quantized):
+    if modules := attention_modules(model):
+        with ExitStack() as stack:
+            for module in modules:
+                stack.callback(setattr, module, "implementation", module.implementation)
+                module.implementation = quantized
             yield
     elif isinstance(model, PreTrainedModel):
         with attending_with(model, attend):

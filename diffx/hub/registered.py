@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,16 +100,16 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
             if not bool(attention_mask.all()):  # device sync
                 view = _CacheView(DynamicCache()) if view is None else view
                 view.valid = attention_mask.bool()
-        documents = None
+        cu_seqlens = None
         if position_ids is None:
             position_ids = torch.arange(length, length + x.shape[1], device=x.device)
         elif attention_mask is None and cache is None:
-            documents = _document_lengths(position_ids.expand(x.shape[:2]))
+            cu_seqlens = _document_bounds(position_ids.expand(x.shape[:2]))
         states: list[Tensor] = []
         with ExitStack() as stack:
             for layer in self.decoder.layers if output_hidden_states else ():
                 stack.enter_context(layer.register_forward_pre_hook(lambda module, args: states.append(args[0])))
-            hidden = self.decoder.run_layers(x, position_ids, view, documents)
+            hidden = self.decoder.run_layers(x, position_ids, view, cu_seqlens)
         kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
         logits = F.linear(kept, self.decoder.output_weight)
         loss = None
@@ -133,11 +132,10 @@ def _pick_cache(cache: DynamicCache | None, past_key_values: DynamicCache | None
     return cache
 
 
-def _document_lengths(positions: Tensor) -> list[int] | None:
-    """Lengths of the documents that positions (B, T) count through, row after row; None if each row is one document."""
-    starts = F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True).flatten().nonzero().flatten().tolist()  # device sync
-    lengths = [stop - start for start, stop in pairwise([*starts, positions.numel()])]
-    return None if len(lengths) == len(positions) else lengths
+def _document_bounds(positions: Tensor) -> Tensor | None:
+    """``cu_seqlens`` of the documents that positions (B, T) count through; None if each row is one document."""
+    starts = F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True).flatten().nonzero().flatten()  # device sync
+    return None if len(starts) == len(positions) else F.pad(starts, (0, 1), value=positions.numel())
 
 
 class _CacheView:

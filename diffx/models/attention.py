@@ -5,6 +5,7 @@ Notation: B batch, T tokens, Tk keys (more than T with a cache), D model width, 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from diffx.config.model import ModelConfig
 from diffx.models.cache import KVCache
 from diffx.models.layers import apply_rope
 from diffx.models.view import AttentionView
+from diffx.ops import Documents
 
 
 class Attention(nn.Module, ABC):
@@ -30,10 +32,12 @@ class Attention(nn.Module, ABC):
 
     Attributes:
         layer: index of the layer, from 0.
+        implementation: the ``impl`` of the operations of ``diffx.ops`` that the module calls; None picks one by device and length.
         context_module: name of the submodule that takes the context (the weighted values, after any subtraction): a norm, or ``o_proj``.
     """
 
     context_module = "o_proj"
+    implementation: Any = None
 
     def __init__(
         self, config: ModelConfig, layer: int, *, queries: tuple[int, int], keys: tuple[int, int], values: tuple[int, int], context: int
@@ -90,20 +94,27 @@ class Attention(nn.Module, ABC):
             k, v = cache.append(self.layer, k, v)
         return q, k, v
 
+    def attend(
+        self, op: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Apply ``op``, one of ``diffx.ops``, by the module's implementation; with ``documents`` to the flattened batch.
 
-def attend(op: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: list[int] | None, cache: KVCache | None = None) -> Tensor:
-    """Apply ``op``, one of ``diffx.ops``; with ``documents`` to the flattened batch, which they cut.
+        Args:
+            op: maps q (B, T, H, d), k and v to (B, T, heads, width).
+            q: queries.
+            k: keys.
+            v: values.
+            documents: the documents in the flattened batch of B·T tokens; none may cross the end of a row.
+            cache: where the keys come from; those that are padding are masked.
+        """
+        if cache is not None and cache.valid is not None:
+            return op(q, k, v, impl=self.implementation, key_mask=cache.valid[:, : k.shape[1]])
+        if documents is None:
+            return op(q, k, v, impl=self.implementation)
+        flat = (x.flatten(0, 1)[None] for x in (q, k, v))
+        return op(*flat, impl=self.implementation, documents=documents).reshape(*q.shape[:2], -1, v.shape[-1])
 
-    Args:
-        op: maps q (B, T, H, d), k and v to (B, T, heads, width).
-        q: queries.
-        k: keys.
-        v: values.
-        documents: lengths in tokens whose sum is B·T; none may cross the end of a row.
-        cache: where the keys come from; those that are padding are masked.
-    """
-    if cache is not None and cache.valid is not None:
-        return op(q, k, v, key_mask=cache.valid[:, : k.shape[1]])
-    if documents is None:
-        return op(q, k, v)
-    return op(*(x.flatten(0, 1)[None] for x in (q, k, v)), documents=documents).reshape(*q.shape[:2], -1, v.shape[-1])
+
+def attention_modules(model: nn.Module) -> list[Attention]:
+    """The attention modules of a model, in the order of its layers."""
+    return [module for module in model.modules() if isinstance(module, Attention)]

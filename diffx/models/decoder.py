@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffx.config.model import ModelConfig
-from diffx.models.attention import Attention
+from diffx.models.attention import Attention, attention_modules
 from diffx.models.cache import KVCache
 from diffx.models.diff_v1 import DiffV1Attention
 from diffx.models.diff_v2 import DiffV2Attention
@@ -21,6 +21,7 @@ from diffx.models.layers import MLP, rope_tables
 from diffx.models.transformer import TransformerAttention
 from diffx.models.transformer_1p5h import Transformer1p5hAttention
 from diffx.models.transformer_wide_head import TransformerWideHeadAttention
+from diffx.ops import Documents
 
 ATTENTION: dict[str, Callable[[Any, int], Attention]] = {
     "transformer": TransformerAttention,
@@ -43,7 +44,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config.hidden_size, config.ffn_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -109,29 +110,29 @@ class Decoder(nn.Module):
 
     def forward_hidden(self, input_ids: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """As ``forward``, up to the final norm: (B, T, D)."""
-        documents = None if cu_seqlens is None else _document_lengths(cu_seqlens, *input_ids.shape)
-        if documents is not None and cache is not None:
+        if cu_seqlens is not None and cache is not None:
             raise ValueError("cache and cu_seqlens cannot be used together")
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # (T,)
         if cache is not None:
             positions = positions + (cache.length if cache.positions is None else cache.positions[:, None])  # (B, T) if rows differ
-        hidden = self.run_layers(self.embed_tokens(input_ids), positions, cache, documents)
+        hidden = self.run_layers(self.embed_tokens(input_ids), positions, cache, cu_seqlens)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         return hidden
 
-    def run_layers(self, x: Tensor, positions: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
+    def run_layers(self, x: Tensor, positions: Tensor, cache: KVCache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Run all layers and the final norm.
 
         Args:
             x: embeddings (B, T, D).
             positions: of the tokens, (T,), or (B, T) where rows differ.
             cache: as in ``forward``; its length stays as it is.
-            documents: lengths of the documents in the flattened batch; None where each row is one.
+            cu_seqlens: as in ``forward``.
 
         Returns:
             (B, T, D).
         """
+        documents = None if cu_seqlens is None else _documents(cu_seqlens, *x.shape[:2])
         cos, sin = rope_tables(positions, self.rope_width, self.config.rope_theta)  # (T, width/2) or (B, T, width/2)
         for layer in self.layers:
             x = layer(x, cos, sin, cache, documents)
@@ -152,7 +153,7 @@ class Decoder(nn.Module):
         Backward counts as twice forward, and neither recomputation nor padding counts.
         """
         matrices = sum(module.weight.numel() for module in self.layers.modules() if isinstance(module, nn.Linear))
-        attention = sum(module.macs_per_pair for module in self.layers.modules() if isinstance(module, Attention))
+        attention = sum(module.macs_per_pair for module in attention_modules(self))
         return 6.0 * (matrices + self.output_weight.numel()) + 6.0 * attention * seq_len / 2
 
 
@@ -176,10 +177,10 @@ def _loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum")
 
 
-def _document_lengths(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
+def _documents(cu_seqlens: Tensor, batch: int, length: int) -> Documents:
     bounds = cu_seqlens.tolist()  # device sync
     lengths = [end - start for start, end in pairwise(bounds)]
     rows = set(range(0, batch * length + 1, length))
     if bounds[0] != 0 or bounds[-1] != batch * length or min(lengths) < 1 or not rows <= set(bounds):
         raise ValueError(f"cu_seqlens={bounds} must rise from 0 to B·T={batch * length} through every row's end (T={length})")
-    return lengths
+    return Documents(lengths, cu_seqlens)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from diffx.config.model import DiffV1Config, Halve, LambdaScope
-from diffx.models.attention import Attention, attend
+from diffx.models.attention import Attention
 from diffx.models.cache import KVCache
 from diffx.models.layers import sublayer_norm
-from diffx.ops import differential_attention
+from diffx.ops import Documents, differential_attention
 
 
 class DiffV1Attention(Attention):
@@ -63,10 +63,10 @@ class DiffV1Attention(Attention):
         second = (self.lambda_q2 * self.lambda_k2).sum(-1, dtype=dtype).exp()
         return first - second + self.lambda_init
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D); see ``Attention.project`` and ``attend`` for the arguments."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D); see ``project`` and ``attend`` for the arguments."""
         q, k, v = self.project(x, cos, sin, cache)  # (B, T, 2h, d), (B, Tk, H_kv, d), (B, Tk, H_kv/2, 2d)
-        out = attend(partial(differential_attention, lam=self.lambda_value()), q, k, v, documents, cache)  # (B, T, h, 2d)
+        out = self.attend(partial(differential_attention, lam=self.lambda_value()), q, k, v, documents, cache)  # (B, T, h, 2d)
         out = (1 - self.lambda_init) * self.sublayer_norm(out)
         return self.o_proj(out.flatten(2))
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from diffx.config.model import DiffV2Config
-from diffx.models.attention import Attention, attend
+from diffx.models.attention import Attention
 from diffx.models.cache import KVCache
-from diffx.ops import attention
+from diffx.ops import Documents, attention
 
 
 class DiffV2Attention(Attention):
@@ -24,9 +24,9 @@ class DiffV2Attention(Attention):
         """Lambda = sigmoid(x W_lambda) for x (B, T, D), as (B, T, H)."""
         return self.lambda_proj(x).sigmoid()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D); see ``Attention.project`` and ``attend`` for the arguments."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D); see ``project`` and ``attend`` for the arguments."""
         q, k, v = self.project(x, cos, sin, cache)  # (B, T, 2H, d), (B, Tk, H_kv, d), (B, Tk, H_kv, d)
-        first, second = attend(attention, q, k, v, documents, cache).unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, d) each
+        first, second = self.attend(attention, q, k, v, documents, cache).unflatten(2, (-1, 2)).unbind(3)  # (B, T, H, d) each
         out = torch.addcmul(first, self.lambda_value(x)[..., None], second, value=-1)
         return self.o_proj(out.flatten(2))

@@ -6,9 +6,9 @@ Notation: B batch, T tokens, Tk keys, D model width, H heads, H_kv key/value hea
 from torch import Tensor
 
 from diffx.config.model import ModelConfig
-from diffx.models.attention import Attention, attend
+from diffx.models.attention import Attention
 from diffx.models.cache import KVCache
-from diffx.ops import attention
+from diffx.ops import Documents, attention
 
 
 class TransformerAttention(Attention):
@@ -27,7 +27,7 @@ class TransformerAttention(Attention):
     def lambda_value(self, x: Tensor) -> None:
         """None: nothing is subtracted."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D); see ``Attention.project`` and ``attend`` for the arguments."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D); see ``project`` and ``attend`` for the arguments."""
         q, k, v = self.project(x, cos, sin, cache)  # (B, T, H, d), (B, Tk, H_kv, d), (B, Tk, H_kv, d)
-        return self.o_proj(attend(attention, q, k, v, documents, cache).flatten(2))
+        return self.o_proj(self.attend(attention, q, k, v, documents, cache).flatten(2))

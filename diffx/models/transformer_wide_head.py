@@ -6,10 +6,10 @@ Notation: B batch, T tokens, Tk keys, D model width, H and H_kv the baseline's h
 from torch import Tensor
 
 from diffx.config.model import TransformerWideHeadConfig
-from diffx.models.attention import Attention, attend
+from diffx.models.attention import Attention
 from diffx.models.cache import KVCache
 from diffx.models.layers import sublayer_norm
-from diffx.ops import attention
+from diffx.ops import Documents, attention
 
 
 class TransformerWideHeadAttention(Attention):
@@ -25,7 +25,7 @@ class TransformerWideHeadAttention(Attention):
     def lambda_value(self, x: Tensor) -> None:
         """None: nothing is subtracted."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: list[int] | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D); see ``Attention.project`` and ``attend`` for the arguments."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D); see ``project`` and ``attend`` for the arguments."""
         q, k, v = self.project(x, cos, sin, cache)  # (B, T, H/2, 2d), (B, Tk, H_kv/2, 2d), (B, Tk, H_kv/2, 2d)
-        return self.o_proj(self.sublayer_norm(attend(attention, q, k, v, documents, cache)).flatten(2))
+        return self.o_proj(self.sublayer_norm(self.attend(attention, q, k, v, documents, cache)).flatten(2))

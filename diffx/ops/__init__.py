@@ -1,14 +1,14 @@
 """Attention operations: `attention` and `differential_attention`, and the maps that they never store."""
 
 from diffx.ops.absmax import absmax_quantize
-from diffx.ops.dispatch import attending_by, attention, differential_attention
+from diffx.ops.dispatch import Documents, attention, differential_attention
 from diffx.ops.quantized import QuantizedLogits
 from diffx.ops.reference import attention_maps, differential_attention_maps
 
 __all__ = [
+    "Documents",
     "QuantizedLogits",
     "absmax_quantize",
-    "attending_by",
     "attention",
     "attention_maps",
     "differential_attention",

@@ -8,13 +8,11 @@ Notation, one layout everywhere, (B, T, H, D):
     d       width of a query or key; dv width of a value
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from itertools import accumulate
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +20,18 @@ from torch import Tensor
 from diffx.ops import blocks, reference, sdpa
 
 _IMPLEMENTATIONS = {"reference": reference, "sdpa": sdpa, "blocks": blocks, "triton": None}  # Triton is imported when it is asked for
-_instead: Any = None  # what `attending_by` was given
+
+
+class Documents(NamedTuple):
+    """Documents laid end to end in a batch of one sequence: a query sees the keys of its document only.
+
+    Attributes:
+        lengths: tokens of each document.
+        bounds: where each document begins and, last, where the last one ends, ascending from 0 to T (N + 1,).
+    """
+
+    lengths: list[int]
+    bounds: Tensor
 
 
 def attention(
@@ -31,9 +40,9 @@ def attention(
     v: Tensor,
     causal: bool = True,
     scale: float | None = None,
-    impl: str | None = None,
+    impl: Any = None,
     key_mask: Tensor | None = None,
-    documents: list[int] | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Softmax attention with grouped queries: query head i reads key/value head i // (H / H_kv).
 
@@ -43,9 +52,10 @@ def attention(
         v: values (B, Tk, H_kv, dv).
         causal: query i stands at position Tk - Tq + i and sees no later key.
         scale: factor on the logits; None is 1/sqrt(d).
-        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), or None to pick.
+        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), an implementation such as
+            ``QuantizedLogits``, or None to pick ``sdpa`` or ``blocks``.
         key_mask: keys that are false in it, (B, Tk), are not seen; not for ``blocks``. Each query must see one key at least.
-        documents: lengths in tokens that cut a batch of one (B = 1, Tq = Tk), whose queries then see their own document alone.
+        documents: the documents of the sequence, where B = 1 and Tq = Tk.
 
     Returns:
         (B, Tq, H, dv), in the type of ``v``.
@@ -57,10 +67,10 @@ def attention(
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads and v has {v.shape[2]}: they must be equal")
     # beyond about a thousand rows PyTorch's kernel is as fast as our blocks for a single map
-    rows = q.shape[1] if documents is None else max(documents)
+    rows = q.shape[1] if documents is None else max(documents.lengths)
     default = blocks if _eager_cpu(q) and rows <= 1024 and key_mask is None else sdpa
     op = partial(_pick(impl, default).attention, causal=causal, scale=scale, key_mask=key_mask)
-    return op(q, k, v) if documents is None else _apart(op, documents, q, k, v)
+    return op(q, k, v) if documents is None else _apart(op, documents.lengths, q, k, v)
 
 
 def differential_attention(
@@ -70,9 +80,9 @@ def differential_attention(
     lam: Tensor | float,
     causal: bool = True,
     scale: float | None = None,
-    impl: str | None = None,
+    impl: Any = None,
     key_mask: Tensor | None = None,
-    documents: list[int] | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Differential attention (arXiv 2410.05258, equation 1): head j is (A1 - lambda A2) v.
 
@@ -87,10 +97,10 @@ def differential_attention(
         lam: lambda, a number, a scalar tensor, or one for each head (h,).
         causal: query i stands at position Tk - Tq + i and sees no later key.
         scale: factor on the logits; None is 1/sqrt(d).
-        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), ``triton`` (fused, for a GPU), or
-            None to pick among the first three.
+        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), ``triton`` (fused, for a GPU), an
+            implementation such as ``QuantizedLogits``, or None to pick ``sdpa`` or ``blocks``.
         key_mask: keys that are false in it, (B, Tk), are not seen; not for ``blocks`` or ``triton``. Each query must see one key at least.
-        documents: lengths in tokens that cut a batch of one (B = 1, Tq = Tk), whose queries then see their own document alone.
+        documents: the documents of the sequence, where B = 1 and Tq = Tk.
 
     Returns:
         (B, Tq, h, 2d), in the type of ``v``.
@@ -111,19 +121,13 @@ def differential_attention(
     picked = _pick(impl, default)
     op = partial(picked.differential_attention, lam=lam, causal=causal, scale=scale, key_mask=key_mask)
     if documents is not None and getattr(picked, "TAKES_DOCUMENTS", False):
-        return op(q, k, v, cu_seqlens=_bounds(tuple(documents), q.device))
-    return op(q, k, v) if documents is None else _apart(op, documents, q, k, v)
+        return op(q, k, v, cu_seqlens=documents.bounds)
+    return op(q, k, v) if documents is None else _apart(op, documents.lengths, q, k, v)
 
 
-@lru_cache(maxsize=2)  # the layers of a model ask for the same, and each copy to a device would wait for it
-def _bounds(documents: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where documents of these lengths begin and, last, where they all end (N + 1,)."""
-    return torch.tensor([0, *accumulate(documents)], device=device)
-
-
-def _apart(op: Callable[..., Tensor], documents: list[int], *tensors: Tensor) -> Tensor:
+def _apart(op: Callable[..., Tensor], lengths: list[int], *tensors: Tensor) -> Tensor:
     """Apply ``op`` once to each document; split, unlike slices, has a backward pass that is one concatenation."""
-    return torch.cat([op(*part) for part in zip(*(x.split(documents, dim=1) for x in tensors), strict=True)], dim=1)
+    return torch.cat([op(*part) for part in zip(*(x.split(lengths, dim=1) for x in tensors), strict=True)], dim=1)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
@@ -146,20 +150,11 @@ def _eager_cpu(q: Tensor) -> bool:
     return q.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-@contextmanager
-def attending_by(implementation: Any) -> Iterator[None]:
-    """Let another implementation, such as ``QuantizedLogits``, serve all calls that do not name one, for as long as the context lasts."""
-    global _instead
-    before, _instead = _instead, implementation
-    try:
-        yield
-    finally:
-        _instead = before
-
-
-def _pick(impl: str | None, default: ModuleType) -> Any:
+def _pick(impl: Any, default: ModuleType) -> Any:
     if impl is None:
-        return _instead or default
+        return default
+    if not isinstance(impl, str):
+        return impl
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(_IMPLEMENTATIONS)}, or None")
     return _IMPLEMENTATIONS[impl] or import_module("diffx.ops.triton_attention")

@@ -43,7 +43,6 @@ def differential_attention(
     causal: bool,
     scale: float | None,
     key_mask: Tensor | None = None,
-    window: int | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """See ``diffx.ops.differential_attention``.
@@ -56,7 +55,6 @@ def differential_attention(
         causal: query i stands at position Tk - Tq + i and sees no later key.
         scale: factor on the logits; None is 1/sqrt(d).
         key_mask: must be None.
-        window: positions from a query's that it sees at most, its own among them.
         cu_seqlens: where documents begin and, last, where they all end, ascending from 0 to T (N + 1,): queries see their own alone.
 
     Returns:
@@ -77,15 +75,13 @@ def differential_attention(
         raise ValueError("cu_seqlens cannot be used with a cache: there must be a query for each key")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     lam = lam.float().expand(q.shape[2] // 2)
-    if q.shape[1] == 1 and window is None and cu_seqlens is None and not torch.is_grad_enabled():
+    if q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
         return _decode(q, k, v, lam, scale)
-    out, _, _ = _forward(q, k, v, lam, causal, scale, window, cu_seqlens)
+    out, _, _ = _forward(q, k, v, lam, causal, scale, cu_seqlens)
     return out
 
 
-def key_ranges(
-    tq: int, tk: int, causal: bool, window: int | None, cu_seqlens: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def key_ranges(tq: int, tk: int, causal: bool, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """The keys [low, high) that each query sees, both int32 (Tq,) and ascending."""
     place = torch.arange(tk - tq, tk, device=device)
     low, high = torch.zeros_like(place), torch.full_like(place, tk)
@@ -95,21 +91,19 @@ def key_ranges(
         low, high = ends[document - 1], ends[document]
     if causal:
         high = place + 1
-    if window is not None:
-        low, high = torch.maximum(low, place - window + 1), torch.minimum(high, place + window)
     return low.int(), high.int()
 
 
 @torch.library.custom_op("diffx::differential_attention", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float, window: int | None, cu_seqlens: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, O2 and the logarithms of both maps' sums, as ``forward_kernel`` gives them."""
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     batch, tq, heads, d = q.shape[0], q.shape[1], q.shape[2] // 2, q.shape[3]
     out, out2 = q.new_empty(batch, tq, heads, 2 * d), q.new_empty(batch, tq, heads, 2 * d)
     lse = q.new_empty(2, batch, heads, tq, dtype=torch.float32)
-    low, high = key_ranges(tq, k.shape[1], causal, window, cu_seqlens, q.device)
+    low, high = key_ranges(tq, k.shape[1], causal, cu_seqlens, q.device)
     block = _blocks("forward", d, q.dtype)
     kernels.forward_kernel[triton.cdiv(tq, block["M"]), batch * heads](
         q, k, v, lam.contiguous(), low, high, out, out2, lse,
@@ -119,7 +113,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: Any, scale: Any, window: Any, cu_seqlens: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: Any, scale: Any, cu_seqlens: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, tq, maps, d = q.shape
     out = q.new_empty(batch, tq, maps // 2, 2 * d)
     return out, torch.empty_like(out), q.new_empty(2, batch, maps // 2, tq, dtype=torch.float32)
@@ -137,7 +131,6 @@ def _backward(
     lse: Tensor,
     causal: bool,
     scale: float,
-    window: int | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and lambda (h,)."""
@@ -146,7 +139,7 @@ def _backward(
     tk, groups = k.shape[1], v.shape[2]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     sums = torch.empty_like(lse)
-    low, high = key_ranges(tq, tk, causal, window, cu_seqlens, q.device)
+    low, high = key_ranges(tq, tk, causal, cu_seqlens, q.device)
     key = torch.arange(tk, device=q.device, dtype=torch.int32)
     first, last = torch.searchsorted(high, key, right=True, out_int32=True), torch.searchsorted(low, key, right=True, out_int32=True)
     block = _blocks("row_sums", d, q.dtype)
@@ -167,14 +160,14 @@ def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *_: Any) -> t
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, lam, causal, scale, window, cu_seqlens = inputs
+    q, k, v, lam, causal, scale, cu_seqlens = inputs
     ctx.save_for_backward(q, k, v, lam, *output, cu_seqlens)
-    ctx.options = (causal, scale, window)
+    ctx.options = (causal, scale)
 
 
 def _gradients(ctx: Any, d_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *saved, cu_seqlens = ctx.saved_tensors
-    return (*_backward(d_out, *saved, *ctx.options, cu_seqlens), None, None, None, None)
+    return (*_backward(d_out, *saved, *ctx.options, cu_seqlens), None, None, None)
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

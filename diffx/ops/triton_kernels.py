@@ -1,6 +1,6 @@
 """Kernels of causal or full differential attention with grouped heads, forward and backward (arXiv 2410.05258, equation 1).
 
-Every query sees one interval of keys, [low, high), so that causality, windows and documents are the same thing to a kernel. The forward
+Every query sees one interval of keys, [low, high), so that causality and documents are the same thing to a kernel. The forward
 pass reads the keys once and keeps the two outputs of a head in registers. Backward forms P = A1 - lambda A2 once for dV and dP, and sums in
 a fixed order: keys' and values' gradients in one kernel, queries' in another, no atomics.
 

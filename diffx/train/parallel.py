@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from diffx.config import UserError
 from diffx.config.train import Device, Precision, TrainConfig
 from diffx.errors import Stopped, describe, one_line
-from diffx.ops import attending_by
+from diffx.models.attention import attention_modules
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,12 @@ def parallelize(model: nn.Module, blocks: nn.ModuleList, config: TrainConfig, wo
     Args:
         model: the whole model.
         blocks: its decoder blocks, a list inside ``model``.
-        config: whether to checkpoint activations and to compile.
+        config: whether to fuse attention, to checkpoint activations and to compile.
         world: the processes to shard over; one process shards nothing.
     """
+    kernels = fused_kernels(config, world.device)
+    for module in attention_modules(model):
+        module.implementation = kernels
     if config.activation_checkpointing:
         contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
         for index, block in enumerate(blocks):
@@ -194,30 +198,26 @@ def clip_gradients(parameters: Iterable[nn.Parameter], bound: float) -> torch.Te
     return full() if full is not None else norm
 
 
-@contextmanager
-def fused_attention(enabled: bool, device: torch.device) -> Iterator[None]:
-    """Use the fused kernels for differential attention within the context if ``enabled``.
+def fused_kernels(config: TrainConfig, device: torch.device) -> ModuleType | None:
+    """The implementation of attention by fused kernels, if the config asks for it.
 
     Raises:
         UserError: there is no GPU, or no Triton.
     """
-    if not enabled:
-        yield
-        return
+    if not config.fused_attention:
+        return None
     if device.type != "cuda":
         raise UserError(
             f"train.fused_attention=true cannot be used on {device}: the kernels are for a GPU "
             "(device=cuda)"
         )
     try:
-        kernels = import_module("diffx.ops.triton_attention")
+        return import_module("diffx.ops.triton_attention")
     except ImportError as error:
         raise UserError(
             "train.fused_attention=true cannot be used: it needs Triton; pip install "
             "'diffx[triton]' installs it"
         ) from error
-    with attending_by(kernels):
-        yield
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:

@@ -31,7 +31,7 @@ from diffx.tracking import NullTracker, Tracker
 from diffx.train.checkpoint import newest_intact
 from diffx.train.folder import AnyJob, hold_folder, new_folder, run_name, settle, write_start
 from diffx.train.loop import Fit, fit
-from diffx.train.parallel import World, fused_attention, join_world
+from diffx.train.parallel import World, fused_kernels, join_world
 from diffx.train.scratch import Scratch, show_read
 
 if TYPE_CHECKING:
@@ -52,12 +52,8 @@ def run_job(job: AnyJob, overrides: list[str]) -> Path:
         RunError: the loss is not finite, or the disk or the device's memory is full.
         Stopped: SIGINT or SIGTERM was received; a checkpoint was saved first.
     """
-    fused = job.train.fused_attention
-    with (
-        join_world(job.device) as world,
-        fused_attention(fused, world.device),
-        ExitStack() as stack,
-    ):
+    with join_world(job.device) as world, ExitStack() as stack:
+        fused_kernels(job.train, world.device)  # refused before the corpus is read
         torch.manual_seed(job.seed)
         try:
             return _run(job, overrides, world, Reporter(quiet=not world.main), stack)

@@ -1,8 +1,20 @@
 """Quantized logits in whole models: ours and the same model as one of transformers' must agree, though the two take different ways."""
 
+import copy
+from contextlib import ExitStack
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from diffx.config import UserError
 from diffx.config.model import MODEL_CONFIGS
@@ -10,7 +22,8 @@ from diffx.hub.attention import quantizing_logits
 from diffx.hub.convert import to_diffllama, to_llama
 from diffx.hub.registered import to_registered
 from diffx.models import build_model, init_weights
-from diffx.ops import QuantizedLogits
+from diffx.models.attention import attention_modules
+from diffx.ops import QuantizedLogits, reference
 from diffx.ops.quantized import SCOPES
 
 IDS = torch.randint(50, (2, 33), generator=torch.Generator().manual_seed(3))
@@ -67,6 +80,48 @@ def test_many_bits_change_nothing_and_few_bits_do(model):
     torch.testing.assert_close(logits(model, QuantizedLogits(40)), exact, rtol=1e-6, atol=1e-6)
     assert (logits(model, QuantizedLogits(2)) - exact).abs().max() > 1e-4
     assert torch.equal(logits(model), exact)  # all is as before
+
+
+@pytest.mark.parametrize("kind", ["diff_v1", "registered", "llama", "llamas of one config"])
+def test_two_models_in_one_process_attend_each_in_its_way(kind):
+    """Contexts of two models overlap: each model computes what it computes alone, in any order of calls."""
+    first, second = ours("diff_v1" if kind in ("diff_v1", "registered") else "transformer"), None
+    if kind == "diff_v1":
+        second = copy.deepcopy(first)
+    elif kind == "registered":
+        first, second = to_registered(first), to_registered(copy.deepcopy(first))
+    else:
+        first = to_llama(first).double().eval()
+        second = LlamaForCausalLM(first.config).double().eval() if kind.endswith("config") else copy.deepcopy(first)
+        second.load_state_dict(first.state_dict())
+    exact, coarse, fine = (logits(first, quantized) for quantized in (None, QuantizedLogits(3), QuantizedLogits(6)))
+    assert len({float(out.sum()) for out in (exact, coarse, fine)}) == 3
+    with ExitStack() as coarsely, ExitStack() as finely:
+        coarsely.enter_context(quantizing_logits(first, QuantizedLogits(3)))
+        torch.testing.assert_close(logits(second), exact, rtol=0, atol=0)
+        finely.enter_context(quantizing_logits(second, QuantizedLogits(6)))
+        for _ in range(2):
+            torch.testing.assert_close(logits(first), coarse, rtol=0, atol=0)
+            torch.testing.assert_close(logits(second), fine, rtol=0, atol=0)
+        if not kind.endswith("config"):
+            coarsely.close()
+            torch.testing.assert_close(logits(first), exact, rtol=0, atol=0)
+            torch.testing.assert_close(logits(second), fine, rtol=0, atol=0)
+    torch.testing.assert_close(logits(first), exact, rtol=0, atol=0)
+
+
+def test_an_implementation_is_a_property_of_the_module():
+    model, other = ours("diff_v1"), ours("diff_v1")
+    calls = []
+
+    def differential_attention(*args, **options):
+        calls.append(args)
+        return reference.differential_attention(*args, **options)
+
+    attention_modules(model)[1].implementation = SimpleNamespace(differential_attention=differential_attention)
+    for each in (model, other, model):
+        torch.testing.assert_close(logits(each), logits(other))
+    assert len(calls) == 2  # of one layer, in the two passes of the first model
 
 
 def test_an_attention_that_cannot_be_quantized_is_named():

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from diffx.config.model import DiffV1Config, DiffV2Config, TransformerConfig
 from diffx.models.decoder import ATTENTION
 from diffx.models.layers import rope_tables
-from diffx.ops import attending_by, dispatch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -18,8 +17,8 @@ CONFIGS = {"diff_v1": DiffV1Config, "diff_v2": DiffV2Config, "transformer": Tran
 OURS = {"out_proj.weight": "o_proj.weight", "subln.weight": "sublayer_norm.weight"}  # else the names are the same
 
 
-def run_case(name, dtype):
-    """Run our module on a case; return {tensor: (ours, the golden one)} for outputs and all gradients."""
+def run_case(name, dtype, implementation):
+    """Run our module on a case by an implementation; return {tensor: (ours, the golden one)} for outputs and all gradients."""
     case, golden = CASES[name], load_file(GOLDEN / f"{name}.safetensors")
     pairs = 2 if case["arch"] == "diff_v1" else 1  # a config counts the baseline's heads
     config = CONFIGS[case["arch"]](
@@ -29,6 +28,7 @@ def run_case(name, dtype):
     params = {name.removeprefix("param."): tensor for name, tensor in golden.items() if name.startswith("param.")}
     module.load_state_dict({OURS.get(name, name): tensor for name, tensor in params.items()})
     module = module.to(dtype)
+    module.implementation = implementation
 
     x = golden["x"].to(dtype).requires_grad_()
     tables = [golden[name].to(torch.promote_types(dtype, torch.float32)) for name in ("cos", "sin")]
@@ -44,9 +44,8 @@ def run_case(name, dtype):
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)], ids=str)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("impl", ["blocks", "sdpa"])
-def test_golden(name, dtype, rtol, impl, monkeypatch):
-    monkeypatch.setattr(dispatch, "_eager_cpu", lambda _: impl == "blocks")  # what a module picks on the CPU, and elsewhere
-    for tensor, (ours, golden) in run_case(name, dtype).items():
+def test_golden(name, dtype, rtol, impl):
+    for tensor, (ours, golden) in run_case(name, dtype, impl).items():
         # lambda's gradient sums over the whole batch and cancels: inputs rounded to bf16 alone move it by 3e-2
         bound = 10 * rtol if "lambda_" in tensor and "proj" not in tensor and dtype != torch.float64 else rtol
         assert ours.shape == golden.shape
@@ -57,9 +56,8 @@ def test_golden(name, dtype, rtol, impl, monkeypatch):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["arch"] == "diff_v1"])
 def test_golden_by_the_fused_kernels(name):
     triton_attention = pytest.importorskip("diffx.ops.triton_attention", exc_type=ImportError)
-    with attending_by(triton_attention):
-        for tensor, (ours, golden) in run_case(name, torch.float32).items():
-            assert (ours.double() - golden).norm() < 2e-5 * golden.norm(), tensor
+    for tensor, (ours, golden) in run_case(name, torch.float32, triton_attention).items():
+        assert (ours.double() - golden).norm() < 2e-5 * golden.norm(), tensor
 
 
 @pytest.mark.parametrize("name", CASES)

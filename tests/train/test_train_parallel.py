@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffx.config.model import MODEL_CONFIGS
 from diffx.config.train import TrainConfig
 from diffx.models import build_model, init_weights
-from diffx.ops import attending_by, sdpa
+from diffx.models.attention import attention_modules
+from diffx.ops import sdpa
 from diffx.train.loop import token_losses
 from diffx.train.optimizer import build_optimizer
 from diffx.train.parallel import World, parallelize
@@ -33,11 +34,23 @@ def step(config, implementation, checkpointing):
     model = build_model(config)
     init_weights(model, 0)
     parallelize(model, model.layers, TrainConfig(activation_checkpointing=checkpointing), World(torch.device("cpu")))
+    for module in attention_modules(model):
+        module.implementation = implementation
     ids = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(0))
-    with Count() as count, attending_by(implementation):
+    with Count() as count:
         loss = model(ids, targets=ids)
         loss.backward()
     return loss, [parameter.grad for parameter in model.parameters()], count.calls
+
+
+def test_fused_attention_is_a_property_of_the_model():
+    kernels = pytest.importorskip("diffx.ops.triton_attention", exc_type=ImportError)
+    config = MODEL_CONFIGS["diff_v1"](vocab_size=50, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=48)
+    fused, plain = build_model(config), build_model(config)
+    for model, wanted in ((fused, True), (plain, False)):
+        parallelize(model, model.layers, TrainConfig(fused_attention=wanted), World(torch.device("cuda")))  # which allocates nothing
+    assert [module.implementation for module in attention_modules(fused)] == [kernels] * 2
+    assert [module.implementation for module in attention_modules(plain)] == [None] * 2
 
 
 @pytest.mark.slow
