@@ -15,12 +15,12 @@ from diffx.config.eval import Dtype, ExportJob
 from diffx.config.train import Device
 from diffx.console import Reporter
 from diffx.dex.attach import fold
-from diffx.dex.registered import to_registered as keep_branch
+from diffx.dex.registered import to_dex
 from diffx.errors import storage_errors
 from diffx.files import locked, read_json, replacing_folder
 from diffx.hub.card import CARD, export_usage, training_card
 from diffx.hub.convert import to_diffllama, to_llama
-from diffx.hub.registered import to_registered
+from diffx.hub.registered import to_diffx
 from diffx.loading import DTYPES, Loaded, load_run, write_origin
 from diffx.models import Decoder
 
@@ -116,7 +116,7 @@ def _theirs(loaded: Loaded, fold_branch: bool) -> Any:
         if fold_branch or not loaded.adapted.branches:
             return fold(loaded.adapted)
         fold(loaded.adapted, keep_branch=True)
-        return keep_branch(loaded.adapted, loaded.step)
+        return to_dex(loaded.adapted, loaded.step)
     if not fold_branch:
         raise UserError(f"fold=false cannot be used: {loaded.folder} is no adapted run, so there is no branch to keep")
     model: Decoder = loaded.model
@@ -125,7 +125,7 @@ def _theirs(loaded: Loaded, fold_branch: bool) -> Any:
     try:
         return to_diffllama(model)
     except ValueError:  # not a form of DiffLlama
-        return to_registered(model)
+        return to_diffx(model)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from transformers import BertConfig, BertLMHeadModel, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaModel, T5Config
 
 from diffx.cli import main
-from diffx.hub.configs import DexConfig
+from diffx.hub.configs import DexModelConfig
 
 TEXT = "data=text data.path=text/good.jsonl"
 TINY = (
@@ -57,7 +57,7 @@ def place(tmp_path_factory, hf_folder, tokenizer):
     names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     config = json.loads((folder / "code" / "config.json").read_text()) | {"model_type": "of_its_own", "auto_map": names}
     (folder / "code" / "config.json").write_text(json.dumps(config))
-    DexConfig(LlamaConfig(**shape).to_dict()).save_pretrained(folder / "with_branch")
+    DexModelConfig(LlamaConfig(**shape).to_dict()).save_pretrained(folder / "with_branch")
     plan = {"base": "f" * 64, "criterion": "random", "settings": {}, "num_heads": [4], "scores": [], "heads": [[0]]}
     (folder / "heads.json").write_text(json.dumps(plan))
     before = os.getcwd()

@@ -1,4 +1,4 @@
-"""``diffx bench attention``: differential attention, forward and backward, beside what public libraries do and the baseline's attention."""
+"""``diffx bench attention``: forward and backward of differential attention in several ways."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffx.bench.targets import Target, check_out, show_ratios, target_ratio
-from diffx.bench.timing import alternate, machine, peak_memory
+from diffx.bench.timing import machine, peak_bytes, time_in_turns
 from diffx.config import UserError
 from diffx.config.train import Device, Precision
 from diffx.console import Reporter
@@ -19,8 +19,8 @@ from diffx.train.parallel import pick_device
 from diffx.train.throughput import matmul_ceiling
 
 LAMBDA = 0.5
-OURS = {"cpu": "blocks", "cuda": "triton"}
-# the highest ratio of time that meets what we set ourselves: to whom, on which device, at which T (None is any)
+FUSED = {"cpu": "blocks", "cuda": "triton"}
+# The highest accepted ratio of time, by contestant compared with, device and T (None is any).
 TARGETS: dict[tuple[str, str, int | None], float] = {
     ("padded", "cpu", 1024): 0.65,
     ("padded", "cpu", 2048): 0.70,
@@ -28,16 +28,26 @@ TARGETS: dict[tuple[str, str, int | None], float] = {
     ("four calls", "cuda", None): 0.70,
     ("baseline", "cuda", None): 1.25,
 }
-# Floating-point operations, forward and backward, that each way asks for: for a query-key pair and a differential head, in units of d
+# Floating-point operations of forward and backward, per query-key pair and differential head, in
+# units of d.
 FLOPS = {"baseline": 28, "padded": 56, "four calls": 56, "ours": 32}
 
 
-def bench_attention(out: Path | None, heads: int, width: int, seq_lens: list[int], rounds: int, dtype: str, device: str) -> dict[str, Any]:
-    """Measure causal attention of one sequence, forward and backward, on random queries, keys and values.
+def bench_attention(
+    out: Path | None,
+    heads: int,
+    width: int,
+    seq_lens: list[int],
+    rounds: int,
+    dtype: str,
+    device: str,
+) -> dict[str, Any]:
+    """Measure forward and backward of causal attention, on one random sequence.
 
-    All contestants have as many weights: ``heads`` heads of the baseline, or half of them with values twice as wide. ``padded`` are two
-    calls of PyTorch's attention with queries and keys filled up to the value's width, ``four calls`` those of public libraries, with the
-    value cut in halves, ``baseline`` is ordinary attention, and ours is one fused operation.
+    All contestants have equally many weights: ``heads`` heads of the baseline, or half of them with
+    values twice as wide. ``padded`` is two calls of PyTorch's attention with queries and keys
+    padded to the width of the values, ``four calls`` that of public libraries, with values in
+    halves, ``baseline`` ordinary attention, and ``ours`` one fused operation.
 
     Args:
         out: where to write the figures as JSON; None writes none.
@@ -49,23 +59,32 @@ def bench_attention(out: Path | None, heads: int, width: int, seq_lens: list[int
         device: ``auto``, ``cpu`` or ``cuda``.
 
     Returns:
-        What is written: the machine, peak memory, the seconds of every round, floating-point operations a second with those of a plain
+        The report: the machine, peak memory, the seconds of every round, floating-point operations
+            a second with those of a plain
         matrix product, and the ratios with their targets.
 
     Raises:
-        UserError: an odd number of heads, a device that is not there, no Triton on a GPU, or ``out`` is no file's name.
+        UserError: an odd number of heads, a missing device, no Triton on a GPU, or ``out`` cannot
+            be a file.
     """
     check_out(out)
-    where = pick_device(Device(device))
+    torch_device = pick_device(Device(device))
     if heads % 2:
-        raise UserError(f"heads={heads} cannot be used: it must be even, for two make one differential head")
-    if where.type == "cuda" and find_spec("triton") is None:
-        raise UserError("device=cuda cannot be used: the fused kernels need Triton; pip install 'diffx[triton]' installs it")
-    kind = {"auto": torch.float32 if where.type == "cpu" else torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}.get(
-        dtype, torch.float16
-    )
+        raise UserError(
+            f"heads={heads} cannot be used: it must be even, for two make one differential head"
+        )
+    if torch_device.type == "cuda" and find_spec("triton") is None:
+        raise UserError(
+            "device=cuda cannot be used: the fused kernels need Triton; pip install "
+            "'diffx[triton]' installs it"
+        )
+    kind = {
+        "auto": torch.float32 if torch_device.type == "cpu" else torch.bfloat16,
+        "fp32": torch.float32,
+        "bf16": torch.bfloat16,
+    }.get(dtype, torch.float16)
     report: dict[str, Any] = {
-        "machine": machine(where),
+        "machine": machine(torch_device),
         "heads": heads,
         "width": width,
         "dtype": str(kind).removeprefix("torch."),
@@ -73,35 +92,70 @@ def bench_attention(out: Path | None, heads: int, width: int, seq_lens: list[int
         "seconds": {},
         "bytes": {},
         "ratios": [],
-        "flops_per_second": {"matrix product": matmul_ceiling(where, Precision.fp32 if kind is torch.float32 else Precision.bf16)},
+        "flops_per_second": {
+            "matrix product": matmul_ceiling(
+                torch_device, Precision.fp32 if kind is torch.float32 else Precision.bf16
+            )
+        },
     }
     for seq_len in seq_lens:
         work = f"T={seq_len}"
-        builds = {name: partial(_step, name, heads, width, seq_len, kind, where) for name in FLOPS}
-        report["bytes"][f"peak memory, {work}"] = {name: peak_memory(build, where) for name, build in builds.items()}
-        seconds = report["seconds"][work] = alternate({name: build() for name, build in builds.items()}, rounds, where)
+        builds = {
+            name: partial(_step, name, heads, width, seq_len, kind, torch_device) for name in FLOPS
+        }
+        report["bytes"][f"peak memory, {work}"] = {
+            name: peak_bytes(build, torch_device) for name, build in builds.items()
+        }
+        seconds = report["seconds"][work] = time_in_turns(
+            {name: build() for name, build in builds.items()}, rounds, torch_device
+        )
         pairs = heads // 2 * seq_len * (seq_len + 1) / 2
-        report["flops_per_second"][work] = {name: FLOPS[name] * width * pairs / min(own) for name, own in seconds.items()}
+        report["flops_per_second"][work] = {
+            name: FLOPS[name] * width * pairs / min(times) for name, times in seconds.items()
+        }
         for to in ("four calls", "padded", "baseline"):
-            target: Target = (None, TARGETS.get((to, where.type, seq_len), TARGETS.get((to, where.type, None))))
+            target: Target = (
+                None,
+                TARGETS.get(
+                    (to, torch_device.type, seq_len), TARGETS.get((to, torch_device.type, None))
+                ),
+            )
             report["ratios"].append(target_ratio(report, work, "time", "ours", to, target))
-        report["ratios"].append(target_ratio(report, work, f"peak memory, {work}", "ours", "padded", (None, None)))
+        report["ratios"].append(
+            target_ratio(report, work, f"peak memory, {work}", "ours", "padded", (None, None))
+        )
     ceiling = report["flops_per_second"]["matrix product"]
     for work in report["seconds"]:
-        reached = ", ".join(f"{name} {own / ceiling:.0%}" for name, own in report["flops_per_second"][work].items())
+        reached = ", ".join(
+            f"{name} {rate / ceiling:.0%}"
+            for name, rate in report["flops_per_second"][work].items()
+        )
         Reporter().line(f"{work}, of a plain matrix product's operations a second: {reached}")
-    show_ratios(report["ratios"], f"attention of {heads} heads, d={width}, {report['dtype']}, {where}", report, out)
+    show_ratios(
+        report["ratios"],
+        f"attention of {heads} heads, d={width}, {report['dtype']}, {torch_device}",
+        report,
+        out,
+    )
     return report
 
 
-def _step(name: str, heads: int, width: int, seq_len: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """A contestant's forward and backward pass."""
+def _step(
+    name: str, heads: int, width: int, seq_len: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    """A call of the forward and backward pass of a contestant."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, seq_len, heads, width, generator=generator).to(device, dtype) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, seq_len, heads, width, generator=generator).to(device, dtype)
+        for _ in range(3)
+    )
     wide = v.view(1, seq_len, heads // 2, 2 * width)
     lam = torch.tensor(LAMBDA, device=device)
-    inputs = [x.requires_grad_() for x in ((q, k, v) if name == "baseline" else (q, k, wide.detach(), lam))]
-    impl = {"ours": OURS.get(device.type, "sdpa"), "padded": "sdpa"}.get(name)
+    inputs = [
+        x.requires_grad_()
+        for x in ((q, k, v) if name == "baseline" else (q, k, wide.detach(), lam))
+    ]
+    impl = {"ours": FUSED.get(device.type, "sdpa"), "padded": "sdpa"}.get(name)
     call: Any
     if name == "baseline":
         call = partial(attention, impl="sdpa")
@@ -118,7 +172,16 @@ def _step(name: str, heads: int, width: int, seq_len: int, dtype: torch.dtype, d
 
 
 def _four_calls(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:
-    """Differential attention as the public libraries compute it, in calls of equal widths."""
+    """Differential attention as public libraries compute it, in calls of equal widths."""
     first, second = v.chunk(2, dim=-1)
-    one, two = (torch.cat([attention(q[:, :, s::2], k[:, :, s::2], half, impl="sdpa") for half in (first, second)], -1) for s in (0, 1))
+    one, two = (
+        torch.cat(
+            [
+                attention(q[:, :, s::2], k[:, :, s::2], half, impl="sdpa")
+                for half in (first, second)
+            ],
+            -1,
+        )
+        for s in (0, 1)
+    )
     return one - lam.to(one.dtype) * two

@@ -1,4 +1,4 @@
-"""``diffx bench eval``: our harness adapter on a Llama made into our ``transformer``, beside lm-eval's own class on the original."""
+"""``diffx bench eval``: the harness adapter on a Llama as a ``transformer``, against HFLM."""
 
 import argparse
 import random
@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from transformers import LlamaForCausalLM
 
 from diffx.bench.targets import check_out
-from diffx.bench.timing import alternate, machine, speed_ratio
+from diffx.bench.timing import machine, speed_ratio, time_in_turns
 from diffx.config import UserError
 from diffx.config.eval import EvalJob
 from diffx.config.suite import HarnessSuite
@@ -25,19 +25,21 @@ from diffx.files import write_json
 from diffx.hub.convert import from_llama
 from diffx.loading import load
 
-# Kinds of requests, the method of lm-eval that answers them, and the speed ratio that we set ourselves.
+# Kinds of requests, the method of lm-eval that answers them, and the lowest accepted speed ratio.
 CASES = {
     "a continuation each": ("loglikelihood", 1.0),
-    "choices of one token": ("loglikelihood", 1.0),  # which lm-eval's class, too, reads once
+    "choices of one token": ("loglikelihood", 1.0),  # HFLM, too, runs the model once for the four
     "choices that share a prompt": ("loglikelihood", 1.5),
     "whole texts": ("loglikelihood_rolling", 1.0),
     "generation": ("generate_until", 1.0),
 }
-BATCHES = (1, 8)  # of lm-eval's class; the fastest counts
+BATCHES = (1, 8)  # of HFLM; the fastest counts
 
 
-def bench_eval(out: Path | None, checkpoint: str, documents: int, rounds: int, device: str) -> dict[str, Any]:
-    """Measure requests a second on the same requests, cut from the source of a module of Python.
+def bench_eval(
+    out: Path | None, checkpoint: str, documents: int, rounds: int, device: str
+) -> dict[str, Any]:
+    """Measure requests per second, on text cut from the source of a Python module.
 
     Args:
         out: where to write the figures as JSON; None writes none.
@@ -47,32 +49,51 @@ def bench_eval(out: Path | None, checkpoint: str, documents: int, rounds: int, d
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
 
     Returns:
-        What is written: the machine, and for each kind of request the seconds of every round, requests a second, the ratio to the
-        fastest of lm-eval's batches, and the largest difference between answers.
+        The report: the machine, and for each kind of request the seconds of every round, requests
+            per second, the ratio to the
+        fastest batch size of HFLM, and the largest difference between answers.
 
     Raises:
-        UserError: a checkpoint that is no Llama of our shape, a device that is not there, or ``out`` is no file's name.
+        UserError: the checkpoint is not a Llama that can be converted, the device is missing, or
+            ``out`` cannot be a file.
     """
     check_out(out)
     loaded = load(checkpoint, Device(device))
     if not isinstance(loaded.model, LlamaForCausalLM):
-        raise UserError(f"checkpoint={checkpoint} cannot be used: it must be a Llama of the hub, which our transformer can be made of")
+        raise UserError(
+            f"checkpoint={checkpoint} cannot be used: it must be a Llama of the hub, which our "
+            "transformer can be made of"
+        )
     try:
-        ours = LanguageModel(replace(loaded, model=from_llama(loaded.model), limit=None))
+        decoder = LanguageModel(replace(loaded, model=from_llama(loaded.model), limit=None))
     except ValueError as error:
         raise UserError(f"checkpoint={checkpoint} cannot be used: {error}") from error
-    theirs = LanguageModel(loaded)
+    original = LanguageModel(loaded)
     job = EvalJob(checkpoint=checkpoint, suite=HarnessSuite(name="harness", tasks=["bench"]))
-    ask: dict[str, Callable[[str, list[Any]], list[Any]]] = {"ours": DecoderLM(ours).ask}
+    ask: dict[str, Callable[[str, list[Any]], list[Any]]] = {"ours": DecoderLM(decoder).ask}
     for batch in BATCHES:
-        model = PretrainedLM(theirs, replace(job, batch=batch))
-        model.hflm.custom_prefix_token_id = loaded.tokenizer.eot_id  # texts without context begin alike
+        model = PretrainedLM(original, replace(job, batch=batch))
+        # the same start of texts without context
+        model.hflm.custom_prefix_token_id = loaded.tokenizer.eot_id
         ask[f"HFLM, batch {batch}"] = model.ask
     reporter = Reporter()
-    report: dict[str, Any] = {"machine": machine(ours.device), "checkpoint": loaded.name, "rounds": rounds, "cases": []}
+    report: dict[str, Any] = {
+        "machine": machine(decoder.device),
+        "checkpoint": loaded.name,
+        "rounds": rounds,
+        "cases": [],
+    }
     with quiet():
-        for (name, (method, wanted)), requests in zip(CASES.items(), _requests(documents), strict=True):
-            report["cases"].append({"requests": name, "number": len(requests), **_measure(ask, method, requests, rounds, ours, wanted)})
+        for (name, (method, target)), requests in zip(
+            CASES.items(), _requests(documents), strict=True
+        ):
+            report["cases"].append(
+                {
+                    "requests": name,
+                    "number": len(requests),
+                    **_measure(ask, method, requests, rounds, decoder, target),
+                }
+            )
     columns = (
         "requests",
         "ours, a second",
@@ -83,7 +104,9 @@ def bench_eval(out: Path | None, checkpoint: str, documents: int, rounds: int, d
         "met",
         "largest difference",
     )
-    reporter.table(make_table(f"{loaded.name} on {ours.device}", columns, map(_row, report["cases"])))
+    reporter.table(
+        make_table(f"{loaded.name} on {decoder.device}", columns, map(_row, report["cases"]))
+    )
     if out is not None:
         write_json(out, report)
         reporter.line(f"figures: {out}")
@@ -91,7 +114,7 @@ def bench_eval(out: Path | None, checkpoint: str, documents: int, rounds: int, d
 
 
 def _requests(documents: int) -> list[list[Instance]]:
-    """The same for every model: contexts of 80 to 800 characters, each other than the last."""
+    """Requests of every kind, with different contexts of 80 to 800 characters."""
     text = Path(argparse.__file__).read_text(encoding="utf-8")
     rng = random.Random(0)
 
@@ -100,14 +123,30 @@ def _requests(documents: int) -> list[list[Instance]]:
         return text[start : start + rng.randint(least, most)].strip() or "pass"
 
     def instances(kind: Any, arguments: Any) -> list[Instance]:
-        return [Instance(request_type=kind, doc={}, arguments=own, idx=0) for own in arguments]
+        return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]
 
     pairs = [(cut(80, 800), " " + cut(5, 60)) for _ in range(documents)]
-    letters = [(context, letter) for context in (cut(80, 800) for _ in range(documents)) for letter in (" A", " B", " C", " D")]
-    choices = [(context, " " + cut(20, 80)) for context in (cut(80, 800) for _ in range(documents)) for _ in range(4)]
+    letters = [
+        (context, letter)
+        for context in (cut(80, 800) for _ in range(documents))
+        for letter in (" A", " B", " C", " D")
+    ]
+    choices = [
+        (context, " " + cut(20, 80))
+        for context in (cut(80, 800) for _ in range(documents))
+        for _ in range(4)
+    ]
     texts = [(cut(400, 1200),) for _ in range(documents)]
-    prompts = [(cut(80, 800), {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False}) for _ in range(documents)]
-    return [instances(method, made) for (method, _), made in zip(CASES.values(), (pairs, letters, choices, texts, prompts), strict=True)]
+    prompts = [
+        (cut(80, 800), {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False})
+        for _ in range(documents)
+    ]
+    return [
+        instances(method, made)
+        for (method, _), made in zip(
+            CASES.values(), (pairs, letters, choices, texts, prompts), strict=True
+        )
+    ]
 
 
 def _measure(
@@ -116,35 +155,52 @@ def _measure(
     requests: list[Instance],
     rounds: int,
     lm: LanguageModel,
-    wanted: float,
+    target: float,
 ) -> dict[str, Any]:
-    found = ask["ours"](method, requests)
+    answers = ask["ours"](method, requests)
     expected = ask[f"HFLM, batch {BATCHES[0]}"](method, requests)
     if method == "generate_until":
-        difference = float(sum(one != other for one, other in zip(found, expected, strict=True)))  # texts that differ
+        # texts that differ
+        difference = float(sum(one != other for one, other in zip(answers, expected, strict=True)))
     else:
-        scores = ((a[0], b[0]) if method == "loglikelihood" else (a, b) for a, b in zip(found, expected, strict=True))
+        scores = (
+            (a[0], b[0]) if method == "loglikelihood" else (a, b)
+            for a, b in zip(answers, expected, strict=True)
+        )
         difference = max(abs(one - other) for one, other in scores)
-    seconds = alternate({name: partial(call, method, requests) for name, call in ask.items()}, rounds, lm.device)
-    fastest = min((name for name in seconds if name != "ours"), key=lambda name: statistics.median(seconds[name]))
+    seconds = time_in_turns(
+        {name: partial(call, method, requests) for name, call in ask.items()}, rounds, lm.device
+    )
+    fastest = min(
+        (name for name in seconds if name != "ours"),
+        key=lambda name: statistics.median(seconds[name]),
+    )
     ratio = speed_ratio(seconds, "ours", fastest)
     return {
         "seconds": seconds,
-        "requests_per_second": {name: len(requests) / statistics.median(times) for name, times in seconds.items()},
+        "requests_per_second": {
+            name: len(requests) / statistics.median(times) for name, times in seconds.items()
+        },
         "to": fastest,
         "ratio": asdict(ratio),
-        "target": wanted,
-        "met": ratio.median >= wanted,
+        "target": target,
+        "met": ratio.median >= target,
         "largest_difference": difference,
     }
 
 
 def _row(case: dict[str, Any]) -> list[str]:
     speed, ratio = case["requests_per_second"], case["ratio"]
-    theirs = f"{speed[case['to']]:.2f} ({case['to'].removeprefix('HFLM, ')})"
+    hflm = f"{speed[case['to']]:.2f} ({case['to'].removeprefix('HFLM, ')})"
     rounds = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
     met = "yes" if case["met"] else "no"
     return [
-        case["requests"], f"{speed['ours']:.2f}", theirs, f"{ratio['median']:.2f}", rounds, f"{case['target']:.2f}", met,
+        case["requests"],
+        f"{speed['ours']:.2f}",
+        hflm,
+        f"{ratio['median']:.2f}",
+        rounds,
+        f"{case['target']:.2f}",
+        met,
         f"{case['largest_difference']:.2g}",
-    ]  # fmt: skip
+    ]

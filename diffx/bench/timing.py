@@ -1,4 +1,4 @@
-"""What every bench shares: alternating rounds, ratios within a round, peak memory, and the machine they were taken on."""
+"""Shared by the benches: alternating rounds, ratios within a round, peak memory, the machine."""
 
 import statistics
 import time
@@ -11,21 +11,23 @@ import torch
 from diffx.train.folder import environment
 from diffx.train.throughput import peak_allocation, synchronize
 
-ROUND_SECONDS = 0.2  # a contestant's turn lasts at least about so long, so that the clock and the queue do not count
+ROUND_SECONDS = 0.2  # least duration of a turn, so that the overhead of timing is negligible
 
 
-def alternate(contestants: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Time contestants in turn, so that the machine's drift hits them alike.
+def time_in_turns(
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Time contestants in turn, so that a drift of the machine affects them equally.
 
-    Each is called twice before it counts. Every second round goes in reverse order, so that none always follows the same one.
+    Each is called twice before it counts. Every second round is in reverse order.
 
     Args:
         contestants: by name, a call that does the same work each time.
-        rounds: turns of each.
-        device: whose queue is waited for.
+        rounds: turns of each contestant.
+        device: the device to synchronize.
 
     Returns:
-        Seconds a call, by name, one for each round.
+        Seconds per call, by name, one for each round.
     """
 
     def turn(call: Callable[[], Any], calls: int) -> float:
@@ -49,7 +51,7 @@ def alternate(contestants: Mapping[str, Callable[[], Any]], rounds: int, device:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """How much faster one contestant is than another, round by round: above 1 is faster.
+    """The speed of one contestant relative to another; above 1 is faster.
 
     Attributes:
         median: over the rounds.
@@ -63,17 +65,19 @@ class Ratio:
 
 
 def speed_ratio(seconds: Mapping[str, list[float]], of: str, to: str) -> Ratio:
-    """Compare the speed ``of`` one contestant ``to`` another's, from what ``alternate`` returned."""
-    rounds = [theirs / ours for ours, theirs in zip(seconds[of], seconds[to], strict=True)]
+    """Compare the speed ``of`` one contestant ``to`` another, given ``time_in_turns``."""
+    rounds = [
+        baseline / contestant for contestant, baseline in zip(seconds[of], seconds[to], strict=True)
+    ]
     return Ratio(median=statistics.median(rounds), low=min(rounds), high=max(rounds))
 
 
-def peak_memory(build: Callable[[], Callable[[], Any]], device: torch.device) -> int | None:
-    """Measure the most bytes of tensors that live at once while a contestant is built and called twice (see ``peak_allocation``).
+def peak_bytes(build: Callable[[], Callable[[], Any]], device: torch.device) -> int | None:
+    """Peak bytes of tensors while a contestant is built and called twice (``peak_allocation``).
 
     Args:
-        build: makes the contestant, from nothing.
-        device: where it works.
+        build: makes the contestant.
+        device: device of the contestant.
     """
 
     def build_and_call() -> None:
@@ -85,5 +89,8 @@ def peak_memory(build: Callable[[], Callable[[], Any]], device: torch.device) ->
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Describe versions, hardware and threads."""
-    return environment(seed=0) | {"device": str(device), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    """Versions, hardware and threads."""
+    return environment(seed=0) | {
+        "device": str(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }

@@ -1,4 +1,4 @@
-"""A DEX variant on a pretrained model: what is put in, what is trained, and how it folds away."""
+"""Attach a DEX variant to a pretrained model, and fold it into the weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +16,14 @@ from diffx.dex.layout import Layer
 
 @dataclass
 class Adapted:
-    """A pretrained model with a variant in it.
+    """A pretrained model with a variant attached.
 
     Attributes:
-        model: the model, changed in place; only what the variant trains requires gradients, and that is fp32.
-        branches: its DEX projections, layer by layer; none where the variant has no branch.
-        anneal_steps: T of equation 4; None where there is none.
-        lora: peft's handle on the adapters of ``lora``.
+        model: the model, changed in place; only trained parameters require gradients, and they are
+            fp32.
+        branches: its DEX projections, layer by layer; empty where the variant has no branch.
+        anneal_steps: T of equation 4; None without annealing.
+        lora: the ``LoraModel`` of the variant ``lora``.
     """
 
     model: PreTrainedModel
@@ -31,7 +32,7 @@ class Adapted:
     lora: Any = None
 
     def set_step(self, step: int) -> None:
-        """Give lambda(t) its t: optimizer steps done."""
+        """Set t of lambda(t): the number of optimizer steps done."""
         for branch in self.branches:
             branch.set_step(step)
 
@@ -55,22 +56,31 @@ class Adapted:
         self.model.requires_grad_(False)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        """The trained parameters, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
 
 
 def attach(
-    model: PreTrainedModel, layers: Sequence[Layer], config: DexConfig, heads: Sequence[Sequence[int]], anneal_steps: int, seed: int
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    config: DexConfig,
+    heads: Sequence[Sequence[int]],
+    anneal_steps: int,
+    seed: int,
 ) -> Adapted:
-    """Put a variant into a model, in place.
+    """Attach a variant to a model, in place.
 
     Args:
-        model: the pretrained model; all of it is frozen first.
-        layers: where its attention is, as ``find_layers`` says.
+        model: the pretrained model; all its parameters are frozen first.
+        layers: the result of ``find_layers``.
         config: the variant.
         heads: the heads chosen in each layer.
         anneal_steps: T of equation 4, for the variants that anneal.
-        seed: of W_D.
+        seed: seed of W_D.
     """
     variant = config.variant
     model.requires_grad_(False)
@@ -107,11 +117,13 @@ def attach(
 
 @torch.no_grad()
 def fold(adapted: Adapted, keep_branch: bool = False) -> PreTrainedModel:
-    """Make the model, in place, a plain one that does the same: branches folded into the output projections in fp64, adapters merged.
+    """Turn the model, in place, into an equivalent plain one.
+
+    Branches are folded into the output projections in fp64, adapters are merged.
 
     Args:
         adapted: the model.
-        keep_branch: leave the branches; fold only what else was put in.
+        keep_branch: keep the branches; fold everything else.
     """
     model = adapted.model
     if adapted.lora is not None:
@@ -128,7 +140,7 @@ def fold(adapted: Adapted, keep_branch: bool = False) -> PreTrainedModel:
 
 
 def _train_projections(model: PreTrainedModel, layer: Layer) -> None:
-    """Train W_K, W_V and W_O of a layer, as fp32; of a map that makes something else as well only the rows of keys and values."""
+    """Train W_K, W_V and W_O of a layer in fp32; of fused projections only keys and values."""
     rows: dict[str, set[int]] = {}
     for projection in [*layer.keys, *layer.values]:
         rows.setdefault(projection.name, set()).update(projection.rows)
@@ -138,11 +150,11 @@ def _train_projections(model: PreTrainedModel, layer: Layer) -> None:
         if len(chosen) < weight.shape[1 if isinstance(module, Conv1D) else 0]:
             model.set_submodule(name, PartlyTrained(module, sorted(chosen)))
         else:
-            _master(module)
-    _master(model.get_submodule(layer.output))
+            _train_in_fp32(module)
+    _train_in_fp32(model.get_submodule(layer.output))
 
 
-def _master(module: nn.Module) -> None:
+def _train_in_fp32(module: nn.Module) -> None:
     weight = projection_weight(module)
     weight.data = weight.data.float()
     weight.requires_grad_(True)
@@ -151,11 +163,22 @@ def _master(module: nn.Module) -> None:
 def _lora(model: PreTrainedModel, layers: Sequence[Layer], rank: int, seed: int) -> Any:
     from peft import LoraConfig, LoraModel  # slow to import, and only one variant needs it
 
-    names = [projection.name for layer in layers for projection in [*layer.queries, *layer.keys, *layer.values]]
+    names = [
+        projection.name
+        for layer in layers
+        for projection in [*layer.queries, *layer.keys, *layer.values]
+    ]
     targets = sorted({*names, *(layer.output for layer in layers)})
     torch.manual_seed(seed)
     transposed = all(isinstance(model.get_submodule(name), Conv1D) for name in targets)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, bias="none", fan_in_fan_out=transposed)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=targets,
+        bias="none",
+        fan_in_fan_out=transposed,
+    )
     lora = LoraModel(model, config, "default")
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -164,15 +187,30 @@ def _lora(model: PreTrainedModel, layers: Sequence[Layer], rank: int, seed: int)
 
 
 def parameter_counts(adapted: Adapted) -> dict[str, int]:
-    """Count what is trained: ``W_D``, ``lambda``, ``others`` (attention weights or adapters), ``trained`` in all; and the model.
+    """Count parameters.
 
-    The model is ``embedding``, ``rest`` and ``total``, with what was put in.
+    Returns:
+        The trained ones, ``W_D``, ``lambda``, ``others`` (attention weights or adapters) and their
+        sum ``trained``, and those of the whole adapted model, ``embedding``, ``rest`` and
+        ``total``.
     """
     counts = {"W_D": 0, "lambda": 0, "others": 0}
     for name, parameter in adapted.trained().items():
-        last = name.rpartition(".")[2]
-        counts["W_D" if last == "w_d" else "lambda" if last == "lambda_learn" else "others"] += parameter.numel()
+        leaf = name.rpartition(".")[2]
+        counts["W_D" if leaf == "w_d" else "lambda" if leaf == "lambda_learn" else "others"] += (
+            parameter.numel()
+        )
     total = sum(parameter.numel() for parameter in adapted.model.parameters())
-    total -= sum(module.rows.numel() for module in adapted.model.modules() if isinstance(module, PartlyTrained))  # they stand for others
+    # they replace rows of `proj`
+    total -= sum(
+        module.rows.numel()
+        for module in adapted.model.modules()
+        if isinstance(module, PartlyTrained)
+    )
     embedding = projection_weight(adapted.model.get_input_embeddings()).numel()
-    return counts | {"trained": sum(counts.values()), "embedding": embedding, "rest": total - embedding, "total": total}
+    return counts | {
+        "trained": sum(counts.values()),
+        "embedding": embedding,
+        "rest": total - embedding,
+        "total": total,
+    }

@@ -1,8 +1,9 @@
-"""Where a pretrained model's attention keeps its projections, found by watching one forward pass: no family has a rule of its own.
+"""Find the attention projections of a pretrained model of any family, in one forward pass.
 
-``transformers`` hands every attention's queries, keys and values to one function. Which output features of which linear maps they are made
-of, the gradient tells; and the linear map that reads what the function returns is the output projection. So fused projections, GPT-2's
-Conv1D, biases, grouped keys, norms of queries and heads of any width are all found alike.
+``transformers`` passes the queries, keys and values of every attention to one function. The
+gradient shows which output features of which linear maps they depend on. The linear map whose input
+is the result of that function is the output projection. This covers fused projections, GPT-2's
+Conv1D, biases, grouped keys, query norms and heads of any width.
 
 Notation: B batch, T tokens, H query heads, d_v width of a value.
 """
@@ -27,11 +28,11 @@ from diffx.hub.attention import attending_with
 
 @dataclass(frozen=True)
 class Projection:
-    """What a linear map gives to queries, keys or values.
+    """The output features of a linear map that queries, keys or values consist of.
 
     Attributes:
-        name: the map, as the model names it.
-        rows: its output features that count; all of them, unless it is fused with another projection.
+        name: name of the map in the model.
+        rows: the output features; all of them, unless the map is fused with another projection.
     """
 
     name: str
@@ -43,12 +44,13 @@ class Layer:
     """The attention of one layer.
 
     Attributes:
-        output: the output projection, as the model names it; it reads H·d_v features, head after head.
+        output: name of the output projection in the model; its input is H·d_v features, head after
+            head.
         num_heads: H.
         width: d_v.
-        queries: what makes the queries.
-        keys: what makes the keys.
-        values: what makes the values.
+        queries: projections of the queries.
+        keys: projections of the keys.
+        values: projections of the values.
     """
 
     output: str
@@ -60,28 +62,30 @@ class Layer:
 
 
 def find_layers(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
-    """Find the attention layers of a model, in the order in which they run.
+    """Find the attention layers of a model, in the order of execution.
 
     Args:
-        model: one of ``transformers``.
-        inputs: what its forward pass takes; two tokens are enough.
+        model: a model of ``transformers``.
+        inputs: arguments of its forward pass; two tokens are enough.
 
     Raises:
-        UserError: names the module that cannot be understood.
+        UserError: the attention of a module, which is named, cannot be analysed.
     """
     try:
         with quiet_transformers():
-            return _watched(model, inputs)
+            return _trace(model, inputs)
     except _UnclearError as error:
         raise UserError(
-            f"base={model.name_or_path or type(model).__name__} cannot be used: {error}; DEX needs a model of transformers with ordinary "
-            "attention that follows its AttentionInterface, such as Llama, Qwen, Mistral, Gemma, Phi, GPT-2, GPT-NeoX or OPT"
+            f"base={model.name_or_path or type(model).__name__} cannot be used: {error}; DEX "
+            "needs a model of transformers with ordinary "
+            "attention that follows its AttentionInterface, such as Llama, Qwen, Mistral, Gemma, "
+            "Phi, GPT-2, GPT-NeoX or OPT"
         ) from error
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep back the warnings of ``transformers``, which go on at length about what is said here in one line."""
+    """Silence the warnings of ``transformers``; errors here have one line."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -91,38 +95,61 @@ def quiet_transformers() -> Iterator[None]:
 
 
 class _UnclearError(Exception):
-    """Why a model is not understood."""
+    """Why a model cannot be analysed."""
 
 
-def _watched(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
+def _trace(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
     names = {module: name for name, module in model.named_modules()}
     layers: list[Layer] = []
-    before: list[tuple[nn.Module, Tensor]] = []  # linear maps that ran since the last attention, and what they gave
-    waiting: list[tuple[nn.Module, Tensor, tuple[list[Projection], ...]]] = []  # the attention whose output projection is to come
+    # linear maps since the last attention, and their outputs
+    before: list[tuple[nn.Module, Tensor]] = []
+    # attention before its output projection
+    waiting: list[tuple[nn.Module, Tensor, tuple[list[Projection], ...]]] = []
 
     random = torch.Generator().manual_seed(0)
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> Any:
         if waiting:
-            raise _UnclearError(f"no linear map reads the output of {names[waiting[0][0]]} as it is")
-        # Any context would do, so that no peculiarity of a family's attention matters here; random figures are known again.
-        context = torch.randn(query.shape[0], query.shape[2], query.shape[1], value.shape[3], generator=random).to(query)  # (B, T, H, d_v)
+            raise _UnclearError(
+                f"no linear map reads the output of {names[waiting[0][0]]} as it is"
+            )
+        # Random numbers in place of the context: the output projection is recognised by them.
+        # (B, T, H, d_v)
+        context = torch.randn(
+            query.shape[0], query.shape[2], query.shape[1], value.shape[3], generator=random
+        ).to(query)
         parts = tuple(_sources(tensor, before, names) for tensor in (query, key, value))
         if not all(parts):
-            raise _UnclearError(f"the queries, keys or values of {names[module]} come from no linear map")
+            raise _UnclearError(
+                f"the queries, keys or values of {names[module]} come from no linear map"
+            )
         waiting.append((module, context, parts))
         before.clear()
         return context, None
 
     def linear(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not args or not isinstance(output, Tensor):  # such as a router of experts, which gives several tensors
+        # a router of experts, for example, returns several tensors
+        if not args or not isinstance(output, Tensor):
             return output
-        if waiting and args[0].numel() == waiting[0][1].numel() and torch.equal(args[0].flatten(), waiting[0][1].flatten()):
+        if (
+            waiting
+            and args[0].numel() == waiting[0][1].numel()
+            and torch.equal(args[0].flatten(), waiting[0][1].flatten())
+        ):
             _, context, (queries, keys, values) = waiting.pop()
-            layers.append(Layer(names[module], context.shape[2], context.shape[3], queries, keys, values))
-        leaf = output.detach().requires_grad_()  # so that no gradient goes past it to the maps that ran earlier
+            layers.append(
+                Layer(names[module], context.shape[2], context.shape[3], queries, keys, values)
+            )
+        leaf = output.detach().requires_grad_()  # so that the gradient stops here
         before.append((module, leaf))
-        return leaf.clone()  # which the model may change in place
+        return leaf.clone()  # the model may change it in place
 
     maps = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
     handles = [module.register_forward_hook(linear) for module in maps]
@@ -132,11 +159,15 @@ def _watched(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer
         with torch.enable_grad(), attending_with(model, attend):
             model(**inputs)
     except UserError as error:
-        raise _UnclearError(f"{type(model).__name__} does not let another attention take the place of its own") from error
+        raise _UnclearError(
+            f"{type(model).__name__} does not let another attention take the place of its own"
+        ) from error
     except _UnclearError:
         raise
-    except Exception as error:  # the code of a family may fail in any way on what it gets here
-        raise _UnclearError(f"{type(model).__name__} fails while it is watched: {reason(error)}") from error
+    except Exception as error:  # the code of a model may fail in any way here
+        raise _UnclearError(
+            f"{type(model).__name__} fails while it is watched: {reason(error)}"
+        ) from error
     finally:
         model.train(training)
         for handle in handles:
@@ -150,27 +181,42 @@ def _watched(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer
 
 
 def _check_sharing(model: PreTrainedModel, layers: list[Layer]) -> None:
-    """Refuse layers that share a projection, by its module or by its weight alone: what one of them learns would change the others."""
-    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    """Refuse layers that share a projection or its weight: training one would change both."""
+    uses = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+    )
     seen: set[str] = set()
     for layer in layers:
-        names = {layer.output, *(projection.name for projection in [*layer.queries, *layer.keys, *layer.values])}
+        names = {
+            layer.output,
+            *(projection.name for projection in [*layer.queries, *layer.keys, *layer.values]),
+        }
         for name in sorted(names):
             if name in seen or uses[id(projection_weight(model.get_submodule(name)))] > 1:
                 raise _UnclearError(f"{name} is shared by several layers")
         seen |= names
 
 
-def _sources(tensor: Tensor, before: list[tuple[nn.Module, Tensor]], names: dict[nn.Module, str]) -> list[Projection]:
-    """The linear maps, and of each the output features, that a tensor is made of."""
+def _sources(
+    tensor: Tensor, before: list[tuple[nn.Module, Tensor]], names: dict[nn.Module, str]
+) -> list[Projection]:
+    """The linear maps, and their output features, that a tensor depends on."""
     if not before or not tensor.requires_grad:
         return []
-    weights = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor) + 0.5  # a plain sum could cancel in a norm
-    gradients = torch.autograd.grad((tensor * weights).sum(), [output for _, output in before], retain_graph=True, allow_unused=True)
-    found = []
+    # a plain sum could cancel in a norm
+    weights = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor) + 0.5
+    gradients = torch.autograd.grad(
+        (tensor * weights).sum(),
+        [output for _, output in before],
+        retain_graph=True,
+        allow_unused=True,
+    )
+    projections = []
     for (module, _), gradient in zip(before, gradients, strict=True):
         if gradient is not None:
             rows = gradient.flatten(0, -2).abs().sum(0).nonzero().flatten().tolist()
             if rows:
-                found.append(Projection(names[module], rows))
-    return found
+                projections.append(Projection(names[module], rows))
+    return projections

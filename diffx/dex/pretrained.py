@@ -23,22 +23,22 @@ from diffx.data.tokenizers import FastTokenizer
 from diffx.dex.layout import quiet_transformers
 from diffx.errors import reason
 from diffx.files import sha256
-from diffx.hub.configs import DexConfig
+from diffx.hub.configs import DexModelConfig
 
 
 @dataclass
 class Pretrained:
-    """A model and what is known of it.
+    """A model, its tokenizer and its properties.
 
     Attributes:
         model: in evaluation mode.
         tokenizer: the one that came with it.
-        name: the hub's name, or the folder's.
-        fingerprint: the hub's commit; of a folder SHA-256 of its weight files, whatever type they are loaded as.
-        limit: tokens it can read at once; None if its config does not say.
-        prefix: tokens that every text begins with.
+        name: name on the hub, or of the folder.
+        fingerprint: commit on the hub; for a folder SHA-256 of its weight files.
+        limit: context length in tokens; None if the config does not give it.
+        prefix: tokens at the start of every text.
         ends: tokens that end a text.
-        dtype: of the weights.
+        dtype: type of the weights.
     """
 
     model: Any
@@ -63,61 +63,91 @@ def load_pretrained(
     """Load a causal language model whose weights are safetensors.
 
     Args:
-        key: what the user set, for messages: ``checkpoint`` or ``base``.
+        key: the option for messages: ``checkpoint`` or ``base``.
         spec: a hub name or a folder.
-        dtype: of the weights; ``auto`` is the checkpoint's own.
-        device: where it goes.
-        revision: the hub's revision.
-        trust_remote_code: run Python code that comes with it; a model that needs such code is refused otherwise.
-        quantization: quantize it so while it is loaded.
+        dtype: type of the weights; ``auto`` is that of the checkpoint.
+        device: device of the model.
+        revision: revision on the hub.
+        trust_remote_code: run Python code of the model; without it such a model is refused.
+        quantization: quantization while the model is loaded.
 
     Raises:
-        UserError: it cannot be found, reached or used, or there is not enough memory for it.
+        UserError: the model cannot be found, reached or used, or does not fit in memory.
     """
     disable_progress_bar()
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    # the device's own format of few bits is made there
-    how: dict[str, Any] = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+    # formats of few bits depend on the device, so the weights are quantized there
+    placement: dict[str, Any] = (
+        {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+    )
     refused = f"{key}={spec} cannot be used"
-    if key == "base" and Path(spec, "config.yaml").is_file() and not Path(spec, "config.json").is_file():
-        raise UserError(f"{refused}: it is a run folder; `diffx export checkpoint={spec} out=FOLDER` makes a model of it")
+    if (
+        key == "base"
+        and Path(spec, "config.yaml").is_file()
+        and not Path(spec, "config.json").is_file()
+    ):
+        raise UserError(
+            f"{refused}: it is a run folder; `diffx export checkpoint={spec} out=FOLDER` makes a "
+            "model of it"
+        )
     try:
         check_reach(spec, revision)
         with quiet_transformers(), _quiet_hub():
             config = AutoConfig.from_pretrained(spec, **options)
             _check(key, refused, config, dtype, device, trust_remote_code)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                spec, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **how
+                spec,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+                **placement,
             )
             pretrained: Any = AutoTokenizer.from_pretrained(spec, **options)
     except UserError:
         raise
-    except Exception as error:  # any library below may fail here, each with an exception of its own
+    except Exception as error:  # every library called here raises its own exceptions
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise UserError(
-                f"{refused}: it needs Python code that comes with it; read that code, and add trust_remote_code=true to run it"
+                f"{refused}: it needs Python code that comes with it; read that code, and add "
+                "trust_remote_code=true to run it"
             ) from error
         runs = "a run (runs/x, runs/x@best, runs/x@1000), " if key == "checkpoint" else ""
-        missing = "" if Path(spec).is_dir() else f"there is no folder {spec} here, and from the hub it cannot be loaded: "
+        missing = (
+            ""
+            if Path(spec).is_dir()
+            else f"there is no folder {spec} here, and from the hub it cannot be loaded: "
+        )
         raise UserError(
-            f"{refused}: {missing}{reason(error)}; accepted: {runs}a folder with a Hugging Face model in safetensors, or a hub "
+            f"{refused}: {missing}{reason(error)}; accepted: {runs}a folder with a Hugging Face "
+            "model in safetensors, or a hub "
             "name that can be reached"
         ) from error
     model, report = loaded
     if report["missing_keys"]:
-        raise UserError(f"{refused}: its files lack {min(report['missing_keys'])}; they must hold a whole {type(model).__name__}")
+        raise UserError(
+            f"{refused}: its files lack {min(report['missing_keys'])}; they must hold a whole "
+            f"{type(model).__name__}"
+        )
     if not pretrained.is_fast or pretrained.eos_token is None:
-        raise UserError(f"{refused}: its tokenizer must have a tokenizer.json and an end-of-text token")
+        raise UserError(
+            f"{refused}: its tokenizer must have a tokenizer.json and an end-of-text token"
+        )
     first, bos = pretrained("a")["input_ids"][0], pretrained.bos_token_id
     tokenizer = FastTokenizer("hf", pretrained.backend_tokenizer, pretrained.eos_token, pretrained)
     entries = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > entries:
-        raise UserError(f"{refused}: its tokenizer has {tokenizer.vocab_size} entries and the model {entries}")
+        raise UserError(
+            f"{refused}: its tokenizer has {tokenizer.vocab_size} entries and the model {entries}"
+        )
     ends = getattr(model.generation_config, "eos_token_id", None)
     folder = Path(spec)
     model = model.to(device).eval()
     if not _is_causal(model):
-        raise UserError(f"{refused}: it is no causal language model: its logits at a token depend on the tokens after it")
+        raise UserError(
+            f"{refused}: it is no causal language model: its logits at a token depend on the "
+            "tokens after it"
+        )
     return Pretrained(
         model,
         tokenizer,
@@ -125,7 +155,10 @@ def load_pretrained(
         fingerprint=_weights_hash(folder) if folder.is_dir() else _commit(spec, revision),
         limit=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         prefix=[bos] if bos is not None and first == bos else [],
-        ends={tokenizer.eot_id, *(ends if isinstance(ends, list) else [ends] if ends is not None else [])},
+        ends={
+            tokenizer.eot_id,
+            *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
+        },
         dtype=model.dtype,
     )
 
@@ -139,8 +172,12 @@ def fingerprint_of(model: PreTrainedModel) -> str | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free where a model is to be."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Free bytes on a device."""
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
 
 
 def check_reach(spec: str, revision: str | None, file: str = "config.json") -> None:
@@ -156,12 +193,14 @@ def check_reach(spec: str, revision: str | None, file: str = "config.json") -> N
     Raises:
         ConnectionError: the hub cannot be reached.
     """
-    if Path(spec).is_dir() or isinstance(try_to_load_from_cache(spec, file, revision=revision), str):
+    if Path(spec).is_dir() or isinstance(
+        try_to_load_from_cache(spec, file, revision=revision), str
+    ):
         return
     if constants.is_offline_mode():
         raise ConnectionError("offline mode is on (HF_HUB_OFFLINE) and it is not in the cache")
     hub = urlsplit(constants.ENDPOINT)
-    if getproxies().keys() & {hub.scheme, "all"}:  # a proxy looks names up itself
+    if getproxies().keys() & {hub.scheme, "all"}:  # the proxy resolves names
         return
     try:
         socket.getaddrinfo(hub.hostname, None)
@@ -171,7 +210,7 @@ def check_reach(spec: str, revision: str | None, file: str = "config.json") -> N
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Keep back what ``huggingface_hub`` tells of each request that it sends again."""
+    """Silence the messages of ``huggingface_hub`` about retries."""
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:
@@ -180,35 +219,55 @@ def _quiet_hub() -> Iterator[None]:
         hub_logging.set_verbosity(before)
 
 
-def _check(key: str, refused: str, config: Any, dtype: torch.dtype | str, device: torch.device, trust_remote_code: bool) -> None:
-    """Refuse, before any weight is read, what is no causal language model, what has a branch already, and what does not fit."""
-    theirs = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in AutoModelForCausalLM._model_mapping and not theirs:
-        raise UserError(f"{refused}: a {config.model_type} is no causal language model; accepted: what AutoModelForCausalLM loads")
-    if key == "base" and isinstance(config, DexConfig):
-        raise UserError(f"{refused}: it is adapted already and keeps its branch; give its export with fold=true, or its own base")
-    with torch.device("meta"):
-        shape: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    kind = (config.dtype or torch.float32) if isinstance(dtype, str) else dtype
-    needed = sum(parameter.numel() for parameter in shape.parameters()) * kind.itemsize
-    if needed > (free := free_memory(device)) and not hasattr(config, "quantization_config"):
-        half = f"{'train.precision' if key == 'base' else 'dtype'}=bf16 (half of it), " if kind is torch.float32 else ""
+def _check(
+    key: str,
+    refused: str,
+    config: Any,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    trust_remote_code: bool,
+) -> None:
+    """Refuse, before weights are read, a model of another kind, with a branch, or too large."""
+    custom_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not custom_class:
         raise UserError(
-            f"{refused}: its weights need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; take {half}a smaller model, or a "
+            f"{refused}: a {config.model_type} is no causal language model; accepted: what "
+            "AutoModelForCausalLM loads"
+        )
+    if key == "base" and isinstance(config, DexModelConfig):
+        raise UserError(
+            f"{refused}: it is adapted already and keeps its branch; give its export with "
+            "fold=true, or its own base"
+        )
+    with torch.device("meta"):
+        shape: nn.Module = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
+    weights_dtype = (config.dtype or torch.float32) if isinstance(dtype, str) else dtype
+    needed = sum(parameter.numel() for parameter in shape.parameters()) * weights_dtype.itemsize
+    if needed > (free := free_memory(device)) and not hasattr(config, "quantization_config"):
+        half = (
+            f"{'train.precision' if key == 'base' else 'dtype'}=bf16 (half of it), "
+            if weights_dtype is torch.float32
+            else ""
+        )
+        raise UserError(
+            f"{refused}: its weights need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+            f"free; take {half}a smaller model, or a "
             "machine with more memory"
         )
 
 
 @torch.no_grad()
 def _is_causal(model: nn.Module) -> bool:
-    """Whether two texts that part at their third token give the same logits before it; some encoders load as causal models too."""
+    """Whether the third token leaves earlier logits equal; some encoders load as causal models."""
     ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=next(model.parameters()).device)
     first, second = model(input_ids=ids, use_cache=False).logits[:, :2].float()
     return bool((first - second).abs().max() <= 1e-3 * first.abs().max())
 
 
 def _commit(spec: str, revision: str | None) -> str:
-    """The commit of a model that was loaded from the hub: the name of its folder in the cache."""
+    """The commit of a model from the hub: the name of its folder in the cache."""
     return Path(str(try_to_load_from_cache(spec, "config.json", revision=revision))).parent.name
 
 

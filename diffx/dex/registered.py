@@ -13,7 +13,7 @@ from transformers.utils import TransformersKwargs
 from diffx.config.dex import Share
 from diffx.dex.attach import Adapted
 from diffx.dex.layer import DexProjection
-from diffx.hub.configs import DexConfig
+from diffx.hub.configs import DexModelConfig
 
 _OUTPUTS = ("output_attentions", "output_hidden_states")
 
@@ -54,12 +54,12 @@ class _BaseForward:
 class DexForCausalLM(PreTrainedModel, GenerationMixin):
     """A pretrained model with the branch in it; everything else is the base's own."""
 
-    config_class = DexConfig
+    config_class = DexModelConfig
     base_model_prefix = "base"
     _supports_sdpa = _supports_flash_attn = True
     _keep_in_fp32_modules_strict = {"w_d", "lambda_learn", "chosen", "schedule"}  # noqa: RUF012  # the type that the base class gives it
 
-    def __init__(self, config: DexConfig, base: PreTrainedModel | None = None):
+    def __init__(self, config: DexModelConfig, base: PreTrainedModel | None = None):
         attention = config._attn_implementation  # None, unless the caller asked for one
         super().__init__(config)
         if base is None:
@@ -126,7 +126,7 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
         return base.generate(*args, **kwargs)
 
 
-def to_registered(adapted: Adapted, step: int) -> DexForCausalLM:
+def to_dex(adapted: Adapted, step: int) -> DexForCausalLM:
     """Wrap an adapted model, whose other trained parts are folded already.
 
     Args:
@@ -141,11 +141,11 @@ def to_registered(adapted: Adapted, step: int) -> DexForCausalLM:
     ]
     share = Share.layer if first.w_d.ndim == 2 else Share.head
     base = adapted.model.config.to_dict()
-    config = DexConfig(base, branches, share.value, first.sign, first.anneal_steps, step, dtype=adapted.model.dtype)
+    config = DexModelConfig(base, branches, share.value, first.sign, first.anneal_steps, step, dtype=adapted.model.dtype)
     return DexForCausalLM(config, adapted.model)
 
 
-def _put(base: PreTrainedModel, branch: dict[str, Any], config: DexConfig) -> None:
+def _put(base: PreTrainedModel, branch: dict[str, Any], config: DexModelConfig) -> None:
     projection = DexProjection(
         base.get_submodule(branch["output"]),
         branch["num_heads"],

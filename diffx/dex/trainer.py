@@ -14,7 +14,7 @@ from diffx.dex.attach import attach
 from diffx.dex.layer import DexProjection, PartlyTrained
 from diffx.dex.layout import find_layers
 from diffx.dex.pretrained import fingerprint_of
-from diffx.dex.registered import DexForCausalLM, to_registered
+from diffx.dex.registered import DexForCausalLM, to_dex
 
 
 class DexCallback(TrainerCallback):
@@ -98,4 +98,4 @@ def get_dex_model(
             "queries, keys and values are one projection; use dex.variant=adapter_only, or "
             "`diffx adapt-dex`"
         )
-    return to_registered(adapted, 0)
+    return to_dex(adapted, 0)

@@ -1,1 +1,1 @@
-"""Models of Hugging Face: weights to and from them, what their attention does, and ours as theirs."""
+"""Models of ``transformers``: conversion, attention, and decoders as registered classes."""

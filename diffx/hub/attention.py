@@ -1,4 +1,6 @@
-"""What a model attends to, layer by layer, for any decoder: ours by hooks, transformers' through its attention interface.
+"""Observe and replace the attention of a model.
+
+A ``Decoder`` is observed by hooks, a model of ``transformers`` through its attention interface.
 
 Notation: B batch, T tokens, D model width, M query maps, G key maps.
 """
@@ -6,7 +8,6 @@ Notation: B batch, T tokens, D model width, M query maps, G key maps.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -24,14 +25,19 @@ from diffx.ops import QuantizedLogits
 
 _NAME = "diffx"  # of `_attend` among the attention functions of transformers
 _ATTEND = "_diffx_attend"  # the attribute of a module that holds the function of `attending_with`
-_ROWS = 256  # query rows of a map that are formed at once
-# Keywords of transformers' attention functions that change nothing here: queries and keys are rotated already, and the mask holds the
-# window. Those of _HANDLED are followed. Any other keyword may change the attention, as sinks and biases do, and is refused.
-_HARMLESS = {"sliding_window", "position_ids", "cache", "past_key_values", "cache_position", "use_cache", "layer_idx"}
-_HARMLESS |= {"output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch", "logits_to_keep"}
+_ROWS = 256  # query rows of a map that are computed at once
+# Keywords of transformers' attention functions that have no effect here: queries and keys are
+# rotated already, and the mask holds the window. Those of _HANDLED are used. Any other keyword may
+# change the attention, as sinks and biases do, and is an error.
+_HARMLESS = {
+    *("sliding_window", "position_ids", "cache", "past_key_values", "cache_position", "use_cache"),
+    *("output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch"),
+    *("logits_to_keep", "layer_idx"),
+}
 _HARMLESS_IF_OFF = {"dropout", "output_attentions"}
 _HANDLED = {"scaling", "is_causal"}
-CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"  # "cache" since 5.24
+# The name of the cache; renamed in transformers 5.24.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
 
 
 def cache_keyword(model: nn.Module) -> str:
@@ -45,42 +51,48 @@ HiddenCallback = Callable[[int, Tensor], None]
 
 
 @contextmanager
-def observing(model: nn.Module, attention: AttentionCallback | None = None, hidden: HiddenCallback | None = None) -> Iterator[None]:
-    """Watch a model's forward passes, without a key/value cache, for as long as the context lasts; then leave it as it was.
+def observing(
+    model: nn.Module,
+    attention: AttentionCallback | None = None,
+    hidden: HiddenCallback | None = None,
+) -> Iterator[None]:
+    """Call back with what a model computes in forward passes without a cache, within the context.
 
     Args:
-        model: ours, or a causal model of transformers whose attention follows its attention interface.
-        attention: told the layer from 0 and what it attends to, before the layer ends.
-        hidden: told the layer from 0 and its output (B, T, D), the residual stream included.
+        model: a ``Decoder``, or a causal model of transformers that uses its attention interface.
+        attention: called with the layer from 0 and its queries and keys, before the layer ends.
+        hidden: called with the layer from 0 and its output (B, T, D), the residual stream included.
 
     Raises:
-        UserError: attention is asked for, and this model's cannot be seen.
+        UserError: ``attention`` is given, and the attention of the model cannot be observed.
     """
-    ours = isinstance(model, Decoder)
     with ExitStack() as stack:
         if hidden is not None:
             for layer, block in enumerate(decoder_blocks(model)):
                 stack.enter_context(block.register_forward_hook(_hidden_hook(layer, hidden)))
-        if attention is not None and ours:
+        if attention is not None and isinstance(model, Decoder):
             for module in attention_modules(model):
                 stack.enter_context(module.register_forward_pre_hook(_attention_hook(attention)))
-        if attention is not None and not ours:
+        elif attention is not None:
             stack.enter_context(_interface(model, attention))
         yield
 
 
-def _hidden_hook(layer: int, tell: HiddenCallback) -> Callable[..., None]:
+def _hidden_hook(layer: int, callback: HiddenCallback) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        tell(layer, output[0] if isinstance(output, tuple) else output)
+        callback(layer, output[0] if isinstance(output, tuple) else output)
 
     return hook
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """The blocks of a decoder: for ``transformers``, its outermost list of as many modules as its config says that it has layers.
+    """The blocks of a decoder.
+
+    In a model of ``transformers`` they are the outermost list with as many modules as its config
+    has layers.
 
     Raises:
-        UserError: there is none.
+        UserError: the model has no such list.
     """
     if isinstance(model, Decoder):
         return model.layers
@@ -89,27 +101,41 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
         for module in model.get_decoder().modules():
             if isinstance(module, nn.ModuleList) and len(module) == layers:
                 return module
-    raise _cannot_see(model, "has no list of decoder blocks")
+    raise _unsupported(model, "has no list of decoder blocks")
 
 
-def _cannot_see(model: nn.Module, why: str) -> UserError:
+def _unsupported(model: nn.Module, why: str) -> UserError:
     name = getattr(model, "name_or_path", "") or type(model).__name__
-    accepted = "a run, or a causal model of transformers with ordinary attention that follows its AttentionInterface"
-    return UserError(f"checkpoint={name} cannot be used: {type(model).__name__} {why}; the suite needs {accepted}")
+    accepted = (
+        "a run, or a causal model with ordinary attention by transformers' AttentionInterface"
+    )
+    return UserError(
+        f"checkpoint={name} cannot be used: {type(model).__name__} {why}; the suite needs "
+        f"{accepted}"
+    )
 
 
-def _attention_hook(tell: AttentionCallback) -> Callable[..., None]:
+def _attention_hook(callback: AttentionCallback) -> Callable[..., None]:
     def hook(module: Attention, args: tuple[Any, ...]) -> None:
-        tell(module.layer, module.view(*args[:3]))
+        callback(module.layer, module.view(*args[:3]))
 
     return hook
 
 
 @contextmanager
-def _interface(model: nn.Module, tell: AttentionCallback) -> Iterator[None]:
-    second_call = False  # DiffLlama's attention is called twice a layer with the same maps, once for each half of the values
+def _interface(model: nn.Module, callback: AttentionCallback) -> Iterator[None]:
+    # DiffLlama calls its attention twice per layer with the same maps, once for each half of the
+    # values
+    second_call = False
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    def attend(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
         nonlocal second_call
         _refuse_extras(model, attention_mask, kwargs, _HANDLED | {"softcap"})
         q, k = query.transpose(1, 2), key.transpose(1, 2)  # (B, T, M, d), (B, T, G, d)
@@ -129,28 +155,30 @@ def _interface(model: nn.Module, tell: AttentionCallback) -> Iterator[None]:
             causal=_causal(module, kwargs),
         )
         if not second_call:
-            tell(module.layer_idx, view)
+            callback(module.layer_idx, view)
         second_call = lam is not None and not second_call
         if view.softcap is None:
-            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
-        return _weigh(view, value.transpose(1, 2)), None  # which SDPA cannot do
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](
+                module, query, key, value, attention_mask, **kwargs
+            )
+        return _weigh(view, value.transpose(1, 2)), None  # SDPA has no softcap
 
     if not isinstance(model, PreTrainedModel):
-        raise _cannot_see(model, "is no model of transformers")
+        raise _unsupported(model, "is not a model of transformers")
     with attending_with(model, attend):
         yield
 
 
 @contextmanager
 def attending_with(model: PreTrainedModel, attend: Callable[..., Any]) -> Iterator[None]:
-    """Let one model of ``transformers`` attend with another function for as long as the context lasts.
+    """Let one model of ``transformers`` attend with another function, within the context.
 
     Args:
         model: the model.
-        attend: called as the functions of ``transformers``' attention interface are.
+        attend: a function of the attention interface of ``transformers``.
 
     Raises:
-        UserError: the model's attention does not go through that interface.
+        UserError: the model does not use that interface.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -159,13 +187,15 @@ def attending_with(model: PreTrainedModel, attend: Callable[..., Any]) -> Iterat
         stack.callback(model.set_attn_implementation, model.config._attn_implementation)
         model.set_attn_implementation(_NAME)
         if model.config._attn_implementation != _NAME:
-            raise _cannot_see(model, "does not follow transformers' AttentionInterface")
+            raise _unsupported(model, "does not follow transformers' AttentionInterface")
         yield
 
 
 def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Attend with the module's function; with SDPA in another model, which may share the config that names ``_attend``."""
-    return (getattr(module, _ATTEND, None) or ALL_ATTENTION_FUNCTIONS["sdpa"])(module, *args, **kwargs)
+    """Attend with the module's function; with SDPA in another model that shares the config."""
+    return (getattr(module, _ATTEND, None) or ALL_ATTENTION_FUNCTIONS["sdpa"])(
+        module, *args, **kwargs
+    )
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -174,17 +204,27 @@ AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])
 
 @contextmanager
 def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[None]:
-    """Let a model, ours or one of ``transformers``, quantize its attention logits for as long as the context lasts.
+    """Quantize the attention logits of one model, a ``Decoder`` or one of ``transformers``.
 
     Raises:
-        UserError: the model's attention does not go through ``transformers``' interface, or is more than queries, keys and a mask.
+        UserError: the model does not use the attention interface, or its attention is more than
+            queries, keys and a mask.
     """
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    def attend(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
         _refuse_extras(model, attention_mask, kwargs, _HANDLED)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, heads, width)
-        sets = 2 if isinstance(module, DiffLlamaAttention) else 1  # the A1 of its heads stand before their A2
-        return quantized.attention(q, k, v, _causal(module, kwargs), kwargs.get("scaling"), mask=attention_mask, sets=sets), None
+        sets = 2 if isinstance(module, DiffLlamaAttention) else 1  # all A1 are before all A2
+        return quantized.attention(
+            q, k, v, _causal(module, kwargs), kwargs.get("scaling"), mask=attention_mask, sets=sets
+        ), None
 
     if modules := attention_modules(model):
         with ExitStack() as stack:
@@ -196,20 +236,30 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
         with attending_with(model, attend):
             yield
     else:
-        raise _cannot_see(model, "is no model of transformers")
+        raise _unsupported(model, "is not a model of transformers")
 
 
-def _refuse_extras(model: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], handled: set[str]) -> None:
-    """Raise ``UserError`` if the attention is more than queries, keys and a mask that says what is seen."""
-    given = {name: value for name, value in kwargs.items() if value is not None and name not in _HARMLESS | handled}
+def _refuse_extras(
+    model: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], handled: set[str]
+) -> None:
+    """Raise ``UserError`` if the attention is more than queries, keys and a boolean mask."""
+    given = {
+        name: value
+        for name, value in kwargs.items()
+        if value is not None and name not in _HARMLESS | handled
+    }
     extra = [name for name, value in given.items() if name not in _HARMLESS_IF_OFF or value]
     if extra or (mask is not None and mask.dtype != torch.bool):
-        raise _cannot_see(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
+        raise _unsupported(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
 
 
 def _causal(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether ``transformers`` means a decoder's attention where there is no mask."""
-    return bool(getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"])
+    """Whether attention is causal where ``transformers`` gives no mask."""
+    return bool(
+        getattr(module, "is_causal", True)
+        if kwargs.get("is_causal") is None
+        else kwargs["is_causal"]
+    )
 
 
 def _diffllama_lambda(module: DiffLlamaAttention) -> Tensor:
@@ -219,10 +269,12 @@ def _diffllama_lambda(module: DiffLlamaAttention) -> Tensor:
 
 
 def _weigh(view: AttentionView, values: Tensor) -> Tensor:
-    """The output (B, T, M, width) of ordinary maps over values (B, T, G, width)."""
+    """The output (B, T, M, width) of ordinary maps, given values (B, T, G, width)."""
     out = values.new_empty(*view.q.shape[:3], values.shape[3])
     for m, key in enumerate(view.key_map):
         for start in range(0, out.shape[1], _ROWS):
             stop = min(start + _ROWS, out.shape[1])
-            out[:, start:stop, m] = view.head_map(m, start, stop).to(values.dtype) @ values[:, :, key]
+            out[:, start:stop, m] = (
+                view.head_map(m, start, stop).to(values.dtype) @ values[:, :, key]
+            )
     return out

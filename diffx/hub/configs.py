@@ -1,6 +1,7 @@
-"""What ``transformers`` must know of our models before it has loaded one: configurations, and where the classes are.
+"""Configurations that are registered with ``transformers``, and where the model classes are.
 
-This file is read whenever ``transformers``' auto classes are loaded after ``import diffx``, so it loads neither torch nor any model.
+The module is imported with the auto classes of ``transformers`` after ``import diffx``, so it
+imports neither torch nor a model.
 """
 
 from importlib import import_module
@@ -12,50 +13,56 @@ from transformers.configuration_utils import PretrainedConfig
 from diffx.config.bridge import from_plain
 from diffx.config.model import MODEL_CONFIGS, ModelConfig
 
-_CACHES = ["cache", "past_key_values"]  # outputs that transformers' Trainer does not gather; the cache's names since 5.24 and before
+# Outputs that transformers' Trainer does not gather: the cache, by its names since 5.24 and before.
+_CACHES = ["cache", "past_key_values"]
 
 
 class DiffxConfig(PretrainedConfig):
-    """A decoder's configuration.
+    """Configuration of a ``Decoder``.
 
     Args:
-        architecture: the fields of our own configuration, ``kind`` included.
-        use_cache: whether ``forward`` returns a cache where its own ``use_cache`` is None.
+        architecture: the fields of a ``ModelConfig``, ``kind`` included.
+        use_cache: whether ``forward`` returns a cache by default.
     """
 
     model_type = "diffx"
     keys_to_ignore_at_inference = _CACHES
 
-    def __init__(self, architecture: dict[str, Any] | None = None, use_cache: bool = True, **options: Any):
+    def __init__(
+        self, architecture: dict[str, Any] | None = None, use_cache: bool = True, **options: Any
+    ):
         self.architecture = architecture or {}
         if architecture:
-            own = self.decoder_config()
+            decoder = self.decoder_config()
             options |= {
-                "vocab_size": own.vocab_size,
-                "hidden_size": own.hidden_size,
-                "num_hidden_layers": own.num_layers,
-                "num_attention_heads": own.num_heads,
-                "num_key_value_heads": own.num_kv_heads,
-                "tie_word_embeddings": False,  # as transformers sees it: our decoder has no second matrix to tie
+                "vocab_size": decoder.vocab_size,
+                "hidden_size": decoder.hidden_size,
+                "num_hidden_layers": decoder.num_layers,
+                "num_attention_heads": decoder.num_heads,
+                "num_key_value_heads": decoder.num_kv_heads,
+                "tie_word_embeddings": False,  # a decoder has no second matrix to tie
             }
         super().__init__(**options)
         self.use_cache = use_cache
 
     def decoder_config(self) -> ModelConfig:
-        """Our own configuration."""
-        return cast(ModelConfig, from_plain(MODEL_CONFIGS[self.architecture["kind"]], self.architecture))
+        """The configuration of the decoder."""
+        return cast(
+            ModelConfig, from_plain(MODEL_CONFIGS[self.architecture["kind"]], self.architecture)
+        )
 
 
-class DexConfig(PretrainedConfig):
-    """The base's configuration and the branch's.
+class DexModelConfig(PretrainedConfig):
+    """Configuration of an adapted model that keeps its branch.
 
     Args:
-        base: the base's configuration, with its ``model_type``.
-        branches: for each layer ``output`` (the projection's name), ``num_heads``, ``width``, ``heads``, ``layer``.
+        base: configuration of the base, with its ``model_type``.
+        branches: for each layer ``output`` (the projection's name), ``num_heads``, ``width``,
+            ``heads``, ``layer``.
         share: ``layer`` or ``head``.
         sign: -1 or +1.
-        anneal_steps: T of equation 4; None where lambda is fixed.
-        step: t.
+        anneal_steps: T of equation 4; None for a fixed lambda.
+        step: t of equation 4.
     """
 
     model_type = "diffx_dex"
@@ -73,14 +80,20 @@ class DexConfig(PretrainedConfig):
     ):
         self.base, self.branches = base or {}, branches or []
         self.share, self.sign, self.anneal_steps, self.step = share, sign, anneal_steps, step
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
             options.setdefault(key, self.base.get(key))
         options["tie_word_embeddings"] = bool(self.base.get("tie_word_embeddings", False))
         super().__init__(**options)
 
 
-class _Later:
-    """Stands for a model class until a model is asked for; the class may stand in a room above this one, which loads it by name."""
+class _LazyModel:
+    """Imports the model class when a model is made; it may be in a higher package."""
 
     config_class: type[PretrainedConfig]
     place: tuple[str, str]
@@ -99,20 +112,20 @@ class _Later:
         return cls.model_class()._from_config(*args, **kwargs)
 
 
-class DiffxLater(_Later):
-    """Our decoders."""
+class LazyDiffx(_LazyModel):
+    """Decoders."""
 
     config_class = DiffxConfig
     place = ("diffx.hub.registered", "DiffxForCausalLM")
 
 
-class DexLater(_Later):
+class LazyDex(_LazyModel):
     """Adapted models that keep their branch."""
 
-    config_class = DexConfig
+    config_class = DexModelConfig
     place = ("diffx.dex.registered", "DexForCausalLM")
 
 
-for later in (DiffxLater, DexLater):
-    AutoConfig.register(later.config_class.model_type, later.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(later.config_class, later, exist_ok=True)
+for lazy_class in (LazyDiffx, LazyDex):
+    AutoConfig.register(lazy_class.config_class.model_type, lazy_class.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(lazy_class.config_class, lazy_class, exist_ok=True)

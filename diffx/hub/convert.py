@@ -1,8 +1,10 @@
-"""Weights to and from Hugging Face: ``transformer`` is its Llama, ``diff_v1`` its DiffLlama, in another order of rows.
+"""Conversion of ``transformer`` to and from Llama, and of ``diff_v1`` to and from DiffLlama.
 
-Ours rotates features 2i and 2i+1 of a head, theirs i and i + d/2. Our differential head j pairs maps 2j and 2j+1, theirs
-maps j and j + H/2, and cuts the wide value into heads g and g + H_kv/2. So a row that stands in the second place of a couple
-with us stands in the second half with them. DiffLlama's norm of each head has no gain: ours goes into ``o_proj``.
+The models compute the same function with another order of rows. A ``Decoder`` rotates features 2i
+and 2i+1 of a head, Llama i and i + d/2. Differential head j of a ``Decoder`` has maps 2j and 2j+1;
+in DiffLlama it has maps j and j + H/2, and the wide value is split into heads g and g + H_kv/2. So
+the second row of each pair is in the second half in ``transformers``. DiffLlama's head norm has no
+gain: the gain is multiplied into ``o_proj``.
 
 Notation: H and H_kv the baseline's heads, d = D/H their width, h = H/2 differential heads.
 """
@@ -12,44 +14,60 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from diffx.config.model import DiffV1Config, Halve, LambdaScope, ModelConfig, TransformerConfig
 from diffx.models import Decoder, build_model
 
 
 def to_llama(model: Decoder) -> LlamaForCausalLM:
-    """The same function as a Llama of ``transformers``, with copied weights.
+    """Convert a ``transformer`` to a Llama with copied weights.
 
     Raises:
         ValueError: the model is not a ``transformer``.
     """
     config = model.config
     if config.kind != "transformer":
-        raise ValueError(f"model={config.kind} cannot be written as a Llama: only model=transformer can")
+        raise ValueError(
+            f"model={config.kind} cannot be written as a Llama: only model=transformer can"
+        )
     state = _reorder(model.state_dict(), config, _halves, pairs=False)
-    return _fill_theirs(LlamaForCausalLM(LlamaConfig(**_their_shape(config))), state, model.output_weight)
+    return _fill_transformers(
+        LlamaForCausalLM(LlamaConfig(**_transformers_shape(config))), state, model.output_weight
+    )
 
 
-def from_llama(theirs: LlamaForCausalLM) -> Decoder:
-    """The same function as our ``transformer``, with copied weights.
+def from_llama(llama: LlamaForCausalLM) -> Decoder:
+    """Convert a Llama to a ``transformer`` with copied weights.
 
     Raises:
-        ValueError: biases, scaled RoPE, another activation, or heads that do not make up the width.
+        ValueError: biases, scaled RoPE, another activation, or heads whose widths do not sum to the
+            hidden size.
     """
-    config = TransformerConfig(**_our_shape(theirs.config))
-    return _fill_ours(config, _reorder(_their_state(theirs), config, _couples, pairs=False), theirs.dtype)
+    config = TransformerConfig(**_decoder_shape(llama.config))
+    return _fill_decoder(
+        config, _reorder(_decoder_state(llama), config, _pairs, pairs=False), llama.dtype
+    )
 
 
 def to_diffllama(model: Decoder) -> DiffLlamaForCausalLM:
-    """The same function as a DiffLlama of ``transformers``, with copied weights; the sublayer norm's gain goes into ``o_proj``.
+    """Convert a ``diff_v1`` to a DiffLlama with copied weights.
 
     Raises:
-        ValueError: the model is not the paper's ``diff_v1``, of which alone DiffLlama is a form.
+        ValueError: the model is not the ``diff_v1`` of the paper; DiffLlama has no options.
     """
     config = model.config
     if not isinstance(config, DiffV1Config):
-        raise ValueError(f"model={config.kind} cannot be written as a DiffLlama: only model=diff_v1 can")
+        raise ValueError(
+            f"model={config.kind} cannot be written as a DiffLlama: only model=diff_v1 can"
+        )
     for key, needed in (
         ("lambda_init", "depth"),
         ("lambda_scope", LambdaScope.layer),
@@ -58,37 +76,50 @@ def to_diffllama(model: Decoder) -> DiffLlamaForCausalLM:
     ):
         value = getattr(config, key)
         if value != needed:
-            raise ValueError(f"model.{key}={value} cannot be written as a DiffLlama, which always has {needed}")
+            raise ValueError(
+                f"model.{key}={value} cannot be written as a DiffLlama, which always has {needed}"
+            )
     state = _reorder(model.state_dict(), config, _halves, pairs=True)
     for name in [name for name in state if name.endswith("sublayer_norm.weight")]:
         gain = state.pop(name)  # (2d,)
         o_proj = name.replace("sublayer_norm", "o_proj")
         state[o_proj] = state[o_proj] * gain.repeat(config.num_heads // 2)
-    return _fill_theirs(DiffLlamaForCausalLM(DiffLlamaConfig(**_their_shape(config))), state, model.output_weight)
+    return _fill_transformers(
+        DiffLlamaForCausalLM(DiffLlamaConfig(**_transformers_shape(config))),
+        state,
+        model.output_weight,
+    )
 
 
-def from_diffllama(theirs: DiffLlamaForCausalLM) -> Decoder:
-    """The same function as our ``diff_v1`` without a gain on the sublayer norm, with copied weights.
+def from_diffllama(llama: DiffLlamaForCausalLM) -> Decoder:
+    """Convert a DiffLlama to a ``diff_v1`` without sublayer norm gain, with copied weights.
 
     Raises:
-        ValueError: biases, scaled RoPE, another activation, or heads that do not make up the width.
+        ValueError: biases, scaled RoPE, another activation, or heads whose widths do not sum to the
+            hidden size.
     """
-    config = DiffV1Config(**_our_shape(theirs.config), sublayer_norm_gain=False)
-    return _fill_ours(config, _reorder(_their_state(theirs), config, _couples, pairs=True), theirs.dtype)
+    config = DiffV1Config(**_decoder_shape(llama.config), sublayer_norm_gain=False)
+    return _fill_decoder(
+        config, _reorder(_decoder_state(llama), config, _pairs, pairs=True), llama.dtype
+    )
 
 
 def _halves(rows: Tensor, groups: int, unit: int) -> Tensor:
-    """Within each group of rows, from couples of ``unit`` rows (0 1, 2 3, …) to halves (0 2 …, 1 3 …)."""
+    """Reorder each group, in units of rows, from pairs (0 1, 2 3, …) to halves (0 2 …, 1 3 …)."""
     return rows.unflatten(0, (groups, -1, 2, unit)).transpose(1, 2).flatten(0, 3)
 
 
-def _couples(rows: Tensor, groups: int, unit: int) -> Tensor:
+def _pairs(rows: Tensor, groups: int, unit: int) -> Tensor:
     """Undo ``_halves``."""
     return rows.unflatten(0, (groups, 2, -1, unit)).transpose(1, 2).flatten(0, 3)
 
 
 def _reorder(
-    state: dict[str, Tensor], config: ModelConfig, order: Callable[[Tensor, int, int], Tensor], *, pairs: bool
+    state: dict[str, Tensor],
+    config: ModelConfig,
+    order: Callable[[Tensor, int, int], Tensor],
+    *,
+    pairs: bool,
 ) -> dict[str, Tensor]:
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     reordered = {}
@@ -102,7 +133,7 @@ def _reorder(
     return reordered
 
 
-def _their_shape(config: ModelConfig) -> dict[str, Any]:
+def _transformers_shape(config: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -118,8 +149,11 @@ def _their_shape(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _our_shape(config: PretrainedConfig) -> dict[str, Any]:
-    rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+def _decoder_shape(config: PretrainedConfig) -> dict[str, Any]:
+    rope = getattr(config, "rope_parameters", None) or {
+        "rope_theta": config.rope_theta,
+        **(config.rope_scaling or {}),
+    }
     for key, value, needed in (
         ("hidden_act", config.hidden_act, "silu"),
         ("attention_bias", config.attention_bias, False),
@@ -128,7 +162,9 @@ def _our_shape(config: PretrainedConfig) -> dict[str, Any]:
         ("head_dim", config.head_dim, config.hidden_size // config.num_attention_heads),
     ):
         if value != needed:
-            raise ValueError(f"a {config.model_type} with {key}={value} cannot be converted: it must be {needed}")
+            raise ValueError(
+                f"a {config.model_type} with {key}={value} cannot be converted: it must be {needed}"
+            )
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -142,21 +178,21 @@ def _our_shape(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _their_state(theirs: PreTrainedModel) -> dict[str, Tensor]:
-    state = {name.removeprefix("model."): weight for name, weight in theirs.state_dict().items()}
-    if theirs.config.tie_word_embeddings:
+def _decoder_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    state = {name.removeprefix("model."): weight for name, weight in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     return state
 
 
-def _fill_theirs(theirs: Any, state: dict[str, Tensor], output_weight: Tensor) -> Any:
+def _fill_transformers(model: Any, state: dict[str, Tensor], output_weight: Tensor) -> Any:
     state = {f"model.{name}": weight for name, weight in state.items() if name != "lm_head.weight"}
-    theirs = theirs.to(output_weight.device, output_weight.dtype)
-    theirs.load_state_dict(state | {"lm_head.weight": output_weight})
-    return theirs.eval()
+    model = model.to(output_weight.device, output_weight.dtype)
+    model.load_state_dict(state | {"lm_head.weight": output_weight})
+    return model.eval()
 
 
-def _fill_ours(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> Decoder:
+def _fill_decoder(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> Decoder:
     model = build_model(config, device=state["embed_tokens.weight"].device).to(dtype)
     model.load_state_dict(state)
     return model.eval()

@@ -150,7 +150,7 @@ class _CacheView:
         return k.transpose(1, 2), v.transpose(1, 2)
 
 
-def to_registered(model: Decoder) -> DiffxForCausalLM:
+def to_diffx(model: Decoder) -> DiffxForCausalLM:
     """The decoder itself, in the class that ``transformers`` loads it as after ``import diffx``."""
     fields = {key: getattr(value, "value", value) for key, value in asdict(model.config).items()}
     theirs = DiffxForCausalLM(DiffxConfig(fields))

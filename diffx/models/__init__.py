@@ -1,4 +1,4 @@
-"""One decoder for all architectures; an attention module for each."""
+"""The decoder, and the attention module of each architecture."""
 
 from diffx.models.cache import KVCache
 from diffx.models.decoder import Decoder, build_model

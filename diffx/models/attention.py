@@ -1,6 +1,7 @@
-"""What the attention modules have in common: four projections, RoPE, the cache, and documents that are kept apart.
+"""The base of the attention modules: projections, RoPE, the cache, and document masks.
 
-Notation: B batch, T tokens, Tk keys (more than T with a cache), D model width, H and H_kv the baseline's heads, d = D/H.
+Notation: B batch, T tokens, Tk keys (more than T with a cache), D model width, H and H_kv the
+baseline's heads, d = D/H.
 """
 
 from abc import ABC, abstractmethod
@@ -19,11 +20,12 @@ from diffx.ops import Documents
 class Attention(nn.Module, ABC):
     """Base of the attention modules.
 
-    Each defines ``forward(x, cos, sin, cache=None, documents=None)`` and declares what it computes, for everything that looks at attention:
-    ``lambda_value``, ``key_map`` if its maps read the keys in another order, and ``context_module``. One that does not cannot be made.
+    A subclass defines ``forward(x, cos, sin, cache=None, documents=None)`` and ``lambda_value``,
+    and overrides ``key_map`` if its maps use the keys in another order, and ``context_module``.
+    Logs, suites and head selection read these.
 
     Args:
-        config: the decoder's.
+        config: configuration of the decoder.
         layer: index of the layer, from 0.
         queries: query heads (or maps) and their width.
         keys: key heads (or maps) and their width.
@@ -32,15 +34,24 @@ class Attention(nn.Module, ABC):
 
     Attributes:
         layer: index of the layer, from 0.
-        implementation: the ``impl`` of the operations of ``diffx.ops`` that the module calls; None picks one by device and length.
-        context_module: name of the submodule that takes the context (the weighted values, after any subtraction): a norm, or ``o_proj``.
+        implementation: the ``impl`` of the operations of ``diffx.ops`` that the module calls; None
+            picks one by device and length.
+        context_module: name of the submodule whose input is the context (the weighted values, after
+            any subtraction).
     """
 
     context_module = "o_proj"
     implementation: Any = None
 
     def __init__(
-        self, config: ModelConfig, layer: int, *, queries: tuple[int, int], keys: tuple[int, int], values: tuple[int, int], context: int
+        self,
+        config: ModelConfig,
+        layer: int,
+        *,
+        queries: tuple[int, int],
+        keys: tuple[int, int],
+        values: tuple[int, int],
+        context: int,
     ):
         super().__init__()
         self.layer = layer
@@ -52,37 +63,42 @@ class Attention(nn.Module, ABC):
 
     @property
     def rope_width(self) -> int:
-        """Width of a query, which RoPE rotates."""
+        """Width of a query."""
         return self.queries[1]
 
     @property
     def macs_per_pair(self) -> int:
-        """Forward multiply-adds for each query-key pair: a logit and a weighted value for each query map."""
+        """Forward multiply-adds of a query-key pair: logit and weighted value of each query map."""
         return self.queries[0] * (self.queries[1] + self.values[1])
 
     @property
     def key_map(self) -> list[int]:
-        """The key map that each query map reads: neighbours share one."""
+        """The key map of each query map: neighbours share one."""
         return [m // (self.queries[0] // self.keys[0]) for m in range(self.queries[0])]
 
     @abstractmethod
     def lambda_value(self, x: Tensor) -> Tensor | None:
-        """What head j's second map, 2j + 1, is multiplied by before it is subtracted from its first, 2j.
+        """Lambda of each head: the factor of map 2j + 1, which is subtracted from map 2j.
 
         Args:
-            x: what enters the module (B, T, D).
+            x: input of the module (B, T, D).
 
         Returns:
-            Broadcastable to (B, T, heads); None where nothing is subtracted and each query map is a head.
+            A tensor broadcastable to (B, T, heads); None where nothing is subtracted and each query
+            map is a head.
         """
 
     def view(self, x: Tensor, cos: Tensor, sin: Tensor) -> AttentionView:
-        """What is attended to where x (B, T, D) enters, without a cache; see ``forward`` for the arguments."""
+        """Queries and keys of an input x (B, T, D), without a cache; see ``project``."""
         q, k, _ = self.project(x, cos, sin)
-        return AttentionView(q=q, k=k, key_map=self.key_map, scale=q.shape[3] ** -0.5, lam=self.lambda_value(x))
+        return AttentionView(
+            q=q, k=k, key_map=self.key_map, scale=q.shape[3] ** -0.5, lam=self.lambda_value(x)
+        )
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of x (B, T, D), rotated; with a cache, the keys and values of all tokens so far.
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, T, D); with a cache, keys and values of all tokens.
 
         Returns:
             q (B, T, *queries), k (B, Tk, *keys), v (B, Tk, *values).
@@ -95,24 +111,33 @@ class Attention(nn.Module, ABC):
         return q, k, v
 
     def attend(
-        self, op: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, cache: KVCache | None = None
+        self,
+        op: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents | None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        """Apply ``op``, one of ``diffx.ops``, by the module's implementation; with ``documents`` to the flattened batch.
+        """Apply ``op`` by ``implementation``; with ``documents``, to the flattened batch.
 
         Args:
-            op: maps q (B, T, H, d), k and v to (B, T, heads, width).
+            op: an operation of ``diffx.ops``, which maps q (B, T, H, d), k and v to (B, T, heads,
+                width).
             q: queries.
             k: keys.
             v: values.
-            documents: the documents in the flattened batch of B·T tokens; none may cross the end of a row.
-            cache: where the keys come from; those that are padding are masked.
+            documents: the documents in the flattened batch of B·T tokens; each is within one row.
+            cache: the cache that ``k`` comes from; its padding is masked.
         """
         if cache is not None and cache.valid is not None:
             return op(q, k, v, impl=self.implementation, key_mask=cache.valid[:, : k.shape[1]])
         if documents is None:
             return op(q, k, v, impl=self.implementation)
         flat = (x.flatten(0, 1)[None] for x in (q, k, v))
-        return op(*flat, impl=self.implementation, documents=documents).reshape(*q.shape[:2], -1, v.shape[-1])
+        return op(*flat, impl=self.implementation, documents=documents).reshape(
+            *q.shape[:2], -1, v.shape[-1]
+        )
 
 
 def attention_modules(model: nn.Module) -> list[Attention]:

@@ -1,7 +1,7 @@
-"""Keys and values of the tokens seen so far, for decoding a token at a time.
+"""Keys and values of previous tokens, for decoding token by token.
 
-Notation: B batch, T tokens, H_kv key/value heads, d head width. All architectures keep H_kv·d keys and H_kv·d values a
-token, however they cut them into heads, so one cache serves them all.
+Notation: B batch, T tokens, H_kv key/value heads, d head width. Every architecture has H_kv·d key
+and H_kv·d value features per token, so that all use the same cache.
 """
 
 import copy
@@ -17,20 +17,25 @@ class KVCache:
     """Preallocated keys and values of every layer; for inference, without gradients.
 
     Args:
-        config: the model's.
+        config: configuration of the model.
         batch_size: sequences.
         max_len: tokens a sequence can reach.
-        device: where the model is.
+        device: device of the model.
         dtype: type of the keys and values.
 
     Attributes:
-        length: places taken; the decoder advances it after its last layer.
-        valid: which places hold a token of the row, (B, max_len); None where all of them do.
-        positions: tokens a row holds, (B,); None where every row holds ``length``.
+        length: stored tokens, padding included; the decoder advances it after its last layer.
+        valid: (B, max_len), false at padding; None where there is none.
+        positions: (B,) tokens of each row, without padding; None where every row has ``length``.
     """
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, max_len: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_len: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         shape = (config.num_layers, batch_size, max_len, config.num_kv_heads * config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -41,26 +46,28 @@ class KVCache:
         self.positions: Tensor | None = None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' k and v (B, T, heads, width) and return those of all tokens (B, length + T, heads, width).
+        """Store k and v (B, T, heads, width) and return those of all tokens (B, length + T, ...).
 
         Raises:
-            ValueError: there is no room for them.
+            ValueError: they would exceed ``max_len``.
         """
         end = self.length + k.shape[1]
         if end > self.max_len:
             raise ValueError(f"a KV cache for {self.max_len} tokens cannot hold {end}")
         self.keys[layer, :, self.length : end] = k.flatten(2)
         self.values[layer, :, self.length : end] = v.flatten(2)
-        return self.keys[layer, :, :end].unflatten(2, k.shape[2:]), self.values[layer, :, :end].unflatten(2, v.shape[2:])
+        return self.keys[layer, :, :end].unflatten(2, k.shape[2:]), self.values[
+            layer, :, :end
+        ].unflatten(2, v.shape[2:])
 
     def advance(self, tokens: int) -> None:
-        """Count the tokens that every layer has stored."""
+        """Add ``tokens``, which every layer has stored, to the length."""
         self.length += tokens
         if self.positions is not None:
             self.positions = self.positions + tokens
 
     def drop_padding(self, padding: list[int]) -> None:
-        """Say how many of the tokens stored last are padding in each row: no later token sees them, or counts them in its position."""
+        """Mask the last ``padding`` tokens of each row and leave them out of its positions."""
         if not any(padding):
             return
         if self.valid is None or self.positions is None:
@@ -72,15 +79,15 @@ class KVCache:
         self.valid &= (places < self.length - count[:, None]) | (places >= self.length)
         self.positions = self.positions - count
 
-    def select(self, rows: Tensor, room: int = 0) -> "KVCache":
-        """Copy rows (n,), each as often as it is named, into a cache with ``room`` more places than are taken."""
+    def select(self, rows: Tensor, free: int = 0) -> "KVCache":
+        """Copy the rows of these indices (n,) into a cache for ``free`` further tokens."""
         new = copy.copy(self)
-        new.max_len = self.length + room
+        new.max_len = self.length + free
         shape = (self.keys.shape[0], len(rows), new.max_len, self.keys.shape[3])
         new.keys, new.values = self.keys.new_zeros(shape), self.values.new_zeros(shape)
         new.keys[:, :, : self.length] = self.keys[:, rows, : self.length]
         new.values[:, :, : self.length] = self.values[:, rows, : self.length]
         if self.valid is not None and self.positions is not None:
-            new.valid = F.pad(self.valid[rows, : self.length], (0, room), value=True)
+            new.valid = F.pad(self.valid[rows, : self.length], (0, free), value=True)
             new.positions = self.positions[rows]
         return new

@@ -1,11 +1,11 @@
 """Differential Transformer V1 (Ye et al., arXiv 2410.05258, equations 1 to 3).
 
-Notation: B batch, T tokens, Tk keys, D model width, H and H_kv the baseline's heads, d = D/H, l the layer from 0,
-h = H/2 differential heads: query maps 2j and 2j+1, of width d, make head j, whose value is 2d wide.
+Notation: B batch, T tokens, Tk keys, D model width, H and H_kv the baseline's heads, d = D/H, l the
+layer from 0, h = H/2 differential heads: query maps 2j and 2j+1, of width d, make head j, whose
+value is 2d wide.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,25 +14,26 @@ from torch import Tensor, nn
 from diffx.config.model import DiffV1Config, Halve, LambdaScope
 from diffx.models.attention import Attention
 from diffx.models.cache import KVCache
-from diffx.models.layers import sublayer_norm
+from diffx.models.layers import KeepsFp32, sublayer_norm
 from diffx.ops import Documents, differential_attention
 
 
-class DiffV1Attention(Attention):
-    """Each head is the difference of two softmax maps, A1 - lambda A2, then a norm of its own.
+class DiffV1Attention(KeepsFp32, Attention):
+    """Each head is the difference of two softmax maps, A1 - lambda A2, followed by a norm.
 
     Attributes:
-        lambda_init: lambda's starting point; 0.8 - 0.6·exp(-0.3·l), or the config's constant.
-        lambda_q1: with ``lambda_k1``, ``lambda_q2`` and ``lambda_k2`` what lambda is learned through: (d,), or (h, d) with a lambda
-            for each head; fp32 whatever type the rest of the model is cast to.
-        sublayer_norm: RMSNorm over a head's 2d features, its gain shared by the heads; ``nn.Identity`` when off.
+        lambda_init: the initial lambda: 0.8 - 0.6·exp(-0.3·l), or the constant of the config.
+        lambda_q1: with ``lambda_k1``, ``lambda_q2`` and ``lambda_k2`` the parameters of lambda:
+            (d,), or (h, d) with a lambda for each head; always fp32.
+        sublayer_norm: RMSNorm over a head's 2d features, its gain shared by the heads;
+            ``nn.Identity`` when off.
     """
 
     context_module = "sublayer_norm"
 
     def __init__(self, config: DiffV1Config, layer: int):
         heads, kv_heads, width = config.num_heads // 2, config.num_kv_heads // 2, config.head_dim
-        if config.halve is Halve.head_dim:  # all the heads, with maps of d/2 and values of d
+        if config.halve is Halve.head_dim:  # H heads with maps of width d/2 and values of width d
             heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim // 2
         super().__init__(
             config,
@@ -42,7 +43,11 @@ class DiffV1Attention(Attention):
             values=(kv_heads, 2 * width),
             context=heads * 2 * width,
         )
-        self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer) if config.lambda_init == "depth" else float(config.lambda_init)
+        self.lambda_init = (
+            0.8 - 0.6 * math.exp(-0.3 * layer)
+            if config.lambda_init == "depth"
+            else float(config.lambda_init)
+        )
         shape = (heads, width) if config.lambda_scope is LambdaScope.head else (width,)
         self.lambda_q1 = nn.Parameter(torch.empty(shape))
         self.lambda_k1 = nn.Parameter(torch.empty(shape))
@@ -52,31 +57,31 @@ class DiffV1Attention(Attention):
 
     @property
     def key_map(self) -> list[int]:
-        """Pairs first, then groups: map 2j + s reads key map 2g + s, where g is the group of head j."""
+        """Query map 2j + s uses key map 2g + s, where g is the group of head j."""
         per_group = self.queries[0] // self.keys[0]
         return [2 * (m // 2 // per_group) + m % 2 for m in range(self.queries[0])]
 
     def lambda_value(self, x: Tensor | None = None) -> Tensor:
-        """Lambda = exp(lq1·lk1) - exp(lq2·lk2) + lambda_init (equation 2), in fp32: a scalar, or (h,) with a lambda for each head."""
+        """Lambda = exp(lq1·lk1) - exp(lq2·lk2) + lambda_init (equation 2) in fp32, () or (h,)."""
         dtype = torch.promote_types(self.lambda_q1.dtype, torch.float32)
         first = (self.lambda_q1 * self.lambda_k1).sum(-1, dtype=dtype).exp()
         second = (self.lambda_q2 * self.lambda_k2).sum(-1, dtype=dtype).exp()
         return first - second + self.lambda_init
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Map (B, T, D) to (B, T, D); see ``project`` and ``attend`` for the arguments."""
-        q, k, v = self.project(x, cos, sin, cache)  # (B, T, 2h, d), (B, Tk, H_kv, d), (B, Tk, H_kv/2, 2d)
-        out = self.attend(partial(differential_attention, lam=self.lambda_value()), q, k, v, documents, cache)  # (B, T, h, 2d)
+        # (B, T, 2h, d), (B, Tk, H_kv, d), (B, Tk, H_kv/2, 2d)
+        q, k, v = self.project(x, cos, sin, cache)
+        # (B, T, h, 2d)
+        out = self.attend(
+            partial(differential_attention, lam=self.lambda_value()), q, k, v, documents, cache
+        )
         out = (1 - self.lambda_init) * self.sublayer_norm(out)
         return self.o_proj(out.flatten(2))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiffV1Attention":
-        # What .to(), .half() and .bfloat16() call: the lambda vectors move with the module, and stay in fp32.
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device)
-
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
-        return super()._apply(move, recurse=False)

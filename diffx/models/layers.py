@@ -1,7 +1,9 @@
-"""Layers that architectures share: rotary position embedding, the norm of each head's output, the SwiGLU feed-forward layer.
+"""Layers that architectures share: RoPE, head norm, SwiGLU.
 
 Notation: B batch, T tokens, H heads (or maps), d their width, D model width.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,24 +13,27 @@ from diffx.config.model import DiffV1Config, TransformerWideHeadConfig
 
 
 def rope_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding at ``positions`` (T,) or (B, T), in fp32, with one more dimension of width/2."""
-    frequencies = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    """Cosines and sines of RoPE, (..., width/2), at ``positions`` (T,) or (B, T)."""
+    frequencies = theta ** (
+        -torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
+    )
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate features 2i and 2i+1 of every head by the angle of their position (RoFormer, arXiv 2104.09864).
+    """Rotate features 2i and 2i+1 of every head by the angle of their position (arXiv 2104.09864).
 
     Args:
-        x: (B, T, H, d); rotated in fp32 at least, returned in its own type.
-        cos: (T, d/2), or (B, T, d/2) where rows stand at different positions.
-        sin: the same.
+        x: (B, T, H, d), computed in fp32 or wider and returned in the type of ``x``.
+        cos: (T, d/2), or (B, T, d/2) where the positions of rows differ.
+        sin: as ``cos``.
 
     Returns:
         (B, T, H, d).
     """
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (B, T, H, d/2, 2)
+    # (B, T, H, d/2, 2)
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (T, 1, d/2)
     if torch.compiler.is_compiling():  # complex products cannot be fused
         even, odd = pairs.unbind(-1)
@@ -38,16 +43,31 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
+class KeepsFp32(nn.Module):
+    """A module whose parameters and buffers, except those of children, stay in fp32 in any cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsFp32":
+        # .to(), .half() and .bfloat16() call this
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(move, recurse=False)
+
+
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm over the features of each head, (B, T, heads, width); one gain of size ``width`` for all heads."""
+    """RMSNorm over the features of each head, with one gain (width,) for all heads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, heads, width) to the same, in the gain's type: autocast leaves that in fp32, and the two must agree."""
+        """Map (B, T, heads, width) to the same shape, in the type of the gain (autocast: fp32)."""
         return super().forward(x if self.weight is None else x.to(self.weight.dtype))
 
 
 def sublayer_norm(config: DiffV1Config | TransformerWideHeadConfig, width: int) -> nn.Module:
-    """The norm of each head's output that the config asks for; ``nn.Identity`` for none."""
+    """The norm of head outputs according to the config; ``nn.Identity`` for none."""
     if not config.sublayer_norm:
         return nn.Identity()
     return HeadNorm(width, eps=config.norm_eps, elementwise_affine=config.sublayer_norm_gain)

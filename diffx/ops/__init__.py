@@ -1,4 +1,4 @@
-"""Attention operations: `attention` and `differential_attention`, and the maps that they never store."""
+"""Attention operations, and the attention maps that they do not store."""
 
 from diffx.ops.absmax import absmax_quantize
 from diffx.ops.dispatch import Documents, attention, differential_attention

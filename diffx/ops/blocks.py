@@ -1,13 +1,15 @@
 """Attention on the CPU in blocks of query rows, forward and backward, as matrix products.
 
-A block's rows see all their keys at once, so that the two softmax maps of a differential head are subtracted before they
-meet the value, and backward needs dV and dP once for both: 4d forward and 10d backward (multiply-adds for each query-key
-pair and differential head), which is what two ordinary heads cost. PyTorch's own CPU kernel must be called once for each
-map with padded queries, and takes 2 to 3 times as long for a differential layer at T = 256 to 2048. Memory grows with
-block x Tk: no map is kept, backward computes them again.
+The logits of a block's rows are computed for all keys at once. So the two softmax maps of a
+differential head are subtracted before the product with the values, and backward computes dV and dP
+once for both maps: 4d forward and 10d backward (multiply-adds for each query-key pair and
+differential head), the cost of two ordinary heads. PyTorch's CPU kernel has to be called once for
+each map with padded queries, and takes 2 to 3 times as long for a differential layer at T = 256 to
+2048. Memory grows with block x Tk: no map is stored, backward computes the maps again.
 
-Notation: B batch, Tq queries, Tk keys, H query heads, h differential heads, d query width, dv value width,
-G groups of heads that share keys and values, R heads in a group, m maps in a head (1, or 2 for differential attention).
+Notation: B batch, Tq queries, Tk keys, H query heads, h differential heads, d query width, dv value
+width, G groups of heads that share keys and values, R heads in a group, m maps in a head (1, or 2
+for differential attention).
 """
 
 from collections.abc import Iterator
@@ -19,37 +21,63 @@ from torch import Tensor
 BLOCK = 64  # rows of a matrix product, over the R heads of a group; the fastest of 16 to 256
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, key_mask: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """See ``diffx.ops.attention``."""
     return _run(q, k, v, None, causal, scale, key_mask)
 
 
 def differential_attention(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float | None, key_mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    causal: bool,
+    scale: float | None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """See ``diffx.ops.differential_attention``."""
     return _run(q, k, v, lam, causal, scale, key_mask)
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, causal: bool, scale: float | None, key_mask: Tensor | None) -> Tensor:
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    key_mask: Tensor | None,
+) -> Tensor:
     if key_mask is not None:
         raise ValueError("impl='blocks' takes no key_mask: choose sdpa or reference, or None")
     groups, maps = v.shape[2], k.shape[2] // v.shape[2]
     out_dtype, dtype = v.dtype, torch.promote_types(v.dtype, torch.float32)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    q = (q.to(dtype) * scale).unflatten(2, (groups, -1, maps)).permute(4, 0, 2, 3, 1, 5)  # (m, B, G, R, Tq, d)
+    # (m, B, G, R, Tq, d)
+    q = (q.to(dtype) * scale).unflatten(2, (groups, -1, maps)).permute(4, 0, 2, 3, 1, 5)
     k = k.to(dtype).unflatten(2, (groups, maps)).permute(3, 0, 2, 1, 4)  # (m, B, G, Tk, d)
     v = v.to(dtype).transpose(1, 2)  # (B, G, Tk, dv)
     if lam is not None:
-        lam = lam.to(dtype).expand(q.shape[2] * q.shape[3]).view(1, groups, -1, 1, 1)  # (1, G, R, 1, 1)
-    out: Tensor = _BlockAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), lam, causal)  # (B, G, R, Tq, dv)
+        # (1, G, R, 1, 1)
+        lam = lam.to(dtype).expand(q.shape[2] * q.shape[3]).view(1, groups, -1, 1, 1)
+    # (B, G, R, Tq, dv)
+    out: Tensor = _BlockAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), lam, causal)
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(out_dtype)
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, causal: bool) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, causal: bool
+    ) -> Tensor:
         out = q.new_empty(*q.shape[1:-1], v.shape[-1])
         for rows, keys in _blocks(q, k, causal):
             maps = _softmax(q[..., rows, :], k[..., keys, :], causal)
@@ -81,7 +109,7 @@ class _BlockAttention(torch.autograd.Function):
 
 
 def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
-    """Slices of the queries of (m, B, G, R, Tq, d), each with a slice of the keys that it may see."""
+    """Slices of the queries (m, B, G, R, Tq, d), each with the slice of its keys."""
     heads, tq, tk = q.shape[3], q.shape[4], k.shape[3]
     rows = max(16, BLOCK // heads)
     for start in range(0, tq, rows):
@@ -103,5 +131,5 @@ def _difference(maps: Tensor, lam: Tensor | None) -> Tensor:
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
-    """Multiply x (..., R, rows, a) by y (..., a, b), which a group's R heads share."""
+    """Multiply x (..., R, rows, a) by y (..., a, b), which the R heads of a group share."""
     return (x.flatten(-3, -2) @ y).unflatten(-2, x.shape[-3:-1])

@@ -1,4 +1,4 @@
-"""The entry points: they check shapes and pick an implementation.
+"""Attention and differential attention: check shapes, pick an implementation and call it.
 
 Notation, one layout everywhere, (B, T, H, D):
     B       batch
@@ -19,15 +19,22 @@ from torch import Tensor
 
 from diffx.ops import blocks, reference, sdpa
 
-_IMPLEMENTATIONS = {"reference": reference, "sdpa": sdpa, "blocks": blocks, "triton": None}  # Triton is imported when it is asked for
+# imported when it is asked for
+_IMPLEMENTATIONS = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "blocks": blocks,
+    "triton": None,
+}
 
 
 class Documents(NamedTuple):
-    """Documents laid end to end in a batch of one sequence: a query sees the keys of its document only.
+    """Documents laid end to end in a batch of one sequence: a query attends within its document.
 
     Attributes:
         lengths: tokens of each document.
-        bounds: where each document begins and, last, where the last one ends, ascending from 0 to T (N + 1,).
+        bounds: where each document begins and, last, where the last one ends, ascending from 0 to T
+            (N + 1,).
     """
 
     lengths: list[int]
@@ -50,11 +57,12 @@ def attention(
         q: queries (B, Tq, H, d).
         k: keys (B, Tk, H_kv, d).
         v: values (B, Tk, H_kv, dv).
-        causal: query i stands at position Tk - Tq + i and sees no later key.
+        causal: query i is at position Tk - Tq + i and does not attend to later keys.
         scale: factor on the logits; None is 1/sqrt(d).
-        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), an implementation such as
-            ``QuantizedLogits``, or None to pick ``sdpa`` or ``blocks``.
-        key_mask: keys that are false in it, (B, Tk), are not seen; not for ``blocks``. Each query must see one key at least.
+        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU),
+            an implementation such as ``QuantizedLogits``, or None to pick ``sdpa`` or ``blocks``.
+        key_mask: (B, Tk), false for keys that no query attends to; ``blocks`` does not support it.
+            Each query must attend to a key.
         documents: the documents of the sequence, where B = 1 and Tq = Tk.
 
     Returns:
@@ -66,11 +74,11 @@ def attention(
     _check_shapes(q, k, v, causal)
     if k.shape[2] != v.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads and v has {v.shape[2]}: they must be equal")
-    # beyond about a thousand rows PyTorch's kernel is as fast as our blocks for a single map
+    # above about 1,000 rows PyTorch's kernel is as fast as `blocks` for a single map
     rows = q.shape[1] if documents is None else max(documents.lengths)
     default = blocks if _eager_cpu(q) and rows <= 1024 and key_mask is None else sdpa
     op = partial(_pick(impl, default).attention, causal=causal, scale=scale, key_mask=key_mask)
-    return op(q, k, v) if documents is None else _apart(op, documents.lengths, q, k, v)
+    return op(q, k, v) if documents is None else _per_document(op, documents.lengths, q, k, v)
 
 
 def differential_attention(
@@ -86,20 +94,22 @@ def differential_attention(
 ) -> Tensor:
     """Differential attention (arXiv 2410.05258, equation 1): head j is (A1 - lambda A2) v.
 
-    A1 and A2 are the softmax maps of query maps 2j and 2j+1. Head j belongs to group g = j // (h / (H_kv/2)),
-    whose keys are key maps 2g and 2g+1 and whose value is value head g. Neither the norm after the difference nor
-    the factor 1 - lambda_init is part of this operation.
+    A1 and A2 are the softmax maps of query maps 2j and 2j+1. Head j belongs to group g = j // (h /
+    (H_kv/2)), whose keys are key maps 2g and 2g+1 and whose value is value head g. Neither the norm
+    after the difference nor the factor 1 - lambda_init is part of this operation.
 
     Args:
         q: query maps (B, Tq, 2h, d).
         k: key maps (B, Tk, H_kv, d).
         v: values (B, Tk, H_kv/2, 2d).
-        lam: lambda, a number, a scalar tensor, or one for each head (h,).
-        causal: query i stands at position Tk - Tq + i and sees no later key.
+        lam: lambda, a number, a scalar tensor, or a tensor (h,) with a value for each head.
+        causal: query i is at position Tk - Tq + i and does not attend to later keys.
         scale: factor on the logits; None is 1/sqrt(d).
-        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU), ``triton`` (fused, for a GPU), an
-            implementation such as ``QuantizedLogits``, or None to pick ``sdpa`` or ``blocks``.
-        key_mask: keys that are false in it, (B, Tk), are not seen; not for ``blocks`` or ``triton``. Each query must see one key at least.
+        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU),
+            ``triton`` (fused, for a GPU), an implementation such as ``QuantizedLogits``, or None to
+            pick ``sdpa`` or ``blocks``.
+        key_mask: (B, Tk), false for keys that no query attends to; ``blocks`` and ``triton`` do not
+            support it. Each query must attend to a key.
         documents: the documents of the sequence, where B = 1 and Tq = Tk.
 
     Returns:
@@ -111,23 +121,34 @@ def differential_attention(
     _check_shapes(q, k, v, causal)
     maps, key_maps, width = q.shape[2], k.shape[2], q.shape[3]
     if maps % 2 or key_maps != 2 * v.shape[2]:
-        raise ValueError(f"q has {maps} maps, k has {key_maps}, v has {v.shape[2]} heads: q and k need two maps a head")
+        raise ValueError(
+            f"q has {maps} maps, k has {key_maps}, v has {v.shape[2]} heads: q and k need two "
+            "maps a head"
+        )
     if v.shape[3] != 2 * width:
         raise ValueError(f"v is {v.shape[3]} wide: it must be twice the maps' width {width}")
     lam = torch.as_tensor(lam, device=q.device)
     if lam.shape not in ((), (maps // 2,)):
         raise ValueError(f"lam has shape {tuple(lam.shape)}: it must be a scalar or ({maps // 2},)")
     default = blocks if _eager_cpu(q) and key_mask is None else sdpa
-    picked = _pick(impl, default)
-    op = partial(picked.differential_attention, lam=lam, causal=causal, scale=scale, key_mask=key_mask)
-    if documents is not None and getattr(picked, "TAKES_DOCUMENTS", False):
+    implementation = _pick(impl, default)
+    op = partial(
+        implementation.differential_attention,
+        lam=lam,
+        causal=causal,
+        scale=scale,
+        key_mask=key_mask,
+    )
+    if documents is not None and getattr(implementation, "TAKES_DOCUMENTS", False):
         return op(q, k, v, cu_seqlens=documents.bounds)
-    return op(q, k, v) if documents is None else _apart(op, documents.lengths, q, k, v)
+    return op(q, k, v) if documents is None else _per_document(op, documents.lengths, q, k, v)
 
 
-def _apart(op: Callable[..., Tensor], lengths: list[int], *tensors: Tensor) -> Tensor:
-    """Apply ``op`` once to each document; split, unlike slices, has a backward pass that is one concatenation."""
-    return torch.cat([op(*part) for part in zip(*(x.split(lengths, dim=1) for x in tensors), strict=True)], dim=1)
+def _per_document(op: Callable[..., Tensor], lengths: list[int], *tensors: Tensor) -> Tensor:
+    """Apply ``op`` once to each document; the backward pass of ``split`` is one concatenation."""
+    return torch.cat(
+        [op(*part) for part in zip(*(x.split(lengths, dim=1) for x in tensors), strict=True)], dim=1
+    )
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
@@ -135,15 +156,23 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
         if tensor.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be (B, T, H, D)")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(f"q, k and v have batches {q.shape[0]}, {k.shape[0]} and {v.shape[0]}: they must be equal")
+        raise ValueError(
+            f"q, k and v have batches {q.shape[0]}, {k.shape[0]} and {v.shape[0]}: they must be "
+            "equal"
+        )
     if k.shape[1] != v.shape[1]:
         raise ValueError(f"k has length {k.shape[1]} and v has {v.shape[1]}: they must be equal")
     if causal and q.shape[1] > k.shape[1]:
-        raise ValueError(f"causal attention of {q.shape[1]} queries to {k.shape[1]} keys: there must be a key for each query")
+        raise ValueError(
+            f"causal attention of {q.shape[1]} queries to {k.shape[1]} keys: there must be a key "
+            "for each query"
+        )
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q is {q.shape[3]} wide and k is {k.shape[3]}: they must be equal")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads and k has {k.shape[2]}: the latter must divide the former")
+        raise ValueError(
+            f"q has {q.shape[2]} heads and k has {k.shape[2]}: the latter must divide the former"
+        )
 
 
 def _eager_cpu(q: Tensor) -> bool:
@@ -156,5 +185,7 @@ def _pick(impl: Any, default: ModuleType) -> Any:
     if not isinstance(impl, str):
         return impl
     if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r} is unknown: choose one of {', '.join(_IMPLEMENTATIONS)}, or None")
+        raise ValueError(
+            f"impl={impl!r} is unknown: choose one of {', '.join(_IMPLEMENTATIONS)}, or None"
+        )
     return _IMPLEMENTATIONS[impl] or import_module("diffx.ops.triton_attention")

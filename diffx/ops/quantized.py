@@ -1,7 +1,9 @@
-"""Attention whose logits are rounded to few bits on the fly, a block of query rows at a time: memory is linear in the context.
+"""Attention with logits rounded to few bits, a block of query rows at a time.
 
-Notation: B batch, Tq queries, Tk keys, R rows of a block, M query maps, G key maps, d query width, dv value width, S maps that differ in
-scale: the two of differential attention, or one.
+Memory is linear in the context length.
+
+Notation: B batch, Tq queries, Tk keys, R rows of a block, M query maps, G key maps, d query width,
+dv value width, S sets of maps, each with a scale: the two of differential attention, or one.
 """
 
 from collections.abc import Iterator
@@ -12,19 +14,20 @@ from torch import Tensor
 
 from diffx.ops.absmax import absmax_quantize
 
-_ENTRIES = {"cpu": 2**18}  # of the maps of one block: what a cache holds
+_ENTRIES = {"cpu": 2**18}  # entries of the maps of one block, so that they fit in the cache
 _GPU_ENTRIES = 2**25
 SCOPES = ("map", "head", "row")
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLogits:
-    """An implementation of the operations in which every map's logits are quantized before the softmax (arXiv 2410.05258, section 3.7).
+    """Attention whose logits are quantized before the softmax (arXiv 2410.05258, section 3.7).
 
     Attributes:
-        bits: of a logit.
-        scope: the entries that share a scale, all of one example and layer and only those that are seen: ``map`` is the paper's A1 or A2
-            over all heads (an ordinary attention has one), ``head`` one head's, ``row`` one query's in one head.
+        bits: bits of a logit.
+        scope: the unmasked logits of one example and layer that share a scale: ``map`` those of all
+            heads (in differential attention those of A1, and those of A2), ``head`` those of one
+            head, ``row`` those of one query in one head.
     """
 
     bits: int
@@ -43,8 +46,9 @@ class QuantizedLogits:
     ) -> Tensor:
         """See ``diffx.ops.attention``.
 
-        ``mask`` (B, 1 or M, Tq, Tk) is true where a query sees a key, and takes the place of ``causal``. With ``sets`` = 2 the first
-        half of the maps are the A1 of differential heads, and the second half their A2.
+        ``mask`` (B, 1 or M, Tq, Tk) is true where a query attends to a key, and replaces
+        ``causal``. With ``sets`` = 2 the first half of the maps are the A1 of differential heads,
+        and the second half their A2.
         """
         values = v.repeat_interleave(q.shape[2] // v.shape[2], 2).movedim(1, 2)  # (B, M, Tk, dv)
         out = v.new_empty(*q.shape[:3], v.shape[3])
@@ -63,14 +67,18 @@ class QuantizedLogits:
         key_mask: Tensor | None = None,
     ) -> Tensor:
         """See ``diffx.ops.differential_attention``."""
-        values = v.repeat_interleave(q.shape[2] // 2 // v.shape[2], 2).movedim(1, 2)  # (B, M/2, Tk, dv)
+        # (B, M/2, Tk, dv)
+        values = v.repeat_interleave(q.shape[2] // 2 // v.shape[2], 2).movedim(1, 2)
         out = v.new_empty(*q.shape[:2], q.shape[2] // 2, v.shape[3])
         lam = lam.view(-1, 1, 1)
         pairs = q.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)  # A1 of every head, then A2
         keys = k.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)
         for start, stop, maps in self._maps(pairs, keys, 2, causal, scale, key_mask):
             first, second = maps.chunk(2, dim=1)  # (B, M/2, R, keys) each
-            out[:, start:stop] = (torch.addcmul(first, lam, second, value=-1) @ values[:, :, : maps.shape[3]].to(maps.dtype)).movedim(1, 2)
+            out[:, start:stop] = (
+                torch.addcmul(first, lam, second, value=-1)
+                @ values[:, :, : maps.shape[3]].to(maps.dtype)
+            ).movedim(1, 2)
         return out
 
     def _maps(
@@ -83,43 +91,53 @@ class QuantizedLogits:
         key_mask: Tensor | None,
         mask: Tensor | None = None,
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Softmax maps (B, M, R, keys) in fp32 at least, rows ``start`` to ``stop``; ``sets`` S of maps have scales of their own."""
+        """Yield ``start``, ``stop`` and the maps (B, M, R, keys) of these rows, at least fp32."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         batch, tq, count, _ = q.shape
         tk = k.shape[1]
-        q = (q.to(dtype) * (q.shape[3] ** -0.5 if scale is None else scale)).movedim(1, 2)  # (B, M, Tq, d)
+        # (B, M, Tq, d)
+        q = (q.to(dtype) * (q.shape[3] ** -0.5 if scale is None else scale)).movedim(1, 2)
         k = k.to(dtype).movedim(1, 2).repeat_interleave(count // k.shape[2], 1).mT  # (B, M, d, Tk)
         rows = max(1, min(tq, _ENTRIES.get(q.device.type, _GPU_ENTRIES) // (batch * count * tk)))
-        own = [(start, min(start + rows, tq)) for start in range(0, tq, rows)]
+        spans = [(start, min(start + rows, tq)) for start in range(0, tq, rows)]
 
-        def block(start: int, stop: int) -> tuple[Tensor, Tensor]:
-            """Logits, and which of them are unseen."""
-            seen = tk - tq + stop if causal and mask is None else tk  # keys that any of the rows sees
-            logits = q[:, :, start:stop] @ k[..., :seen]
+        def logits_of(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            """Logits (B, M, R, keys), and which of them are masked."""
+            length = tk - tq + stop if causal and mask is None else tk  # keys of any of the rows
+            logits = q[:, :, start:stop] @ k[..., :length]
             if mask is not None:
-                unseen = ~mask[:, :, start:stop]
+                masked = ~mask[:, :, start:stop]
             elif causal:
-                unseen = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device).triu(tk - tq + start + 1)[None, None]
+                masked = torch.ones(stop - start, length, dtype=torch.bool, device=q.device).triu(
+                    tk - tq + start + 1
+                )[None, None]
             else:
-                unseen = torch.zeros(1, 1, 1, seen, dtype=torch.bool, device=q.device)
+                masked = torch.zeros(1, 1, 1, length, dtype=torch.bool, device=q.device)
             if key_mask is not None:
-                unseen = unseen | ~key_mask[:, None, None, :seen]
-            return logits, unseen
+                masked = masked | ~key_mask[:, None, None, :length]
+            return logits, masked
 
-        def largest(logits: Tensor, unseen: Tensor) -> Tensor:
-            peak = logits.masked_fill(unseen, 0).abs_().amax(-1, keepdim=True)  # (B, M, R, 1)
+        def peak_of(logits: Tensor, masked: Tensor) -> Tensor:
+            peak = logits.masked_fill(masked, 0).abs_().amax(-1, keepdim=True)  # (B, M, R, 1)
             if self.scope != "row":
                 peak = peak.amax(2, keepdim=True)
             if self.scope == "map":
-                peak = peak.unflatten(1, (sets, -1)).amax(2, keepdim=True).expand(-1, -1, count // sets, -1, -1).flatten(1, 2)
+                peak = (
+                    peak.unflatten(1, (sets, -1))
+                    .amax(2, keepdim=True)
+                    .expand(-1, -1, count // sets, -1, -1)
+                    .flatten(1, 2)
+                )
             return peak
 
         peak = None
         if self.scope != "row":
-            for start, stop in own:
-                own_peak = largest(*block(start, stop))
-                peak = own_peak if peak is None else torch.maximum(peak, own_peak)
-        for start, stop in own:
-            logits, unseen = block(start, stop)
-            logits = absmax_quantize(logits, self.bits, largest(logits, unseen) if peak is None else peak)
-            yield start, stop, logits.masked_fill_(unseen, -torch.inf).softmax(-1)
+            for start, stop in spans:
+                block_peak = peak_of(*logits_of(start, stop))
+                peak = block_peak if peak is None else torch.maximum(peak, block_peak)
+        for start, stop in spans:
+            logits, masked = logits_of(start, stop)
+            logits = absmax_quantize(
+                logits, self.bits, peak_of(logits, masked) if peak is None else peak
+            )
+            yield start, stop, logits.masked_fill_(masked, -torch.inf).softmax(-1)

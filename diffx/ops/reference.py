@@ -1,20 +1,29 @@
-"""Attention with explicit maps: the definition that faster implementations are held to, and the source of statistics.
+"""Attention with explicit maps: the reference of the faster implementations and of statistics.
 
-Everything is computed in fp32 at least, under autocast too. Memory grows with Tq x Tk.
+Everything is computed in fp32 or wider, also under autocast. Memory grows with Tq x Tk.
 
-Notation: B batch, Tq queries, Tk keys, H query heads, H_kv key heads, h differential heads, d query width, dv value width.
+Notation: B batch, Tq queries, Tk keys, H query heads, H_kv key heads, h differential heads, d query
+width, dv value width.
 """
 
 import torch
 from torch import Tensor
 
 
-def attention_maps(q: Tensor, k: Tensor, causal: bool = True, scale: float | None = None, key_mask: Tensor | None = None) -> Tensor:
-    """Softmax maps of q (B, Tq, H, d) against k (B, Tk, H_kv, d), as (B, H, Tq, Tk); see ``diffx.ops.attention`` for ``key_mask``."""
+def attention_maps(
+    q: Tensor,
+    k: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Softmax maps (B, H, Tq, Tk) of q (B, Tq, H, d) and k (B, Tk, H_kv, d); see ``attention``."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)  # (B, Tk, H, d)
     with torch.autocast(q.device.type, enabled=False):
-        logits = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)) * (q.shape[3] ** -0.5 if scale is None else scale)
+        logits = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)) * (
+            q.shape[3] ** -0.5 if scale is None else scale
+        )
     if causal:
         tq, tk = logits.shape[2:]
         past = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)
@@ -25,21 +34,38 @@ def attention_maps(q: Tensor, k: Tensor, causal: bool = True, scale: float | Non
 
 
 def differential_attention_maps(
-    q: Tensor, k: Tensor, causal: bool = True, scale: float | None = None, key_mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both maps of every head, A1 and A2, of q (B, Tq, 2h, d) against k (B, Tk, H_kv, d), each (B, h, Tq, Tk)."""
+    """A1 and A2 of every head, (B, h, Tq, Tk) each, of q (B, Tq, 2h, d) and k (B, Tk, H_kv, d)."""
     first = attention_maps(q[:, :, 0::2], k[:, :, 0::2], causal, scale, key_mask)
     second = attention_maps(q[:, :, 1::2], k[:, :, 1::2], causal, scale, key_mask)
     return first, second
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, key_mask: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """See ``diffx.ops.attention``."""
     return _weigh(attention_maps(q, k, causal, scale, key_mask), v)
 
 
 def differential_attention(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float | None, key_mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    causal: bool,
+    scale: float | None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """See ``diffx.ops.differential_attention``."""
     first, second = differential_attention_maps(q, k, causal, scale, key_mask)

@@ -1,10 +1,12 @@
-"""Attention through ``torch.nn.functional.scaled_dot_product_attention``, kept on its memory-efficient kernels.
+"""Attention by the memory-efficient kernels of PyTorch's ``scaled_dot_product_attention``.
 
-Those kernels ask for queries, keys and values of one width; anything else falls to a path that stores Tq x Tk maps and
-takes twice the time on a CPU. So the narrower tensors are padded with zeros, which changes no logit and no output.
-Grouped keys and values are repeated by hand, because not every kernel takes them as they are; it costs about 2%.
+The kernels need queries, keys and values of one width; for other shapes PyTorch stores Tq x Tk maps
+and takes twice the time on a CPU. So the narrower tensors are padded with zeros, which changes no
+logit and no output. Grouped keys and values are repeated here, because not every kernel supports
+them; it costs about 2%.
 
-Notation: B batch, Tq queries, Tk keys, H query heads, H_kv key heads, h differential heads, d query width, dv value width.
+Notation: B batch, Tq queries, Tk keys, H query heads, H_kv key heads, h differential heads, d query
+width, dv value width.
 """
 
 import torch
@@ -12,27 +14,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, key_mask: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """See ``diffx.ops.attention``."""
     tq, tk, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     width = max(q.shape[3], v.shape[3])
-    # PyTorch counts positions from the first key, so that its own causal mask serves only Tq == Tk; one query sees all keys.
-    past = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq) if causal and (1 < tq < tk or key_mask is not None) else None
+    # PyTorch's causal mask aligns the first query with the first key: it is right only for Tq ==
+    # Tk. One query needs no mask.
+    mask = (
+        torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)
+        if causal and (1 < tq < tk or key_mask is not None)
+        else None
+    )
     if key_mask is not None:
-        past = key_mask[:, None, None] if past is None else key_mask[:, None, None] & past  # (B, 1, Tq, Tk)
+        # (B, 1, Tq, Tk)
+        mask = key_mask[:, None, None] if mask is None else key_mask[:, None, None] & mask
     out = F.scaled_dot_product_attention(
         _widen(q, width).transpose(1, 2),
         _repeat(_widen(k, width), groups).transpose(1, 2),
         _repeat(_widen(v, width), groups).transpose(1, 2),
-        attn_mask=past,
-        is_causal=causal and past is None and tq == tk,
+        attn_mask=mask,
+        is_causal=causal and mask is None and tq == tk,
         scale=q.shape[3] ** -0.5 if scale is None else scale,
     )
     return out.transpose(1, 2)[..., : v.shape[3]]  # (B, Tq, H, dv)
 
 
 def differential_attention(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float | None, key_mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    causal: bool,
+    scale: float | None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """See ``diffx.ops.differential_attention``."""
     q1, q2 = q.unflatten(2, (-1, 2)).unbind(3)  # (B, Tq, h, d) each

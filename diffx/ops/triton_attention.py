@@ -1,6 +1,7 @@
-"""Differential attention by our Triton kernels, as operations of ``torch.library``: autograd, compilation and checkpointing see one op.
+"""Differential attention by Triton kernels, as operators of ``torch.library``.
 
-Needs a CUDA device, or ``TRITON_INTERPRET=1``. Gradients of queries, keys, values and lambda are the same at every run.
+Autograd, ``torch.compile`` and checkpointing treat it as one operator. It needs a CUDA device, or
+``TRITON_INTERPRET=1``. Gradients are deterministic.
 
 Notation as in ``diffx.ops.triton_kernels``.
 """
@@ -13,13 +14,14 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from diffx.ops import triton_kernels as kernels
-from diffx.ops.sdpa import attention as attention  # ordinary attention is PyTorch's
+from diffx.ops.sdpa import attention as attention  # ordinary attention uses PyTorch's kernels
 
-TAKES_DOCUMENTS = True  # in one call, by cu_seqlens
-WIDEST = 128  # queries and keys; values are twice as wide
-_SPLIT = 256  # keys that one program of the decoding kernel reads at least
-# Rows and keys of a block and warps, for d up to 64 and above: few or no registers spilled, and at most 99 KiB of shared memory, on
-# compute capabilities 8.0 and 9.0 as the compiler tells of them. No GPU has timed them.
+TAKES_DOCUMENTS = True  # computes all documents in one call, given cu_seqlens
+WIDEST = 128  # features of a query or key; a value has twice as many
+_SPLIT = 256  # least number of keys for a program of the decoding kernel
+# (Kernel, whether fp32): rows and keys of a block, and warps, for d <= 64 and for d > 64. According
+# to the compiler, for compute capabilities 8.0 and 9.0, few or no registers are spilled and at most
+# 99 KiB of shared memory are used. Not timed on a GPU.
 _SIZES = {
     ("forward", False): ((128, 32, 8), (64, 32, 8)),
     ("forward", True): ((32, 32, 8), (16, 16, 8)),
@@ -52,27 +54,39 @@ def differential_attention(
         k: key maps (B, Tk, 2G, d).
         v: values (B, Tk, G, 2d).
         lam: lambda, a scalar tensor or (h,).
-        causal: query i stands at position Tk - Tq + i and sees no later key.
+        causal: query i is at position Tk - Tq + i and does not attend to later keys.
         scale: factor on the logits; None is 1/sqrt(d).
         key_mask: must be None.
-        cu_seqlens: where documents begin and, last, where they all end, ascending from 0 to T (N + 1,): queries see their own alone.
+        cu_seqlens: ``Documents.bounds``; a query attends within its document.
 
     Returns:
         (B, Tq, h, 2d), in the type of ``v``.
 
     Raises:
-        ValueError: a ``key_mask``, a width or a type that the kernels do not take, or ``cu_seqlens`` with a cache.
+        ValueError: a ``key_mask``, a width or a type that the kernels do not support, or
+            ``cu_seqlens`` with a cache.
     """
     if key_mask is not None:
         raise ValueError("impl='triton' takes no key_mask: choose sdpa or reference, or None")
     if q.shape[3] > WIDEST:
-        raise ValueError(f"impl='triton' takes maps of {WIDEST} features at most, and these have {q.shape[3]}: choose sdpa, or None")
+        raise ValueError(
+            f"impl='triton' takes maps of {WIDEST} features at most, and these have {q.shape[3]}: "
+            "choose sdpa, or None"
+        )
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"impl='triton' takes q, k and v all fp32, bf16 or fp16, and these are {q.dtype}, {k.dtype} and {v.dtype}")
+    if (
+        q.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        or not q.dtype == k.dtype == v.dtype
+    ):
+        raise ValueError(
+            f"impl='triton' takes q, k and v all fp32, bf16 or fp16, and these are {q.dtype}, "
+            f"{k.dtype} and {v.dtype}"
+        )
     if cu_seqlens is not None and q.shape[1] != k.shape[1]:
-        raise ValueError("cu_seqlens cannot be used with a cache: there must be a query for each key")
+        raise ValueError(
+            "cu_seqlens cannot be used with a cache: there must be a query for each key"
+        )
     scale = q.shape[3] ** -0.5 if scale is None else scale
     lam = lam.float().expand(q.shape[2] // 2)
     if q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
@@ -81,39 +95,50 @@ def differential_attention(
     return out
 
 
-def key_ranges(tq: int, tk: int, causal: bool, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The keys [low, high) that each query sees, both int32 (Tq,) and ascending."""
-    place = torch.arange(tk - tq, tk, device=device)
-    low, high = torch.zeros_like(place), torch.full_like(place, tk)
+def key_ranges(
+    tq: int, tk: int, causal: bool, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The keys [low, high) that each query attends to, both int32 (Tq,) and ascending."""
+    position = torch.arange(tk - tq, tk, device=device)
+    low, high = torch.zeros_like(position), torch.full_like(position, tk)
     if cu_seqlens is not None:
         ends = cu_seqlens.to(device, torch.int64)
-        document = torch.searchsorted(ends, place, right=True)
+        document = torch.searchsorted(ends, position, right=True)
         low, high = ends[document - 1], ends[document]
     if causal:
-        high = place + 1
+        high = position + 1
     return low.int(), high.int()
 
 
 @torch.library.custom_op("diffx::differential_attention", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: bool, scale: float, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    causal: bool,
+    scale: float,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, O2 and the logarithms of both maps' sums, as ``forward_kernel`` gives them."""
+    """``OUT``, ``OUT2`` and ``LSE`` of ``forward_kernel``."""
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     batch, tq, heads, d = q.shape[0], q.shape[1], q.shape[2] // 2, q.shape[3]
     out, out2 = q.new_empty(batch, tq, heads, 2 * d), q.new_empty(batch, tq, heads, 2 * d)
     lse = q.new_empty(2, batch, heads, tq, dtype=torch.float32)
     low, high = key_ranges(tq, k.shape[1], causal, cu_seqlens, q.device)
-    block = _blocks("forward", d, q.dtype)
+    block = _launch_options("forward", d, q.dtype)
     kernels.forward_kernel[triton.cdiv(tq, block["M"]), batch * heads](
         q, k, v, lam.contiguous(), low, high, out, out2, lse,
-        scale * _LOG2E, tq, k.shape[1], heads, heads // v.shape[2], *_strides(q, k, v), D=d, **block,
+        scale * _LOG2E, tq, k.shape[1], heads, heads // v.shape[2], *_strides(q, k, v), D=d,
+        **block,
     )  # fmt: skip
     return out, out2, lse
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: Any, scale: Any, cu_seqlens: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: Any, scale: Any, cu_seqlens: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, tq, maps, d = q.shape
     out = q.new_empty(batch, tq, maps // 2, 2 * d)
     return out, torch.empty_like(out), q.new_empty(2, batch, maps // 2, tq, dtype=torch.float32)
@@ -134,29 +159,49 @@ def _backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and lambda (h,)."""
-    q, k, v, d_out, lam = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v), d_out.contiguous(), lam.contiguous()
+    q, k, v, d_out, lam = (
+        _last_contiguous(q),
+        _last_contiguous(k),
+        _last_contiguous(v),
+        d_out.contiguous(),
+        lam.contiguous(),
+    )
     batch, tq, heads, d = q.shape[0], q.shape[1], q.shape[2] // 2, q.shape[3]
     tk, groups = k.shape[1], v.shape[2]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     sums = torch.empty_like(lse)
     low, high = key_ranges(tq, tk, causal, cu_seqlens, q.device)
     key = torch.arange(tk, device=q.device, dtype=torch.int32)
-    first, last = torch.searchsorted(high, key, right=True, out_int32=True), torch.searchsorted(low, key, right=True, out_int32=True)
-    block = _blocks("row_sums", d, q.dtype)
-    kernels.row_sums_kernel[triton.cdiv(tq, block["M"]), batch * heads](d_out, out, out2, lam, sums, tq, heads, D=d, **block)
+    first, last = (
+        torch.searchsorted(high, key, right=True, out_int32=True),
+        torch.searchsorted(low, key, right=True, out_int32=True),
+    )
+    block = _launch_options("row_sums", d, q.dtype)
+    kernels.row_sums_kernel[triton.cdiv(tq, block["M"]), batch * heads](
+        d_out, out, out2, lam, sums, tq, heads, D=d, **block
+    )
     shared = (scale * _LOG2E, scale, tq, tk, heads, heads // groups, *_strides(q, k, v))
-    block = _blocks("keys", d, q.dtype)
+    block = _launch_options("keys", d, q.dtype)
     kernels.keys_kernel[triton.cdiv(tk, block["N"]), batch * groups](
         q, k, v, lam, low, high, first, last, d_out, lse, sums, dk, dv, *shared, D=d, **block
     )
-    block = _blocks("queries", d, q.dtype)
-    kernels.queries_kernel[triton.cdiv(tq, block["M"]), batch * heads](q, k, v, lam, low, high, d_out, lse, sums, dq, *shared, D=d, **block)
+    block = _launch_options("queries", d, q.dtype)
+    kernels.queries_kernel[triton.cdiv(tq, block["M"]), batch * heads](
+        q, k, v, lam, low, high, d_out, lse, sums, dq, *shared, D=d, **block
+    )
     return dq, dk, dv, -sums[1].sum((0, 2))
 
 
 @_backward.register_fake
-def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lam.new_empty(lam.shape)
+def _(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        lam.new_empty(lam.shape),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -175,11 +220,11 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 @torch.library.custom_op("diffx::differential_attention_decode", mutates_args=())
 def _decode(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, scale: float) -> Tensor:
-    """One query a sequence, (B, 1, 2h, d), against a cache: its keys are split among programs, whose parts are weighed at the end."""
+    """One query per sequence (B, 1, 2h, d): programs process parts of the keys, then combined."""
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     batch, tk, groups, d = q.shape[0], k.shape[1], v.shape[2], q.shape[3]
     members = q.shape[2] // 2 // groups
-    block = _blocks("decode", d, q.dtype)
+    block = _launch_options("decode", d, q.dtype)
     split = triton.cdiv(max(_SPLIT, triton.cdiv(tk, 64)), block["N"]) * block["N"]
     splits = triton.cdiv(tk, split)
     out = q.new_empty(batch, groups, splits, 2, members, 2 * d, dtype=torch.float32)
@@ -189,9 +234,13 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, scale: float) -> Tenso
         q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
         R=members, BLOCK_R=max(16, triton.next_power_of_2(members)), D=d, **block,
     )  # fmt: skip
-    share = (lse * (1 / _LOG2E)).softmax(2)[..., None]  # of each part in its map
-    first, second = (out * share).sum(2).unbind(2)  # (B, G, R, 2d) each
-    return torch.addcmul(first, lam.view(groups, members, 1), second, value=-1).view(batch, 1, groups * members, 2 * d).to(v.dtype)
+    weight = (lse * (1 / _LOG2E)).softmax(2)[..., None]  # of each part in the softmax
+    first, second = (out * weight).sum(2).unbind(2)  # (B, G, R, 2d) each
+    return (
+        torch.addcmul(first, lam.view(groups, members, 1), second, value=-1)
+        .view(batch, 1, groups * members, 2 * d)
+        .to(v.dtype)
+    )
 
 
 @_decode.register_fake
@@ -207,12 +256,16 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
-def _blocks(kernel: str, d: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Sizes of blocks and how a kernel is launched."""
+def _launch_options(kernel: str, d: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Block sizes and launch options of a kernel."""
     exact = dtype is torch.float32
     rows, keys, warps = _SIZES[kernel, exact][d > 64]
     sizes: dict[str, Any] = {"M": rows} if rows else {}
     sizes |= {"N": keys} if keys else {}
     if kernel != "row_sums":
         sizes["EXACT"] = exact or isinstance(kernels.forward_kernel, InterpretedFunction)
-    return sizes | {"BLOCK_D": max(16, triton.next_power_of_2(d)), "num_warps": warps, "num_stages": 1 if exact else 2}
+    return sizes | {
+        "BLOCK_D": max(16, triton.next_power_of_2(d)),
+        "num_warps": warps,
+        "num_stages": 1 if exact else 2,
+    }

@@ -1,11 +1,16 @@
-"""Kernels of causal or full differential attention with grouped heads, forward and backward (arXiv 2410.05258, equation 1).
+"""Forward and backward kernels of differential attention (arXiv 2410.05258, equation 1).
 
-Every query sees one interval of keys, [low, high), so that causality and documents are the same thing to a kernel. The forward
-pass reads the keys once and keeps the two outputs of a head in registers. Backward forms P = A1 - lambda A2 once for dV and dP, and sums in
-a fixed order: keys' and values' gradients in one kernel, queries' in another, no atomics.
+Attention is causal or full; heads are grouped.
 
-Notation: B batch, Tq queries, Tk keys, h heads, G groups of heads that share keys and a value, R = h/G, d width of queries and keys; M rows
-and N keys of a block. Heads' maps stand side by side: map s of head j is query map 2j + s, of group g key map 2g + s. Logits are in base 2.
+Every query attends to one interval of keys, [low, high), which expresses causality and documents.
+The forward pass reads the keys once and keeps the two outputs of a head in registers. Backward
+computes P = A1 - lambda A2 once for dV and dP. It sums in a fixed order, without atomics: one
+kernel for the gradients of keys and values, another for those of queries.
+
+Notation: B batch, Tq queries, Tk keys, h heads, G groups of heads that share keys and a value,
+R = h/G, d width of queries and keys; M rows and N keys of a block. The two maps of a head are
+adjacent: map s of head j is query map 2j + s, and map s of group g is key map 2g + s. Logits are in
+base 2.
 """
 
 import triton
@@ -14,7 +19,7 @@ import triton.language as tl
 
 @triton.jit
 def _dot(x, y, EXACT: tl.constexpr):
-    """Product in fp32; EXACT takes the operands to fp32 first (which bf16 needs under Triton's interpreter)."""
+    """Product in fp32; EXACT casts the operands first (Triton's interpreter needs it for bf16)."""
     if EXACT:
         return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
     return tl.dot(x, y)
@@ -22,33 +27,41 @@ def _dot(x, y, EXACT: tl.constexpr):
 
 @triton.jit
 def _tile(base, rows, columns, row_stride, row_count, width):
-    """A tile (rows, columns), zero outside of the tensor."""
+    """A tile (rows, columns), zero outside the tensor."""
     inside = (rows < row_count)[:, None] & (columns < width)[None, :]
     return tl.load(base + rows[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def _fold(logits, v, m, total, out, EXACT: tl.constexpr):
-    """One step of an online softmax: the running maximum, the sum and the unnormalised output, with the next keys' logits and values."""
+    """Update an online softmax (maximum, sum, unnormalised output) with further keys."""
     m_next = tl.maximum(m, tl.max(logits, 1))
     finite = tl.where(m_next == float("-inf"), 0.0, m_next)
     weights = tl.exp2(logits - finite[:, None])  # (M, N)
     shrink = tl.exp2(m - finite)
-    return m_next, total * shrink + tl.sum(weights, 1), out * shrink[:, None] + _dot(weights.to(v.dtype), v, EXACT)
+    return (
+        m_next,
+        total * shrink + tl.sum(weights, 1),
+        out * shrink[:, None] + _dot(weights.to(v.dtype), v, EXACT),
+    )
 
 
 @triton.jit
 def _read(
-    q1, q2, K, V, low, high, m1, m2, sum1, sum2, out1, out2, start, stop, scale, tk, k_stride, map_stride, v_stride,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    q1, q2, K, V, low, high, m1, m2, sum1, sum2, out1, out2, start, stop, scale, tk, k_stride,
+    map_stride, v_stride,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Let both softmaxes of a block of rows go on with the keys from ``start`` to ``stop``."""
+    """Update both online softmaxes of a block of rows with the keys from ``start`` to ``stop``."""
     width, wide = tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
     for n in range(start, stop, N):
         keys = n + tl.arange(0, N)
         v = _tile(V, keys, wide, v_stride, tk, 2 * D)  # (N, 2d)
         logits1 = _dot(q1, tl.trans(_tile(K, keys, width, k_stride, tk, D)), EXACT) * scale
-        logits2 = _dot(q2, tl.trans(_tile(K + map_stride, keys, width, k_stride, tk, D)), EXACT) * scale
+        logits2 = (
+            _dot(q2, tl.trans(_tile(K + map_stride, keys, width, k_stride, tk, D)), EXACT) * scale
+        )
         if MASKED:
             seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
             logits1 = tl.where(seen, logits1, float("-inf"))
@@ -64,20 +77,25 @@ def forward_kernel(
     q_batch, q_row, q_map, k_batch, k_row, k_map, v_batch, v_row, v_head,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """OUT = O1 - lambda O2 and OUT2 = O2, both (B, Tq, h, 2d), and LSE (2, B, h, Tq) of both maps."""
+    """OUT = O1 - lambda O2, OUT2 = O2, both (B, Tq, h, 2d), and LSE (2, B, h, Tq) of both maps."""
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     group = head // group_size
-    rows, width, wide = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
+    rows, width, wide = (
+        tl.program_id(0) * M + tl.arange(0, M),
+        tl.arange(0, BLOCK_D),
+        tl.arange(0, 2 * BLOCK_D),
+    )
     Q += batch.to(tl.int64) * q_batch + 2 * head * q_map
     K += batch.to(tl.int64) * k_batch + 2 * group * k_map
     V += batch.to(tl.int64) * v_batch + group * v_head
     q1, q2 = _tile(Q, rows, width, q_row, tq, D), _tile(Q + q_map, rows, width, q_row, tq, D)
-    own = tl.minimum(rows, tq - 1)  # rows behind the last do as it does, and are not stored
-    low, high = tl.load(LOW + own), tl.load(HIGH + own)
+    clipped = tl.minimum(rows, tq - 1)  # rows after the last one repeat it and are not stored
+    low, high = tl.load(LOW + clipped), tl.load(HIGH + clipped)
     m1, m2 = tl.full([M], float("-inf"), tl.float32), tl.full([M], float("-inf"), tl.float32)
     sum1, sum2 = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
     out1, out2 = tl.zeros([M, 2 * BLOCK_D], tl.float32), tl.zeros([M, 2 * BLOCK_D], tl.float32)
-    # Keys that all rows see need no mask; on both sides of them are some that a part of the rows sees.
+    # Keys that all rows attend to need no mask. On both sides are keys that only some rows attend
+    # to.
     start, stop = tl.min(low) // N * N, tl.max(high)
     full_start = tl.minimum((tl.max(low) + N - 1) // N * N, stop)
     full_stop = tl.maximum(tl.min(high) // N * N, full_start)
@@ -85,20 +103,21 @@ def forward_kernel(
         begin = start if part == 0 else full_start if part == 1 else full_stop
         end = full_start if part == 0 else full_stop if part == 1 else stop
         m1, m2, sum1, sum2, out1, out2 = _read(
-            q1, q2, K, V, low, high, m1, m2, sum1, sum2, out1, out2, begin, end, scale, tk, k_row, k_map, v_row,
+            q1, q2, K, V, low, high, m1, m2, sum1, sum2, out1, out2, begin, end, scale, tk, k_row,
+            k_map, v_row,
             D, BLOCK_D, N, part != 1, EXACT,
         )  # fmt: skip
     out1 = out1 / tl.where(sum1 == 0, 1.0, sum1)[:, None]
     out2 = out2 / tl.where(sum2 == 0, 1.0, sum2)[:, None]
     lam = tl.load(LAM + head)
     inside = (rows < tq)[:, None] & (wide < 2 * D)[None, :]
-    place = ((batch.to(tl.int64) * tq + rows) * heads + head)[:, None] * 2 * D + wide[None, :]
-    tl.store(OUT + place, (out1 - lam * out2).to(OUT.dtype.element_ty), mask=inside)
-    tl.store(OUT2 + place, out2.to(OUT2.dtype.element_ty), mask=inside)
+    offset = ((batch.to(tl.int64) * tq + rows) * heads + head)[:, None] * 2 * D + wide[None, :]
+    tl.store(OUT + offset, (out1 - lam * out2).to(OUT.dtype.element_ty), mask=inside)
+    tl.store(OUT2 + offset, out2.to(OUT2.dtype.element_ty), mask=inside)
     LSE += (batch.to(tl.int64) * heads + head) * tq + rows
-    other = tl.num_programs(1).to(tl.int64) * tq  # from the first map's to the second's
+    second_map = tl.num_programs(1).to(tl.int64) * tq  # offset from the first map to the second
     tl.store(LSE, tl.where(sum1 == 0, 0.0, m1 + tl.log2(sum1)), mask=rows < tq)
-    tl.store(LSE + other, tl.where(sum2 == 0, 0.0, m2 + tl.log2(sum2)), mask=rows < tq)
+    tl.store(LSE + second_map, tl.where(sum2 == 0, 0.0, m2 + tl.log2(sum2)), mask=rows < tq)
 
 
 @triton.jit
@@ -110,12 +129,12 @@ def row_sums_kernel(
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     rows, wide = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, 2 * BLOCK_D)
     inside = (rows < tq)[:, None] & (wide < 2 * D)[None, :]
-    place = ((batch.to(tl.int64) * tq + rows) * heads + head)[:, None] * 2 * D + wide[None, :]
-    d_out = tl.load(D_OUT + place, mask=inside, other=0.0).to(tl.float32)
-    whole = tl.sum(d_out * tl.load(OUT + place, mask=inside, other=0.0).to(tl.float32), 1)
-    second = tl.sum(d_out * tl.load(OUT2 + place, mask=inside, other=0.0).to(tl.float32), 1)
+    offset = ((batch.to(tl.int64) * tq + rows) * heads + head)[:, None] * 2 * D + wide[None, :]
+    d_out = tl.load(D_OUT + offset, mask=inside, other=0.0).to(tl.float32)
+    out_sum = tl.sum(d_out * tl.load(OUT + offset, mask=inside, other=0.0).to(tl.float32), 1)
+    second = tl.sum(d_out * tl.load(OUT2 + offset, mask=inside, other=0.0).to(tl.float32), 1)
     SUMS += (batch.to(tl.int64) * heads + head) * tq + rows
-    tl.store(SUMS, whole + tl.load(LAM + head) * second, mask=rows < tq)
+    tl.store(SUMS, out_sum + tl.load(LAM + head) * second, mask=rows < tq)
     tl.store(SUMS + tl.num_programs(1).to(tl.int64) * tq, second, mask=rows < tq)
 
 
@@ -123,7 +142,7 @@ def row_sums_kernel(
 def _d_logits(
     q1, q2, k1, k2, v, d_out, lse1, lse2, sum1, sum2, lam, seen, scale, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """P (M, N), and the gradients of both maps' logits, from what a block of rows and one of keys have."""
+    """P (M, N) and the gradients of both maps' logits, for a block of rows and one of keys."""
     a1 = tl.where(seen, tl.exp2(_dot(q1, tl.trans(k1), EXACT) * scale - lse1[:, None]), 0.0)
     a2 = tl.where(seen, tl.exp2(_dot(q2, tl.trans(k2), EXACT) * scale - lse2[:, None]), 0.0)
     d_map = _dot(d_out, tl.trans(v), EXACT)  # (M, N)
@@ -132,23 +151,31 @@ def _d_logits(
 
 @triton.jit
 def keys_kernel(
-    Q, K, V, LAM, LOW, HIGH, FIRST, LAST, D_OUT, LSE, SUMS, DK, DV, scale, factor, tq, tk, heads, group_size,
+    Q, K, V, LAM, LOW, HIGH, FIRST, LAST, D_OUT, LSE, SUMS, DK, DV, scale, factor, tq, tk, heads,
+    group_size,
     q_batch, q_row, q_map, k_batch, k_row, k_map, v_batch, v_row, v_head,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """DK (B, Tk, 2G, d) and DV (B, Tk, G, 2d): a block of keys against the rows [FIRST, LAST) that see any of them, head after head."""
+    """DK (B, Tk, 2G, d) and DV (B, Tk, G, 2d): a block of keys and the rows that attend to it.
+
+    The rows are [FIRST, LAST); the heads of a group are summed in order.
+    """
     groups = heads // group_size
     batch, group = tl.program_id(1) // groups, tl.program_id(1) % groups
-    keys, width, wide = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
+    keys, width, wide = (
+        tl.program_id(0) * N + tl.arange(0, N),
+        tl.arange(0, BLOCK_D),
+        tl.arange(0, 2 * BLOCK_D),
+    )
     K += batch.to(tl.int64) * k_batch + 2 * group * k_map
     V += batch.to(tl.int64) * v_batch + group * v_head
     k1, k2 = _tile(K, keys, width, k_row, tk, D), _tile(K + k_map, keys, width, k_row, tk, D)
     v = _tile(V, keys, wide, v_row, tk, 2 * D)
     dk1, dk2 = tl.zeros([N, BLOCK_D], tl.float32), tl.zeros([N, BLOCK_D], tl.float32)
     dv = tl.zeros([N, 2 * BLOCK_D], tl.float32)
-    own = tl.minimum(keys, tk - 1)
-    start, stop = tl.min(tl.load(FIRST + own)) // M * M, tl.max(tl.load(LAST + own))
-    other = tl.num_programs(1).to(tl.int64) * group_size * tq  # from the first map's to the second's
+    clipped = tl.minimum(keys, tk - 1)
+    start, stop = tl.min(tl.load(FIRST + clipped)) // M * M, tl.max(tl.load(LAST + clipped))
+    second_map = tl.num_programs(1).to(tl.int64) * group_size * tq  # offset from the first map
     for member in range(0, group_size):
         head = group * group_size + member
         lam = tl.load(LAM + head)
@@ -156,26 +183,47 @@ def keys_kernel(
         rows_of = (batch.to(tl.int64) * heads + head) * tq
         for m in range(start, stop, M):
             rows = m + tl.arange(0, M)
-            there = rows < tq
-            q1, q2 = _tile(q, rows, width, q_row, tq, D), _tile(q + q_map, rows, width, q_row, tq, D)
-            d_out = _tile(D_OUT + (batch.to(tl.int64) * tq * heads + head) * 2 * D, rows, wide, heads * 2 * D, tq, 2 * D)
-            low, high = tl.load(LOW + rows, mask=there, other=0), tl.load(HIGH + rows, mask=there, other=0)
+            valid = rows < tq
+            q1, q2 = (
+                _tile(q, rows, width, q_row, tq, D),
+                _tile(q + q_map, rows, width, q_row, tq, D),
+            )
+            d_out = _tile(
+                D_OUT + (batch.to(tl.int64) * tq * heads + head) * 2 * D,
+                rows,
+                wide,
+                heads * 2 * D,
+                tq,
+                2 * D,
+            )
+            low, high = (
+                tl.load(LOW + rows, mask=valid, other=0),
+                tl.load(HIGH + rows, mask=valid, other=0),
+            )
             seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
             p, d_logits1, d_logits2 = _d_logits(
                 q1, q2, k1, k2, v, d_out,
-                tl.load(LSE + rows_of + rows, mask=there, other=0.0), tl.load(LSE + other + rows_of + rows, mask=there, other=0.0),
-                tl.load(SUMS + rows_of + rows, mask=there, other=0.0), tl.load(SUMS + other + rows_of + rows, mask=there, other=0.0),
+                tl.load(LSE + rows_of + rows, mask=valid, other=0.0),
+                tl.load(LSE + second_map + rows_of + rows, mask=valid, other=0.0),
+                tl.load(SUMS + rows_of + rows, mask=valid, other=0.0),
+                tl.load(SUMS + second_map + rows_of + rows, mask=valid, other=0.0),
                 lam, seen, scale, EXACT,
             )  # fmt: skip
             dv += _dot(tl.trans(p).to(d_out.dtype), d_out, EXACT)
             dk1 += _dot(tl.trans(d_logits1).to(q1.dtype), q1, EXACT)
             dk2 += _dot(tl.trans(d_logits2).to(q2.dtype), q2, EXACT)
     inside = (keys < tk)[:, None] & (width < D)[None, :]
-    place = DK + ((batch.to(tl.int64) * tk + keys) * groups + group)[:, None] * 2 * D + width[None, :]
-    tl.store(place, (dk1 * factor).to(DK.dtype.element_ty), mask=inside)
-    tl.store(place + D, (dk2 * factor).to(DK.dtype.element_ty), mask=inside)
-    place = DV + ((batch.to(tl.int64) * tk + keys) * groups + group)[:, None] * 2 * D + wide[None, :]
-    tl.store(place, dv.to(DV.dtype.element_ty), mask=(keys < tk)[:, None] & (wide < 2 * D)[None, :])
+    offset = (
+        DK + ((batch.to(tl.int64) * tk + keys) * groups + group)[:, None] * 2 * D + width[None, :]
+    )
+    tl.store(offset, (dk1 * factor).to(DK.dtype.element_ty), mask=inside)
+    tl.store(offset + D, (dk2 * factor).to(DK.dtype.element_ty), mask=inside)
+    offset = (
+        DV + ((batch.to(tl.int64) * tk + keys) * groups + group)[:, None] * 2 * D + wide[None, :]
+    )
+    tl.store(
+        offset, dv.to(DV.dtype.element_ty), mask=(keys < tk)[:, None] & (wide < 2 * D)[None, :]
+    )
 
 
 @triton.jit
@@ -184,47 +232,70 @@ def queries_kernel(
     q_batch, q_row, q_map, k_batch, k_row, k_map, v_batch, v_row, v_head,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """DQ (B, Tq, 2h, d): a block of rows against the keys that any of them sees."""
+    """DQ (B, Tq, 2h, d): a block of rows and the keys that any of them attends to."""
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     group = head // group_size
-    rows, width, wide = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
-    there = rows < tq
+    rows, width, wide = (
+        tl.program_id(0) * M + tl.arange(0, M),
+        tl.arange(0, BLOCK_D),
+        tl.arange(0, 2 * BLOCK_D),
+    )
+    valid = rows < tq
     Q += batch.to(tl.int64) * q_batch + 2 * head * q_map
     K += batch.to(tl.int64) * k_batch + 2 * group * k_map
     V += batch.to(tl.int64) * v_batch + group * v_head
     q1, q2 = _tile(Q, rows, width, q_row, tq, D), _tile(Q + q_map, rows, width, q_row, tq, D)
-    d_out = _tile(D_OUT + (batch.to(tl.int64) * tq * heads + head) * 2 * D, rows, wide, heads * 2 * D, tq, 2 * D)
+    d_out = _tile(
+        D_OUT + (batch.to(tl.int64) * tq * heads + head) * 2 * D,
+        rows,
+        wide,
+        heads * 2 * D,
+        tq,
+        2 * D,
+    )
     rows_of = (batch.to(tl.int64) * heads + head) * tq
-    other = tl.num_programs(1).to(tl.int64) * tq
-    lse1, lse2 = tl.load(LSE + rows_of + rows, mask=there, other=0.0), tl.load(LSE + other + rows_of + rows, mask=there, other=0.0)
-    sum1, sum2 = tl.load(SUMS + rows_of + rows, mask=there, other=0.0), tl.load(SUMS + other + rows_of + rows, mask=there, other=0.0)
+    second_map = tl.num_programs(1).to(tl.int64) * tq
+    lse1, lse2 = (
+        tl.load(LSE + rows_of + rows, mask=valid, other=0.0),
+        tl.load(LSE + second_map + rows_of + rows, mask=valid, other=0.0),
+    )
+    sum1, sum2 = (
+        tl.load(SUMS + rows_of + rows, mask=valid, other=0.0),
+        tl.load(SUMS + second_map + rows_of + rows, mask=valid, other=0.0),
+    )
     lam = tl.load(LAM + head)
-    own = tl.minimum(rows, tq - 1)
-    low, high = tl.load(LOW + own), tl.load(HIGH + own)
+    clipped = tl.minimum(rows, tq - 1)
+    low, high = tl.load(LOW + clipped), tl.load(HIGH + clipped)
     dq1, dq2 = tl.zeros([M, BLOCK_D], tl.float32), tl.zeros([M, BLOCK_D], tl.float32)
     for n in range(tl.min(low) // N * N, tl.max(high), N):
         keys = n + tl.arange(0, N)
         k1, k2 = _tile(K, keys, width, k_row, tk, D), _tile(K + k_map, keys, width, k_row, tk, D)
         v = _tile(V, keys, wide, v_row, tk, 2 * D)
         seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
-        _, d_logits1, d_logits2 = _d_logits(q1, q2, k1, k2, v, d_out, lse1, lse2, sum1, sum2, lam, seen, scale, EXACT)
+        _, d_logits1, d_logits2 = _d_logits(
+            q1, q2, k1, k2, v, d_out, lse1, lse2, sum1, sum2, lam, seen, scale, EXACT
+        )
         dq1 += _dot(d_logits1.to(k1.dtype), k1, EXACT)
         dq2 += _dot(d_logits2.to(k2.dtype), k2, EXACT)
-    place = DQ + ((batch.to(tl.int64) * tq + rows) * heads + head)[:, None] * 2 * D + width[None, :]
-    inside = there[:, None] & (width < D)[None, :]
-    tl.store(place, (dq1 * factor).to(DQ.dtype.element_ty), mask=inside)
-    tl.store(place + D, (dq2 * factor).to(DQ.dtype.element_ty), mask=inside)
+    offset = (
+        DQ + ((batch.to(tl.int64) * tq + rows) * heads + head)[:, None] * 2 * D + width[None, :]
+    )
+    inside = valid[:, None] & (width < D)[None, :]
+    tl.store(offset, (dq1 * factor).to(DQ.dtype.element_ty), mask=inside)
+    tl.store(offset + D, (dq2 * factor).to(DQ.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def decode_kernel(
     Q, K, V, OUT, LSE, scale, tk, split, groups, splits,
     q_batch, q_map, k_batch, k_row, k_map, v_batch, v_row, v_head,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One query a sequence: OUT (B, G, splits, 2, R, 2d) and LSE (B, G, splits, 2, R) of both maps over each part of the keys.
+    """Decode one query per sequence: OUT (B, G, splits, 2, R, 2d) and LSE (B, G, splits, 2, R).
 
-    The heads of a group are the rows of the matrix products, since they share its keys.
+    Both hold both maps over each part of the keys. The heads of a group share its keys, and are the
+    rows of the matrix products.
     """
     batch, group = tl.program_id(0) // groups, tl.program_id(0) % groups
     part = tl.program_id(1)
@@ -232,20 +303,32 @@ def decode_kernel(
     Q += batch.to(tl.int64) * q_batch + 2 * group * R * q_map
     K += batch.to(tl.int64) * k_batch + 2 * group * k_map
     V += batch.to(tl.int64) * v_batch + group * v_head
-    q1, q2 = _tile(Q, members, width, 2 * q_map, R, D), _tile(Q + q_map, members, width, 2 * q_map, R, D)
+    q1, q2 = (
+        _tile(Q, members, width, 2 * q_map, R, D),
+        _tile(Q + q_map, members, width, 2 * q_map, R, D),
+    )
     start, stop = part * split, tl.minimum((part + 1) * split, tk)
     low, high = tl.full([BLOCK_R], 0, tl.int32) + start, tl.full([BLOCK_R], 0, tl.int32) + stop
-    m1, m2 = tl.full([BLOCK_R], float("-inf"), tl.float32), tl.full([BLOCK_R], float("-inf"), tl.float32)
+    m1, m2 = (
+        tl.full([BLOCK_R], float("-inf"), tl.float32),
+        tl.full([BLOCK_R], float("-inf"), tl.float32),
+    )
     sum1, sum2 = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
-    out1, out2 = tl.zeros([BLOCK_R, 2 * BLOCK_D], tl.float32), tl.zeros([BLOCK_R, 2 * BLOCK_D], tl.float32)
+    out1, out2 = (
+        tl.zeros([BLOCK_R, 2 * BLOCK_D], tl.float32),
+        tl.zeros([BLOCK_R, 2 * BLOCK_D], tl.float32),
+    )
     m1, m2, sum1, sum2, out1, out2 = _read(
-        q1, q2, K, V, low, high, m1, m2, sum1, sum2, out1, out2, start, stop, scale, tk, k_row, k_map, v_row,
+        q1, q2, K, V, low, high, m1, m2, sum1, sum2, out1, out2, start, stop, scale, tk, k_row,
+        k_map, v_row,
         D, BLOCK_D, N, True, EXACT,
     )  # fmt: skip
-    place = ((tl.program_id(0) * splits + part).to(tl.int64) * 2 * R + members)[:, None] * 2 * D + wide[None, :]
+    offset = ((tl.program_id(0) * splits + part).to(tl.int64) * 2 * R + members)[
+        :, None
+    ] * 2 * D + wide[None, :]
     inside = (members < R)[:, None] & (wide < 2 * D)[None, :]
-    tl.store(OUT + place, out1 / sum1[:, None], mask=inside)
-    tl.store(OUT + place + R * 2 * D, out2 / sum2[:, None], mask=inside)
+    tl.store(OUT + offset, out1 / sum1[:, None], mask=inside)
+    tl.store(OUT + offset + R * 2 * D, out2 / sum2[:, None], mask=inside)
     LSE += (tl.program_id(0) * splits + part).to(tl.int64) * 2 * R + members
     tl.store(LSE, m1 + tl.log2(sum1), mask=members < R)
     tl.store(LSE + R, m2 + tl.log2(sum2), mask=members < R)

@@ -1,1 +1,1 @@
-"""Low bits: attention logits and hidden states, simulated."""
+"""Quantization: simulated for attention logits and hidden states, stored for weights."""

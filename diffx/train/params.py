@@ -75,7 +75,7 @@ def check_memory(job: TrainJob, processes: int, free: int) -> None:
         )
 
 
-def parameter_counts(config: ModelConfig) -> dict[str, dict[str, int] | str]:
+def counts_by_kind(config: ModelConfig) -> dict[str, dict[str, int] | str]:
     """Count the parameters of every architecture at one shape.
 
     Args:
@@ -117,7 +117,7 @@ def parameter_table(job: TrainJob) -> Table:
 def counts_table(config: ModelConfig) -> Table:
     """Return the table of counts of every architecture at one shape; ``*`` marks the config's."""
     rows = []
-    for kind, count in parameter_counts(config).items():
+    for kind, count in counts_by_kind(config).items():
         name = f"{kind} *" if kind == config.kind else kind
         rows.append(
             [

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffx.bench import timing
-from diffx.bench.timing import alternate, peak_memory, speed_ratio
+from diffx.bench.timing import peak_bytes, speed_ratio, time_in_turns
 
 CPU = torch.device("cpu")
 
@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 def test_contestants_take_turns_and_every_second_round_is_reversed(monkeypatch):
     monkeypatch.setattr(timing, "ROUND_SECONDS", 0)
     calls = []
-    seconds = alternate({name: lambda name=name: calls.append(name) for name in "abc"}, 3, CPU)
+    seconds = time_in_turns({name: lambda name=name: calls.append(name) for name in "abc"}, 3, CPU)
     assert "".join(calls) == "aabbcc" + "abc" + "cba" + "abc"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
@@ -20,7 +20,7 @@ def test_a_turn_repeats_a_short_call_and_gives_seconds_a_call(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) / 10)  # each turn seems to last a tenth of a second
     monkeypatch.setattr(timing, "ROUND_SECONDS", 0.5)
     calls = []
-    assert alternate({"a": lambda: calls.append(1)}, 2, CPU) == {"a": [pytest.approx(0.1 / 5)] * 2}
+    assert time_in_turns({"a": lambda: calls.append(1)}, 2, CPU) == {"a": [pytest.approx(0.1 / 5)] * 2}
     assert len(calls) == 2 + 2 * 5
 
 
@@ -43,4 +43,4 @@ def test_peak_memory_counts_what_lives_at_once():
         return call
 
     for _ in range(2):  # what an earlier measurement freed does not count in the next
-        assert peak_memory(build, CPU) == pytest.approx(12 * 2**20, rel=1e-3)
+        assert peak_bytes(build, CPU) == pytest.approx(12 * 2**20, rel=1e-3)

@@ -20,7 +20,7 @@ from diffx.config import UserError
 from diffx.config.model import MODEL_CONFIGS
 from diffx.hub.attention import quantizing_logits
 from diffx.hub.convert import to_diffllama, to_llama
-from diffx.hub.registered import to_registered
+from diffx.hub.registered import to_diffx
 from diffx.models import build_model, init_weights
 from diffx.models.attention import attention_modules
 from diffx.ops import QuantizedLogits, reference
@@ -47,7 +47,7 @@ def logits(model, quantized=None):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize(("kind", "export"), [("transformer", to_llama), ("diff_v1", to_diffllama), ("diff_v2", to_registered)])
+@pytest.mark.parametrize(("kind", "export"), [("transformer", to_llama), ("diff_v1", to_diffllama), ("diff_v2", to_diffx)])
 def test_an_exported_model_is_quantized_as_the_original_is(kind, export, scope):
     model = ours(kind)
     theirs = export(model).eval().double()
@@ -89,7 +89,7 @@ def test_two_models_in_one_process_attend_each_in_its_way(kind):
     if kind == "diff_v1":
         second = copy.deepcopy(first)
     elif kind == "registered":
-        first, second = to_registered(first), to_registered(copy.deepcopy(first))
+        first, second = to_diffx(first), to_diffx(copy.deepcopy(first))
     else:
         first = to_llama(first).double().eval()
         second = LlamaForCausalLM(first.config).double().eval() if kind.endswith("config") else copy.deepcopy(first)

@@ -25,11 +25,11 @@ from diffx.config.dex import DexConfig
 from diffx.config.model import MODEL_CONFIGS, LambdaScope
 from diffx.dex.attach import attach
 from diffx.dex.layout import find_layers
-from diffx.dex.registered import to_registered as keep_branch
+from diffx.dex.registered import to_dex
 from diffx.hub.attention import CACHE, cache_keyword
 from diffx.hub.configs import DiffxConfig
 from diffx.hub.convert import to_llama
-from diffx.hub.registered import DiffxForCausalLM, to_registered
+from diffx.hub.registered import DiffxForCausalLM, to_diffx
 from diffx.models import build_model, generate, init_weights
 
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48, "vocab_size": 50, "init_std": 0.2}
@@ -44,7 +44,7 @@ def pair(request):
     options = {"lambda_scope": LambdaScope.head} if request.param == "diff_v1" else {}
     ours = build_model(MODEL_CONFIGS[request.param](**SHAPE, **options))
     init_weights(ours, 0)
-    return ours.eval(), to_registered(ours).eval()
+    return ours.eval(), to_diffx(ours).eval()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
     ours = build_model(MODEL_CONFIGS["diff_v2"](**SHAPE))
     init_weights(ours, 0)
     path = tmp_path_factory.mktemp("registered")
-    to_registered(ours).save_pretrained(path)
+    to_diffx(ours).save_pretrained(path)
     return path
 
 
@@ -138,7 +138,7 @@ def test_hidden_states_are_those_that_llama_gives():
     init_weights(ours, 0)
     llama = to_llama(ours).eval()
     expected = llama(IDS, output_hidden_states=True).hidden_states
-    got = to_registered(ours).eval()(IDS, output_hidden_states=True).hidden_states
+    got = to_diffx(ours).eval()(IDS, output_hidden_states=True).hidden_states
     assert len(got) == len(expected) == 3
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -182,7 +182,7 @@ def llamas():
     """A Llama, and the same function as our class."""
     ours = build_model(MODEL_CONFIGS["transformer"](**SHAPE))
     init_weights(ours, 0)
-    return to_llama(ours).eval(), to_registered(ours).eval()
+    return to_llama(ours).eval(), to_diffx(ours).eval()
 
 
 def assert_same_outputs(got, expected, mask=None):
@@ -241,7 +241,7 @@ def test_generate_writes_what_the_whole_text_read_anew_gives(kind):
     """Greedy, beams and draws of a batch with padding on the left, with a cache; against no cache, and a loop without ``generate``."""
     ours = build_model(MODEL_CONFIGS[kind](**SHAPE))
     init_weights(ours, 0)
-    theirs = to_registered(ours.eval()).eval()
+    theirs = to_diffx(ours.eval()).eval()
     theirs.generation_config.eos_token_id = None
     prompts = IDS * LEFT
     alone = []
@@ -297,8 +297,8 @@ def test_trainer_accumulates_gradients_as_it_does_for_llama(tmp_path):
     ours = build_model(MODEL_CONFIGS["transformer"](**SHAPE))
     init_weights(ours, 0)
     expected, llama = steps_of_trainer(to_llama(ours), tmp_path, 4)
-    whole, _ = steps_of_trainer(to_registered(copy.deepcopy(ours)), tmp_path, 1)
-    losses, theirs = steps_of_trainer(to_registered(copy.deepcopy(ours)), tmp_path, 4)
+    whole, _ = steps_of_trainer(to_diffx(copy.deepcopy(ours)), tmp_path, 1)
+    losses, theirs = steps_of_trainer(to_diffx(copy.deepcopy(ours)), tmp_path, 4)
     assert losses == pytest.approx(expected, rel=1e-5)
     assert whole == pytest.approx(expected, rel=1e-5)
     state = to_llama(theirs.decoder).state_dict()
@@ -316,7 +316,7 @@ def test_trainer_knows_an_adapted_model_by_its_base(hf_folder, tmp_path):
             continue
         layers = find_layers(base, {"input_ids": torch.tensor([[0, 1]])})
         adapted = attach(base, layers, DexConfig(), [[0] for _ in layers], 10, 0)
-        model = keep_branch(adapted, 0)
+        model = to_dex(adapted, 0)
         model.requires_grad_(True)
         for branch in adapted.branches:  # at zero with no gradient it stays the base
             branch.w_d.requires_grad_(False)
@@ -353,7 +353,7 @@ def test_peft_adapts_it(pair):
 def test_an_adapted_model_takes_what_its_base_takes(config, tmp_path):
     base = AutoModelForCausalLM.from_config(config).eval()
     layers = find_layers(base, {"input_ids": torch.tensor([[0, 1]])})
-    model = keep_branch(attach(copy.deepcopy(base), layers, DexConfig(), [[0] for _ in layers], 10, 0), 0).eval()
+    model = to_dex(attach(copy.deepcopy(base), layers, DexConfig(), [[0] for _ in layers], 10, 0), 0).eval()
     assert inspect.signature(model.forward) == inspect.signature(base.forward)
     assert cache_keyword(model) == cache_keyword(base) == CACHE
     trainers = [

@@ -248,7 +248,7 @@ def test_cache_of_rows_that_differ_in_length(kind):
         model(ids[:, :9], cache=cache)
         cache.drop_padding([0, 4, 2])
         chosen = [2, 1, 1]
-        cache = cache.select(torch.tensor(chosen), room=7)
+        cache = cache.select(torch.tensor(chosen), free=7)
         more = ids[[0, 1, 2], 9:13]
         first = model(more, cache=cache)
         cache.drop_padding([0, 1, 3])

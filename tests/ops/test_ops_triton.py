@@ -234,7 +234,7 @@ shared = {}
 for capability, d, dtype, name in ((80, 64, torch.bfloat16, "*bf16"), (90, 128, torch.float32, "*fp32")):
     for kernel in ("forward", "row_sums", "keys", "queries", "decode"):
         function = getattr(triton_kernels, f"{kernel}_kernel")
-        sizes = triton_attention._blocks(kernel, d, dtype) | {"D": d} | ({"R": 2, "BLOCK_R": 16} if kernel == "decode" else {})
+        sizes = triton_attention._launch_options(kernel, d, dtype) | {"D": d} | ({"R": 2, "BLOCK_R": 16} if kernel == "decode" else {})
         options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
         signature = {}
         for argument in function.arg_names:
