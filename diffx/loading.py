@@ -66,6 +66,14 @@ class Loaded:
     data: DataConfig | None = None
     adapted: Adapted | None = None
 
+    @property
+    def architecture(self) -> str:
+        """``model=`` of a run; of another model its type in ``transformers``, and the variant of an adaptation."""
+        if isinstance(self.job, TrainJob):
+            return self.job.model.kind
+        variant = f"+{self.job.dex.variant.value}" if self.job else ""
+        return f"{self.model.config.model_type}{variant}"
+
 
 def load(
     spec: str,

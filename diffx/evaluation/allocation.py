@@ -8,21 +8,19 @@ question belong to neither. A figure is the mean over heads and layers; records 
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from diffx.data.needles import Sample
 from diffx.evaluation.model import LanguageModel
-from diffx.evaluation.published import published
 from diffx.evaluation.retrieval import haystack_of, hide, long_enough
-from diffx.evaluation.suite import Context, Example, Metric, Record, mean_metrics
+from diffx.evaluation.suite import Context, Example, Record
 from diffx.models.view import AttentionView
+from diffx.results.declare import Average, Declaration, Metric, Picture, Table
+from diffx.results.published import published
 
 _NAMES = ("answer", "noise", "|answer|", "|noise|")
-_OURS, _THEIRS = ("#0072B2", "#56B4E9"), ("#999999", "#D55E00")
 
 
 def plan(context: Context) -> list[Example]:
@@ -36,7 +34,7 @@ def plan(context: Context) -> list[Example]:
     length = suite.length or min(context.lm.context, 4096)
     examples = []
     for depth in suite.depths:
-        data = {"group": f"depth {depth:.0%}", "needles": needles, "asked": asked, "length": length, "depth": depth}
+        data = {"task": f"N={needles} R={asked}", "needles": needles, "asked": asked, "length": length, "depth": depth}
         name = f"N={needles} R={asked}/T={length}/depth={depth:g}"
         examples += context.limited([Example(f"{name}/{number}", data | {"number": number}) for number in range(suite.samples)])
     return long_enough(context, haystack_of(context), examples, "suite.length")
@@ -54,7 +52,7 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
         heads = _allocate(context.lm, sample)  # (4, layers, heads)
         yield {
             "id": example.id,
-            "group": example.data["group"],
+            "by": {"depth": example.data["depth"]},
             "scores": dict(zip(_NAMES, heads.mean((1, 2)).tolist(), strict=True)),
             "needles": dict(zip(sample.needles.cities, sample.needles.numbers, strict=True)),
             "heads": {name: np.round(part, 5).tolist() for name, part in zip(_NAMES, heads, strict=True)},
@@ -84,40 +82,47 @@ def _allocate(lm: LanguageModel, sample: Sample) -> np.ndarray:
     return np.array([layers[layer] for layer in sorted(layers)]).swapaxes(0, 1)
 
 
-def summarize(context: Context, records: list[Record]) -> list[Metric]:
-    """Means by depth."""
-    return mean_metrics(records, lambda group, name: published("attention_allocation", group, name))
+def declare(context: Context) -> Declaration:
+    """Means by depth, and by layer and head."""
+    better = {"answer": "higher", "|answer|": "higher", "noise": "lower", "|noise|": "lower"}
+    metrics = [Metric(name=name, better=better[name]) for name in _NAMES]
+    bars = [
+        Picture(
+            kind="bars",
+            title=f"Attention to the {name}",
+            metrics=[name, f"|{name}|"],
+            x="depth",
+            xlabel="depth of the answer",
+            ylabel="share of attention",
+        )
+        for name in ("answer", "noise")
+    ]
+    heads = Picture(
+        kind="heat",
+        title="Attention to the answer, by layer and head",
+        metrics=["answer"],
+        x="head",
+        y="layer",
+        xlabel="head",
+        ylabel="layer",
+    )
+    return Declaration(
+        metrics=metrics,
+        tables=[
+            Table(by=["depth"], label="depth {depth:.0%}", average=Average(over="depth")),
+            Table(by=["layer", "head"], label="layer {layer} head {head}", compared=False),
+        ],
+        pictures=[*bars, heads],
+        references=published("attention_allocation"),
+    )
 
 
-def draw(context: Context, records: list[Record], metrics: list[Metric], path: Path) -> None:
-    """Draw the shares by depth, the papers' beside ours, and the answer's by layer and head."""
-    groups = list(dict.fromkeys(record["group"] for record in records))
-    canvas = Figure(figsize=(15, 4.8), layout="constrained")
-    *bars, heads = canvas.subplots(1, 3)
-    for axes, name in zip(bars, ("answer", "noise"), strict=True):
-        shown = {metric.group: metric for metric in metrics if metric.name == name}
-        absolute = {metric.group: metric.value for metric in metrics if metric.name == f"|{name}|"}
-        ours = {context.lm.name: [shown[group].value for group in groups]}
-        if any(abs(absolute[group] - shown[group].value) > 1e-6 for group in groups):
-            ours[f"{context.lm.name}, |A|"] = [absolute[group] for group in groups]
-        names = dict.fromkeys(label for group in groups for label in shown[group].published)
-        theirs = {f"{label}, 4K": [shown[group].published.get(label, np.nan) for group in groups] for label in names}
-        series = [*zip(ours.items(), _OURS, strict=False), *zip(theirs.items(), _THEIRS, strict=True)]
-        width = 0.8 / len(series)
-        for number, ((label, values), colour) in enumerate(series):
-            places = np.arange(len(groups)) + (number - (len(series) - 1) / 2) * width
-            axes.bar(places, values, width, label=label, color=colour, alpha=0.55 if label in theirs else 1.0)
-        axes.set_xticks(range(len(groups)), [group.removeprefix("depth ") for group in groups])
-        axes.set(xlabel="depth of the answer", ylabel="share of attention")
-        axes.set_title(f"Attention to the {name}", loc="left", fontsize=11, fontweight="bold")
-        axes.axhline(0, color="#444444", linewidth=1)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    canvas.legend(*bars[0].get_legend_handles_labels(), loc="outside lower left", ncols=4, frameon=False, fontsize=9.5)
-    grid = np.mean([record["heads"]["answer"] for record in records], axis=0)
-    image = heads.imshow(grid, aspect="auto", cmap="viridis", vmin=min(0.0, grid.min()))
-    heads.set(xlabel="head", ylabel="layer", xticks=range(grid.shape[1]), yticks=range(grid.shape[0]))
-    heads.set_title("Attention to the answer, by layer and head", loc="left", fontsize=11, fontweight="bold")
-    canvas.colorbar(image, ax=heads)
-    canvas.savefig(path, dpi=150)
+def figures(context: Context, records: list[Record]) -> list[Record]:
+    """Each head's shares, means over the samples."""
+    rows = []
+    for name in _NAMES:
+        grid = np.mean([record["heads"][name] for record in records], axis=0)  # (layers, heads)
+        for (layer, head), value in np.ndenumerate(grid):
+            columns = {"layer": layer, "head": head, "n": len(records)}
+            rows.append({"metric": name, "aggregate": "mean", "value": float(value), **columns})
+    return rows

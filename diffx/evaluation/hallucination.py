@@ -6,21 +6,18 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from diffx.config import UserError
 from diffx.config.eval import EndpointJudge
 from diffx.errors import reason
 from diffx.evaluation.model import LanguageModel
-from diffx.evaluation.published import published
 from diffx.evaluation.scoring import generations
-from diffx.evaluation.suite import Context, Example, Metric, Record, mean_metrics
+from diffx.evaluation.suite import Context, Example, Record
 from diffx.files import json_sha256, open_text, parse_json
+from diffx.results.declare import Average, Declaration, Metric, Picture, Table, metrics
+from diffx.results.published import published
 
 # (name, subset, revision) of data sets that `datasets` reads without a script; LongBench has a script, and an archive beside it.
 _HUB: dict[str, tuple[str, str | None, str | None]] = {
@@ -72,7 +69,7 @@ def plan(context: Context) -> list[Example]:
         context.sources[name] = json_sha256(rows, sort_keys=False)
         random.Random(f"{context.seed}/{name}").shuffle(drawn)
         tasks[name] = context.limited(drawn[: suite.samples])
-    examples = [Example(f"{name}/{key}", {"group": name, **row}) for name, drawn in tasks.items() for key, row in drawn]
+    examples = [Example(f"{name}/{key}", {"task": name, **row}) for name, drawn in tasks.items() for key, row in drawn]
     for example in examples:
         max_tokens = suite.max_tokens or _FORMS[example.data["kind"]].max_tokens
         needed = len(context.lm.prompt(_prompt(example.data, _CUT))) + max_tokens
@@ -97,8 +94,8 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             said = text.strip().partition(form.stop)[0].rstrip()  # many models begin with an empty line
             scores = (summary_scores if kind == "summary" else answer_scores)(said, example.data["references"])
             scores |= {"answer_tokens": len(lm.encode(said)), "empty": float(not said), "text_seen": seen}
-            asked = {key: value for key, value in example.data.items() if key != "text"}
-            yield {"id": example.id, **asked, "prompt": prompt, "answer": said, "scores": scores}
+            asked = {key: value for key, value in example.data.items() if key not in ("text", "task")}
+            yield {"id": example.id, "by": {"task": example.data["task"]}, **asked, "prompt": prompt, "answer": said, "scores": scores}
 
 
 def fit(lm: LanguageModel, row: dict[str, Any], max_tokens: int) -> tuple[str, float]:
@@ -155,83 +152,65 @@ def judge(context: Context, records: list[Record]) -> list[Record]:
     return judged
 
 
-def summarize(context: Context, records: list[Record]) -> list[Metric]:
-    """Means by task, and what is no mean: the diversity of a task's answers, and the share of verdicts that could not be used."""
+_AGREEMENT = ("exact_match", "f1", "rouge1", "rouge2", "rougeL")
+_DIVERSITY = {"distinct_1": "higher", "distinct_2": "higher", "distinct_3": "higher", "self_bleu": "lower"}
+_MOST_UNUSABLE = 0.1  # share of verdicts; above it there is a warning
+
+
+def declare(context: Context) -> Declaration:
+    """Means by task; and figures of all answers together: their diversity, unusable verdicts."""
+    others = {"answer_tokens": "tokens", "empty": "share", "text_seen": "share"}
+    judge = context.job.judge
+    judged = f", judged by {judge.model}" if isinstance(judge, EndpointJudge) else ""
+    titles = {
+        f"Faithful answers{judged}": ["faithful"],
+        "Agreement with the references": list(_AGREEMENT),
+        "Diversity of the answers (self_bleu: lower is more diverse)": list(_DIVERSITY),
+    }
+    return Declaration(
+        metrics=[
+            *metrics(["faithful", *_AGREEMENT]),
+            *(Metric(name=name, unit=unit, better="none") for name, unit in others.items()),
+            *(Metric(name=k, better=v, aggregate="given") for k, v in _DIVERSITY.items()),
+            Metric(name="unusable_verdicts", better="lower", aggregate="given"),
+        ],
+        tables=[
+            Table(
+                by=["task"],
+                label="{task}",
+                average=Average(over="task", metrics={"faithful": ["faithful"]}),
+            )
+        ],
+        pictures=[
+            Picture(kind="bars", title=title, metrics=names, x="task", limits=[0, 1.08])
+            for title, names in titles.items()
+        ],
+        references=published("hallucination"),
+    )
+
+
+def figures(context: Context, records: list[Record]) -> list[Record]:
+    """The diversity of each task's answers, and the share of verdicts that could not be used."""
     from diffx.evaluation.text_metrics import diversity  # slow to import
 
-    means = mean_metrics(records, partial(published, "hallucination"))
-    metrics = [metric for metric in means if metric.group != "average" or metric.name == "faithful"]  # other scores differ in kind
-    groups = list(dict.fromkeys(record["group"] for record in records))
-    for group in groups:
-        own = [record for record in records if record["group"] == group]
-        texts = [record["answer"] for record in own if record["answer"]]
-        metrics += [Metric(group, name, value, n=len(texts)) for name, value in diversity(texts).items()]
-        judged = [record for record in own if "verdict" in record]
+    rows = []
+    for task in dict.fromkeys(record["by"]["task"] for record in records):
+        of_task = [record for record in records if record["by"]["task"] == task]
+        texts = [record["answer"] for record in of_task if record["answer"]]
+        place = {"task": task, "aggregate": "corpus", "n": len(texts)}
+        rows += [place | {"metric": k, "value": v} for k, v in diversity(texts).items()]
+        judged = [record for record in of_task if "verdict" in record]
         if judged:
-            unusable = sum(record["verdict"]["faithful"] is None for record in judged) / len(judged)
-            metrics.append(Metric(group, "unusable_verdicts", unusable, n=len(judged)))
+            lost = sum(record["verdict"]["faithful"] is None for record in judged)
+            unusable, n = lost / len(judged), len(judged)
+            place = {"task": task, "aggregate": "mean", "n": n}
+            rows.append(place | {"metric": "unusable_verdicts", "value": unusable})
             if unusable > _MOST_UNUSABLE:
-                kept = "`faithful` is a mean over the others"
-                context.reporter.warn(f"{group}: {unusable:.0%} of the judge's {len(judged)} replies give no verdict; {kept}")
-    return sorted(metrics, key=lambda metric: ([*groups, "average"].index(metric.group), metric.name != "faithful"))
-
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
-_GREYS = ("#BDBDBD", "#858585")
-_MOST_UNUSABLE = 0.1  # share of verdicts; above it there is a warning
-_PANELS = {
-    "Faithful answers": ("faithful",),
-    "Agreement with the references": ("exact_match", "f1", "rouge1", "rouge2", "rougeL"),
-    "Diversity of the answers (for self_bleu, lower is more diverse)": ("distinct_1", "distinct_2", "distinct_3", "self_bleu"),
-}
-
-
-def draw(context: Context, records: list[Record], metrics: list[Metric], path: Path) -> None:
-    """Draw bars by task: faithful answers beside the published ones, if judged, the agreement with the references, the diversity."""
-    groups = list(dict.fromkeys(record["group"] for record in records))
-    shown = [metric for metric in metrics if metric.group in groups]
-    panels = {title: names for title, names in _PANELS.items() if any(metric.name in names for metric in shown)}
-    canvas = Figure(figsize=(4.5 + 1.2 * len(groups), 2.9 * len(panels)), layout="constrained")
-    for axes, (title, names) in zip(canvas.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
-        bars = {name: {metric.group: metric for metric in shown if metric.name == name} for name in names}
-        theirs: dict[str, dict[str, Metric]] = {}
-        for metric in bars.get("faithful", {}).values():
-            for label, value in metric.published.items():
-                theirs.setdefault(label, {})[metric.group] = Metric(metric.group, label, value)
-        _bars(axes, groups, {name: own for name, own in bars.items() if own}, theirs)
-        who = f", judged by {records[0]['verdict']['judge']}" if "faithful" in names else ""
-        unusable = [metric.value * metric.n for metric in shown if metric.name == "unusable_verdicts"]
-        if who and any(unusable):
-            judged = sum(metric.n for metric in shown if metric.name == "unusable_verdicts")
-            who += f"; {sum(unusable) / judged:.1%} of {judged} verdicts unusable"
-        axes.set_title(title + who, loc="left", fontsize=11, fontweight="bold")
-    canvas.suptitle(f"{context.lm.name} (95% intervals)", x=0.01, ha="left", fontsize=11)
-    canvas.savefig(path, dpi=150)
-
-
-def _bars(axes: Axes, groups: list[str], ours: dict[str, dict[str, Metric]], theirs: dict[str, dict[str, Metric]]) -> None:
-    """Bars of each series by group, side by side; a group lacks what it has no figure for."""
-    series = {**ours, **theirs}
-    colours = dict(zip(series, [*_COLOURS[: len(ours)], *_GREYS], strict=False))
-    width = 0.8 / max(sum(group in own for own in series.values()) for group in groups)
-    labelled = set()
-    for place, group in enumerate(groups):
-        present = [(label, own[group]) for label, own in series.items() if group in own]
-        for i, (label, metric) in enumerate(present):
-            x = place + (i - (len(present) - 1) / 2) * width
-            axes.bar(x, metric.value, 0.92 * width, color=colours[label], label="_" if label in labelled else label)
-            top = metric.value
-            if metric.low is not None and metric.high is not None:
-                top = metric.high
-                axes.plot([x, x], [metric.low, metric.high], color="#333333", linewidth=1.5)
-            axes.annotate(f"{metric.value:.2f}", (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-            labelled.add(label)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set(xlim=(-0.5, len(groups) - 0.5), ylim=(0, 1.08))
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+                context.reporter.warn(
+                    f"{task}: {unusable:.0%} of the judge's {n} replies give no verdict; "
+                    "`faithful` is a mean over the others"
+                )
+    return rows
 
 
 def _prompt(row: dict[str, Any], text: str) -> str:

@@ -2,8 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +9,16 @@ import torch
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
-from matplotlib.figure import Figure
 from transformers import GenerationConfig
 
 from diffx.config import UserError
 from diffx.data.sources import reason
 from diffx.evaluation.adapter import DecoderLM, PretrainedLM, RecordingLM, generation_settings, quiet, with_chat_template
-from diffx.evaluation.bootstrap import interval, resampled_means
 from diffx.evaluation.harness_tasks import Tasks, digest, load_tasks
-from diffx.evaluation.published import published
-from diffx.evaluation.suite import Context, Example, Metric, Record, mean_metrics
+from diffx.evaluation.suite import Context, Example, Record
 from diffx.models import Decoder
+from diffx.results.declare import Average, Declaration, Metric, Picture, Table
+from diffx.results.published import published
 
 _REQUESTS = "requests.jsonl"
 _GENERATION = ("until", "do_sample", "temperature", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -29,13 +26,17 @@ _SEED = 1234  # lm-eval's own for demonstrations: seed=0 draws those that it dra
 _RESAMPLES = 200  # of figures that are no means
 # What is averaged over tasks, and the score of a task that counts: the first that it has.
 _AVERAGES = {
-    "acc": ("acc",),
-    "acc_norm": ("acc_norm", "acc"),
-    "accuracy": ("math_verify", "exact_match", "exact_match,flexible-extract", "exact_match,strict-match"),
-    "answer_tokens": ("answer_tokens",),
+    "acc": ["acc"],
+    "acc_norm": ["acc_norm", "acc"],
+    "accuracy": [
+        "math_verify",
+        "exact_match",
+        "exact_match,flexible-extract",
+        "exact_match,strict-match",
+    ],
+    "answer_tokens": ["answer_tokens"],
 }
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = "DsXP^v"
+_SHARES = {"acc", "acc_norm", "exact_match", "em", "f1", "math_verify"}
 
 
 def plan(context: Context) -> list[Example]:
@@ -121,7 +122,7 @@ def _examples(context: Context) -> list[Example]:
 
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     """Run each task with each number of shots through lm-eval; records come when a task is done, its requests are kept before that."""
-    tasks, wanted = _tasks(context).tasks, {example.id for example in examples}
+    found, wanted = _tasks(context), {example.id for example in examples}
     ours = isinstance(context.lm.model, Decoder)
     asked_of = DecoderLM(context.lm, context.batch) if ours else PretrainedLM(context.lm, context.job)
     done, heading, documents = len(_examples(context)) - len(examples), "", 0
@@ -134,7 +135,7 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     suite = context.suite
     runs = [example.data["run"] for example in examples]
     for name, asked, shots in dict.fromkeys(runs):
-        task, heading, documents = tasks[name], f"{name} ({shots}-shot)", runs.count((name, asked, shots))
+        task, heading, documents = found.tasks[name], f"{name} ({shots}-shot)", runs.count((name, asked, shots))
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(_SEED + context.seed)
         torch.manual_seed(context.seed)
@@ -152,14 +153,15 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             limit = f"the context of {context.lm.context} tokens"
             context.reporter.warn(f"{heading}: {asked_of.cut} requests are longer than {limit}: their beginning was left out")
             asked_of.cut = 0
-        for record in _records(context, task, heading, results["samples"][name]):
-            record |= {"task": name, "shots": asked}
+        item = next(item for item, names in found.items.items() if name in names)
+        for record in _records(context, task, results["samples"][name]):
+            record |= {"by": {"task": name, "shots": shots, "variant": item}, "shots": asked}
             if record["id"] in wanted:
                 done += 1
                 yield record
 
 
-def _records(context: Context, task: Task, heading: str, samples: list[dict[str, Any]]) -> Iterator[Record]:
+def _records(context: Context, task: Task, samples: list[dict[str, Any]]) -> Iterator[Record]:
     by_document: dict[int, list[dict[str, Any]]] = {}
     for sample in samples:  # one for each filter of the answers
         by_document.setdefault(sample["doc_id"], []).append(sample)
@@ -181,7 +183,6 @@ def _records(context: Context, task: Task, heading: str, samples: list[dict[str,
             scores["loglikelihood"] = float(sum(responses))
         record = {
             "id": f"{task.task_name}/{task.get_config('num_fewshot')}/{number}",
-            "group": heading,
             "scores": scores,
             "prompts": list(dict.fromkeys(arguments[0] for arguments in first["arguments"])),
             "responses": responses,
@@ -197,113 +198,109 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda other: other.tolist() if hasattr(other, "tolist") else str(other)))
 
 
-def summarize(context: Context, records: list[Record]) -> list[Metric]:
-    """Means over documents, lm-eval's other aggregates, its groups, and averages over tasks."""
-    found, name_of = _tasks(context), context.suite.name
-    metrics = mean_metrics(records, partial(published, name_of), average=False)
-    by_heading: dict[str, list[Record]] = {}
+def declare(context: Context) -> Declaration:
+    """Means over documents and lm-eval's other aggregates by task and shots, its groups, averages."""
+    loaded, own_shots = _tasks(context), context.suite.shots is None
+    average = Average(
+        over="variant",
+        by=[] if own_shots else ["shots"],
+        label="average" if own_shots else "average ({shots}-shot)",
+        metrics=_AVERAGES,
+    )
+    metrics = {name: Metric(name=name, unit="share") for name in ("acc", "acc_norm", "accuracy")}
+    metrics |= {"answer_tokens": Metric(name="answer_tokens", unit="tokens", better="none")}
+    loglikelihood = Metric(name="loglikelihood", unit="nats", better="higher")
+    for task in loaded.tasks.values():
+        metrics |= {metric.name: metric for metric in _metrics_of(task)}
+    metrics["loglikelihood"] = loglikelihood
+    picture = Picture(kind="intervals", title="{panel} (95% intervals)", panels=["unit"])
+    return Declaration(
+        metrics=list(metrics.values()),
+        tables=[Table(by=["task", "shots"], label="{task} ({shots}-shot)", average=average)],
+        pictures=[picture],
+        references=published(context.suite.name),
+    )
+
+
+def _metrics_of(task: Task) -> Iterator[Metric]:
+    """What lm-eval says of a task's metrics, one for each filter of its answers."""
+    sieves = [sieve.name for sieve in getattr(task, "_filters", [])] or ["none"]
+    directions = task.higher_is_better()
+    for name in {**directions, **task.aggregation()}:
+        higher = directions.get(name)
+        whole = task.aggregation().get(name, mean) is not mean
+        unit = "share" if name in _SHARES else name
+        better = "higher" if higher else "lower" if higher is False else "none"
+        for sieve in sieves:
+            label = name if sieve == "none" else f"{name},{sieve}"
+            how = "given" if whole else "mean"
+            yield Metric(name=label, unit=unit, better=better, aggregate=how)
+
+
+def figures(context: Context, records: list[Record]) -> list[Record]:
+    """lm-eval's aggregates that are no means, and what it says of its groups of tasks."""
+    loaded, rows = _tasks(context), []
+    by_run: dict[tuple[str, int], list[Record]] = {}
     for record in records:
-        by_heading.setdefault(record["group"], []).append(record)
-    for heading, own in by_heading.items():
-        for name in own[0].get("values", {}):
-            aggregate = found.tasks[own[0]["task"]].aggregation()[name.split(",")[0]]
-            metrics.append(_resampled(heading, name, aggregate, [record["values"][name] for record in own], context.seed))
-    metrics.sort(key=lambda metric: list(by_heading).index(metric.group))
+        by_run.setdefault((record["by"]["task"], record["by"]["shots"]), []).append(record)
+    for (task, shots), of_run in by_run.items():
+        for name in of_run[0].get("values", {}):
+            aggregate = loaded.tasks[task].aggregation()[name.split(",")[0]]
+            values = [record["values"][name] for record in of_run]
+            place = {"metric": name, "task": task, "shots": shots, "aggregate": aggregate.__name__}
+            rows.append(place | _resampled(aggregate, values, context.seed))
     for asked in dict.fromkeys(record["shots"] for record in records):
-        suffix = "" if asked is None else f" ({asked}-shot)"
-        own = [record for record in records if record["shots"] == asked]
-        for group in found.groups:
-            metrics += _group(found, group, suffix, own, metrics)
-        averages = _averages(found, suffix, own)
-        for metric in averages:
-            metric.published = published(name_of, metric.group, {"answer_tokens": "tokens"}.get(metric.name, metric.name))
-        metrics += averages
-    return metrics
+        runs = {run: r for run, r in by_run.items() if r[0]["shots"] == asked}
+        for group in loaded.groups:
+            rows += _group(loaded, group, runs, rows)
+    return rows
 
 
-def _resampled(heading: str, name: str, aggregate: Any, values: list[Any], seed: int) -> Metric:
+def _resampled(aggregate: Any, values: list[Any], seed: int) -> Record:
     rng = np.random.default_rng(seed)
-    drawn = [[values[index] for index in rng.integers(len(values), size=len(values))] for _ in range(_RESAMPLES)]
-    figures = np.array([aggregate(sample) for sample in drawn])
-    return Metric(heading, name, float(aggregate(values)), float(figures.std(ddof=1)), *interval(figures), len(values))
+    draws = [rng.integers(len(values), size=len(values)) for _ in range(_RESAMPLES)]
+    drawn = np.array([aggregate([values[index] for index in indices]) for indices in draws])
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    interval = {"stderr": float(drawn.std(ddof=1)), "low": low, "high": high}
+    return {"value": float(aggregate(values)), **interval, "n": len(values)}
 
 
-def _group(found: Tasks, group: str, suffix: str, records: list[Record], metrics: list[Metric]) -> list[Metric]:
+def _group(
+    loaded: Tasks, group: str, runs: dict[tuple[str, int], list[Record]], given: list[Record]
+) -> Iterator[Record]:
     """What lm-eval says of a group of tasks."""
     of_tasks: dict[str, Any] = {}
-    for task, heading in dict.fromkeys((record["task"], record["group"]) for record in records):
-        own = [metric for metric in metrics if metric.group == heading]
-        of_tasks[task] = {"sample_len": own[0].n}
-        for metric in own:
-            name, _, sieve = metric.name.partition(",")
-            of_tasks[task][f"{name},{sieve or 'none'}"] = metric.value
-            of_tasks[task][f"{name}_stderr,{sieve or 'none'}"] = "N/A" if metric.stderr is None else metric.stderr
-    together = dict(found.groups[group].aggregate(of_tasks))
-    figures = []
+    for (task, shots), records in runs.items():
+        of_tasks[task] = {"sample_len": len(records)}
+        figures = {
+            name: _mean_of([record["scores"][name] for record in records])
+            for name in records[0]["scores"]
+        }
+        for row in given:
+            if (row.get("task"), row.get("shots")) == (task, shots):
+                figures[row["metric"]] = (row["value"], row["stderr"])
+        for label, (value, stderr) in figures.items():
+            name, _, sieve = label.partition(",")
+            of_tasks[task][f"{name},{sieve or 'none'}"] = value
+            of_tasks[task][f"{name}_stderr,{sieve or 'none'}"] = "N/A" if stderr is None else stderr
+    together = dict(loaded.groups[group].aggregate(of_tasks))
+    shots = max(shots for _, shots in runs)
     for key, value in together.items():
         name, comma, sieve = key.partition(",")
         if comma and not name.endswith("_stderr"):
             stderr = together[f"{name}_stderr,{sieve}"]
-            label = name if sieve == "none" else key
-            figures.append(
-                Metric(group + suffix, label, float(value), None if stderr == "N/A" else float(stderr), n=together["sample_len"])
-            )
-    return figures
+            yield {
+                "metric": name if sieve == "none" else key,
+                "task": group,
+                "shots": shots,
+                "aggregate": "group",
+                "value": float(value),
+                "stderr": None if stderr == "N/A" else float(stderr),
+                "n": together["sample_len"],
+            }
 
 
-def _averages(found: Tasks, suffix: str, records: list[Record]) -> list[Metric]:
-    """Averages of what all tasks have, each task or group counted once."""
-    parts = [[record for record in records if record["task"] in tasks] for tasks in found.items.values()]
-    if len(parts) < 2 or not all(parts):
-        return []
-    averages = []
-    for name, counted in _AVERAGES.items():
-        chosen = [next((score for score in counted if score in part[0]["scores"]), None) for part in parts]
-        if None in chosen or (name == "acc_norm" and name not in chosen):
-            continue
-        columns = [np.array([record["scores"][score] for record in part]) for part, score in zip(parts, chosen, strict=True)]
-        value = float(np.mean([column.mean() for column in columns]))
-        n = sum(map(len, columns))
-        if min(map(len, columns)) < 2:
-            averages.append(Metric(f"average{suffix}", name, value, n=n))
-            continue
-        stderr = float(np.sqrt(sum(column.var(ddof=1) / len(column) for column in columns)) / len(columns))
-        means = [resampled_means(column, f"{item}{suffix}/{name}") for item, column in zip(found.items, columns, strict=True)]
-        averages.append(Metric(f"average{suffix}", name, value, stderr, *interval(np.mean(means, axis=0)), n))
-    return averages
-
-
-def draw(context: Context, records: list[Record], metrics: list[Metric], path: Path) -> None:
-    """A row for each task: its shares with their intervals and the papers' figures; what is no share has a panel of its own."""
-    scores = [item for record in records for item in record["scores"].items()]
-    beyond = {name for name, score in scores if not 0 <= score <= 1} | {name for record in records for name in record.get("values", {})}
-    others = list(dict.fromkeys(metric.name for metric in metrics if metric.name in beyond))
-    shares = list(dict.fromkeys(metric.name for metric in metrics if metric.name not in beyond))
-    panels = [names for names in (shares, *([name] for name in others)) if names]
-    rows = list(dict.fromkeys(metric.group for metric in metrics))
-    canvas = Figure(figsize=(2.5 + 4.2 * len(panels), 1.8 + 0.42 * len(rows)), layout="constrained")
-    all_axes = canvas.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axes, names in zip(all_axes, panels, strict=True):
-        for index, name in enumerate(names):
-            own = [metric for metric in metrics if metric.name == name]
-            places = [rows.index(metric.group) + 0.5 * (index - (len(names) - 1) / 2) / len(names) for metric in own]
-            colour = _COLOURS[index % len(_COLOURS)]
-            axes.plot([metric.value for metric in own], places, "o", color=colour, markersize=5, label=name)
-            for metric, place in zip(own, places, strict=True):
-                if metric.low is not None and metric.high is not None:
-                    axes.plot([metric.low, metric.high], [place, place], color=colour, linewidth=1.6)
-        theirs = {(label, metric.group): value for metric in metrics if metric.name in names for label, value in metric.published.items()}
-        for number, label in enumerate(dict.fromkeys(label for label, _ in theirs)):
-            points = [(value, rows.index(group)) for (own_label, group), value in theirs.items() if own_label == label]
-            style = {"marker": _MARKERS[number % len(_MARKERS)], "facecolors": "none", "edgecolors": "#444444", "s": 34}
-            axes.scatter(*zip(*points, strict=True), label=label, **style)
-        axes.set_title("share right" if names is shares else names[0], loc="left", fontsize=11, fontweight="bold")
-        axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(names) > 1 or theirs:
-            axes.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(0, -1 / (1 + len(rows))))
-    all_axes[0].set_yticks(range(len(rows)), rows)
-    all_axes[0].set_ylim(len(rows) - 0.4, -0.6)  # the first on top
-    canvas.suptitle(f"{context.suite.name}: {context.lm.name} (95% intervals)", fontsize=11)
-    canvas.savefig(path, dpi=150, format="png")
+def _mean_of(scores: list[float]) -> tuple[float, float | None]:
+    """Mean and standard error."""
+    n = len(scores)
+    return float(np.mean(scores)), float(np.std(scores, ddof=1) / n**0.5) if n > 1 else None

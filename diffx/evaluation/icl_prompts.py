@@ -130,7 +130,8 @@ def classify(context: Context, examples: list[Example]) -> Iterator[Record]:
             data, predicted = members[index].data, first["labels"][label]
             yield {
                 "id": members[index].id,
-                "group": data["group"],
+                "example": data["example"],
+                "by": data["by"],
                 "scores": {"accuracy": float(predicted == data["label"])},
                 **data["about"],
                 "text": data["text"],

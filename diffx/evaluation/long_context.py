@@ -7,21 +7,18 @@ Notation: T tokens of a text, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
 
 from diffx.config import RunError, UserError
 from diffx.data import open_data
 from diffx.data.shards import TokenArray
 from diffx.data.sources import label
-from diffx.evaluation.bootstrap import interval, resampled_means
 from diffx.evaluation.model import LanguageModel
-from diffx.evaluation.suite import Context, Example, Metric, Record
+from diffx.evaluation.suite import Context, Example, Record
+from diffx.results.declare import Declaration, Metric, Picture, Table, metrics
 
 _GROUP = 256  # documents tokenized at once
 _BLOCK = 1 << 24  # training tokens counted at once
@@ -63,29 +60,33 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     for example, keys, repeat in zip(examples, pairs, repeats, strict=True):
         loss = token_losses(context.lm, example.data["tokens"].tolist(), suite.chunk)
         hits = repeat & ~np.isin(keys, frequent)
-        positions = _positions(len(loss))
-        scores = {"nll": loss.mean()} | {f"nll/{name}": loss[part].mean() for name, part in _split(hits) if part.any()}
+        length = {"length": len(loss)}
+        rows = [{"metric": "nll", "value": float(loss.mean()), "weight": len(loss), **length}]
+        for name, part in (("ar_hit", hits), ("others", ~hits)):
+            if part.any():
+                value, weight = float(loss[part].mean()), int(part.sum())
+                rows.append({"metric": f"nll/{name}", "value": value, "weight": weight, **length})
+        share = {"value": float(hits.mean()), "weight": len(loss), **length}
+        rows.append({"metric": "ar_hit share", **share})
+        sums = loss.cumsum()
+        for position in _positions(len(loss)):
+            value = float(sums[position - 1] / position)
+            rows.append({"metric": "cumulative nll", "value": value, "position": position})
         yield {
             "id": example.id,
-            "group": f"{len(loss)} tokens",
-            "scores": {name: float(score) for name, score in scores.items()},
+            "by": {},
+            "scores": {},
+            "rows": rows,
             "tokens": len(loss),
             "ar_hits": int(hits.sum()),
             "frequent": f"over {suite.frequent} times in {where}",
-            "positions": positions,
-            "cumulative_nll": [float(total) for total in (loss.cumsum() / np.arange(1, len(loss) + 1))[np.array(positions) - 1]],
             "begin": context.lm.decode(example.data["tokens"][:32].tolist()),
         }
 
 
-def _split(hits: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    return [("ar_hit", hits), ("others", ~hits)]
-
-
 def _positions(length: int) -> list[int]:
-    """Four positions an octave, and the last."""
-    steps = (round(2 ** (quarter / 4)) for quarter in range(4 * length.bit_length()))
-    return sorted({step for step in steps if step < length} | {length})
+    """The powers of two below the length, and the length."""
+    return [*(1 << power for power in range((length - 1).bit_length())), length]
 
 
 def pair_keys(tokens: np.ndarray) -> np.ndarray:
@@ -141,75 +142,32 @@ def token_losses(lm: LanguageModel, tokens: Sequence[int], chunk: int) -> np.nda
     return torch.cat(losses).double().cpu().numpy()
 
 
-def summarize(context: Context, records: list[Record]) -> list[Metric]:
-    """The whole loss, its two parts (each token counts the same), and the loss of the first 1, 2, 4 … tokens."""
-    lengths, hits = (np.array([record[key] for record in records], float) for key in ("tokens", "ar_hits"))
-    whole, parts = records[0]["group"], f"frequent: {_frequent(records)}"
-    metrics = [_ratio(whole, "nll", _scores(records, "nll") * lengths, lengths)]
-    for name, counts in (("nll/ar_hit", hits), ("nll/others", lengths - hits)):
-        if counts.any():
-            metrics.append(_ratio(parts, name, _scores(records, name) * counts, counts))
-    metrics.append(_ratio(parts, "ar_hit share", hits, lengths))
-    for place, position in enumerate(records[0]["positions"]):
-        if position & (position - 1) == 0 and position < lengths[0]:
-            values = np.array([record["cumulative_nll"][place] for record in records])
-            metrics.append(_ratio(f"first {position} tokens", "nll", values, np.ones(len(values))))
-    return metrics
-
-
-def _frequent(records: list[Record]) -> str:
-    return " or ".join(dict.fromkeys(record["frequent"] for record in records))
-
-
-def _scores(records: list[Record], name: str) -> np.ndarray:
-    return np.array([record["scores"].get(name, 0.0) for record in records])
-
-
-def _ratio(group: str, name: str, sums: np.ndarray, counts: np.ndarray) -> Metric:
-    """Sum of ``sums`` over that of ``counts``, both by text; error and interval by drawing texts anew."""
-    value, n = float(sums.sum() / counts.sum()), len(sums)
-    if n == 1:
-        return Metric(group, name, value)
-    above, below = resampled_means(np.stack([sums, counts], 1), f"{group}/{name}").T  # (RESAMPLES,) each
-    ratios = above[below > 0] / below[below > 0]
-    return Metric(group, name, value, float(ratios.std()), *interval(ratios), n)
-
-
-def _binary(position: int) -> str:
-    return f"{position >> 10}K" if position >= 1024 and position % 1024 == 0 else str(position)
-
-
-def draw(context: Context, records: list[Record], metrics: list[Metric], path: Path) -> None:
-    """Cumulative loss by position with its interval over texts, and the two parts of the loss."""
-    canvas = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = canvas.subplots(1, 2, width_ratios=(2, 1))
-    every = records[0]["positions"]
-    first = next(place for place, position in enumerate(every) if position >= every[-1] // 64)  # the first tokens would flatten the rest
-    positions, curves = every[first:], np.array([record["cumulative_nll"][first:] for record in records])  # (texts, positions)
-    if len(records) > 1:
-        low, high = np.percentile(resampled_means(curves, "picture"), [2.5, 97.5], axis=0)  # (positions,) each
-        left.fill_between(positions, low, high, color="#0072B2", alpha=0.18, linewidth=0)
-    left.plot(positions, curves.mean(0), color="#0072B2", linewidth=1.8, label=f"{context.lm.name}, {len(records)} texts")
-    left.set(xscale="log", xlabel="position in tokens", ylabel="nats per token up to there (band: 95% interval)")
-    ticks = [position for position in positions if position & (position - 1) == 0]
-    left.set_xticks(ticks[:: 2 if len(ticks) > 9 else 1])
-    left.xaxis.set_major_formatter(FuncFormatter(lambda position, _: _binary(round(position))))
-    left.xaxis.set_minor_locator(NullLocator())
-    left.set_title("Cumulative loss by position", loc="left", fontsize=11, fontweight="bold")
-    left.legend(frameon=False, fontsize=9)
-    parts = [metric for metric in metrics if metric.name.startswith("nll/")]
-    share = next(metric.value for metric in metrics if metric.name == "ar_hit share")
-    names = {"nll/ar_hit": f"AR-hit\n{share:.1%} of tokens", "nll/others": f"others\n{1 - share:.1%}"}
-    errors = [metric.stderr or 0.0 for metric in parts]
-    bars = right.bar([names[metric.name] for metric in parts], [metric.value for metric in parts], 0.5, yerr=errors, capsize=4)
-    for bar, colour in zip(bars, ("#009E73", "#CC79A7"), strict=False):
-        bar.set_color(colour)
-    right.bar_label(bars, fmt="%.3f", padding=4, fontsize=9)
-    right.set(ylabel="nats per token", ylim=(0, 1.15 * max(metric.value for metric in parts)))
-    right.set_xlabel(f"no hits: pairs seen\n{_frequent(records)}", fontsize=8.5)
-    right.set_title("Repeated pairs and the rest", loc="left", fontsize=11, fontweight="bold")
-    for axes in (left, right):
-        axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    canvas.savefig(path, dpi=150)
+def declare(context: Context) -> Declaration:
+    """The whole loss, its two parts (each token counts the same), and the loss of the first tokens."""
+    loss = {"unit": "nats per token", "better": "lower"}
+    parts = [f"nll/{name}" for name in ("ar_hit", "others")]
+    frequent = f"AR-hits leave out pairs seen over {context.suite.frequent} times in training"
+    return Declaration(
+        metrics=[
+            *metrics(["nll", *parts], aggregate="weighted mean", **loss),
+            Metric(name="ar_hit share", better="none", aggregate="weighted mean"),
+            *metrics(["cumulative nll"], **loss),
+        ],
+        tables=[
+            Table(by=["length"], label="{length} tokens", metrics=["nll", *parts, "ar_hit share"]),
+            Table(by=["position"], label="first {position} tokens", metrics=["cumulative nll"]),
+        ],
+        pictures=[
+            Picture(
+                kind="curve",
+                title="Loss of the first tokens",
+                metrics=["cumulative nll"],
+                x="position",
+                xlabel="tokens",
+                ylabel="nats per token up to there",
+                log="x",
+            ),
+            Picture(kind="bars", title="Repeated pairs and the rest", metrics=parts, x="metric"),
+        ],
+        notes=[f"{frequent}; bands and lines: 95% intervals over texts."],
+    )

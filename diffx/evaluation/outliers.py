@@ -10,22 +10,18 @@ Notation: B batch, T tokens, D model width. Maps are formed a block of rows at a
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from diffx.config import RunError, UserError
 from diffx.evaluation.model import LanguageModel
-from diffx.evaluation.published import published
-from diffx.evaluation.suite import Context, Example, Metric, Record
-from diffx.files import write_json
+from diffx.evaluation.suite import Context, Example, Record
 from diffx.models.view import AttentionView
+from diffx.results.declare import Declaration, Picture, Table, metrics
+from diffx.results.published import published
 
 LOGITS, STATES = _GROUPS = ("attention logits", "hidden states")
 
@@ -33,7 +29,7 @@ _SHIFT = 17  # a bin is all floats that share sign, exponent and the first 6 bit
 _INFINITE = 255 << 6  # the bin of what is masked
 _LOWEST = (127 - 20) << 6  # the bin of 2^-20
 _ELEMENTS = 2**18  # of a map that are formed at once
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_WINDOWS = "mean over windows"
 
 
 @dataclass
@@ -118,7 +114,7 @@ def plan(context: Context) -> list[Example]:
     if not windows:
         raise UserError("data= cannot be used: it has no text")
     return [
-        Example(f"{group}/{number:05d}", {"group": group, "tokens": window})
+        Example(f"{group}/{number:05d}", {"task": group, "tokens": window})
         for group in _GROUPS
         for number, window in enumerate(context.limited(windows))
     ]
@@ -136,63 +132,64 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     for example in examples:
         windows.setdefault(tuple(example.data["tokens"]), []).append(example)
     for window, asked in windows.items():
-        tallies = _read(lm, list(window), {example.data["group"] for example in asked}, keep)
+        tallies = _read(lm, list(window), {example.data["task"] for example in asked}, keep)
         for example in asked:
-            layers = [tally.record() for tally in tallies[example.data["group"]] if tally.top]  # a layer without attention has no logits
+            layers = [tally.record() for tally in tallies[example.data["task"]] if tally.top]  # a layer without attention has no logits
             whole = _merged(layers, keep)
             yield {
                 "id": example.id,
-                "group": example.data["group"],
-                "scores": whole.figures(ranks),
+                "by": {"task": example.data["task"]},
+                "scores": {f"{k}, {_WINDOWS}": v for k, v in whole.figures(ranks).items()},
                 "tokens": len(window),
                 "text": lm.decode(list(window)),
                 "layers": layers,
             }
 
 
-def summarize(context: Context, records: list[Record]) -> list[Metric]:
-    """The ranks and the median over all windows and layers."""
-    metrics = []
-    for group in _GROUPS:
-        own = [record for record in records if record["group"] == group]
-        whole = _merged([layer for record in own for layer in record["layers"]], max(context.suite.top))
-        metrics += [
-            Metric(group, name, value, n=len(own), published=published("outliers", group, name))
-            for name, value in whole.figures(context.suite.top).items()
-        ]
-    return metrics
+def declare(context: Context) -> Declaration:
+    """Ranks and median of everything, of each layer, and means over windows, which have an interval."""
+    names = [*(f"top-{rank}" for rank in context.suite.top), "median"]
+    shown = [name for name in names if name in ("top-1", "top-10", "top-100", "median")] or names
+    return Declaration(
+        metrics=[
+            *metrics(names, unit="magnitude", better="lower", aggregate="given"),
+            *metrics([f"{name}, {_WINDOWS}" for name in names], unit="magnitude", better="lower"),
+        ],
+        tables=[
+            Table(by=["task"], label="{task}"),
+            Table(by=["task", "layer"], label="{task}, layer {layer}", compared=False),
+        ],
+        pictures=[
+            Picture(
+                kind="curve",
+                title="{panel} by layer",
+                metrics=shown,
+                x="layer",
+                panels=["task"],
+                xlabel="layer",
+                ylabel="magnitude",
+                log="y",
+            )
+        ],
+        references=published("outliers"),
+        notes=["Grey lines: figures over all layers."],
+    )
 
 
-def draw(context: Context, records: list[Record], metrics: list[Metric], path: Path) -> None:
-    """Draw ranks and medians by layer, the papers' figures for whole models beside them, and write those by layer to ``layers.json``."""
-    ranks = context.suite.top
-    layers = {}
-    for group in dict.fromkeys(metric.group for metric in metrics):
-        by_layer = zip(*(record["layers"] for record in records if record["group"] == group), strict=True)
-        layers[group] = [_merged(list(windows), max(ranks)).figures(ranks) for windows in by_layer]
-    canvas = Figure(figsize=(6.4 * len(layers), 5.2), layout="constrained")
-    for axes, (group, figures) in zip(canvas.subplots(1, len(layers), squeeze=False)[0], layers.items(), strict=True):
-        _panel(axes, figures, [metric for metric in metrics if metric.group == group])
-        axes.set_title(f"{context.lm.name}: {group}", loc="left", fontsize=11, fontweight="bold")
-    canvas.savefig(path, dpi=150)
-    write_json(path.with_name("layers.json"), layers)
-
-
-def _panel(axes: Axes, layers: list[dict[str, float]], metrics: list[Metric]) -> None:
-    shown = [metric for metric in metrics if metric.name in ("top-1", "top-10", "top-100", "median")] or metrics
-    for metric, colour in zip(shown, _COLOURS, strict=False):
-        label = f"{metric.name}: {metric.value:.1f} over all layers"
-        axes.plot([layer.get(metric.name, np.nan) for layer in layers], color=colour, marker="o", markersize=3.5, label=label)
-        if metric.name not in ("top-1", "median"):  # four lines of theirs can be told apart
-            continue
-        for (model, value), line in zip(metric.published.items(), ("--", ":"), strict=True):
-            axes.axhline(value, color=colour, linewidth=1.1, linestyle=line, label=f"{metric.name} of {model}: {value:g}")
-    axes.set(yscale="log", xlabel="layer", ylabel="magnitude")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize=9)
+def figures(context: Context, records: list[Record]) -> list[Record]:
+    """The ranks and the median over all windows, of all layers together and of each."""
+    ranks, rows = context.suite.top, []
+    parts: list[tuple[int | None, list[Any]]]
+    for task in _GROUPS:
+        of_task = [record["layers"] for record in records if record["by"]["task"] == task]
+        parts = [(None, [layer for layers in of_task for layer in layers])]
+        parts += enumerate(map(list, zip(*of_task, strict=True)))  # layer by layer
+        for layer, tallies in parts:
+            for name, value in _merged(tallies, max(ranks)).figures(ranks).items():
+                how = "median" if name == "median" else "rank"
+                place = {"task": task, "layer": layer, "n": len(of_task)}
+                rows.append({"metric": name, "aggregate": how, "value": value, **place})
+    return rows
 
 
 def _read(lm: LanguageModel, window: list[int], groups: set[str], keep: int) -> dict[str, list[Tally]]:

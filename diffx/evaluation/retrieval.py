@@ -10,17 +10,14 @@ A length counts the whole input in the model's tokens, with the room for the ans
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
-
-import numpy as np
-from matplotlib.figure import Figure
 
 from diffx.config import UserError
 from diffx.data.needles import CITIES, Haystack, Needles, Sample, draw_needles, question_of
 from diffx.evaluation.model import LanguageModel
-from diffx.evaluation.published import published
 from diffx.evaluation.scoring import generations, loglikelihoods
-from diffx.evaluation.suite import Context, Example, Metric, Record, mean_metrics
+from diffx.evaluation.suite import Context, Example, Record
+from diffx.results.declare import Average, Declaration, Metric, Picture, Reference, Table
+from diffx.results.published import published
 
 _CHUNK = 32768  # tokens read between two writings of records
 
@@ -35,13 +32,15 @@ def plan(context: Context) -> list[Example]:
     most = min(context.lm.context, 4096)
     examples = []
     for needles, asked in suite.cases:
-        group = f"N={needles} R={asked}"
+        group = _case(needles, asked)
         for length in suite.lengths or [most // 4, most // 2, most]:
             for depth in suite.depths:
-                data = {"group": group, "needles": needles, "asked": asked, "length": length, "depth": depth}
-                cell = [
-                    Example(f"{group}/T={length}/depth={depth:g}/{number}", data | {"number": number}) for number in range(suite.samples)
-                ]
+                data = {"task": group, "needles": needles, "asked": asked, "length": length, "depth": depth}
+                cell = []
+                for number in range(suite.samples):
+                    name = f"{group}/depth={depth:g}/{number}"  # the same needles at every length
+                    place = data | {"number": number, "example": name}
+                    cell.append(Example(f"{name}/T={length}", place))
                 examples += context.limited(cell)
     return long_enough(context, haystack_of(context), examples, "suite.lengths")
 
@@ -54,7 +53,7 @@ def haystack_of(context: Context) -> Haystack:
 def needles_of(context: Context, example: Example) -> Needles:
     """The needles of an example."""
     data = example.data
-    draw = f"{context.seed}/{data['group']}/{data['depth']:g}/{data['number']}"  # the same at every length
+    draw = f"{context.seed}/{data['task']}/{data['depth']:g}/{data['number']}"  # the same at every length
     return draw_needles(draw, data["needles"], data["asked"], data["depth"], context.suite.digits)
 
 
@@ -123,10 +122,9 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
                 scores["constrained"] = _share(choice, asked)
             yield {
                 "id": example.id,
-                "group": example.data["group"],
+                "example": example.data["example"],
+                "by": {key: example.data[key] for key in ("task", "length", "depth")},
                 "scores": scores,
-                "length": example.data["length"],
-                "depth": example.data["depth"],
                 "tokens": len(prompts[index]),
                 "needles": dict(zip(needles.cities, needles.numbers, strict=True)),
                 "answers": asked,
@@ -179,59 +177,47 @@ def _share(said: list[str], asked: list[str]) -> float:
     return sum(mine == right for mine, right in zip(said, asked, strict=False)) / len(asked)
 
 
-def summarize(context: Context, records: list[Record]) -> list[Metric]:
-    """Means by case; where there are several lengths by case and length; and by cell of the grid.
+def declare(context: Context) -> Declaration:
+    """Shares by case, by case and length, and by cell of the grid of lengths and depths.
 
-    The same needles are hidden at every length, so that a case's examples are its needles, each with its mean over lengths.
+    The same needles are hidden at every length, so that a case's examples are its needles, each
+    with its mean over lengths.
     """
-    drawn: dict[str, list[Record]] = {}
-    for record in records:
-        drawn.setdefault(record["id"].replace(f"/T={record['length']}/", "/"), []).append(record)
-    over_lengths = [
-        {"group": same[0]["group"], "scores": {name: np.mean([record["scores"][name] for record in same]) for name in same[0]["scores"]}}
-        for same in drawn.values()
+    names = ["greedy", *(["constrained"] if context.suite.constrained else [])]
+    guessing = [
+        Reference(
+            label="guessing", metric="constrained", value=1 / needles, by={"task": _case(needles, asked)}
+        )
+        for needles, asked in context.suite.cases
     ]
-    metrics = mean_metrics(over_lengths, _published)
-    groups = ["{group} T={length}"] if len({record["length"] for record in records}) > 1 else []
-    for template in [*groups, "{group} T={length} depth {depth:.0%}"]:
-        renamed = [record | {"group": template.format(**record)} for record in records]
-        metrics += mean_metrics(renamed, _published, average=False)
-    return metrics
+    return Declaration(
+        metrics=[Metric(name=name, unit="share of numbers right") for name in names],
+        tables=[
+            Table(by=["task"], label="{task}", average=Average(over="task")),
+            Table(by=["task", "length"], label="{task} T={length}", compared=False),
+            Table(
+                by=["task", "length", "depth"],
+                label="{task} T={length} depth {depth:.0%}",
+                compared=False,
+            ),
+        ],
+        pictures=[
+            Picture(
+                kind="heat",
+                title="{panel}",
+                metrics=[name],
+                x="length",
+                y="depth",
+                panels=["task", "metric"],
+                xlabel="tokens",
+                ylabel="depth of the answer",
+                limits=[0, 1],
+            )
+            for name in names
+        ],
+        references=[*published("retrieval"), *guessing],
+    )
 
 
-def _published(group: str, name: str) -> dict[str, float]:
-    """The papers' figures: for a case those at 4K tokens, for a case and a length those at that length."""
-    case, _, length = group.partition(" T=")
-    if not length.isdigit():
-        return {} if length else published("retrieval", case, name)
-    return published("retrieval", f"{case} {int(length) // 1024}K", name) if int(length) % 1024 == 0 else {}
-
-
-def draw(context: Context, records: list[Record], metrics: list[Metric], path: Path) -> None:
-    """Draw a heat map of depth and length for each case and score."""
-    cases = list(dict.fromkeys(record["group"] for record in records))
-    names = list(records[0]["scores"])
-    lengths = sorted({record["length"] for record in records})
-    depths = sorted({record["depth"] for record in records})
-    canvas = Figure(figsize=(1.2 + len(cases) * max(2.6, 0.8 * len(lengths) + 0.6), 0.9 + len(names) * (0.5 * len(depths) + 1.4)))
-    canvas.set_layout_engine("constrained")
-    for row, name in zip(canvas.subplots(len(names), len(cases), squeeze=False), names, strict=True):
-        for axes, case in zip(row, cases, strict=True):
-            cells: dict[tuple[float, int], list[float]] = {}
-            for record in records:
-                if record["group"] == case:
-                    cells.setdefault((record["depth"], record["length"]), []).append(record["scores"][name])
-            grid = np.array([[np.mean(cells.get((depth, length), [np.nan])) for length in lengths] for depth in depths])
-            image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-            for y, x in np.argwhere(np.isfinite(grid)):
-                axes.text(x, y, f"{grid[y, x]:.2f}", ha="center", va="center", fontsize=9, color="w" if grid[y, x] < 0.6 else "k")
-            whole = next(metric for metric in metrics if (metric.group, metric.name) == (case, name))
-            theirs = "".join(f"\n{label}, 4K: {value:.2f}" for label, value in whole.published.items())
-            chance = f"\nguessing: {1 / int(case.split()[0][2:]):.2f}" if name == "constrained" else ""
-            axes.set_title(f"{case}, {name}: {whole.value:.2f}{chance}{theirs}", loc="left", fontsize=9)
-            axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-            axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-            axes.set(xlabel="tokens", ylabel="depth of the answer" if axes is row[0] else "")
-        canvas.colorbar(image, ax=row, label="share of numbers right")
-    canvas.suptitle(context.lm.name, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    canvas.savefig(path, dpi=150)
+def _case(needles: int, asked: int) -> str:
+    return f"N={needles} R={asked}"

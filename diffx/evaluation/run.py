@@ -3,13 +3,13 @@
 <folder>/evals/<step>/<suite>/<settings hash>/
     settings.json       what the hash is of, the model's fingerprint, versions
     records.jsonl       one line an example while it runs, with a checksum; at the end records.jsonl.zst, in the plan's order
-    results.json        the metrics; its presence says that the evaluation is finished
+    rows.parquet        the same as rows of the table of results, for comparisons
+    results.json        the metrics, made of the rows; its presence says that the evaluation is finished
     <suite>.png
 """
 
 import json
 import logging
-import math
 import shutil
 import sys
 import time
@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pandas as pd
 import zstandard
 from torch import nn
 
@@ -32,7 +33,7 @@ from diffx.console import Reporter, make_table
 from diffx.errors import describe, one_line, storage_errors
 from diffx.evaluation.adapter import with_chat_template
 from diffx.evaluation.model import LanguageModel
-from diffx.evaluation.suite import Context, Example, Metric, Record
+from diffx.evaluation.suite import Context, Example, Record, rows_of
 from diffx.files import (
     append_lines,
     checked_line,
@@ -46,10 +47,15 @@ from diffx.files import (
     write_json,
 )
 from diffx.loading import load
+from diffx.results.aggregate import Row, aggregate, references_of
+from diffx.results.declare import Declaration
+from diffx.results.draw import draw_results
+from diffx.results.table import make_frame, read_frame, write_frame
 from diffx.tracking import show_evaluation
 
 _log = logging.getLogger(__name__)
 _MODULES = {"attention_allocation": "allocation"}  # where a module's name is not its suites' kind
+ROWS = "rows.parquet"
 _RECORDS, _VERDICTS = "records.jsonl", "verdicts_"  # a judge's words, by the hash of what it read
 _ROWS = 60  # of a table on the terminal; the rest is in results.json
 _COLUMNS = ("", "metric", "value", "standard\nerror", "95% interval", "n", "published")
@@ -159,11 +165,16 @@ def _evaluate(
     seconds = time.time() - started
     if judged:
         records = module.judge(context, records)
-    metrics: list[Metric] = module.summarize(context, records)
+    declaration: Declaration = module.declare(context)
+    frame = _make_frame(module, context, records, declaration)
+    metrics = aggregate(frame, declaration)
+    for metric in metrics:
+        metric["published"] = references_of(metric, declaration)
     picture = folder / f"{job.suite.name}.png"
     with replacing(picture, picture.suffix) as temporary:
-        module.draw(context, records, metrics, temporary)
+        draw_results(metrics, frame.to_dict("records"), declaration, lm.name, temporary)
     _write_records(folder, records)
+    write_frame(frame, folder / ROWS)
     results = {
         "suite": job.suite.name,
         "settings_hash": folder.name,
@@ -172,7 +183,8 @@ def _evaluate(
         "checkpoint": {"name": lm.name, "step": lm.loaded.step, "fingerprint": lm.loaded.fingerprint},
         "judge": asdict(job.judge),
         "change": facts,
-        "metrics": [_finite(asdict(metric)) for metric in metrics],
+        "metrics": metrics,
+        "declaration": declaration.as_json(),
         "examples": len(records),
         "versions": {name: version(name) for name in ("diffx", "torch", "transformers", "lm_eval")},
         "device": str(lm.device),
@@ -182,7 +194,7 @@ def _evaluate(
     write_json(finished, results)
     _tidy(folder)
     rows = _show(context, metrics) if table else [_row(metric) for metric in metrics]
-    figures = {f"{metric.group}/{metric.name}": metric.value for metric in metrics}
+    figures = {f"{metric['label']}/{metric['metric']}": metric["value"] for metric in metrics}
     show_evaluation(
         folder,
         job.wandb,
@@ -213,20 +225,44 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def _is_record(value: Any) -> bool:
-    known = isinstance(value, dict) and isinstance(value.get("id"), str) and isinstance(value.get("group"), str)
-    return known and isinstance(value.get("scores"), dict) and all(isinstance(score, int | float) for score in value["scores"].values())
+    known = isinstance(value, dict) and isinstance(value.get("id"), str)
+    if not known or not isinstance(value.get("by"), dict) or not isinstance(value.get("scores"), dict):
+        return False
+    return all(isinstance(score, int | float) for score in value["scores"].values())
 
 
-def _finished(context: Context, path: Path) -> list[Metric] | None:
+def _make_frame(
+    module: ModuleType, context: Context, records: list[Record], declaration: Declaration
+) -> pd.DataFrame:
+    """All rows of the evaluation: those of its examples, and those that the suite works out itself."""
+    loaded = context.lm.loaded
+    facts = {
+        "checkpoint": context.lm.name,
+        "architecture": loaded.architecture,
+        "parameters": sum(parameter.numel() for parameter in context.lm.model.parameters()),
+        "seed": loaded.job.seed if loaded.job else None,
+        "step": loaded.step,
+        "tokens": loaded.step * loaded.job.train.batch_tokens if loaded.job else None,
+        "source": context.suite.name,
+    }
+    rows = [facts | row for row in rows_of(records, declaration)]
+    for row in module.figures(context, records) if hasattr(module, "figures") else ():
+        metric = declaration.metric(row["metric"])
+        rows.append({"unit": metric.unit, "better": metric.better} | facts | row)
+    return make_frame(rows)
+
+
+def _finished(context: Context, path: Path) -> list[Row] | None:
     """The metrics of a finished evaluation; ``None`` of one that is not, or whose results are damaged, which is warned of."""
     if not path.exists():
         return None
     try:
-        metrics = [Metric(**metric) for metric in read_json(path, {"metrics": list})["metrics"]]
+        metrics = read_json(path, {"metrics": list})["metrics"]
         if all(isinstance(cell, str) for metric in metrics for cell in _row(metric)):
-            return metrics
+            read_frame(path.with_name(ROWS))
+            return list(metrics)
         raise TypeError
-    except (UserError, TypeError, ValueError, AttributeError) as error:
+    except (UserError, TypeError, ValueError, AttributeError, KeyError) as error:
         reason = error if isinstance(error, UserError) else f"{path} is damaged"
         context.reporter.warn(f"{reason}: its figures are computed again")
         return None
@@ -307,7 +343,7 @@ def _write_records(folder: Path, records: list[Record]) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def _show(context: Context, metrics: list[Metric]) -> list[list[str]]:
+def _show(context: Context, metrics: list[Row]) -> list[list[str]]:
     rows = [_row(metric) for metric in metrics]
     context.reporter.table(make_table(f"{context.suite.name}: {context.lm.name}", _COLUMNS, rows[:_ROWS]))
     if len(rows) > _ROWS:
@@ -315,15 +351,12 @@ def _show(context: Context, metrics: list[Metric]) -> list[list[str]]:
     return rows
 
 
-def _row(metric: Metric) -> list[str]:
+def _row(metric: Row) -> list[str]:
     def text(value: float | None) -> str:
-        return "-" if value is None or not math.isfinite(value) else f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+        return "-" if value is None else f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
 
-    interval = f"{text(metric.low)} to {text(metric.high)}" if metric.low is not None else "-"
-    published = ", ".join(f"{name}: {value:g}" for name, value in metric.published.items())
-    return [metric.group, metric.name, text(metric.value), text(metric.stderr), interval, str(metric.n), published or "-"]
-
-
-def _finite(metric: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: null stands for it."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in metric.items()}
+    low, high = metric["low"], metric["high"]
+    interval = "-" if low is None else f"{text(low)} to {text(high)}"
+    published = ", ".join(f"{name}: {value:g}" for name, value in metric["published"].items())
+    figures = [text(metric["value"]), text(metric["stderr"]), interval, str(metric["n"] or "-")]
+    return [metric["label"], metric["metric"], *figures, published or "-"]

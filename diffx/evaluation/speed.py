@@ -9,28 +9,25 @@ Notation: B sequences, T tokens of each.
 
 import gc
 import inspect
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 from torch import Tensor
 from transformers import DynamicCache
 
 from diffx.config import UserError
 from diffx.config.train import Precision
-from diffx.evaluation.bootstrap import RESAMPLES, interval
 from diffx.evaluation.model import LanguageModel
-from diffx.evaluation.suite import Context, Example, Metric, Record
+from diffx.evaluation.suite import Context, Example, Record
 from diffx.files import read_json
 from diffx.hub.attention import cache_keyword
 from diffx.models import Decoder, KVCache
+from diffx.results.declare import Declaration, Metric, Picture, Table, metrics
+from diffx.results.published import published
 from diffx.train.checkpoint import STATE
 from diffx.train.parallel import autocast
 from diffx.train.throughput import peak_allocation, synchronize
@@ -39,7 +36,6 @@ TRAIN, PREFILL, DECODE = "train tokens/s", "prefill tokens/s", "decode tokens/s"
 TRAIN_MEMORY, MEMORY = "train peak memory MB", "inference peak memory MB"  # of 10^6 bytes
 
 _ROUND_SECONDS = 0.2  # a round lasts at least about so long, so that the clock and the queue do not count
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 Call = Callable[[], tuple[float, ...]]  # does its work once and gives the seconds of each of its phases
 
@@ -84,54 +80,60 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             rounds |= {name: (count / seconds[:, phase]).tolist() for phase, (name, count) in enumerate(zip(names, tokens, strict=True))}
             if peak is not None:
                 rounds[memory] = [(peak + _weights(lm)) / 1e6]
-        scores = {name: statistics.median(values) for name, values in rounds.items()}
-        yield {"id": example.id, "group": example.id, "scores": scores, "rounds": rounds, "out_of_memory": failed}
+        rows = [
+            {"metric": name, "value": value, "example": f"round {number}"}
+            for name, values in rounds.items()
+            for number, value in enumerate(values)
+        ]
+        columns = {"variant": f"B={batch}", "length": length}
+        record = {"id": example.id, "by": columns, "scores": {}, "rows": rows}
+        yield record | {"out_of_memory": failed}
 
 
-def summarize(context: Context, records: list[Record]) -> list[Metric]:
-    """Parameters, the run's validation loss, and each cell's medians with bootstrap intervals over rounds; NaN where memory ended."""
-    lm = context.lm
-    metrics = [Metric("model", "parameters", sum(parameter.numel() for parameter in lm.model.parameters()))]
-    loss = _validation_loss(lm)
+def declare(context: Context) -> Declaration:
+    """Medians over rounds of each cell; parameters, and the validation loss of a run."""
+    speeds = [name for name in (TRAIN, PREFILL, DECODE) if context.suite.train or name != TRAIN]
+    memories = [name for name in (TRAIN_MEMORY, MEMORY) if context.suite.train or name == MEMORY]
+    median: dict[str, Any] = {"aggregate": "median", "ratio": True}
+    return Declaration(
+        metrics=[
+            *metrics(speeds, unit="tokens/s", better="higher", **median),
+            *metrics(memories, unit="MB", better="lower", **median),
+            Metric(name="parameters", unit="parameters", better="none", aggregate="given"),
+            Metric(name="validation loss", unit="nats", better="lower", aggregate="given"),
+        ],
+        tables=[
+            Table(by=[], label="model", metrics=["parameters", "validation loss"], compared=False),
+            Table(
+                by=["variant", "length"],
+                label="{variant} T={length}",
+                metrics=[*speeds, *memories],
+            ),
+        ],
+        pictures=[
+            Picture(
+                kind="curve",
+                title=name,
+                metrics=[name],
+                x="length",
+                series="variant",
+                xlabel="T, tokens of a sequence",
+                log="x",
+            )
+            for name in (*speeds, *memories)
+        ],
+        references=published("speed"),
+    )
+
+
+def figures(context: Context, records: list[Record]) -> list[Record]:
+    """Parameters, and the run's validation loss where it measured one."""
+    count = sum(parameter.numel() for parameter in context.lm.model.parameters())
+    rows: list[Record] = [{"metric": "parameters", "aggregate": "sum", "value": count}]
+    loss = _validation_loss(context.lm)
     if loss is not None:
-        metrics.append(Metric("model", "validation loss", loss))
-    for record in records:
-        for name, values in record["rounds"].items():
-            low, high = _median_interval(values) if len(values) > 1 else (None, None)
-            metrics.append(Metric(record["group"], name, statistics.median(values), low=low, high=high, n=len(values)))
-        metrics += [Metric(record["group"], name, float("nan"), n=0) for name in record["out_of_memory"]]
-    return metrics
-
-
-def draw(context: Context, records: list[Record], metrics: list[Metric], path: Path) -> None:
-    """Draw each figure against the length, a line for each number of sequences."""
-    suite = context.suite
-    figures = {(metric.group, metric.name): metric for metric in metrics}
-    names = [name for name in (TRAIN, PREFILL, DECODE, TRAIN_MEMORY, MEMORY) if any(name == metric.name for metric in metrics)]
-    canvas = Figure(figsize=(3.8 * len(names), 4.6), layout="constrained")
-    for axes, name in zip(canvas.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for batch, colour in zip(suite.batches, _COLOURS * len(suite.batches), strict=False):
-            line = [figures[f"B={batch} T={length}", name] for length in suite.lengths]
-            values = np.array([metric.value for metric in line])
-            ends = np.array([[metric.low or metric.value, metric.high or metric.value] for metric in line]).T
-            label = f"B={batch}"
-            missing = [f"T={length}" for length, metric in zip(suite.lengths, line, strict=True) if not metric.n]
-            if missing:
-                label += f" (out of memory at {', '.join(missing)})"
-            axes.errorbar(suite.lengths, values, yerr=np.abs(ends - values), color=colour, marker="o", markersize=4, capsize=3, label=label)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(suite.lengths, [str(length) for length in suite.lengths])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("T, tokens of a sequence")
-        axes.set_title(name, loc="left", fontsize=11, fontweight="bold")
-        axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
-    loss = "".join(f", {metric.name} {metric.value:.4f}" for metric in metrics if metric.name == "validation loss")
-    canvas.suptitle(f"{context.lm.name} on {context.lm.device}: {metrics[0].value:,.0f} parameters{loss}", fontsize=11)
-    canvas.savefig(path, dpi=150)
+        rows.append({"metric": "validation loss", "aggregate": "mean", "value": loss})
+    return rows
 
 
 def training(lm: LanguageModel, ids: Tensor) -> Call:
@@ -223,8 +225,3 @@ def _validation_loss(lm: LanguageModel) -> float | None:
         return None
     path = lm.loaded.folder / "checkpoints" / f"step_{lm.loaded.step:08d}" / STATE
     return read_json(path, {"val_loss": float | None})["val_loss"]
-
-
-def _median_interval(values: list[float]) -> tuple[float, float]:
-    random = np.random.default_rng(0)
-    return interval(np.median(np.array(values)[random.integers(len(values), size=(RESAMPLES, len(values)))], axis=1))

@@ -1,30 +1,31 @@
 """What suites and the runner hand each other.
 
-A suite is a module with four functions:
+A suite is a module with three functions, and a fourth where a figure is no aggregate over examples:
 
     plan(context) -> list[Example]                        what is asked, always the same; refuses what cannot be measured
     answer(context, examples) -> Iterator[Record]         one record an example, as soon as it is known
-    summarize(context, records) -> list[Metric]
-    draw(context, records, metrics, path)                 the picture
+    declare(context) -> Declaration                       its metrics, tables, pictures and published figures
+    figures(context, records) -> Iterable[dict]           rows of the table of results that the suite works out itself
 
-A record is a JSON-able dict with ``id``, ``group`` (a row of the table), ``scores`` (name to figure), and what the model saw and said.
+A record is a JSON-able dict with ``id``; ``by``, the columns of ``diffx.results.table.BY`` that apply; ``scores``, name to figure;
+``example``, which pairs models, if it is not the id; ``rows``, rows of the table with columns of their own; and what the model saw
+and said.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from diffx.config.data import DataConfig, StdlibData
 from diffx.config.eval import EvalJob
 from diffx.console import Bar, Reporter
 from diffx.data.texts import read_texts
-from diffx.evaluation.bootstrap import interval, resampled_means
 from diffx.evaluation.model import LanguageModel
+from diffx.results.declare import Declaration
+from diffx.results.table import EXAMPLE
 
 Record = dict[str, Any]
 
@@ -40,31 +41,6 @@ class Example:
 
     id: str
     data: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Metric:
-    """One figure of the results.
-
-    Attributes:
-        group: the row: a task, a cell, a layer.
-        name: what is measured.
-        value: the figure.
-        stderr: its standard error, where it is a mean over examples.
-        low: lower end of its 95% bootstrap interval.
-        high: the upper end.
-        n: examples.
-        published: the papers' figures for the same, by model.
-    """
-
-    group: str
-    name: str
-    value: float
-    stderr: float | None = None
-    low: float | None = None
-    high: float | None = None
-    n: int = 1
-    published: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -124,48 +100,11 @@ class Context:
         return self._texts[0]
 
 
-def mean_metrics(
-    records: list[Record], published: Callable[[str, str], dict[str, float]] | None = None, average: bool = True
-) -> list[Metric]:
-    """Mean, standard error and 95% bootstrap interval of every score in every group, in the order in which groups appear.
-
-    Args:
-        records: the records.
-        published: the papers' figures for a group and a score.
-        average: also the mean over groups of each score that every group has, if there are several groups; these must not share examples.
-    """
-    values: dict[tuple[str, str], list[float]] = {}
+def rows_of(records: Iterable[Record], declaration: Declaration) -> Iterator[dict[str, Any]]:
+    """The table's rows of single examples: a record's ``scores``, and what stands in its ``rows``."""
     for record in records:
-        for name, score in record["scores"].items():
-            values.setdefault((record["group"], name), []).append(float(score))
-    groups = list(dict.fromkeys(record["group"] for record in records))
-    metrics = [_mean(group, name, np.array(scores)) for (group, name), scores in values.items()]
-    metrics.sort(key=lambda metric: groups.index(metric.group))
-    names = list(dict.fromkeys(name for _, name in values))
-    if average and len(groups) > 1:
-        for name in names:
-            parts = [metric for metric in metrics if metric.name == name]
-            if len(parts) == len(groups):
-                metrics.append(_average(name, parts, [np.array(values[group, name]) for group in groups]))
-    for metric in metrics:
-        metric.published = published(metric.group, metric.name) if published else {}
-    return metrics
-
-
-def _mean(group: str, name: str, scores: np.ndarray) -> Metric:
-    n = len(scores)
-    stderr = float(scores.std(ddof=1) / np.sqrt(n)) if n > 1 else None
-    low, high = interval(resampled_means(scores, name)) if n > 1 else (None, None)
-    return Metric(group, name, float(scores.mean()), stderr, low, high, n)
-
-
-def _average(name: str, parts: list[Metric], scores: list[np.ndarray]) -> Metric:
-    value = float(np.mean([metric.value for metric in parts]))
-    n = sum(metric.n for metric in parts)
-    if any(metric.stderr is None for metric in parts):
-        return Metric("average", name, value, n=n)
-    stderr = float(np.sqrt(sum((metric.stderr or 0.0) ** 2 for metric in parts)) / len(parts))
-    # Each group has draws of its own: the same draws for all would tie groups together that do not share examples.
-    means = np.mean([resampled_means(own, f"{metric.group}/{name}") for metric, own in zip(parts, scores, strict=True)], axis=0)
-    low, high = interval(means)
-    return Metric("average", name, value, stderr, low, high, n)
+        common = {"example": record.get("example", record["id"]), "aggregate": EXAMPLE, **record["by"]}
+        scores = [{"metric": name, "value": value} for name, value in record["scores"].items()]
+        for row in (*scores, *record.get("rows", ())):
+            metric = declaration.metric(row["metric"])
+            yield {"unit": metric.unit, "better": metric.better} | common | row

@@ -1,0 +1,1 @@
+"""The table of results: one row a figure; comparison, verdict and plot read nothing else."""
