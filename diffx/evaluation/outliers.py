@@ -172,7 +172,7 @@ def declare(context: Context) -> Declaration:
             )
         ],
         references=published("outliers"),
-        notes=["Grey lines: figures over all layers."],
+        notes=["Dashed and dotted lines: published figures over all layers."],
     )
 
 

@@ -50,12 +50,11 @@ from diffx.loading import load
 from diffx.results.aggregate import Row, aggregate, references_of
 from diffx.results.declare import Declaration
 from diffx.results.draw import draw_results
-from diffx.results.table import make_frame, read_frame, write_frame
+from diffx.results.table import ROWS, make_frame, read_frame, write_frame
 from diffx.tracking import show_evaluation
 
 _log = logging.getLogger(__name__)
 _MODULES = {"attention_allocation": "allocation"}  # where a module's name is not its suites' kind
-ROWS = "rows.parquet"
 _RECORDS, _VERDICTS = "records.jsonl", "verdicts_"  # a judge's words, by the hash of what it read
 _ROWS = 60  # of a table on the terminal; the rest is in results.json
 _COLUMNS = ("", "metric", "value", "standard\nerror", "95% interval", "n", "published")
@@ -170,9 +169,9 @@ def _evaluate(
     metrics = aggregate(frame, declaration)
     for metric in metrics:
         metric["published"] = references_of(metric, declaration)
-    picture = folder / f"{job.suite.name}.png"
+    picture, title = folder / f"{job.suite.name}.png", f"{job.suite.name}: {lm.name}"
     with replacing(picture, picture.suffix) as temporary:
-        draw_results(metrics, frame.to_dict("records"), declaration, lm.name, temporary)
+        draw_results(metrics, frame.to_dict("records"), declaration, title, temporary)
     _write_records(folder, records)
     write_frame(frame, folder / ROWS)
     results = {

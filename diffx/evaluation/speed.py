@@ -119,6 +119,7 @@ def declare(context: Context) -> Declaration:
                 series="variant",
                 xlabel="T, tokens of a sequence",
                 log="x",
+                limits=[0, None],
             )
             for name in (*speeds, *memories)
         ],

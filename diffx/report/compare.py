@@ -1,17 +1,16 @@
 """``diffx compare``: one table, one picture and one JSON file out of several runs."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from diffx.config import UserError
 from diffx.config.checks import new_path
 from diffx.console import Reporter, figure, make_table
-from diffx.errors import storage_errors
-from diffx.files import replacing, write_json
 from diffx.report.findings import analyse
-from diffx.report.picture import FORMATS, draw
-from diffx.report.runs import group_runs, read_runs, sweep_jobs
+from diffx.report.picture import draw
+from diffx.report.write import write_report
+from diffx.results.plot import FORMATS
+from diffx.results.runs import group_runs, read_runs, sweep_jobs
 
 _INTERVAL = "[95% interval]"
 
@@ -53,21 +52,6 @@ def compare_runs(paths: list[Path], out: Path | None = None) -> None:
     for line in report["sentences"]:
         reporter.line(line)
     write_report(report, out, draw, reporter)
-
-
-def write_report(report: dict[str, Any], out: Path, draw: Callable[[dict[str, Any], Path], None], reporter: Reporter) -> None:
-    """Write the picture of a report, and its figures in a JSON file beside it.
-
-    Raises:
-        RunError: they cannot be written.
-    """
-    figures = out.with_suffix(".json")
-    with storage_errors(f"{out} cannot be written"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out, out.suffix) as temporary:
-            draw(report, temporary)
-        write_json(figures, report)
-    reporter.line(f"picture: {out}   figures: {figures}")
 
 
 def _row(group: dict[str, Any]) -> dict[str, str]:

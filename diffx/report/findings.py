@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from diffx.console import figure
-from diffx.report.adaptations import CONTROL, noise_floor, read_adaptations
-from diffx.report.runs import BASE, SHAPE_KEYS, Group, as_word, base_groups
-from diffx.report.scaling import PowerLaw, fit_power_law
-from diffx.report.statistics import paired_difference, tokens_at_equal_loss
+from diffx.results.adaptations import CONTROL, noise_floor, read_adaptations
+from diffx.results.curves import tokens_at_equal_loss
+from diffx.results.runs import BASE, SHAPE_KEYS, Group, as_word, base_groups
+from diffx.results.scaling import PowerLaw, fit_power_law
+from diffx.results.statistics import paired_difference
 
 
 def analyse(groups: list[Group]) -> dict[str, Any]:

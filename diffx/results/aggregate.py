@@ -68,7 +68,7 @@ def groups_of(examples: pd.DataFrame, table: Table) -> Iterator[tuple[Row, pd.Da
             yield {}, shown
         return
     for key, group in shown.groupby(table.by, sort=False):
-        yield dict(zip(table.by, key, strict=True)), group
+        yield by_columns(dict(zip(table.by, key, strict=True))), group
 
 
 def _metrics_of(

@@ -115,7 +115,7 @@ class Picture:
     xlabel: str = ""
     ylabel: str = ""
     log: str = ""
-    limits: list[float] | None = None
+    limits: list[float | None] | None = None
 
     def __post_init__(self) -> None:
         known = ("curve", "bars", "dots", "heat", "intervals")

@@ -43,9 +43,9 @@ def draw_results(
         _PANELS[picture.kind](place, picture, chosen, declaration)
         plot.style(
             place,
-            picture.title.format(panel=", ".join(map(str, key))),
-            picture.xlabel,
-            picture.ylabel or _unit(chosen),
+            fill(picture.title.format(panel=", ".join(map(str, key))), 48),
+            picture.xlabel or (_unit(chosen) if picture.kind == "intervals" else ""),
+            picture.ylabel or (_unit(chosen) if picture.kind != "intervals" else ""),
             grid={"bars": "y", "dots": "y", "intervals": "x"}.get(picture.kind, "both"),
         )
         if picture.kind == "heat":
@@ -68,7 +68,7 @@ def _panels(picture: Picture, rows: Sequence[Row]) -> Iterable[tuple[tuple[Any, 
         if picture.metrics is not None and row["metric"] not in picture.metrics:
             continue
         present = {name for name in BY if row.get(name) is not None}
-        free = picture.x == "label" or picture.kind in ("dots", "intervals")
+        free = picture.x not in BY
         if (not free and present != needed) or not needed <= present:
             continue
         if row["aggregate"] == AVERAGE and picture.kind != "intervals":
@@ -80,7 +80,7 @@ def _panels(picture: Picture, rows: Sequence[Row]) -> Iterable[tuple[tuple[Any, 
 
 def _height(picture: Picture, rows: Sequence[Row]) -> float:
     places = len({row.get("label") for row in rows})
-    return max(4.4, 1.8 + 0.42 * places) if picture.kind == "intervals" else 4.4
+    return 2.2 + 0.42 * places if picture.kind == "intervals" else 4.4
 
 
 def _unit(rows: Sequence[Row]) -> str:
@@ -114,22 +114,23 @@ def _references(
 
 
 def _curve(axes: Axes, picture: Picture, rows: Sequence[Row], declaration: Declaration) -> None:
+    columns = {name: rows[0][name] for name in picture.panels if name in BY}
+    shown = [
+        reference
+        for reference in declaration.references
+        if reference.by == columns and not reference.gain and not reference.average
+    ]
+    labels = list(dict.fromkeys(reference.label for reference in shown))
     for number, (name, line) in enumerate(_by_series(picture, rows).items()):
         line = sorted(line, key=lambda row: row[picture.x])
         x = [row[picture.x] for row in line]
         value, low, high = ([row[key] for row in line] for key in ("value", "low", "high"))
         plot.curve(axes, x, value, low, high, name, plot.look(number))
-    columns = {name for name in picture.panels if name in BY}
-    levels = {
-        f"{reference.metric}, {reference.label}" if len(rows) > 1 else reference.label: reference
-        for reference in declaration.references
-        if reference.metric in {row["metric"] for row in rows} and not reference.gain
-        if {**reference.by} == {name: rows[0][name] for name in columns}
-        if not reference.average
-    }
-    for number, (label, reference) in enumerate(levels.items()):
-        dashes = ("--", ":", "-.")[number % 3]
-        axes.axhline(reference.value, color=plot.REFERENCE, lw=1.1, linestyle=dashes, label=label)
+        for reference in shown:
+            if reference.metric == line[0]["metric"]:
+                dashes = plot.look(number, 1 + labels.index(reference.label))
+                label = f"{reference.label}, {reference.metric}"
+                axes.axhline(reference.value, lw=1.1, label=label, **dashes)
     if "y" in picture.log:
         axes.set_yscale("log")
     elif picture.limits:

@@ -74,6 +74,21 @@ def legend(axes: Axes, columns: int = 1) -> None:
         )
 
 
+def shared_legend(made: Figure, axes: Axes, title: str, columns: int) -> None:
+    """Put one legend for all panels below them: that of ``axes``, with a note above it."""
+    handles, labels = axes.get_legend_handles_labels()
+    made.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        title=title,
+        title_fontsize=9,
+    ).get_title().set_multialignment("center")
+
+
 def look(number: int, line: int | None = None) -> dict[str, Any]:
     """Colour and line of the series of this number."""
     line = number // len(COLOURS) if line is None else line
@@ -166,10 +181,12 @@ def heat(
     columns: Sequence[str],
     rows: Sequence[str],
     label: str,
-    limits: Sequence[float] | None = None,
+    limits: Sequence[float | None] | None = None,
 ) -> None:
     """A heat map of grid (rows, columns), with a colour bar and, where there is room, the figures."""
-    low, high = limits or (min(0.0, float(np.nanmin(grid))), float(np.nanmax(grid)))
+    low, high = limits or (None, None)
+    low = min(0.0, float(np.nanmin(grid))) if low is None else low
+    high = float(np.nanmax(grid)) if high is None else high
     image = axes.imshow(grid, vmin=low, vmax=high, cmap="viridis", aspect="auto")
     if grid.size <= 80:
         for y, x in np.argwhere(np.isfinite(grid)):

@@ -51,6 +51,7 @@ COLUMNS = {
     "n": "Int64",  # examples
 }
 EXAMPLE = "example"
+ROWS = "rows.parquet"  # in an evaluation's folder
 
 
 def make_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -106,5 +107,6 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def by_columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of ``BY`` that are not null in a row."""
-    return {name: row[name] for name in BY if not pd.isna(row.get(name, pd.NA))}
+    """The columns of ``BY`` that are not null in a row, as Python's own numbers and texts."""
+    present = {name: row[name] for name in BY if not pd.isna(row.get(name, pd.NA))}
+    return {name: getattr(value, "item", lambda v=value: v)() for name, value in present.items()}

@@ -1,23 +1,21 @@
 """Finished evaluations as plain objects, and which of several checkpoints' evaluations can be compared."""
 
 import glob
-import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import zstandard
+import pandas as pd
 
 from diffx.config import UserError
 from diffx.config.composition import CONFIGS
 from diffx.config.suite import SUITE_CONFIGS
-from diffx.files import open_text, parse_json, read_json
-from diffx.report.runs import as_word
+from diffx.files import read_json
+from diffx.results.declare import Declaration
+from diffx.results.runs import as_word
+from diffx.results.table import ROWS, read_frame
 
-Key = tuple[str, str]  # group and score
 _RESULTS = {"suite": str, "settings_hash": str, "settings": dict, "checkpoint": dict, "metrics": list, "examples": int}
 
 
@@ -27,7 +25,7 @@ class Evaluation:
 
     Attributes:
         label: the checkpoint as the user typed it.
-        folder: holds ``results.json`` and ``records.jsonl.zst``.
+        folder: holds ``results.json`` and ``rows.parquet``.
         results: the former.
     """
 
@@ -57,43 +55,28 @@ class Evaluation:
 
         return dict(walk("", self.results["settings"]))
 
-    def scores(self) -> dict[Key, dict[str, float]]:
-        """Every example's finite scores by id, for each group and name of a score.
-
-        In ``icl_order`` one query stands in every order, and in ``retrieval`` the same needles at every length; either counts as one
-        example, with its mean. In ``speed`` rounds are examples.
+    @property
+    def declaration(self) -> Declaration:
+        """What the suite declared when it was run.
 
         Raises:
-            UserError: the records are missing or damaged.
+            UserError: it is damaged, or was made by an older version.
         """
-        path = self.folder / "records.jsonl.zst"
-        found: dict[Key, dict[str, list[float]]] = {}
         try:
-            with open_text(path) as file:
-                records = [parse_json(line) for line in file]
-            if len(records) != self.results["examples"]:  # a file that was cut off reads as one that ends there
-                raise ValueError(f"it has {len(records)} of {self.results['examples']} records")
-            for record in records:
-                for example, name, score in _examples(record):
-                    if math.isfinite(score):
-                        found.setdefault((record["group"], name), {}).setdefault(example, []).append(score)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, zstandard.ZstdError) as error:
-            raise UserError(f"{path} cannot be used: {error}; make the evaluation again with force=true") from error
-        return {key: {example: float(np.mean(values)) for example, values in own.items()} for key, own in found.items()}
+            return Declaration.from_json(self.results["declaration"])
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"{self.folder / 'results.json'} cannot be used: it lacks a good declaration of its "
+                "suite; make the evaluation again with force=true"
+            ) from error
 
-    def means(self) -> dict[Key, float]:
-        """The figures of ``results.json``."""
-        return {(metric["group"], metric["name"]): metric["value"] for metric in self.results["metrics"] if metric["value"] is not None}
+    def rows(self) -> pd.DataFrame:
+        """Its rows of the table of results.
 
-
-def _examples(record: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """Each score of a record with the example that it is of."""
-    example = re.sub(r"/\d+(?=/\d+$)", "", record["id"]) if "order" in record else record["id"]
-    example = example.replace(f"/T={record.get('length')}/", "/")
-    if "rounds" in record:
-        yield from ((f"{example}/{number}", name, value) for name, own in record["rounds"].items() for number, value in enumerate(own))
-    else:
-        yield from ((example, name, score) for name, score in record["scores"].items())
+        Raises:
+            UserError: they are missing or damaged.
+        """
+        return read_frame(self.folder / ROWS)
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -176,12 +159,7 @@ def _read(folder: Path) -> dict[str, Any]:
     checkpoint, suite, change = results["checkpoint"], results["settings"].get("suite"), results.get("change") or {}
     good = isinstance(checkpoint.get("name"), str) and isinstance(checkpoint.get("step"), int) and isinstance(suite, dict)
     good = good and isinstance(change, dict) and all(isinstance(change.get(key, 0), int) for key in ("bytes", "bytes_before"))
-    return results if good and all(map(_is_metric, results["metrics"])) else {}
-
-
-def _is_metric(value: Any) -> bool:
-    texts = isinstance(value, dict) and isinstance(value.get("group"), str) and isinstance(value.get("name"), str)
-    return texts and "value" in value and isinstance(value["value"], int | float | None)
+    return results if good else {}
 
 
 def share(found: list[list[Evaluation]], say: Callable[[str], None]) -> list[Evaluation]:

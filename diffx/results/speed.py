@@ -3,10 +3,10 @@
 from typing import Any
 
 from diffx.console import figure
-from diffx.report.runs import Run
-from diffx.report.statistics import tokens_at_equal_loss
+from diffx.results.curves import tokens_at_equal_loss
+from diffx.results.runs import Run
 
-_UNIT = " tokens/s"
+_UNIT = "tokens/s"
 _TRAIN = "train"
 _EQUAL = 0.02  # counts that differ by no more than this share are called equal
 
@@ -29,9 +29,9 @@ def speed_sentences(
     equal = "equal" if abs(sizes[1] / sizes[0] - 1) <= _EQUAL else "unequal"
     size = f"at {equal} parameters ({figure(sizes[0])} and {figure(sizes[1])})"
     sentences, costs = [], {}
-    for score in dict.fromkeys(row["score"] for row in rows if row["score"].endswith(_UNIT)):
-        phase = score.removesuffix(_UNIT)
-        cells = [row for row in rows if row["score"] == score]
+    for metric in dict.fromkeys(row["metric"] for row in rows if row["unit"] == _UNIT):
+        phase = metric.removesuffix(f" {_UNIT}")
+        cells = [row for row in rows if row["metric"] == metric]
         ratio, low, high = (cells[-1][key] for key in ("difference", "low", "high"))
         known = f" [{low:.3f}, {high:.3f}]" if low is not None else ""
         shapes = [row["difference"] for row in cells if row["groups"] == 1]

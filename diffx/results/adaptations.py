@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from diffx.report.runs import BASE
+from diffx.results.runs import BASE
 
 CONTROL = "attn_only"
 _MIRROR = "dex_mirror"
