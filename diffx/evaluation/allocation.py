@@ -34,7 +34,7 @@ def plan(context: Context) -> list[Example]:
     length = suite.length or min(context.lm.context, 4096)
     examples = []
     for depth in suite.depths:
-        data = {"task": f"N={needles} R={asked}", "needles": needles, "asked": asked, "length": length, "depth": depth}
+        data = {"draw": f"depth {depth:.0%}", "needles": needles, "asked": asked, "length": length, "depth": depth}
         name = f"N={needles} R={asked}/T={length}/depth={depth:g}"
         examples += context.limited([Example(f"{name}/{number}", data | {"number": number}) for number in range(suite.samples)])
     return long_enough(context, haystack_of(context), examples, "suite.length")

@@ -35,7 +35,7 @@ def plan(context: Context) -> list[Example]:
         group = _case(needles, asked)
         for length in suite.lengths or [most // 4, most // 2, most]:
             for depth in suite.depths:
-                data = {"task": group, "needles": needles, "asked": asked, "length": length, "depth": depth}
+                data = {"task": group, "draw": group, "needles": needles, "asked": asked, "length": length, "depth": depth}
                 cell = []
                 for number in range(suite.samples):
                     name = f"{group}/depth={depth:g}/{number}"  # the same needles at every length
@@ -53,7 +53,7 @@ def haystack_of(context: Context) -> Haystack:
 def needles_of(context: Context, example: Example) -> Needles:
     """The needles of an example."""
     data = example.data
-    draw = f"{context.seed}/{data['task']}/{data['depth']:g}/{data['number']}"  # the same at every length
+    draw = f"{context.seed}/{data['draw']}/{data['depth']:g}/{data['number']}"  # the same at every length
     return draw_needles(draw, data["needles"], data["asked"], data["depth"], context.suite.digits)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 from diffx.config import UserError
 from diffx.config.checks import new_path
 from diffx.console import Reporter, figure, make_table
-from diffx.report.findings import analyse
 from diffx.report.picture import draw
 from diffx.report.write import write_report
 from diffx.results.plot import FORMATS
 from diffx.results.runs import group_runs, read_runs, sweep_jobs
+from diffx.results.training import analyse
 
 _INTERVAL = "[95% interval]"
 
@@ -32,7 +32,9 @@ def compare_runs(paths: list[Path], out: Path | None = None) -> None:
         out = (paths[0] if len(paths) == 1 and sweep_jobs(paths[0]) else Path()) / "compare.png"
     new_path("out", out)
     if out.suffix not in FORMATS:
-        raise UserError(f"out={out} cannot be used: it is the picture, so its name must end in {', '.join(FORMATS)}")
+        raise UserError(
+            f"out={out} cannot be used: it is the picture, so its name must end in {', '.join(FORMATS)}"
+        )
     reporter = Reporter()
     runs = read_runs(paths)
     measured = [run for run in runs if run.curve("val/loss")[0].size]
@@ -40,13 +42,17 @@ def compare_runs(paths: list[Path], out: Path | None = None) -> None:
         if run not in measured:
             reporter.warn(f"{run.path} is left out: it has no validation yet")
     if not measured:
-        raise UserError(f"RUN={paths[0]} cannot be compared: no run given has a validation loss yet")
+        raise UserError(
+            f"RUN={paths[0]} cannot be compared: no run given has a validation loss yet"
+        )
     report = analyse(group_runs(measured))
 
     rows = [_row(group) for group in report["groups"]]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     title = f"runs: {len(measured)}, groups: {len(rows)}"
-    reporter.table(make_table(title, columns, [[row.get(name, "-") for name in columns] for row in rows]))
+    reporter.table(
+        make_table(title, columns, [[row.get(name, "-") for name in columns] for row in rows])
+    )
     for line in report["warnings"]:
         reporter.warn(line)
     for line in report["sentences"]:
@@ -61,21 +67,30 @@ def _row(group: dict[str, Any]) -> dict[str, str]:
     if group["adapted"]:
         cells["trained\nparameters"] = figure(count["trained"]) if count else "-"
     else:
-        cells["parameters\n(embedding + rest)"] = f"{figure(count['embedding'])} + {figure(count['rest'])}" if count else "-"
+        cells["parameters\n(embedding + rest)"] = (
+            f"{figure(count['embedding'])} + {figure(count['rest'])}" if count else "-"
+        )
     cells |= {
         "tokens": figure(group["tokens"]),
-        "final val loss": f"{loss['mean']:.4f}" + (f" ± {loss['std']:.4f} (n={len(loss['by_seed'])})" if loss["std"] is not None else ""),
+        "final val loss": f"{loss['mean']:.4f}"
+        + (f" ± {loss['std']:.4f} (n={len(loss['by_seed'])})" if loss["std"] is not None else ""),
         "bpb": f"{group['val/bpb']['mean']:.4f}" if group["val/bpb"] else "-",
-        f"difference\n{_INTERVAL}": "baseline" if group["baseline"] == group["label"] else _gap(group["difference"]),
+        f"difference\n{_INTERVAL}": "baseline"
+        if group["baseline"] == group["label"]
+        else _gap(group["difference"]),
     }
     if group["adapted"]:
         cells[f"to the base\n{_INTERVAL}"] = _gap(group["difference_to_base"])
     else:
         cells["tokens at\nequal loss"] = f"{equal['ratio']:.1%}" if equal else "-"
-    return cells | {"tokens/s": figure(group["tokens_per_second"]) if group["tokens_per_second"] else "-"}
+    return cells | {
+        "tokens/s": figure(group["tokens_per_second"]) if group["tokens_per_second"] else "-"
+    }
 
 
 def _gap(gap: dict[str, Any] | None) -> str:
     if gap is None:
         return "-"
-    return f"{gap['mean']:+.4f}" + (f" [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap["low"] is not None else "")
+    return f"{gap['mean']:+.4f}" + (
+        f" [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap["low"] is not None else ""
+    )

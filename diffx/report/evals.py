@@ -16,10 +16,7 @@ from diffx.results.compare import compare, examples_apart
 from diffx.results.evaluations import Evaluation, find_evaluations, share
 from diffx.results.published import source
 from diffx.results.runs import read_run
-from diffx.results.speed import speed_sentences
-from diffx.results.verdict import FEW, headline, verdict_on_difference
-
-__all__ = ["FEW", "analyse_evaluations", "compare_evaluations"]
+from diffx.results.verdict import headline, on_difference, on_speed
 
 
 def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
@@ -88,12 +85,13 @@ def analyse_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:
         if any(row["ratio"] for row in rows):
             sizes = tuple(float(rows["parameters"].iloc[0]) for rows in (base_rows, rival_rows))
             runs = [e.run for e in (base, rival) if (e.run / "config.yaml").is_file()]
-            read = (read_run(runs[0]), read_run(runs[1])) if len(runs) == 2 else None
-            sentences = speed_sentences(base.label, rival.label, rows, (sizes[0], sizes[1]), read)
+            curves = [read_run(run).curve("val/loss") for run in runs]
+            pair = (curves[0], curves[1]) if len(curves) == 2 else None
+            sentences = on_speed(base.label, rival.label, rows, (sizes[0], sizes[1]), pair)
         else:
             several = len({row["label"] for row in rows if row["n"]}) > 1
             sentences = [
-                verdict_on_difference(suite, base.label, rival.label, row, several)
+                on_difference(suite, base.label, rival.label, row, several)
                 for row in headline(rows)
             ]
         comparisons.append({**_identity(rival), "rows": rows, "sentences": sentences})

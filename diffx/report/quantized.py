@@ -16,7 +16,7 @@ from diffx.results.declare import Declaration
 from diffx.results.evaluations import Evaluation, read_evaluation
 from diffx.results.runs import group_runs, read_run
 from diffx.results.statistics import t_interval
-from diffx.results.verdict import cost_of_bits, verdicts_on_bits
+from diffx.results.verdict import cost_of_bits, on_bits
 
 _PUBLISHED = (
     "published (arXiv 2410.05258, section 3.7; attention logits, HellaSwag): DIFF holds from 16 to "
@@ -74,7 +74,7 @@ def analyse_quantization(checkpoints: list[Widths]) -> dict[str, Any]:
         "better": main["better"],
         "method": method,
         "models": models,
-        "sentences": verdicts_on_bits(models, EXACT),
+        "sentences": on_bits(models, EXACT),
         "folders": [{bits: str(folder) for bits, folder in c.items()} for c in checkpoints],
     }
 

@@ -119,9 +119,7 @@ def _given(base: pd.DataFrame, rival: pd.DataFrame, table: Table) -> Iterator[Ro
             yield given | {"aggregate": row["aggregate"], "n": 0, "groups": 1, "paired": "none"}
 
 
-def _row(
-    label: str, columns: Row, metric: Metric, figures: list[float], interval: Interval
-) -> Row:
+def _row(label: str, columns: Row, metric: Metric, figures: list[float], interval: Interval) -> Row:
     names = ("baseline", "value", "difference")
     return {
         "label": label,

@@ -59,4 +59,9 @@ def tokens_at_equal_loss(curve: Curve, base: Curve) -> EqualLoss | None:
     needed, spent = tokens_to_reach(*ahead, loss), float(behind[0][-1])
     if not needed or not spent:
         return None
-    return EqualLoss(loss=loss, tokens=needed if better else spent, baseline_tokens=spent if better else needed, better=better)
+    return EqualLoss(
+        loss=loss,
+        tokens=needed if better else spent,
+        baseline_tokens=spent if better else needed,
+        better=better,
+    )

@@ -16,7 +16,14 @@ from diffx.results.declare import Declaration
 from diffx.results.runs import as_word
 from diffx.results.table import ROWS, read_frame
 
-_RESULTS = {"suite": str, "settings_hash": str, "settings": dict, "checkpoint": dict, "metrics": list, "examples": int}
+_RESULTS = {
+    "suite": str,
+    "settings_hash": str,
+    "settings": dict,
+    "checkpoint": dict,
+    "metrics": list,
+    "examples": int,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +94,9 @@ def read_evaluation(folder: Path) -> Evaluation:
     """
     results = _read(folder)
     if not results.get("finished"):
-        raise UserError(f"{folder} cannot be used: its results.json is missing or damaged; run it again with force=true")
+        raise UserError(
+            f"{folder} cannot be used: its results.json is missing or damaged; run it again with force=true"
+        )
     return Evaluation(label=results["checkpoint"]["name"], folder=folder, results=results)
 
 
@@ -98,8 +107,11 @@ def find_evaluations(spec: str, suite: str) -> list[Evaluation]:
         UserError: there are none, or the suite or the checkpoint does not exist.
     """
     run, which = _find_folder(spec)
-    shipped = sorted({*SUITE_CONFIGS, *(path.stem for path in (CONFIGS / "suite").glob("*.yaml"))})
-    there = {path.relative_to(step).as_posix() for step in run.glob("evals/*") for path in step.glob("*")}
+    named = (path.stem for path in (CONFIGS / "suite").glob("*.yaml"))
+    shipped = sorted({*SUITE_CONFIGS, *named})
+    there = {
+        path.relative_to(step).as_posix() for step in run.glob("evals/*") for path in step.glob("*")
+    }
     if suite not in [*shipped, *there]:
         raise UserError(
             f"suite={suite} cannot be used: there is no such suite; accepted: {', '.join(dict.fromkeys([*shipped, *sorted(there)]))}"
@@ -110,7 +122,9 @@ def find_evaluations(spec: str, suite: str) -> list[Evaluation]:
     if not folders:
         steps = sorted({int(path.parents[1].name) for path in everywhere})
         at = f" at step {step}, only at {', '.join(map(str, steps))}" if steps else ""
-        raise UserError(f"RUN={spec} has no evaluation of {suite} yet{at}: `diffx eval checkpoint={spec} suite={suite}` makes one")
+        raise UserError(
+            f"RUN={spec} has no evaluation of {suite} yet{at}: `diffx eval checkpoint={spec} suite={suite}` makes one"
+        )
     results = {folder: _read(folder) for folder in folders}
     finished = [folder for folder, result in results.items() if result.get("finished")]
     if not finished:
@@ -119,7 +133,10 @@ def find_evaluations(spec: str, suite: str) -> list[Evaluation]:
         )
     newest = max(int(folder.parents[1].name) for folder in finished)
     finished = [folder for folder in finished if int(folder.parents[1].name) == newest]
-    found = [Evaluation(label=spec.rstrip("/"), folder=folder, results=results[folder]) for folder in finished]
+    found = [
+        Evaluation(label=spec.rstrip("/"), folder=folder, results=results[folder])
+        for folder in finished
+    ]
     return sorted(found, key=lambda evaluation: evaluation.time, reverse=True)
 
 
@@ -129,16 +146,22 @@ def _find_folder(spec: str) -> tuple[Path, str]:
     Raises:
         UserError: there is none, or a model of the hub was evaluated in several revisions.
     """
-    name, _, which = spec.rpartition("@") if "@" in spec and not Path(spec).exists() else (spec, "", "")
+    name, _, which = (
+        spec.rpartition("@") if "@" in spec and not Path(spec).exists() else (spec, "", "")
+    )
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():  # a run, or a folder of runs/hub
         return path, which
     model = path.resolve().name if path.is_dir() else spec.replace("/", "--")
     revisions = sorted(Path("runs/hub").glob(f"{glob.escape(model)}@*"))
     if len(revisions) > 1:
-        raise UserError(f"RUN={spec} cannot be used: there are {', '.join(map(str, revisions))}; give one of them")
+        raise UserError(
+            f"RUN={spec} cannot be used: there are {', '.join(map(str, revisions))}; give one of them"
+        )
     if not revisions:
-        raise UserError(f"RUN={spec} cannot be used: there is no folder {name}; give runs/x, runs/x@STEP or runs/hub/<name>@<revision>")
+        raise UserError(
+            f"RUN={spec} cannot be used: there is no folder {name}; give runs/x, runs/x@STEP or runs/hub/<name>@<revision>"
+        )
     return revisions[0], ""
 
 
@@ -156,9 +179,21 @@ def _read(folder: Path) -> dict[str, Any]:
         results = read_json(folder / "results.json", _RESULTS)
     except UserError:
         return {}
-    checkpoint, suite, change = results["checkpoint"], results["settings"].get("suite"), results.get("change") or {}
-    good = isinstance(checkpoint.get("name"), str) and isinstance(checkpoint.get("step"), int) and isinstance(suite, dict)
-    good = good and isinstance(change, dict) and all(isinstance(change.get(key, 0), int) for key in ("bytes", "bytes_before"))
+    checkpoint, suite, change = (
+        results["checkpoint"],
+        results["settings"].get("suite"),
+        results.get("change") or {},
+    )
+    good = (
+        isinstance(checkpoint.get("name"), str)
+        and isinstance(checkpoint.get("step"), int)
+        and isinstance(suite, dict)
+    )
+    good = (
+        good
+        and isinstance(change, dict)
+        and all(isinstance(change.get(key, 0), int) for key in ("bytes", "bytes_before"))
+    )
     return results if good else {}
 
 
@@ -172,18 +207,29 @@ def share(found: list[list[Evaluation]], say: Callable[[str], None]) -> list[Eva
     Raises:
         UserError: they share no settings.
     """
-    by_hash = [{evaluation.folder.name: evaluation for evaluation in evaluations} for evaluations in found]
+    by_hash = [
+        {evaluation.folder.name: evaluation for evaluation in evaluations} for evaluations in found
+    ]
     shared = [key for key in by_hash[0] if all(key in other for other in by_hash)]
     shared.sort(key=lambda key: max(evaluations[key].time for evaluations in by_hash), reverse=True)
     if not shared:
         settings = [evaluations[0].settings() for evaluations in found]
-        keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({repr(s.get(key)) for s in settings}) > 1]
+        keys = [
+            key
+            for key in dict.fromkeys(k for s in settings for k in s)
+            if len({repr(s.get(key)) for s in settings}) > 1
+        ]
         each = [
-            f"{evaluations[0].label} has " + ", ".join(f"{key}={as_word(own.get(key))}" for key in keys)
+            f"{evaluations[0].label} has "
+            + ", ".join(f"{key}={as_word(own.get(key))}" for key in keys)
             for evaluations, own in zip(found, settings, strict=True)
         ]
-        raise UserError(f"these evaluations do not share their settings: {'; '.join(each)}; evaluate them with the same ones")
+        raise UserError(
+            f"these evaluations do not share their settings: {'; '.join(each)}; evaluate them with the same ones"
+        )
     if len(shared) > 1:
         others = ", ".join(shared[1:])
-        say(f"They share {len(shared)} settings: the newest, {shared[0]}, are compared, and {others} are not.")
+        say(
+            f"They share {len(shared)} settings: the newest, {shared[0]}, are compared, and {others} are not."
+        )
     return [evaluations[shared[0]] for evaluations in by_hash]

@@ -191,7 +191,12 @@ def heat(
     if grid.size <= 80:
         for y, x in np.argwhere(np.isfinite(grid)):
             dark = grid[y, x] < low + 0.6 * (high - low)
-            text: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5, "color": "w" if dark else "k"}
+            text: dict[str, Any] = {
+                "ha": "center",
+                "va": "center",
+                "fontsize": 8.5,
+                "color": "w" if dark else "k",
+            }
             axes.text(x, y, f"{grid[y, x]:.2f}", **text)
     for names, set_ticks in ((columns, axes.set_xticks), (rows, axes.set_yticks)):
         every = max(1, len(names) // 12)
@@ -258,4 +263,3 @@ def _short(number: float) -> str:
 def save(made: Figure, path: Path) -> None:
     """Write a figure in the format of the path's suffix."""
     made.savefig(path, dpi=150)
-

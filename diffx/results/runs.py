@@ -19,16 +19,37 @@ from diffx.files import read_json
 from diffx.tracking import read_metrics
 
 SHAPE_KEYS = tuple(
-    f"model.{name}" for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
+    f"model.{name}"
+    for name in (
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "intermediate_size",
+        "vocab_size",
+    )
 )
 
 # Where a run was kept, how often it was looked at and where it ran do not make it another experiment.
 _BOOKKEEPING = {"seed", "device", "train.tokens"} | {
-    f"train.{name}" for name in ("resume", "log_every", "eval_every", "save_every", "keep_last", "sample_prompt", "sample_tokens")
+    f"train.{name}"
+    for name in (
+        "resume",
+        "log_every",
+        "eval_every",
+        "save_every",
+        "keep_last",
+        "sample_prompt",
+        "sample_tokens",
+    )
 }
 _BASE_MODEL_KEYS = {f"model.{f.name}" for f in fields(ModelConfig)} - {"model.kind"}
+CONTROL = "attn_only"
 BASE = "base"  # the kind of a pretrained model, beside the variants adapted from it
-_KINDS = ("model.kind", "dex.variant")  # what is compared: architectures, or variants of an adaptation
+_KINDS = (
+    "model.kind",
+    "dex.variant",
+)  # what is compared: architectures, or variants of an adaptation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +73,9 @@ class Run:
     @property
     def finished(self) -> bool:
         """The run went to its last step, which a later resumption may have moved on."""
-        return bool(self.summary.get("finished")) and self.summary["step"] >= self.job.train.num_steps
+        return (
+            bool(self.summary.get("finished")) and self.summary["step"] >= self.job.train.num_steps
+        )
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens seen and the metric's values, both (n,), for the lines that carry the metric; one value a token count."""
@@ -83,7 +106,10 @@ def read_run(path: str | Path) -> Run:
         path=path,
         job=job,
         metrics=read_metrics(path / "metrics.jsonl"),
-        summary=_read_summary(path / "summary.json", ("trained",) if isinstance(job, AdaptJob) else ("embedding", "rest")),
+        summary=_read_summary(
+            path / "summary.json",
+            ("trained",) if isinstance(job, AdaptJob) else ("embedding", "rest"),
+        ),
         data=read_json(path / "data.json") if (path / "data.json").exists() else {},
     )
 
@@ -154,7 +180,9 @@ class Group:
     @property
     def parameters(self) -> dict[str, int] | None:
         """Parameter counts (embedding, rest, total), or None while no run of the group has a summary."""
-        return next((run.summary["parameters"] for run in self.runs if "parameters" in run.summary), None)
+        return next(
+            (run.summary["parameters"] for run in self.runs if "parameters" in run.summary), None
+        )
 
     def final(self, name: str) -> dict[int, float]:
         """The metric's last value for each seed (the mean if a seed was run twice)."""
@@ -194,7 +222,10 @@ def group_runs(runs: list[Run]) -> list[Group]:
         members.setdefault(json.dumps(_settings(run.job), sort_keys=True), []).append(run)
     settings = [_settings(group[0].job) for group in members.values()]
     labels = _labels(settings)
-    return [Group(label=label, settings=s, runs=group) for label, s, group in zip(labels, settings, members.values(), strict=True)]
+    return [
+        Group(label=label, settings=s, runs=group)
+        for label, s, group in zip(labels, settings, members.values(), strict=True)
+    ]
 
 
 def base_groups(groups: list[Group]) -> dict[str, Group]:
@@ -205,13 +236,24 @@ def base_groups(groups: list[Group]) -> dict[str, Group]:
     members: dict[str, list[Group]] = {}
     for group in groups:
         if "dex.variant" in group.settings:
-            same = {k: v for k, v in group.settings.items() if k in ("base", "revision", "train.seq_len") or k.startswith("data.")}
+            same = {
+                k: v
+                for k, v in group.settings.items()
+                if k in ("base", "revision", "train.seq_len") or k.startswith("data.")
+            }
             members.setdefault(json.dumps(same, sort_keys=True), []).append(group)
     settings = [{"dex.variant": BASE, **json.loads(same)} for same in members]
     made: dict[str, Group] = {}
     for s, label, adapted in zip(settings, _labels(settings), members.values(), strict=True):
-        runs = {run.job.seed: replace(run, metrics=_flat(run), summary={}) for group in adapted for run in group.runs}
-        made |= dict.fromkeys((group.label for group in adapted), Group(label=label, settings=s, runs=list(runs.values())))
+        runs = {
+            run.job.seed: replace(run, metrics=_flat(run), summary={})
+            for group in adapted
+            for run in group.runs
+        }
+        made |= dict.fromkeys(
+            (group.label for group in adapted),
+            Group(label=label, settings=s, runs=list(runs.values())),
+        )
     return made
 
 
@@ -257,9 +299,16 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
     for key in dict.fromkeys(key for s in settings for key in s if key not in _KINDS):
         if len({repr(s[key]) for s in settings if key in s}) < 2:
             continue
-        name = key.removeprefix("model.").removeprefix("dex.").removeprefix("train.").removesuffix(".kind")
+        name = (
+            key.removeprefix("model.")
+            .removeprefix("dex.")
+            .removeprefix("train.")
+            .removesuffix(".kind")
+        )
         named = [
-            f"{label} {name}={as_word(s[key])}" if key in s and not _is_default(_kind(s), key, s[key]) else label
+            f"{label} {name}={as_word(s[key])}"
+            if key in s and not _is_default(_kind(s), key, s[key])
+            else label
             for label, s in zip(labels, settings, strict=True)
         ]
         if key not in SHAPE_KEYS or len(set(named)) > len(set(labels)):
@@ -269,11 +318,16 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
 
 def as_word(value: Any) -> str:
     """Write a value as the command line takes it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
 
 
 def _is_default(kind: str, key: str, value: Any) -> bool:
     if not _is_own(key):
         return False
     option = key.removeprefix("model.").removeprefix("dex.")
-    return any(f.name == option and f.default == value for f in fields(DexConfig if key.startswith("dex.") else MODEL_CONFIGS[kind]))
+    return any(
+        f.name == option and f.default == value
+        for f in fields(DexConfig if key.startswith("dex.") else MODEL_CONFIGS[kind])
+    )

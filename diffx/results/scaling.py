@@ -29,7 +29,11 @@ class PowerLaw:
 
     def parameters(self, loss: float) -> float:
         """Parameters at which the curve has this loss; infinite if it never gets there."""
-        return ((loss - self.c) / self.a) ** (-1 / self.b) if loss > self.c and self.b > 0 else float("inf")
+        return (
+            ((loss - self.c) / self.a) ** (-1 / self.b)
+            if loss > self.c and self.b > 0
+            else float("inf")
+        )
 
 
 def fit_power_law(parameters: Sequence[float], losses: Sequence[float]) -> PowerLaw:
@@ -44,10 +48,14 @@ def fit_power_law(parameters: Sequence[float], losses: Sequence[float]) -> Power
     n, loss = np.asarray(parameters, dtype=float), np.asarray(losses, dtype=float)
     if len(n) < 3:
         raise ValueError(f"a power law needs three sizes or more, not {len(n)}")
-    x = np.log(n) - np.log(n).mean()  # about the middle size, where the factor hardly depends on the exponent
+    x = (
+        np.log(n) - np.log(n).mean()
+    )  # about the middle size, where the factor hardly depends on the exponent
 
     def power_law(theta: np.ndarray) -> np.ndarray:
-        level, b, share = theta  # log a at the middle size, b, and c as a share of the smallest loss
+        level, b, share = (
+            theta  # log a at the middle size, b, and c as a share of the smallest loss
+        )
         return np.exp(level - b * x) + share * loss.min()
 
     def start(share: float) -> np.ndarray:
@@ -59,7 +67,12 @@ def fit_power_law(parameters: Sequence[float], losses: Sequence[float]) -> Power
         bounds = ([-np.inf, -np.inf, 0.0], [np.inf, np.inf, 1 - 1e-6])
         fits = [
             least_squares(
-                lambda t: np.log(power_law(t) / loss), start(share), bounds=bounds, x_scale=[0.1, 0.01, 0.1], xtol=1e-12, ftol=1e-12
+                lambda t: np.log(power_law(t) / loss),
+                start(share),
+                bounds=bounds,
+                x_scale=[0.1, 0.01, 0.1],
+                xtol=1e-12,
+                ftol=1e-12,
             )
             for share in (0.01, 0.25, 0.5, 0.75, 0.95)
         ]
