@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from diffx.config import UserError
-from diffx.config.checks import new_path
 from diffx.console import Reporter, figure, make_table
 from diffx.report.picture import draw
 from diffx.report.write import write_report
-from diffx.results.plot import FORMATS
+from diffx.results.plot import check_picture
 from diffx.results.runs import group_runs, read_runs, sweep_jobs
 from diffx.results.training import analyse
 
@@ -22,19 +21,17 @@ def compare_runs(paths: list[Path], out: Path | None = None) -> None:
 
     Args:
         paths: run folders of ``diffx train`` or of ``diffx adapt-dex``; a sweep folder stands for the job folders in it.
-        out: the picture; None is ``compare.png`` in the sweep folder if one alone was given, else in the current folder.
+        out: the picture; None is ``compare.png`` in the sweep folder if one alone was given, and
+            no picture otherwise.
 
     Raises:
         UserError: a folder is no run, a file in it is damaged, none of the runs has a validation, or ``out`` is no picture's name.
         RunError: the picture cannot be written.
     """
-    if out is None:
-        out = (paths[0] if len(paths) == 1 and sweep_jobs(paths[0]) else Path()) / "compare.png"
-    new_path("out", out)
-    if out.suffix not in FORMATS:
-        raise UserError(
-            f"out={out} cannot be used: it is the picture, so its name must end in {', '.join(FORMATS)}"
-        )
+    if out is None and len(paths) == 1 and sweep_jobs(paths[0]):
+        out = paths[0] / "compare.png"
+    if out is not None:
+        check_picture("out", out)
     reporter = Reporter()
     runs = read_runs(paths)
     measured = [run for run in runs if run.curve("val/loss")[0].size]

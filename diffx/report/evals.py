@@ -7,7 +7,6 @@ from textwrap import fill
 from typing import Any
 
 from diffx.config import UserError
-from diffx.config.checks import new_path
 from diffx.console import Reporter, make_table
 from diffx.report.write import write_report
 from diffx.results import plot
@@ -41,8 +40,7 @@ def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
         )
     suite = suites[0]
     if out is not None:
-        new_path("out", out)
-        plot.check_format("out", out)
+        plot.check_picture("out", out)
     if len(specs) < 2:
         raise UserError(
             f"suite={suite} cannot be compared with {len(specs)} checkpoint: give two or more, the "

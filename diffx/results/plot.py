@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from diffx.config.checks import new_path
 from diffx.console import figure
 from diffx.errors import UserError
 
@@ -25,12 +26,13 @@ _MARKERS = "DsXP^v"
 _LABEL = 24  # characters in a line of a label
 
 
-def check_format(key: str, path: Path) -> None:
-    """Refuse a picture whose name has a suffix that cannot be drawn.
+def check_picture(key: str, path: Path) -> None:
+    """Refuse a path that cannot be written, or whose suffix is none of ``FORMATS``.
 
     Raises:
-        UserError: the suffix is none of ``FORMATS``.
+        UserError: it is such a path.
     """
+    new_path(key, path)
     if path.suffix not in FORMATS:
         raise UserError(
             f"{key}={path} cannot be used: it is the picture, so its name must end in "
