@@ -109,7 +109,7 @@ def declare(context: Context) -> Declaration:
     return Declaration(
         metrics=metrics,
         tables=[
-            Table(by=["depth"], label="depth {depth:.0%}", average=Average(over="depth")),
+            Table(by=["depth"], label="depth {depth:.0%}", average=Average(over=["depth"])),
             Table(by=["layer", "head"], label="layer {layer} head {head}", compared=False),
         ],
         pictures=[*bars, heads],

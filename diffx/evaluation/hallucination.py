@@ -178,7 +178,7 @@ def declare(context: Context) -> Declaration:
             Table(
                 by=["task"],
                 label="{task}",
-                average=Average(over="task", metrics={"faithful": ["faithful"]}),
+                average=Average(over=["task"], metrics={"faithful": ["faithful"]}),
             )
         ],
         pictures=[

@@ -202,7 +202,7 @@ def declare(context: Context) -> Declaration:
     """Means over documents and lm-eval's other aggregates by task and shots, its groups, averages."""
     loaded, own_shots = _tasks(context), context.suite.shots is None
     average = Average(
-        over="variant",
+        over=["variant"],
         by=[] if own_shots else ["shots"],
         label="average" if own_shots else "average ({shots}-shot)",
         metrics=_AVERAGES,

@@ -54,7 +54,7 @@ def declare(context: Context) -> Declaration:
         metrics=[Metric(name="accuracy", unit="accuracy")],
         tables=[
             Table(by=["task", "shots"], label="{task} {shots} shots" + " a class" * per_class),
-            Table(by=["task"], label="{task}", average=Average(over="task")),
+            Table(by=["task"], label="{task}", average=Average(over=["task"])),
         ],
         pictures=[
             Picture(

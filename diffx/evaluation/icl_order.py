@@ -79,7 +79,7 @@ def declare(context: Context) -> Declaration:
                 by=["task", "variant"],
                 label="{task} {variant}",
                 metrics=["accuracy", *_SPREADS],
-                average=Average(over="task", by=["variant"], label="average {variant}"),
+                average=Average(over=["task"], by=["variant"], label="average {variant}"),
             )
         ],
         pictures=[

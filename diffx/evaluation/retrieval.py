@@ -193,7 +193,7 @@ def declare(context: Context) -> Declaration:
     return Declaration(
         metrics=[Metric(name=name, unit="share of numbers right") for name in names],
         tables=[
-            Table(by=["task"], label="{task}", average=Average(over="task")),
+            Table(by=["task"], label="{task}", average=Average(over=["task"])),
             Table(by=["task", "length"], label="{task} T={length}", compared=False),
             Table(
                 by=["task", "length", "depth"],

@@ -26,7 +26,7 @@ from diffx.evaluation.suite import Context, Example, Record
 from diffx.files import read_json
 from diffx.hub.attention import cache_keyword
 from diffx.models import Decoder, KVCache
-from diffx.results.declare import Declaration, Metric, Picture, Table, metrics
+from diffx.results.declare import Average, Declaration, Metric, Picture, Table, metrics
 from diffx.results.published import published
 from diffx.train.checkpoint import STATE
 from diffx.train.parallel import autocast
@@ -108,6 +108,7 @@ def declare(context: Context) -> Declaration:
                 by=["variant", "length"],
                 label="{variant} T={length}",
                 metrics=[*speeds, *memories],
+                average=Average(over=["variant", "length"]),
             ),
         ],
         pictures=[

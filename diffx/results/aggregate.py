@@ -172,6 +172,8 @@ def averages(
     """The averages over a table's groups; each group counts once and is resampled by itself."""
     rows = []
     for columns, name, parts in parts_of_averages(examples, table, average):
+        if declaration.metric(name).ratio:
+            continue  # such as tokens/s: of one model there is no mean over shapes
         label = make_label(average.label, columns)
         samples = [part["value"].to_numpy() for part in parts]
         n = sum(map(len, samples))

@@ -47,20 +47,20 @@ class Average:
     """An average over a table's groups, each counted once.
 
     Attributes:
-        over: the column whose values are the groups.
+        over: columns whose combinations are the groups.
         by: columns of which each combination has an average of its own.
         label: the row's label; a format string over ``by``.
         metrics: each averaged metric with the metrics that stand for it in a group, the first that
             the group has; null averages each metric that every group has.
     """
 
-    over: str
+    over: list[str]
     by: list[str] = field(default_factory=list)
     label: str = "average"
     metrics: dict[str, list[str]] | None = None
 
     def __post_init__(self) -> None:
-        _check_columns([self.over, *self.by], self.label)
+        _check_columns([*self.over, *self.by], self.label)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
