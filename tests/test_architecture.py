@@ -1,4 +1,4 @@
-"""The house holds: imports go down, files stay short, torch stays out of the rooms that need none."""
+"""The structure: imports go down, files stay short, torch stays out of packages that need none."""
 
 import ast
 from pathlib import Path
@@ -9,14 +9,15 @@ import diffx
 
 ROOT = Path(diffx.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-# A room may import those below it. Rooms on one line are side by side and do not know each other.
-ROOMS = [
+# A package may import those below it. Packages on one line do not import each other.
+LAYERS = [
     ["cli"],
     ["report"],
     ["bench"],
     ["analysis"],
     ["quantization"],
     ["evaluation"],
+    ["results"],
     ["export"],
     ["loading"],
     ["train"],
@@ -30,12 +31,12 @@ ROOMS = [
     ["files"],
     ["errors"],
 ]
-LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
-WITHOUT_TORCH = {"cli", "report", "tracking", "console", "config", "files", "errors"}
-OUTSIDE = {"__init__", "__main__"}  # the package itself, and the program, which is the door
+LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
+WITHOUT_TORCH = {"cli", "report", "results", "tracking", "console", "config", "files", "errors"}
+OUTSIDE = {"__init__", "__main__"}  # the package itself, and the program
 
 
-def room_of(path):
+def package_of(path):
     first, *rest = path.relative_to(ROOT).parts
     return first if rest else path.stem
 
@@ -54,31 +55,31 @@ def imports(path):
                 yield from ((f"diffx.{alias.name}", node not in late) for alias in node.names)
 
 
-def test_only_the_door_imports_the_package_itself():
-    importers = {room_of(path) for path in FILES for name, _ in imports(path) if name == "diffx"}
+def test_only_the_program_imports_the_package_itself():
+    importers = {package_of(path) for path in FILES for name, _ in imports(path) if name == "diffx"}
     assert importers <= {"cli", "__main__"}, "diffx/__init__.py has what users call, and stands on top"
 
 
-def test_every_room_is_in_the_list():
-    assert {room_of(path) for path in FILES} - OUTSIDE <= LEVEL.keys()
+def test_every_package_is_in_the_list():
+    assert {package_of(path) for path in FILES} - OUTSIDE <= LEVEL.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down(path):
-    room = room_of(path)
+    package = package_of(path)
     for module, _ in imports(path):
         top, _, rest = module.partition(".")
         other = rest.partition(".")[0]
-        if top != "diffx" or other not in LEVEL or room in OUTSIDE or other == room:
+        if top != "diffx" or other not in LEVEL or package in OUTSIDE or other == package:
             continue
-        assert LEVEL[other] > LEVEL[room], f"{room} imports {module}, which is not below it"
+        assert LEVEL[other] > LEVEL[package], f"{package} imports {module}, which is not below it"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) in WITHOUT_TORCH], ids=lambda path: str(path.relative_to(ROOT)))
-def test_rooms_without_torch(path):
+@pytest.mark.parametrize("path", [path for path in FILES if package_of(path) in WITHOUT_TORCH], ids=lambda path: str(path.relative_to(ROOT)))
+def test_packages_without_torch(path):
     at_once = {module for module, at_once in imports(path) if at_once}
     assert not {module for module in at_once if module.partition(".")[0] in ("torch", "transformers")}
-    if room_of(path) == "cli":  # no room before a command runs
+    if package_of(path) == "cli":  # no package before a command runs
         own = {"diffx", "diffx.__version__", "diffx.errors", "diffx.files", "diffx.cli.bench"}
         assert {module for module in at_once if module.startswith("diffx")} <= own
 

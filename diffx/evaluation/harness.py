@@ -247,7 +247,7 @@ def figures(context: Context, records: list[Record]) -> list[Record]:
         for name in of_run[0].get("values", {}):
             aggregate = loaded.tasks[task].aggregation()[name.split(",")[0]]
             values = [record["values"][name] for record in of_run]
-            place = {"metric": name, "task": task, "shots": shots, "aggregate": aggregate.__name__}
+            place = {"metric": name, "task": task, "shots": shots, "aggregate": getattr(aggregate, "__name__", "whole")}
             rows.append(place | _resampled(aggregate, values, context.seed))
     for asked in dict.fromkeys(record["shots"] for record in records):
         runs = {run: r for run, r in by_run.items() if r[0]["shots"] == asked}
