@@ -48,7 +48,9 @@ def export(job: ExportJob) -> Path:
         write_pretrained(model, loaded, folder)
         _write_card(model, loaded, out.name, folder)
     needs = " (load it after `import diffx`)" if model.config.model_type.startswith("diffx") else ""
-    reporter.line(f"{type(model).__name__} in {out}{needs}; its logits differ from the run's by {error:.1e} of their norm")
+    reporter.line(
+        f"{type(model).__name__} in {out}{needs}; its logits differ from the run's by {error:.1e} of their norm"
+    )
     return out
 
 
@@ -59,12 +61,16 @@ def to_transformers(loaded: Loaded, fold_branch: bool = True) -> tuple[PreTraine
         UserError: there is no branch to keep.
         RunError: the logits are not the run's.
     """
-    ids = torch.randint(loaded.tokenizer.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        loaded.tokenizer.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)
+    )
     before = _logits(loaded.model, ids)
     model = _theirs(loaded, fold_branch)
     error = float((_logits(model, ids) - before).norm() / before.norm())
     if not error < _CLOSE:
-        raise RunError(f"the exported logits differ from the run's by {error:.2g} of their norm: this is a defect, and nothing was written")
+        raise RunError(
+            f"the exported logits differ from the run's by {error:.2g} of their norm: this is a defect, and nothing was written"
+        )
     model.generation_config.eos_token_id = sorted(loaded.ends)
     model.config.eos_token_id = loaded.tokenizer.eot_id
     if loaded.adapted is None:  # what an adapted model reads is as it is in its base's config
@@ -107,7 +113,10 @@ def new_model_folder(out: Path, key: str) -> Iterator[Path]:
     """
     with storage_errors(f"{key}={out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with locked(out.with_name(f".{out.name}.lock"), f"{key}={out}"), replacing_folder(out) as folder:
+        with (
+            locked(out.with_name(f".{out.name}.lock"), f"{key}={out}"),
+            replacing_folder(out) as folder,
+        ):
             yield folder
 
 
@@ -118,7 +127,9 @@ def _theirs(loaded: Loaded, fold_branch: bool) -> Any:
         fold(loaded.adapted, keep_branch=True)
         return to_dex(loaded.adapted, loaded.step)
     if not fold_branch:
-        raise UserError(f"fold=false cannot be used: {loaded.folder} is no adapted run, so there is no branch to keep")
+        raise UserError(
+            f"fold=false cannot be used: {loaded.folder} is no adapted run, so there is no branch to keep"
+        )
     model: Decoder = loaded.model
     if model.config.kind == "transformer":
         return to_llama(model)

@@ -219,7 +219,9 @@ def holdout_threshold(source: Source) -> int:
     if len(read) > _FEW:
         return low
     read.sort()
-    sizes = dict(zip((key for key, _ in read), itertools.accumulate(size for _, size in read), strict=True))
+    sizes = dict(
+        zip((key for key, _ in read), itertools.accumulate(size for _, size in read), strict=True)
+    )
     aim = source.data.val_fraction * sizes.pop(high)
     return min(sizes, key=lambda key: abs(sizes[key] - aim))
 

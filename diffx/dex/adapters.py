@@ -69,7 +69,11 @@ class Adapters:
         self._layers = find_layers(model, {"input_ids": ids})
         self._parameters = dict(model.named_parameters())
         self._originals: dict[str, Tensor] = {}  # of the parameters that some adapter replaces
-        names = {part.name for layer in self._layers for part in layer.queries + layer.keys + layer.values}
+        names = {
+            part.name
+            for layer in self._layers
+            for part in layer.queries + layer.keys + layer.values
+        }
         names |= {layer.output for layer in self._layers}
         self._modules = {name: model.get_submodule(name) for name in sorted(names)}
 
@@ -182,12 +186,16 @@ class Adapters:
         with TemporaryDirectory() as temporary:
             folder = self.save(Path(temporary) / "adapter", name)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message
+            )
         return str(commit.commit_url)
 
     def _active_name(self) -> str:
         if self.active is None:
-            raise UserError(f"name=None cannot be used: no adapter is active; activate one of {self.names}")
+            raise UserError(
+                f"name=None cannot be used: no adapter is active; activate one of {self.names}"
+            )
         return self.active
 
     def _check(self, path: Path, described: dict[str, Any]) -> None:
@@ -200,7 +208,8 @@ class Adapters:
             )
         heads = described["heads"]
         if len(heads) != len(self._layers) or not all(
-            set(chosen) <= set(range(layer.num_heads)) for chosen, layer in zip(heads, self._layers, strict=True)
+            set(chosen) <= set(range(layer.num_heads))
+            for chosen, layer in zip(heads, self._layers, strict=True)
         ):
             raise UserError(
                 f"folder={path} cannot be used: it names layers or heads that "
@@ -220,7 +229,9 @@ class Adapters:
                 parameters[name].data = data[name].clone()
             with torch.random.fork_rng(range(torch.cuda.device_count())):
                 steps = int(config.anneal_steps or 0)
-                adapted = attach(self.model, self._layers, config, described["heads"], steps, seed=0)
+                adapted = attach(
+                    self.model, self._layers, config, described["heads"], steps, seed=0
+                )
             shapes: dict[str, dict[str, torch.Size]] = {BRANCH: {}, TUNED: {}}
             for name, parameter in adapted.trained().items():
                 shapes[file_of(name)][name] = parameter.shape
@@ -286,7 +297,9 @@ def load_adapter(
         UserError: the base cannot be loaded, or the adapter is damaged or of another model.
     """
     if isinstance(model, str):
-        base = load_pretrained("base", model, dtype, torch.device("cpu"), revision, trust_remote_code)
+        base = load_pretrained(
+            "base", model, dtype, torch.device("cpu"), revision, trust_remote_code
+        )
         model = Adapters(base.model, base.fingerprint)
     elif not isinstance(model, Adapters):
         model = Adapters(model, fingerprint_of(model))

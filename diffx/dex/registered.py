@@ -18,7 +18,9 @@ from diffx.hub.configs import DexModelConfig
 _OUTPUTS = ("output_attentions", "output_hidden_states")
 
 
-def _forward(self: Any, input_ids: Tensor | None = None, *, labels: Tensor | None = None, **kwargs: Any) -> Any:
+def _forward(
+    self: Any, input_ids: Tensor | None = None, *, labels: Tensor | None = None, **kwargs: Any
+) -> Any:
     """Call the forward of the instance, which accepts or refuses each keyword."""
     return self.forward(input_ids=input_ids, labels=labels, **kwargs)
 
@@ -75,7 +77,9 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
         self.supports_gradient_checkpointing = base.supports_gradient_checkpointing
         config._attn_implementation = base.config._attn_implementation
         ties = getattr(base, "all_tied_weights_keys", {})
-        self._tied_weights_keys = {f"base.{name}": f"base.{other}" for name, other in dict(ties).items()}
+        self._tied_weights_keys = {
+            f"base.{name}": f"base.{other}" for name, other in dict(ties).items()
+        }
         self.generation_config = base.generation_config
         self.post_init()
 
@@ -136,12 +140,20 @@ def to_dex(adapted: Adapted, step: int) -> DexForCausalLM:
     first = adapted.branches[0]
     names = {module: name for name, module in adapted.model.named_modules()}
     branches = [
-        {"output": names[branch], "num_heads": branch.num_heads, "width": branch.width, "heads": branch.heads, "layer": layer}
+        {
+            "output": names[branch],
+            "num_heads": branch.num_heads,
+            "width": branch.width,
+            "heads": branch.heads,
+            "layer": layer,
+        }
         for layer, branch in enumerate(adapted.branches)
     ]
     share = Share.layer if first.w_d.ndim == 2 else Share.head
     base = adapted.model.config.to_dict()
-    config = DexModelConfig(base, branches, share.value, first.sign, first.anneal_steps, step, dtype=adapted.model.dtype)
+    config = DexModelConfig(
+        base, branches, share.value, first.sign, first.anneal_steps, step, dtype=adapted.model.dtype
+    )
     return DexForCausalLM(config, adapted.model)
 
 

@@ -84,7 +84,9 @@ def get_dex_model(
             "dex.anneal_steps=null cannot be used here: the number of steps is not known; give half of them, or another whole number"
         )
     if config.heads.startswith(("entropy", "importance")) and not calibration:
-        raise UserError(f"dex.heads={config.heads} cannot be used without calibration=, tokens to choose heads by")
+        raise UserError(
+            f"dex.heads={config.heads} cannot be used without calibration=, tokens to choose heads by"
+        )
     layers = find_layers(model, {"input_ids": torch.tensor([[0, 1]], device=model.device)})
     fingerprint = fingerprint_of(model) or ""
     if config.heads in CRITERIA:

@@ -33,7 +33,9 @@ _CHUNK = 512  # requests between two writes
 _CPU_LOGITS = 2**31  # bytes
 _USER, _ASSISTANT = "diffx asks", "diffx answers"  # mark where a chat template puts texts
 
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells what it does, and warns of what we do on purpose
+logging.getLogger("lm_eval").setLevel(
+    logging.ERROR
+)  # it tells what it does, and warns of what we do on purpose
 
 
 class DecoderLM(TemplateLM):
@@ -79,7 +81,9 @@ class DecoderLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = []
         for texts, context, continuation in requests:
-            room = self._lm.context + 1 - len(continuation)  # the last token is predicted, but not read
+            room = (
+                self._lm.context + 1 - len(continuation)
+            )  # the last token is predicted, but not read
             if not continuation or room < 1:
                 has = f"{len(continuation)} tokens" if continuation else "no token of its own"
                 raise RunError(
@@ -95,11 +99,15 @@ class DecoderLM(TemplateLM):
         As with lm-eval and a tokenizer that begins texts with a token, that token is scored too, behind another of its kind.
         """
         windows = [self._windows(request.args[0]) for request in requests]
-        scores = iter(loglikelihoods(self._lm, [window for text in windows for window in text], self._batch))
+        scores = iter(
+            loglikelihoods(self._lm, [window for text in windows for window in text], self._batch)
+        )
         return [sum(next(scores)[0] for _ in text) for text in windows]
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
-        rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, max_seq_len=self._lm.context, context_len=1)
+        rolling = get_rolling_token_windows(
+            self.tok_encode(text), self.prefix_token_id, max_seq_len=self._lm.context, context_len=1
+        )
         return [make_disjoint_window(window) for window in rolling]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -110,10 +118,15 @@ class DecoderLM(TemplateLM):
             alike.setdefault((settings["max_gen_toks"], tuple(settings["until"])), []).append(index)
         answers = [""] * len(requests)
         for (tokens, stop), indices in alike.items():
-            given = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices]
+            given = [
+                self.tok_encode(requests[index].args[0]) or [self.prefix_token_id]
+                for index in indices
+            ]
             prompts = [prompt[-(self._lm.context - tokens) :] for prompt in given]
             self.cut += sum(len(text) > self._lm.context - tokens for text in given)
-            for index, text in generations(self._lm, prompts, tokens, [word for word in stop if word], self._batch):
+            for index, text in generations(
+                self._lm, prompts, tokens, [word for word in stop if word], self._batch
+            ):
                 answers[indices[index]] = text
         return answers
 
@@ -127,7 +140,9 @@ def generation_settings(arguments: dict[str, Any]) -> dict[str, Any]:
 def quiet() -> Iterator[None]:
     """Let libraries show no progress of their own."""
     original = tqdm.__init__
-    tqdm.__init__ = lambda self, *args, **options: original(self, *args, **options | {"disable": True})
+    tqdm.__init__ = lambda self, *args, **options: original(
+        self, *args, **options | {"disable": True}
+    )
     try:
         yield
     finally:
@@ -137,7 +152,9 @@ def quiet() -> Iterator[None]:
 def _tokenizer(lm: LanguageModel, job: EvalJob) -> Any:
     """A new tokenizer that recognizes special tokens in a text, which ``lm.tokenizer`` does not."""
     where = job.checkpoint if lm.loaded.adapted is None else str(lm.loaded.folder / "tokenizer")
-    return AutoTokenizer.from_pretrained(where, revision=job.revision, trust_remote_code=job.trust_remote_code)
+    return AutoTokenizer.from_pretrained(
+        where, revision=job.revision, trust_remote_code=job.trust_remote_code
+    )
 
 
 def with_chat_template(lm: LanguageModel, job: EvalJob, system: str | None = None) -> LanguageModel:
@@ -153,10 +170,14 @@ def with_chat_template(lm: LanguageModel, job: EvalJob, system: str | None = Non
     """
     refused = "suite.chat_template=true cannot be used"
     if isinstance(lm.model, Decoder):
-        raise UserError(f"{refused}: a run has no chat template; only a model of the hub can have one")
+        raise UserError(
+            f"{refused}: a run has no chat template; only a model of the hub can have one"
+        )
     tokenizer = _tokenizer(lm, job)
     if not tokenizer.chat_template:
-        raise UserError(f"{refused}: the tokenizer of {lm.name} has no chat template; choose an instruct model")
+        raise UserError(
+            f"{refused}: the tokenizer of {lm.name} has no chat template; choose an instruct model"
+        )
     turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
     try:
         asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
@@ -171,13 +192,16 @@ def with_chat_template(lm: LanguageModel, job: EvalJob, system: str | None = Non
             taken = False
         if not taken:
             told = f"the chat template of {lm.name} has no system role"
-            raise UserError(f"suite.system_instruction={system} cannot be used: {told}; set it to null")
+            raise UserError(
+                f"suite.system_instruction={system} cannot be used: {told}; set it to null"
+            )
     if _USER not in asked or _ASSISTANT not in answered:
         raise UserError(f"{refused}: the template of {lm.name} leaves out a turn's text")
     head, _, middle = asked.rpartition(_USER)
     chat = copy(lm)
     first, chat.suffix, chat.closing = (
-        tokenizer.encode(text, add_special_tokens=False) for text in (head, middle, answered.rpartition(_ASSISTANT)[2])
+        tokenizer.encode(text, add_special_tokens=False)
+        for text in (head, middle, answered.rpartition(_ASSISTANT)[2])
     )
     chat.prefix = first if first[: len(lm.prefix)] == lm.prefix else lm.prefix + first
     chat.ends = lm.ends | ({*chat.closing[:1]} & {*tokenizer.all_special_ids})
@@ -200,15 +224,25 @@ class PretrainedLM:
 
     def __init__(self, lm: LanguageModel, job: EvalJob):
         tokenizer = _tokenizer(lm, job)
-        self.hflm = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=1, max_length=lm.context)
+        self.hflm = HFLM(
+            pretrained=lm.model, tokenizer=tokenizer, batch_size=1, max_length=lm.context
+        )
         self._batch = job.batch
         self.cut = 0
 
     def ask(self, method: str, requests: list[Any]) -> list[Any]:
         """Answer requests by the method of that name."""
-        lengths = [] if method == "loglikelihood_rolling" else [self._tokens(method, request.args) for request in requests]
+        lengths = (
+            []
+            if method == "loglikelihood_rolling"
+            else [self._tokens(method, request.args) for request in requests]
+        )
         self.cut += sum(length > self.hflm.max_length for length in lengths)
-        size = self._fitting(max(lengths, default=self.hflm.max_length)) if self._batch == "auto" else int(self._batch)
+        size = (
+            self._fitting(max(lengths, default=self.hflm.max_length))
+            if self._batch == "auto"
+            else int(self._batch)
+        )
         while True:
             self.hflm.batch_size_per_gpu = size
             try:
@@ -223,8 +257,13 @@ class PretrainedLM:
     def _tokens(self, method: str, arguments: tuple[Any, ...]) -> int:
         """Tokens that a request reads, its answer included."""
         if method == "loglikelihood":
-            return len(self.hflm.tok_encode("".join(arguments))) - 1  # the last token is predicted, but not read
-        return len(self.hflm.tok_encode(arguments[0])) + generation_settings(arguments[1])["max_gen_toks"]
+            return (
+                len(self.hflm.tok_encode("".join(arguments))) - 1
+            )  # the last token is predicted, but not read
+        return (
+            len(self.hflm.tok_encode(arguments[0]))
+            + generation_settings(arguments[1])["max_gen_toks"]
+        )
 
     def _fitting(self, longest: int) -> int:
         """Sequences whose logits and log-probabilities, all of which HFLM keeps, take half of the free memory, or 2 GiB on a CPU."""
@@ -244,10 +283,16 @@ class RecordingLM(LM):
         template: for chat templates, the model of lm-eval that has one.
     """
 
-    def __init__(self, ask: Ask, path: Path, tell: Callable[[int, int], None], template: LM | None = None):
+    def __init__(
+        self, ask: Ask, path: Path, tell: Callable[[int, int], None], template: LM | None = None
+    ):
         super().__init__()
         self._ask, self._path, self._tell, self._template = ask, path, tell, template
-        rows = [row for row in read_json_lines(path, skip_damaged=True) if isinstance(row.get("request"), str) and "answer" in row]
+        rows = [
+            row
+            for row in read_json_lines(path, skip_damaged=True)
+            if isinstance(row.get("request"), str) and "answer" in row
+        ]
         self._known = {row["request"]: row["answer"] for row in rows}
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -268,14 +313,20 @@ class RecordingLM(LM):
             key = hash_args(method, request.args)
             keys.append(f"{key}/{seen[key]}")
             seen[key] += 1
-        left = [(key, request) for key, request in zip(keys, requests, strict=True) if key not in self._known]
+        left = [
+            (key, request)
+            for key, request in zip(keys, requests, strict=True)
+            if key not in self._known
+        ]
         self._tell(len(keys) - len(left), len(keys))
         for first in range(0, len(left), _CHUNK):
             chunk = left[first : first + _CHUNK]
             answers = self._ask(method, [request for _, request in chunk])
             pairs = [(key, answer) for (key, _), answer in zip(chunk, answers, strict=True)]
             with append_lines(self._path) as file:
-                file.writelines(checked_line({"request": key, "answer": answer}) for key, answer in pairs)
+                file.writelines(
+                    checked_line({"request": key, "answer": answer}) for key, answer in pairs
+                )
             self._known.update(pairs)
             self._tell(len(keys) - len(left) + first + len(chunk), len(keys))
         return [self._known[key] for key in keys]
@@ -285,7 +336,9 @@ class RecordingLM(LM):
         """Of the model with the chat template."""
         return "" if self._template is None else self._template.tokenizer_name
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """Turn messages into a prompt."""
         assert self._template is not None
         return self._template.apply_chat_template(chat_history, add_generation_prompt)

@@ -34,9 +34,20 @@ def plan(context: Context) -> list[Example]:
     length = suite.length or min(context.lm.context, 4096)
     examples = []
     for depth in suite.depths:
-        data = {"draw": f"depth {depth:.0%}", "needles": needles, "asked": asked, "length": length, "depth": depth}
+        data = {
+            "draw": f"depth {depth:.0%}",
+            "needles": needles,
+            "asked": asked,
+            "length": length,
+            "depth": depth,
+        }
         name = f"N={needles} R={asked}/T={length}/depth={depth:g}"
-        examples += context.limited([Example(f"{name}/{number}", data | {"number": number}) for number in range(suite.samples)])
+        examples += context.limited(
+            [
+                Example(f"{name}/{number}", data | {"number": number})
+                for number in range(suite.samples)
+            ]
+        )
     return long_enough(context, haystack_of(context), examples, "suite.length")
 
 
@@ -55,14 +66,18 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             "by": {"depth": example.data["depth"]},
             "scores": dict(zip(_NAMES, heads.mean((1, 2)).tolist(), strict=True)),
             "needles": dict(zip(sample.needles.cities, sample.needles.numbers, strict=True)),
-            "heads": {name: np.round(part, 5).tolist() for name, part in zip(_NAMES, heads, strict=True)},
+            "heads": {
+                name: np.round(part, 5).tolist() for name, part in zip(_NAMES, heads, strict=True)
+            },
             "prompt": sample.prompt,
         }
 
 
 def _allocate(lm: LanguageModel, sample: Sample) -> np.ndarray:
     """Shares of the last position's attention by name, layer and head: (4, layers, heads)."""
-    start, end = (len(tokens) for tokens in lm.encode_batch([sample.context[:place] for place in sample.span]))
+    start, end = (
+        len(tokens) for tokens in lm.encode_batch([sample.context[:place] for place in sample.span])
+    )
     question = len(lm.prefix) + len(lm.encode(sample.context))
     tokens = lm.prefix + lm.encode(sample.prompt)
     last = len(tokens) - 1
@@ -70,7 +85,9 @@ def _allocate(lm: LanguageModel, sample: Sample) -> np.ndarray:
     layers: dict[int, list[list[float]]] = {}
 
     def attention(layer: int, view: AttentionView) -> None:
-        rows = torch.stack([view.head_map(head, last, last + 1)[0, 0] for head in range(view.num_heads)])  # (heads, T)
+        rows = torch.stack(
+            [view.head_map(head, last, last + 1)[0, 0] for head in range(view.num_heads)]
+        )  # (heads, T)
         shares = []
         for part in (rows, rows.abs()):
             part = part / part.sum(-1, keepdim=True)

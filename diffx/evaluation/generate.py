@@ -34,7 +34,14 @@ def stream(lm: LanguageModel, prompt: str, job: GenerateJob) -> Iterator[str]:
         )
     drawn: list[int] = []
     shown = ""
-    for token in lm.sample(text_ids, job.max_tokens, temperature=job.temperature, top_k=job.top_k, top_p=job.top_p, seed=job.seed):
+    for token in lm.sample(
+        text_ids,
+        job.max_tokens,
+        temperature=job.temperature,
+        top_k=job.top_k,
+        top_p=job.top_p,
+        seed=job.seed,
+    ):
         drawn.append(token)
         text = lm.decode(drawn)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -51,4 +58,6 @@ def _prompt(job: GenerateJob) -> str:
     try:
         return Path(job.prompt_file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt_file={job.prompt_file} cannot be used: {error}; it must be a UTF-8 text file") from error
+        raise UserError(
+            f"prompt_file={job.prompt_file} cannot be used: {error}; it must be a UTF-8 text file"
+        ) from error

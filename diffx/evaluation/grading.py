@@ -24,16 +24,22 @@ def rows(dataset: Dataset) -> Dataset:
 
 
 def _row(row: dict[str, Any]) -> dict[str, str]:
-    question = next((row[key] for key in ("question", "problem", "content", "input") if row.get(key)), "")
+    question = next(
+        (row[key] for key in ("question", "problem", "content", "input") if row.get(key)), ""
+    )
     if row.get("Body"):
         body = row["Body"].strip()
         question = f"{body if body.endswith(('.', '!', '?')) else body + '.'} {row['Question']}"
     if row.get("table"):
         about = f' regarding "{row["table_title"]}"' if row.get("table_title") else ""
-        question = f"Read the following table{about} and answer a question.\n{row['table']}\n{question}"
+        question = (
+            f"Read the following table{about} and answer a question.\n{row['table']}\n{question}"
+        )
         if row.get("choices"):
             question += f" Choose from: {', '.join(map(str, row['choices']))}."
-    answer = next((row[key] for key in ("answer", "Answer", "target") if row.get(key) is not None), None)
+    answer = next(
+        (row[key] for key in ("answer", "Answer", "target") if row.get(key) is not None), None
+    )
     if answer is None:
         answer = final(row["solution"])
     return {"question": question.strip(), "answer": str(answer).strip()}
@@ -53,7 +59,10 @@ def matches(gold: str, response: str) -> bool:
     said = final(response)
     number = _number(_bare(gold))
     if number is None:
-        return said is not None and _plain(gold) in (_plain(said), _plain(re.split(r"[,;:.]|\bbecause\b", said)[0]))
+        return said is not None and _plain(gold) in (
+            _plain(said),
+            _plain(re.split(r"[,;:.]|\bbecause\b", said)[0]),
+        )
     answer = _bare(response if said is None else said)
     if said is not None and _number(end := answer.rpartition("=")[2]) is not None:  # "3 + 4 = 7"
         answer = end
@@ -61,7 +70,9 @@ def matches(gold: str, response: str) -> bool:
     value = _number(found[-1 if said is None else 0]) if found else None
     if value is None or (value.denominator == 1 and number.denominator == 1):
         return value == number
-    return abs(value - number) <= max(abs(value), abs(number)) / 10_000  # exact: a float may not hold what a model writes
+    return (
+        abs(value - number) <= max(abs(value), abs(number)) / 10_000
+    )  # exact: a float may not hold what a model writes
 
 
 def is_number(gold: str) -> bool:
@@ -85,11 +96,15 @@ def final(response: str) -> str | None:
 
 def _bare(text: str) -> str:
     """A text whose numbers stand in plain digits: without LaTeX, units' marks, bold, and the commas of thousands."""
-    text = " ".join(text.split()).replace("\N{MINUS SIGN}", "-").replace("**", "")  # one blank at most: the searches stay linear
+    text = (
+        " ".join(text.split()).replace("\N{MINUS SIGN}", "-").replace("**", "")
+    )  # one blank at most: the searches stay linear
     text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)  # a mixed number
     text = re.sub(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1/\2", text)
     text = _WORDS.sub(r"\1", text)
-    text = re.sub(r"\s*(?:\\times|\\cdot|\N{MULTIPLICATION SIGN})\s*10\s*\^\s*\{?(-?\d+)\}?", r"e\1", text)
+    text = re.sub(
+        r"\s*(?:\\times|\\cdot|\N{MULTIPLICATION SIGN})\s*10\s*\^\s*\{?(-?\d+)\}?", r"e\1", text
+    )
     text = re.sub(r"\\[ ,;!]|[$%\\]", "", text)
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
@@ -102,7 +117,9 @@ def _number(text: str) -> Fraction | None:
     sign = -1 if match["sign"] else 1
     if match["decimal"]:
         return sign * Fraction(match["decimal"])
-    whole, above, below = (int(match[part] or default) for part, default in (("whole", 0), ("above", 0), ("below", 1)))
+    whole, above, below = (
+        int(match[part] or default) for part, default in (("whole", 0), ("above", 0), ("below", 1))
+    )
     return sign * (whole + Fraction(above, below)) if below else None
 
 

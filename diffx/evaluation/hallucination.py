@@ -28,7 +28,9 @@ _HUB: dict[str, tuple[str, str | None, str | None]] = {
 _LONGBENCH, _ARCHIVE = "zai-org/LongBench", "data.zip"
 _LONGBENCH_TASKS = ("qasper", "hotpotqa", "2wikimqa")
 _SUFFIXES = (".jsonl", ".jsonl.gz")
-_ACCEPTED = '{"document", "reference"} (a summary) or {"context", "question", "answers"} (a question)'
+_ACCEPTED = (
+    '{"document", "reference"} (a summary) or {"context", "question", "answers"} (a question)'
+)
 _CUT = "\n[...]\n"  # stands where the middle of a long text was left out
 
 
@@ -48,7 +50,9 @@ class _Form:
 
 
 _FORMS = {
-    "summary": _Form("{text}\n\nTL;DR:", 128, "\n\n"),  # as GPT-2 was asked for summaries (Radford et al., 2019, section 3.6)
+    "summary": _Form(
+        "{text}\n\nTL;DR:", 128, "\n\n"
+    ),  # as GPT-2 was asked for summaries (Radford et al., 2019, section 3.6)
     "question": _Form("Text: {text}\n\nQuestion: {question}\n\nAnswer in a few words:", 32, "\n"),
 }
 
@@ -64,18 +68,28 @@ def plan(context: Context) -> list[Example]:
     for task in suite.tasks:
         name, rows = _load(task, suite.data_dir)
         if name in tasks:
-            raise UserError(f"suite.tasks={','.join(suite.tasks)} cannot be used: two tasks would be called {name}; rename a file")
-        drawn = list({json_sha256(row, sort_keys=False)[:16]: row for row in rows}.items())  # equal rows once
+            raise UserError(
+                f"suite.tasks={','.join(suite.tasks)} cannot be used: two tasks would be called {name}; rename a file"
+            )
+        drawn = list(
+            {json_sha256(row, sort_keys=False)[:16]: row for row in rows}.items()
+        )  # equal rows once
         context.sources[name] = json_sha256(rows, sort_keys=False)
         random.Random(f"{context.seed}/{name}").shuffle(drawn)
         tasks[name] = context.limited(drawn[: suite.samples])
-    examples = [Example(f"{name}/{key}", {"task": name, **row}) for name, drawn in tasks.items() for key, row in drawn]
+    examples = [
+        Example(f"{name}/{key}", {"task": name, **row})
+        for name, drawn in tasks.items()
+        for key, row in drawn
+    ]
     for example in examples:
         max_tokens = suite.max_tokens or _FORMS[example.data["kind"]].max_tokens
         needed = len(context.lm.prompt(_prompt(example.data, _CUT))) + max_tokens
         if needed > context.lm.context:
             what = f"{example.id} and its answer take {needed} tokens without any text, and the model was trained on {context.lm.context}"
-            raise UserError(f"suite.max_tokens={max_tokens} cannot be used: {what}; lower it or leave the task out")
+            raise UserError(
+                f"suite.max_tokens={max_tokens} cannot be used: {what}; lower it or leave the task out"
+            )
     return examples
 
 
@@ -91,11 +105,28 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
         tokens = [lm.prompt(prompt) for prompt, _ in prompts]
         for index, text in generations(lm, tokens, max_tokens, batch=context.batch):
             example, (prompt, seen) = chosen[index], prompts[index]
-            said = text.strip().partition(form.stop)[0].rstrip()  # many models begin with an empty line
-            scores = (summary_scores if kind == "summary" else answer_scores)(said, example.data["references"])
-            scores |= {"answer_tokens": len(lm.encode(said)), "empty": float(not said), "text_seen": seen}
-            asked = {key: value for key, value in example.data.items() if key not in ("text", "task")}
-            yield {"id": example.id, "by": {"task": example.data["task"]}, **asked, "prompt": prompt, "answer": said, "scores": scores}
+            said = (
+                text.strip().partition(form.stop)[0].rstrip()
+            )  # many models begin with an empty line
+            scores = (summary_scores if kind == "summary" else answer_scores)(
+                said, example.data["references"]
+            )
+            scores |= {
+                "answer_tokens": len(lm.encode(said)),
+                "empty": float(not said),
+                "text_seen": seen,
+            }
+            asked = {
+                key: value for key, value in example.data.items() if key not in ("text", "task")
+            }
+            yield {
+                "id": example.id,
+                "by": {"task": example.data["task"]},
+                **asked,
+                "prompt": prompt,
+                "answer": said,
+                "scores": scores,
+            }
 
 
 def fit(lm: LanguageModel, row: dict[str, Any], max_tokens: int) -> tuple[str, float]:
@@ -117,7 +148,10 @@ def fit(lm: LanguageModel, row: dict[str, Any], max_tokens: int) -> tuple[str, f
     kept = len(tokens)
     while excess > 0 and kept > 0:  # again, since tokens may fall otherwise around the cut
         kept = max(0, kept - excess)
-        start, end = lm.decode(tokens[: kept - kept // 2]), lm.decode(tokens[len(tokens) - kept // 2 :])
+        start, end = (
+            lm.decode(tokens[: kept - kept // 2]),
+            lm.decode(tokens[len(tokens) - kept // 2 :]),
+        )
         half = "\N{REPLACEMENT CHARACTER}"  # of a character that the cut went through
         prompt = _prompt(row, start.rstrip(half) + _CUT + end.lstrip(half))
         excess = len(lm.encode(prompt)) - room
@@ -138,7 +172,9 @@ def judge(context: Context, records: list[Record]) -> list[Record]:
     if not isinstance(config, EndpointJudge):
         return records
     asked = [record for record in records if record["answer"]]
-    prompts = [judge_prompt(record["prompt"], record["references"], record["answer"]) for record in asked]
+    prompts = [
+        judge_prompt(record["prompt"], record["references"], record["answer"]) for record in asked
+    ]
     name = re.sub(r"[^\w.-]+", "-", config.model)
     with context.reporter.progress("judge", len(prompts), unit="answers") as bar:
         verdicts = ask(config, prompts, context.folder / f"verdicts_{name}.jsonl", bar.at)
@@ -147,13 +183,30 @@ def judge(context: Context, records: list[Record]) -> list[Record]:
     for record in records:
         verdict = found.get(record["id"], Verdict(False, ""))
         scores = {} if verdict.faithful is None else {"faithful": float(verdict.faithful)}
-        scores |= {key: value for key, value in record["scores"].items() if key != "faithful"}  # it may be another judge's
-        judged.append({**record, "scores": scores, "verdict": {"judge": config.model, "faithful": verdict.faithful, "said": verdict.said}})
+        scores |= {
+            key: value for key, value in record["scores"].items() if key != "faithful"
+        }  # it may be another judge's
+        judged.append(
+            {
+                **record,
+                "scores": scores,
+                "verdict": {
+                    "judge": config.model,
+                    "faithful": verdict.faithful,
+                    "said": verdict.said,
+                },
+            }
+        )
     return judged
 
 
 _AGREEMENT = ("exact_match", "f1", "rouge1", "rouge2", "rougeL")
-_DIVERSITY = {"distinct_1": "higher", "distinct_2": "higher", "distinct_3": "higher", "self_bleu": "lower"}
+_DIVERSITY = {
+    "distinct_1": "higher",
+    "distinct_2": "higher",
+    "distinct_3": "higher",
+    "self_bleu": "lower",
+}
 _MOST_UNUSABLE = 0.1  # share of verdicts; above it there is a warning
 
 
@@ -220,7 +273,11 @@ def _prompt(row: dict[str, Any], text: str) -> str:
 def _load(task: str, data_dir: str | None) -> tuple[str, list[dict[str, Any]]]:
     """Read a task's name and rows: ``kind``, ``text``, ``references``, and of a question ``question``."""
     if task in _HUB or task in _LONGBENCH_TASKS:
-        paths = [Path(data_dir).expanduser() / f"{task}{suffix}" for suffix in _SUFFIXES] if data_dir else []
+        paths = (
+            [Path(data_dir).expanduser() / f"{task}{suffix}" for suffix in _SUFFIXES]
+            if data_dir
+            else []
+        )
         path = next((path for path in paths if path.is_file()), None)
         if data_dir and path is None:
             raise UserError(
@@ -235,10 +292,15 @@ def _load(task: str, data_dir: str | None) -> tuple[str, list[dict[str, Any]]]:
                 f"suite.tasks={task} cannot be used: there is no such .jsonl or .jsonl.gz file, and the known tasks are {known}"
             )
         name, rows = path.name.removesuffix(".gz").removesuffix(".jsonl"), _read(path)
-    read = [_row(row, f"suite.tasks={task} cannot be used: row {number}") for number, row in enumerate(rows, 1)]
+    read = [
+        _row(row, f"suite.tasks={task} cannot be used: row {number}")
+        for number, row in enumerate(rows, 1)
+    ]
     kept = [row for row in read if row["text"].strip() and row["references"]]
     if not kept:
-        raise UserError(f"suite.tasks={task} cannot be used: it holds no row with a text and a reference; accepted are {_ACCEPTED}")
+        raise UserError(
+            f"suite.tasks={task} cannot be used: it holds no row with a text and a reference; accepted are {_ACCEPTED}"
+        )
     return name, kept
 
 
@@ -247,7 +309,9 @@ def _read(path: Path) -> list[Any]:
         with open_text(path) as file:
             return [parse_json(line) for line in file if line.strip()]
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(f"{path} cannot be used: {reason(error)}; it must be JSON lines in UTF-8, or those in .gz") from error
+        raise UserError(
+            f"{path} cannot be used: {reason(error)}; it must be JSON lines in UTF-8, or those in .gz"
+        ) from error
 
 
 def _fetch(task: str) -> list[Any]:
@@ -260,11 +324,16 @@ def _fetch(task: str) -> list[Any]:
         name = _LONGBENCH
         from huggingface_hub import hf_hub_download
 
-        with zipfile.ZipFile(hf_hub_download(name, _ARCHIVE, repo_type="dataset")) as archive, archive.open(f"data/{task}.jsonl") as file:
+        with (
+            zipfile.ZipFile(hf_hub_download(name, _ARCHIVE, repo_type="dataset")) as archive,
+            archive.open(f"data/{task}.jsonl") as file,
+        ):
             return [parse_json(line) for line in file]
     except Exception as error:  # any library below may fail here, each with an exception of its own
         local = f"set suite.data_dir to a folder with {task}.jsonl"
-        raise UserError(f"suite.tasks={task} cannot be used: the data set {name} cannot be fetched: {reason(error)}; {local}") from error
+        raise UserError(
+            f"suite.tasks={task} cannot be used: the data set {name} cannot be fetched: {reason(error)}; {local}"
+        ) from error
 
 
 def _row(row: Any, where: str) -> dict[str, Any]:
@@ -278,12 +347,21 @@ def _row(row: Any, where: str) -> dict[str, Any]:
     read: dict[str, Any] = {"kind": "summary", "text": field("document", "article")}
     references = field("reference", "summary", "highlights")
     if read["text"] is None or references is None:
-        read = {"kind": "question", "text": field("context"), "question": field("question", "input")}
+        read = {
+            "kind": "question",
+            "text": field("context"),
+            "question": field("question", "input"),
+        }
         references = field("answers")
     references = [references] if isinstance(references, str) else references
-    texts = [*(value for key, value in read.items() if key != "kind"), *(references if isinstance(references, list) else [None])]
+    texts = [
+        *(value for key, value in read.items() if key != "kind"),
+        *(references if isinstance(references, list) else [None]),
+    ]
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where} has the fields {', '.join(map(repr, row)) or 'none'}; accepted are {_ACCEPTED}, texts or lists of them")
+        raise UserError(
+            f"{where} has the fields {', '.join(map(repr, row)) or 'none'}; accepted are {_ACCEPTED}, texts or lists of them"
+        )
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:

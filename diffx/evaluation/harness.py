@@ -13,7 +13,14 @@ from transformers import GenerationConfig
 
 from diffx.config import UserError
 from diffx.data.sources import reason
-from diffx.evaluation.adapter import DecoderLM, PretrainedLM, RecordingLM, generation_settings, quiet, with_chat_template
+from diffx.evaluation.adapter import (
+    DecoderLM,
+    PretrainedLM,
+    RecordingLM,
+    generation_settings,
+    quiet,
+    with_chat_template,
+)
 from diffx.evaluation.harness_tasks import Tasks, digest, load_tasks
 from diffx.evaluation.suite import Context, Example, Record
 from diffx.models import Decoder
@@ -21,7 +28,15 @@ from diffx.results.declare import Average, Declaration, Metric, Picture, Table
 from diffx.results.published import published
 
 _REQUESTS = "requests.jsonl"
-_GENERATION = ("until", "do_sample", "temperature", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_GENERATION = (
+    "until",
+    "do_sample",
+    "temperature",
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)
 _SEED = 1234  # lm-eval's own for demonstrations: seed=0 draws those that it draws
 _RESAMPLES = 200  # of figures that are no means
 # What is averaged over tasks, and the score of a task that counts: the first that it has.
@@ -52,8 +67,12 @@ def plan(context: Context) -> list[Example]:
     found = _tasks(context)
     for name, task in found.tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
-            _check_generation(context, name, generation_settings(task.get_config("generation_kwargs")), ours)
-        context.sources[name] = digest(task, with_demonstrations=any(shots for _, shots in _runs(context, found, name)))
+            _check_generation(
+                context, name, generation_settings(task.get_config("generation_kwargs")), ours
+            )
+        context.sources[name] = digest(
+            task, with_demonstrations=any(shots for _, shots in _runs(context, found, name))
+        )
     return _examples(context)
 
 
@@ -61,7 +80,9 @@ def _tasks(context: Context) -> Tasks:
     suite = context.suite
     arguments = {"max_gen_toks": suite.max_tokens} if suite.max_tokens else {}
     generation = json.dumps(arguments | suite.gen_kwargs)
-    return load_tasks(tuple(suite.tasks), suite.include_path, suite.data_dir, generation, context.seed)
+    return load_tasks(
+        tuple(suite.tasks), suite.include_path, suite.data_dir, generation, context.seed
+    )
 
 
 def _check_gen_kwargs(arguments: dict[str, Any], ours: bool) -> None:
@@ -70,21 +91,31 @@ def _check_gen_kwargs(arguments: dict[str, Any], ours: bool) -> None:
     for name, value in arguments.items():
         refused = f"suite.gen_kwargs.{name}={value} cannot be used"
         if name not in known:
-            which = ", ".join(_GENERATION) + (" with a run" if ours else ", or one of transformers' GenerationConfig")
+            which = ", ".join(_GENERATION) + (
+                " with a run" if ours else ", or one of transformers' GenerationConfig"
+            )
             raise UserError(f"{refused}: it must be {which}")
         texts = value if isinstance(value, list) else [value]
         if name == "until":
-            good, accepted = all(isinstance(text, str) and text for text in texts), "a text or a list of texts"
+            good, accepted = (
+                all(isinstance(text, str) and text for text in texts),
+                "a text or a list of texts",
+            )
         elif name == "do_sample":
             good, accepted = isinstance(value, bool), "true or false"
         elif name == "temperature":
             good, accepted = type(value) in (int, float) and value >= 0, "zero or more"
         else:
-            good, accepted = name not in _GENERATION or (type(value) is int and value >= 1), "a positive whole number"
+            good, accepted = (
+                name not in _GENERATION or (type(value) is int and value >= 1),
+                "a positive whole number",
+            )
         if not good:
             raise UserError(f"{refused}: it must be {accepted}")
     try:
-        GenerationConfig(**{name: value for name, value in arguments.items() if name not in _GENERATION}).validate(strict=False)
+        GenerationConfig(
+            **{name: value for name, value in arguments.items() if name not in _GENERATION}
+        ).validate(strict=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"suite.gen_kwargs={arguments} cannot be used: {reason(error)}") from error
 
@@ -98,8 +129,12 @@ def _check_generation(context: Context, name: str, settings: dict[str, Any], our
         )
     if ours and settings["do_sample"]:
         if context.suite.gen_kwargs.get("do_sample", context.suite.gen_kwargs.get("temperature")):
-            raise UserError("suite.gen_kwargs.do_sample=true cannot be used with a run: its answers are decoded greedily")
-        raise UserError(f"suite.tasks={name} cannot be used: it samples its answers, and the suite decodes greedily; choose another task")
+            raise UserError(
+                "suite.gen_kwargs.do_sample=true cannot be used with a run: its answers are decoded greedily"
+            )
+        raise UserError(
+            f"suite.tasks={name} cannot be used: it samples its answers, and the suite decodes greedily; choose another task"
+        )
 
 
 def _runs(context: Context, found: Tasks, name: str) -> list[tuple[int | None, int]]:
@@ -116,7 +151,10 @@ def _examples(context: Context) -> list[Example]:
     for name, task in found.tasks.items():
         documents = context.limited(list(range(len(task.eval_docs))))
         for asked, shots in _runs(context, found, name):
-            examples += [Example(f"{name}/{shots}/{number}", {"run": (name, asked, shots)}) for number in documents]
+            examples += [
+                Example(f"{name}/{shots}/{number}", {"run": (name, asked, shots)})
+                for number in documents
+            ]
     return examples
 
 
@@ -124,18 +162,29 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     """Run each task with each number of shots through lm-eval; records come when a task is done, its requests are kept before that."""
     found, wanted = _tasks(context), {example.id for example in examples}
     ours = isinstance(context.lm.model, Decoder)
-    asked_of = DecoderLM(context.lm, context.batch) if ours else PretrainedLM(context.lm, context.job)
+    asked_of = (
+        DecoderLM(context.lm, context.batch) if ours else PretrainedLM(context.lm, context.job)
+    )
     done, heading, documents = len(_examples(context)) - len(examples), "", 0
 
     def tell(answered: int, requests: int) -> None:
         if context.bar:
-            context.bar.at(done + documents * answered // requests, f"{heading}: {answered}/{requests} requests")
+            context.bar.at(
+                done + documents * answered // requests,
+                f"{heading}: {answered}/{requests} requests",
+            )
 
-    model = RecordingLM(asked_of.ask, context.folder / _REQUESTS, tell, getattr(asked_of, "hflm", None))
+    model = RecordingLM(
+        asked_of.ask, context.folder / _REQUESTS, tell, getattr(asked_of, "hflm", None)
+    )
     suite = context.suite
     runs = [example.data["run"] for example in examples]
     for name, asked, shots in dict.fromkeys(runs):
-        task, heading, documents = found.tasks[name], f"{name} ({shots}-shot)", runs.count((name, asked, shots))
+        task, heading, documents = (
+            found.tasks[name],
+            f"{name} ({shots}-shot)",
+            runs.count((name, asked, shots)),
+        )
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(_SEED + context.seed)
         torch.manual_seed(context.seed)
@@ -151,7 +200,9 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             )
         if asked_of.cut:
             limit = f"the context of {context.lm.context} tokens"
-            context.reporter.warn(f"{heading}: {asked_of.cut} requests are longer than {limit}: their beginning was left out")
+            context.reporter.warn(
+                f"{heading}: {asked_of.cut} requests are longer than {limit}: their beginning was left out"
+            )
             asked_of.cut = 0
         item = next(item for item, names in found.items.items() if name in names)
         for record in _records(context, task, results["samples"][name]):
@@ -178,7 +229,11 @@ def _records(context: Context, task: Task, samples: list[dict[str, Any]]) -> Ite
         first = filtered[0]
         responses = [_plain(given[0] if len(given) == 1 else given) for given in first["resps"]]
         if task.OUTPUT_TYPE == "generate_until":
-            scores["answer_tokens"] = float(np.mean([len(context.lm.encode(text)) for given in first["resps"] for text in given]))
+            scores["answer_tokens"] = float(
+                np.mean(
+                    [len(context.lm.encode(text)) for given in first["resps"] for text in given]
+                )
+            )
         elif task.OUTPUT_TYPE == "loglikelihood_rolling":
             scores["loglikelihood"] = float(sum(responses))
         record = {
@@ -195,7 +250,11 @@ def _records(context: Context, task: Task, samples: list[dict[str, Any]]) -> Ite
 
 def _plain(value: Any) -> Any:
     """The value as JSON has it."""
-    return json.loads(json.dumps(value, default=lambda other: other.tolist() if hasattr(other, "tolist") else str(other)))
+    return json.loads(
+        json.dumps(
+            value, default=lambda other: other.tolist() if hasattr(other, "tolist") else str(other)
+        )
+    )
 
 
 def declare(context: Context) -> Declaration:
@@ -247,7 +306,12 @@ def figures(context: Context, records: list[Record]) -> list[Record]:
         for name in of_run[0].get("values", {}):
             aggregate = loaded.tasks[task].aggregation()[name.split(",")[0]]
             values = [record["values"][name] for record in of_run]
-            place = {"metric": name, "task": task, "shots": shots, "aggregate": getattr(aggregate, "__name__", "whole")}
+            place = {
+                "metric": name,
+                "task": task,
+                "shots": shots,
+                "aggregate": getattr(aggregate, "__name__", "whole"),
+            }
             rows.append(place | _resampled(aggregate, values, context.seed))
     for asked in dict.fromkeys(record["shots"] for record in records):
         runs = {run: r for run, r in by_run.items() if r[0]["shots"] == asked}

@@ -42,7 +42,13 @@ class Tasks:
 
 
 @lru_cache(maxsize=1)
-def load_tasks(names: tuple[str, ...], include_path: str | None, data_dir: str | None, generation: str, seed: int) -> Tasks:
+def load_tasks(
+    names: tuple[str, ...],
+    include_path: str | None,
+    data_dir: str | None,
+    generation: str,
+    seed: int,
+) -> Tasks:
     """Build tasks and read their data.
 
     Args:
@@ -65,7 +71,11 @@ def load_tasks(names: tuple[str, ...], include_path: str | None, data_dir: str |
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, 3)
-            accepted = f"did you mean {', '.join(close)}?" if close else "a task, group or tag of lm-eval, or of suite.include_path"
+            accepted = (
+                f"did you mean {', '.join(close)}?"
+                if close
+                else "a task, group or tag of lm-eval, or of suite.include_path"
+            )
             raise UserError(f"suite.tasks={name} cannot be used: there is no such task; {accepted}")
     loaded = Tasks()
     random.seed(seed)
@@ -118,15 +128,27 @@ def _add(loaded: Tasks, name: str, manager: TaskManager) -> None:
             need = "lm-eval's code for it needs antlr4-python3-runtime 4.11, and Hydra 4.9; diffx_math has the same problems"
             raise UserError(f"suite.tasks={name} cannot be used: {need}") from error
         if "math_verify" in f"{error} {error.__cause__}":
-            raise UserError(f"suite.tasks={name} cannot be used: math_verify is not installed; run pip install 'diffx[math]'") from error
-        raise UserError(f"suite.tasks={name} cannot be used: building it failed with {type(error).__name__}: {reason(error)}") from error
-    groups = {group: made for group, made in found.get("groups", {}).items() if made.has_aggregation}
+            raise UserError(
+                f"suite.tasks={name} cannot be used: math_verify is not installed; run pip install 'diffx[math]'"
+            ) from error
+        raise UserError(
+            f"suite.tasks={name} cannot be used: building it failed with {type(error).__name__}: {reason(error)}"
+        ) from error
+    groups = {
+        group: made for group, made in found.get("groups", {}).items() if made.has_aggregation
+    }
     for task, made in found["tasks"].items():
         if getattr(made, "UNSAFE_CODE", False) or getattr(made, "MULTIMODAL", False):
-            raise UserError(f"suite.tasks={task} cannot be used: it runs generated code or needs more than text; choose another task")
+            raise UserError(
+                f"suite.tasks={task} cannot be used: it runs generated code or needs more than text; choose another task"
+            )
     loaded.tasks |= found["tasks"]
     loaded.groups |= groups
-    loaded.items |= {name: list(found["tasks"])} if name in groups else {task: [task] for task in found["tasks"]}
+    loaded.items |= (
+        {name: list(found["tasks"])}
+        if name in groups
+        else {task: [task] for task in found["tasks"]}
+    )
 
 
 @contextmanager
@@ -134,7 +156,9 @@ def _data_by_our_rules(data_dir: str | None) -> Iterator[None]:
     """Make lm-eval's tasks read their data through ``_read`` for as long as the context lasts."""
     original = ConfigurableTask.download
 
-    def download(task: ConfigurableTask, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def download(
+        task: ConfigurableTask, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if data_dir is not None:
             task.dataset = _local(task, Path(data_dir) / task.config.task)
             return
@@ -145,12 +169,18 @@ def _data_by_our_rules(data_dir: str | None) -> Iterator[None]:
                 if "scripts are no longer supported" not in str(error):
                     raise
                 # the hub keeps a parquet conversion of data sets that come with a loading script, a folder a configuration
-                task.dataset = datasets.load_dataset(task.DATASET_PATH, data_dir=task.DATASET_NAME, revision="refs/convert/parquet")
+                task.dataset = datasets.load_dataset(
+                    task.DATASET_PATH, data_dir=task.DATASET_NAME, revision="refs/convert/parquet"
+                )
         except Exception as error:  # of the hub, the network, or the files themselves
             files = (dataset_kwargs or {}).get("data_files", {})
             names = files.values() if isinstance(files, dict) else [files]
-            source = ", ".join(map(str, names)) or "/".join(filter(None, (task.DATASET_PATH, task.DATASET_NAME)))
-            copies = " and ".join(f"DIR/{task.config.task}/{split}.jsonl" for split in _splits(task))
+            source = ", ".join(map(str, names)) or "/".join(
+                filter(None, (task.DATASET_PATH, task.DATASET_NAME))
+            )
+            copies = " and ".join(
+                f"DIR/{task.config.task}/{split}.jsonl" for split in _splits(task)
+            )
             raise UserError(
                 f"suite.tasks={task.config.task} cannot be used: its data set {source} cannot be read: {reason(error)}; "
                 f"suite.data_dir=DIR reads a local copy, {copies} (or .parquet)"
@@ -167,7 +197,11 @@ def _splits(task: ConfigurableTask) -> list[str]:
     """The splits that a task reads: what it measures, and what it draws demonstrations from."""
     config, shown = task.config, task.fewshot_cfg
     measured = config.test_split or config.validation_split
-    drawn = None if shown.split is None and shown.samples else shown.split or config.training_split or config.validation_split
+    drawn = (
+        None
+        if shown.split is None and shown.samples
+        else shown.split or config.training_split or config.validation_split
+    )
     return list(dict.fromkeys(split for split in (measured, drawn) if split))
 
 
@@ -175,22 +209,34 @@ def _local(task: ConfigurableTask, folder: Path) -> datasets.DatasetDict:
     files = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix in _SUFFIXES}
     missing = [split for split in _splits(task) if split not in files]
     if missing:
-        raise UserError(f"suite.data_dir={folder.parent} cannot be used: {folder} has no {missing[0]}.jsonl or .parquet")
+        raise UserError(
+            f"suite.data_dir={folder.parent} cannot be used: {folder} has no {missing[0]}.jsonl or .parquet"
+        )
     try:
         return datasets.DatasetDict(
             {
-                split: datasets.load_dataset(_SUFFIXES[path.suffix], data_files={split: str(path)}, split=split)
+                split: datasets.load_dataset(
+                    _SUFFIXES[path.suffix], data_files={split: str(path)}, split=split
+                )
                 for split, path in files.items()
             }
         )
     except Exception as error:  # of the files
-        raise UserError(f"suite.data_dir={folder.parent} cannot be used: a file in {folder} cannot be read: {reason(error)}") from error
+        raise UserError(
+            f"suite.data_dir={folder.parent} cannot be used: a file in {folder} cannot be read: {reason(error)}"
+        ) from error
 
 
 def digest(task: Task, with_demonstrations: bool) -> str:
     """SHA-256 of a task's documents, of those that demonstrations are drawn from, and of how it makes prompts and scores of them."""
-    config = {key: value for key, value in task.dump_config().items() if key not in ("metadata", "num_fewshot", "dataset_kwargs")}
-    known = hashlib.sha256(json.dumps([config, task.VERSION], default=_name, sort_keys=True).encode())
+    config = {
+        key: value
+        for key, value in task.dump_config().items()
+        if key not in ("metadata", "num_fewshot", "dataset_kwargs")
+    }
+    known = hashlib.sha256(
+        json.dumps([config, task.VERSION], default=_name, sort_keys=True).encode()
+    )
     shown = task.sampler.df if with_demonstrations and hasattr(task, "sampler") else []
     for document in (*task.eval_docs, *shown):
         known.update(json.dumps(document, default=str, sort_keys=True).encode())

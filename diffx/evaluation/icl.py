@@ -25,14 +25,19 @@ def _plan_task(context: Context, task: Task) -> Iterator[Example]:
     queries, rows = task.draw(context.seed, suite.queries, suite.per_class)
     queries = context.limited(queries)
     rounds = len(task.labels) if suite.per_class else 1  # demonstrations a shot
-    most = Prompts(context.lm, suite.template, task.labels).room(rows, queries, context.lm.context) // rounds
+    most = (
+        Prompts(context.lm, suite.template, task.labels).room(rows, queries, context.lm.context)
+        // rounds
+    )
     if suite.per_class:  # a class that runs out would leave the others with more
         most = min(most, min(sum(label == name for _, label in rows) for name in task.labels))
     if max(suite.shots or [1]) > most:
         shown = "null" if suite.shots is None else ",".join(map(str, suite.shots))
         unit = "demonstrations a class" if suite.per_class else "demonstrations"
         room = f"{task.name} has {max(most, 0)} {unit} that fit into the model's {context.lm.context} tokens"
-        raise UserError(f"suite.shots={shown} cannot be used: {room}; ask for fewer, or null for all that fit")
+        raise UserError(
+            f"suite.shots={shown} cannot be used: {room}; ask for fewer, or null for all that fit"
+        )
     for shots in suite.shots or [2**power for power in range(most.bit_length())]:
         shared: dict[str, Any] = {"by": {"task": task.name, "shots": shots}, "about": {}}
         shared |= {"labels": task.labels, "demonstrations": rows[: shots * rounds]}

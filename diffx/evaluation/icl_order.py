@@ -20,7 +20,10 @@ from diffx.results.table import EXAMPLE
 
 _MOST = 256  # demonstrations, where suite.shots=null
 _ORDER = "accuracy of an order"
-_SPREADS: dict[str, Callable[[list[float]], Any]] = {"max - min": np.ptp, "std": lambda accuracies: np.std(accuracies, ddof=1)}
+_SPREADS: dict[str, Callable[[list[float]], Any]] = {
+    "max - min": np.ptp,
+    "std": lambda accuracies: np.std(accuracies, ddof=1),
+}
 
 
 def plan(context: Context) -> list[Example]:
@@ -37,7 +40,9 @@ def _plan_task(context: Context, task: Task) -> Iterator[Example]:
     prompts = Prompts(lm, suite.template, task.labels)
     drawn = {seed: task.draw(seed, suite.queries, by_class=True) for seed in suite.seeds}
     room = min(prompts.room(rows, queries, lm.context) for queries, rows in drawn.values())
-    shots = suite.shots or min(_MOST, min(prompts.room(rows, queries, lm.context // 2) for queries, rows in drawn.values()))
+    shots = suite.shots or min(
+        _MOST, min(prompts.room(rows, queries, lm.context // 2) for queries, rows in drawn.values())
+    )
     if not 2 <= shots <= room:
         shown = "null" if suite.shots is None else suite.shots
         fits = f"{task.name} has {max(room, 0)} demonstrations that fit into the model's {lm.context} tokens"

@@ -14,7 +14,9 @@ from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.scoring import in_batches
 from diffx.evaluation.suite import Context, Example, Record
 
-_CACHED = 4  # rows behind a shared context may hold this many times a batch's tokens in their caches
+_CACHED = (
+    4  # rows behind a shared context may hold this many times a batch's tokens in their caches
+)
 
 
 class Prompts:
@@ -36,7 +38,9 @@ class Prompts:
         self._lm, self._head, self._names = lm, head.rstrip(), labels
         self._gap = head[len(self._head) :]
         self.labels = [self._label(label) for label in labels]
-        self.answers = [lm.encode(label) + lm.closing[:1] for label in labels] if lm.suffix else self.labels
+        self.answers = (
+            [lm.encode(label) + lm.closing[:1] for label in labels] if lm.suffix else self.labels
+        )
 
     def _label(self, label: str) -> list[int]:
         """Cut a label's tokens out of a text: alone, many tokenizers would treat its beginning and its end differently."""
@@ -44,7 +48,10 @@ class Prompts:
         end = self._gap + label + self._tail
         tokens, first = self._lm.encode(before + end + (start or "a")), len(self._lm.encode(before))
         for last in range(first + 1, len(tokens)):
-            if self._lm.decode(tokens[:last]) == before + end and self._lm.decode(tokens[:first]) == before:
+            if (
+                self._lm.decode(tokens[:last]) == before + end
+                and self._lm.decode(tokens[:first]) == before
+            ):
                 return tokens[first:last]
         return self._lm.encode(end)
 
@@ -53,23 +60,41 @@ class Prompts:
         behind = self._tail[-1:]
         cut = self._lm.encode(behind)
         pieces = [self._head.replace("{text}", text) for text in texts]
-        joined = zip(pieces, self._lm.encode_batch([behind + piece for piece in pieces]), strict=True)
-        return [tokens[len(cut) :] if tokens[: len(cut)] == cut else self._lm.encode(piece) for piece, tokens in joined]
+        joined = zip(
+            pieces, self._lm.encode_batch([behind + piece for piece in pieces]), strict=True
+        )
+        return [
+            tokens[len(cut) :] if tokens[: len(cut)] == cut else self._lm.encode(piece)
+            for piece, tokens in joined
+        ]
 
     def demonstrations(self, rows: Sequence[Row]) -> list[list[int]]:
         """Each text in the template, with its label."""
         ends = dict(zip(self._names, self.labels, strict=True))
-        return [query + ends[label] for query, (_, label) in zip(self.queries(text for text, _ in rows), rows, strict=True)]
+        return [
+            query + ends[label]
+            for query, (_, label) in zip(self.queries(text for text, _ in rows), rows, strict=True)
+        ]
 
     def room(self, rows: Sequence[Row], queries: Sequence[Row], tokens: int) -> int:
         """How many of the first rows fit into so many tokens with the longest query and label; -1 if not even these two do."""
-        longest = max(map(len, self.queries(text for text, _ in queries))) + max(map(len, self.answers)) + len(self._lm.suffix)
-        used = accumulate(map(len, self.demonstrations(rows[:tokens])), initial=len(self._lm.prefix) + longest)
+        longest = (
+            max(map(len, self.queries(text for text, _ in queries)))
+            + max(map(len, self.answers))
+            + len(self._lm.suffix)
+        )
+        used = accumulate(
+            map(len, self.demonstrations(rows[:tokens])), initial=len(self._lm.prefix) + longest
+        )
         return sum(total <= tokens for total in used) - 1
 
 
 def likeliest(
-    lm: LanguageModel, context: list[int], queries: Sequence[list[int]], labels: Sequence[list[int]], batch: int | str = "auto"
+    lm: LanguageModel,
+    context: list[int],
+    queries: Sequence[list[int]],
+    labels: Sequence[list[int]],
+    batch: int | str = "auto",
 ) -> Iterator[tuple[int, int, float]]:
     """Find the label with the highest sum of its tokens' log-probabilities behind ``context`` and each query.
 
@@ -93,13 +118,18 @@ def likeliest(
     def work(indices: list[int]) -> list[tuple[int, int, float]]:
         texts = [queries[index] for index in indices]
         state = lm.start(texts) if shared is None else lm.extend(shared, [0] * len(texts), texts)[0]
-        sums = state.logits.log_softmax(-1)[:, firsts].double().cpu()  # (n, labels): bounds, until they are whole
+        sums = (
+            state.logits.log_softmax(-1)[:, firsts].double().cpu()
+        )  # (n, labels): bounds, until they are whole
         whole = single.repeat(len(texts), 1)
         while True:
             best = sums.argmax(1).tolist()
             open_rows = [row for row, label in enumerate(best) if not whole[row, label]]
             if not open_rows:
-                return [(index, label, float(sums[row, label])) for row, (index, label) in enumerate(zip(indices, best, strict=True))]
+                return [
+                    (index, label, float(sums[row, label]))
+                    for row, (index, label) in enumerate(zip(indices, best, strict=True))
+                ]
             _, logits = lm.extend(state, open_rows, [labels[best[row]][:-1] for row in open_rows])
             for place, row in enumerate(open_rows):
                 rest = torch.tensor(labels[best[row]][1:], device=logits.device)
@@ -124,8 +154,13 @@ def classify(context: Context, examples: list[Example]) -> Iterator[Record]:
         members = list(group)
         first = members[0].data
         prompts = Prompts(lm, context.suite.template, first["labels"])
-        shared = lm.prefix + list(chain.from_iterable(prompts.demonstrations(first["demonstrations"])))
-        queries = [query + lm.suffix for query in prompts.queries(example.data["text"] for example in members)]
+        shared = lm.prefix + list(
+            chain.from_iterable(prompts.demonstrations(first["demonstrations"]))
+        )
+        queries = [
+            query + lm.suffix
+            for query in prompts.queries(example.data["text"] for example in members)
+        ]
         for index, label, score in likeliest(lm, shared, queries, prompts.answers, context.batch):
             data, predicted = members[index].data, first["labels"][label]
             yield {
@@ -139,5 +174,9 @@ def classify(context: Context, examples: list[Example]) -> Iterator[Record]:
                 "predicted": predicted,
                 "log_probability": score,
                 "tokens": len(shared) + len(queries[index]),
-                **({"demonstrations": first["demonstrations"]} if members[index].id.endswith("/0") else {}),  # the same for all
+                **(
+                    {"demonstrations": first["demonstrations"]}
+                    if members[index].id.endswith("/0")
+                    else {}
+                ),  # the same for all
             }

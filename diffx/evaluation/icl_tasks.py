@@ -59,7 +59,9 @@ class Task:
         choose.shuffle(train)
         if test is None:
             if queries >= len(train):
-                raise UserError(f"suite.queries={queries} cannot be used: {self.name} has {len(train)} texts, demonstrations included")
+                raise UserError(
+                    f"suite.queries={queries} cannot be used: {self.name} has {len(train)} texts, demonstrations included"
+                )
             train, test = train[:-queries], train[: -queries - 1 : -1]
         else:
             choose.shuffle(test)
@@ -71,7 +73,10 @@ def alternate(rows: Sequence[Row], choose: random.Random) -> list[Row]:
     classes = defaultdict(list)
     for row in rows:
         classes[row[1]].append(row)
-    rounds = [[row for row in turn if row is not None] for turn in zip_longest(*(classes[label] for label in sorted(classes)))]
+    rounds = [
+        [row for row in turn if row is not None]
+        for turn in zip_longest(*(classes[label] for label in sorted(classes)))
+    ]
     for turn in rounds:
         choose.shuffle(turn)
     return list(chain.from_iterable(rounds))
@@ -87,9 +92,13 @@ def load_tasks(context: Context) -> list[Task]:
     tasks = [_load(name, context.suite.labels, context.seed) for name in names]
     for task in tasks:
         if sum(other.name == task.name for other in tasks) > 1:
-            raise UserError(f"suite.tasks={','.join(names)} cannot be used: two tasks would be called {task.name}; rename a file")
+            raise UserError(
+                f"suite.tasks={','.join(names)} cannot be used: two tasks would be called {task.name}; rename a file"
+            )
         if len(task.labels) < 2:
-            raise UserError(f"suite.tasks={task.name} cannot be used: its texts have {len(task.labels)} labels; two are needed")
+            raise UserError(
+                f"suite.tasks={task.name} cannot be used: its texts have {len(task.labels)} labels; two are needed"
+            )
         context.sources[task.name] = json_sha256([task.train, task.test])
     return tasks
 
@@ -102,7 +111,9 @@ def _load(name: str, labels: int, seed: int) -> Task:
     path = Path(name).expanduser()
     if not path.is_file():
         known = ", ".join([*HUB_TASKS, "synthetic"])
-        raise UserError(f"suite.tasks={name} cannot be used: there is no such file; it must be {known} or a path of JSON lines")
+        raise UserError(
+            f"suite.tasks={name} cannot be used: there is no such file; it must be {known} or a path of JSON lines"
+        )
     rows = _read_lines(path)
     short = path.name.removesuffix(".gz").removesuffix(".jsonl")
     return Task(short, sorted({label for _, label in rows}), rows, None)
@@ -115,12 +126,20 @@ def _read_lines(path: Path) -> list[Row]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = parse_json(line)
-                    values = [str(row[key]).strip() for key in ("text", "label") if isinstance(row, dict) and isinstance(row.get(key), str)]
+                    values = [
+                        str(row[key]).strip()
+                        for key in ("text", "label")
+                        if isinstance(row, dict) and isinstance(row.get(key), str)
+                    ]
                     if len(values) < 2 or not all(values):
-                        raise UserError(f'suite.tasks={path} cannot be used: line {number} is not {{"text": "...", "label": "..."}}')
+                        raise UserError(
+                            f'suite.tasks={path} cannot be used: line {number} is not {{"text": "...", "label": "..."}}'
+                        )
                     rows.append((values[0], values[1]))
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"suite.tasks={path} cannot be used: {reason(error)}; it must be UTF-8 JSON lines, or those in .gz") from error
+        raise UserError(
+            f"suite.tasks={path} cannot be used: {reason(error)}; it must be UTF-8 JSON lines, or those in .gz"
+        ) from error
     return rows
 
 
@@ -130,12 +149,23 @@ def _from_hub(name: str) -> Task:
 
     where, subset, revision, text, label, left_out = HUB_TASKS[name]
     try:
-        splits = [datasets.load_dataset(where, subset, revision=revision, split=split) for split in ("train", "test")]
-        train, test = ([(row[text].strip(), split.features[label].int2str(row[label])) for row in split] for split in splits)
+        splits = [
+            datasets.load_dataset(where, subset, revision=revision, split=split)
+            for split in ("train", "test")
+        ]
+        train, test = (
+            [(row[text].strip(), split.features[label].int2str(row[label])) for row in split]
+            for split in splits
+        )
     except Exception as error:  # any library below may fail here, each with an exception of its own
         local = 'give a path of JSON lines {"text", "label"} in its place'
-        raise UserError(f"suite.tasks={name} cannot be used: {where} cannot be fetched: {reason(error)}; {local}") from error
-    train, test = ([(body, tag.replace("_", " ")) for body, tag in rows if tag != left_out] for rows in (train, test))
+        raise UserError(
+            f"suite.tasks={name} cannot be used: {where} cannot be fetched: {reason(error)}; {local}"
+        ) from error
+    train, test = (
+        [(body, tag.replace("_", " ")) for body, tag in rows if tag != left_out]
+        for rows in (train, test)
+    )
     return Task(name, sorted({tag for _, tag in train + test}), train, test)
 
 
@@ -150,5 +180,8 @@ def _synthetic(labels: int, seed: int) -> Task:
             words.append(word)
     names = words[:labels]
     texts = [(word, names[place % labels]) for place, word in enumerate(words[labels:])]
-    train, test = choose.choices(texts, k=_SYNTHETIC_ROWS), choose.choices(texts, k=_SYNTHETIC_QUERIES)
+    train, test = (
+        choose.choices(texts, k=_SYNTHETIC_ROWS),
+        choose.choices(texts, k=_SYNTHETIC_QUERIES),
+    )
     return Task("synthetic", sorted(names), train, test)

@@ -33,7 +33,9 @@ from diffx.config.eval import EndpointJudge
 from diffx.errors import reason
 from diffx.files import append_lines, checked_line, json_sha256, parse_json, read_json_lines
 
-_httpx = import_module(DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])  # httpx2 since openai 3
+_httpx = import_module(
+    DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]
+)  # httpx2 since openai 3
 
 _PROMPT = """\
 You check whether a language model stayed true to a text. Below are the input that it was given, which is a text and a task about it, \
@@ -55,11 +57,24 @@ The output is not faithful if it states anything that the text does not support,
 
 Reply with one JSON object and nothing else: {{"faithful": true}} or {{"faithful": false}}."""
 _LARGEST = 1 << 20  # bytes of a reply, decompressed
-_WORDS = {"yes": True, "true": True, "faithful": True, "no": False, "false": False, "unfaithful": False, "not faithful": False}
+_WORDS = {
+    "yes": True,
+    "true": True,
+    "faithful": True,
+    "no": False,
+    "false": False,
+    "unfaithful": False,
+    "not faithful": False,
+}
 # The member of a JSON object or of a Python dict. Each part is anchored on what is before it, so that a search is linear.
-_MEMBER = re.compile(r"""[{,]\s*(["'])faithful\1\s*:\s*(["']?)(?P<word>yes|true|no|false)\2\s*[,}]""", re.IGNORECASE)
+_MEMBER = re.compile(
+    r"""[{,]\s*(["'])faithful\1\s*:\s*(["']?)(?P<word>yes|true|no|false)\2\s*[,}]""", re.IGNORECASE
+)
 _TAG = re.compile(r"<[^<>]{1,40}>")
-_LONE = re.compile(rf"(?:(?:json|text)\s+)?(?:(?:final\s+)?(?:answer|verdict|faithful)[:*\s]+)?(?P<word>{'|'.join(_WORDS)})", re.IGNORECASE)
+_LONE = re.compile(
+    rf"(?:(?:json|text)\s+)?(?:(?:final\s+)?(?:answer|verdict|faithful)[:*\s]+)?(?P<word>{'|'.join(_WORDS)})",
+    re.IGNORECASE,
+)
 _LONGEST_LONE = 60  # characters
 
 
@@ -96,7 +111,11 @@ def parse(said: str) -> bool | None:
     """
     text = said.rpartition("</think>")[2].partition("<think>")[0]
     if "<|channel|>" in text:
-        text = text.rpartition("<|channel|>final<|message|>")[2] if "<|channel|>final<|message|>" in text else ""
+        text = (
+            text.rpartition("<|channel|>final<|message|>")[2]
+            if "<|channel|>final<|message|>" in text
+            else ""
+        )
     verdict = next(iter(deque(_MEMBER.finditer(text), maxlen=1)), None)
     if verdict is None:
         text = _TAG.sub("", text).strip(string.whitespace + string.punctuation)
@@ -104,7 +123,12 @@ def parse(said: str) -> bool | None:
     return None if verdict is None else _WORDS[verdict["word"].casefold()]
 
 
-def ask(judge: EndpointJudge, prompts: Sequence[str], cache: Path, progress: Callable[[int], None] | None = None) -> list[Verdict]:
+def ask(
+    judge: EndpointJudge,
+    prompts: Sequence[str],
+    cache: Path,
+    progress: Callable[[int], None] | None = None,
+) -> list[Verdict]:
     """Ask for a verdict on each prompt, several at once, and keep each understood reply in ``cache`` as soon as it is there.
 
     The client retries what may pass (no connection, no whole reply in time, 408, 409, 429, 5xx), waiting longer each time. A prompt
@@ -124,7 +148,9 @@ def ask(judge: EndpointJudge, prompts: Sequence[str], cache: Path, progress: Cal
     """
     secret = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (secret.isascii() and secret.isprintable()):
-        raise UserError("OPENAI_API_KEY cannot be used: it holds a character that a key cannot have; copy it again")
+        raise UserError(
+            "OPENAI_API_KEY cannot be used: it holds a character that a key cannot have; copy it again"
+        )
     asked_of = [judge.base_url, judge.model, judge.temperature]
     keys = [json_sha256([*asked_of, prompt]) for prompt in prompts]
     said = _read(cache)
@@ -150,16 +176,28 @@ def ask(judge: EndpointJudge, prompts: Sequence[str], cache: Path, progress: Cal
             raise RunError(_failure(judge, error, secret)) from None  # the cause may quote the key
     if refused and len(refused) == len(set(keys)):
         raise RunError(f"{_name(judge)} refuses every request: {next(iter(refused.values()))}")
-    return [Verdict(parse(said[key]), said[key]) if key in said else Verdict(None, refused[key]) for key in keys]
+    return [
+        Verdict(parse(said[key]), said[key]) if key in said else Verdict(None, refused[key])
+        for key in keys
+    ]
 
 
-async def _ask_all(judge: EndpointJudge, secret: str, prompts: Mapping[str, str], keep: Callable[[str, str | None, str], None]) -> None:
+async def _ask_all(
+    judge: EndpointJudge,
+    secret: str,
+    prompts: Mapping[str, str],
+    keep: Callable[[str, str | None, str], None],
+) -> None:
     """Ask each prompt; ``keep`` gets its key, the reply and, where that is ``None``, why there is none."""
     slots = asyncio.Semaphore(judge.concurrency)
     http = _BoundedClient(judge.timeout)
     # The client would refuse to start without a key; endpoints that need none ignore this one.
     async with AsyncOpenAI(
-        base_url=judge.base_url, api_key=secret or "none", max_retries=judge.retries, timeout=judge.timeout, http_client=http
+        base_url=judge.base_url,
+        api_key=secret or "none",
+        max_retries=judge.retries,
+        timeout=judge.timeout,
+        http_client=http,
     ) as client:
 
         async def one(key: str, prompt: str) -> tuple[str, str | None, str]:
@@ -197,7 +235,9 @@ class _BoundedClient(DefaultAsyncHttpxClient):
         try:
             return await asyncio.wait_for(self._whole(request, options), self._seconds)
         except asyncio.TimeoutError:
-            raise _httpx.ReadTimeout(f"no whole reply within judge.timeout={self._seconds:g} seconds", request=request) from None
+            raise _httpx.ReadTimeout(
+                f"no whole reply within judge.timeout={self._seconds:g} seconds", request=request
+            ) from None
 
     async def _whole(self, request: Any, options: dict[str, Any]) -> Any:
         response = await super().send(request, **options | {"stream": True})
@@ -210,9 +250,16 @@ class _BoundedClient(DefaultAsyncHttpxClient):
         finally:
             await response.aclose()
         headers = dict(response.headers)
-        if headers.pop("content-encoding", "identity") == "gzip":  # it was not asked for, but some servers send it
+        if (
+            headers.pop("content-encoding", "identity") == "gzip"
+        ):  # it was not asked for, but some servers send it
             content = _unzipped(content)
-        return _httpx.Response(response.status_code, headers=headers, content=bytes(content[: _LARGEST + 1]), request=request)
+        return _httpx.Response(
+            response.status_code,
+            headers=headers,
+            content=bytes(content[: _LARGEST + 1]),
+            request=request,
+        )
 
 
 def _unzipped(content: bytearray) -> bytearray:
@@ -232,7 +279,9 @@ async def _reply(client: AsyncOpenAI, judge: EndpointJudge, prompt: str) -> str:
     try:
         content = parse_json(raw.content)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError):  # such as the HTML of a page that is no endpoint
-        raise ValueError("it answers, but not with a chat completion; the address mostly ends in /v1") from None
+        raise ValueError(
+            "it answers, but not with a chat completion; the address mostly ends in /v1"
+        ) from None
     return _text(content)
 
 
@@ -257,7 +306,9 @@ def _failure(judge: EndpointJudge, error: Exception, secret: str) -> str:
     """Make one line of an error, without the key, and without what the server says of a key: servers quote parts of it."""
     kept = "generations and verdicts are kept, run the same command to go on"
     if isinstance(error, AuthenticationError | PermissionDeniedError):
-        asks = "refuses the key in OPENAI_API_KEY" if secret else "asks for a key; set OPENAI_API_KEY"
+        asks = (
+            "refuses the key in OPENAI_API_KEY" if secret else "asks for a key; set OPENAI_API_KEY"
+        )
         return f"{_name(judge)} {asks} (HTTP {error.status_code}); {kept}"
     if isinstance(error, NotFoundError):
         return f"{_name(judge)} does not exist, the address or the model (HTTP 404: {_redacted(error, secret)}); {kept}"
@@ -268,7 +319,11 @@ def _failure(judge: EndpointJudge, error: Exception, secret: str) -> str:
 
 
 def _redacted(error: BaseException, secret: str) -> str:
-    told = error.body.get("message") if isinstance(error, APIStatusError) and isinstance(error.body, dict) else None
+    told = (
+        error.body.get("message")
+        if isinstance(error, APIStatusError) and isinstance(error.body, dict)
+        else None
+    )
     text = told if told and isinstance(told, str) else str(error)
     return reason(Exception(text.replace(secret, "***") if secret else text))
 

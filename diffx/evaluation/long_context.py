@@ -33,18 +33,35 @@ def plan(context: Context) -> list[Example]:
     suite, lm = context.suite, context.lm
     length, texts = int(suite.length or lm.context), len(context.limited(list(range(suite.texts))))
     if lm.limit is not None and length > lm.limit:
-        raise UserError(f"suite.length={length} cannot be used: the model reads {lm.limit} tokens at most")
+        raise UserError(
+            f"suite.length={length} cannot be used: the model reads {lm.limit} tokens at most"
+        )
     documents = context.documents()
     context.sources["tokenizer"] = context.lm.tokenizer.fingerprint  # texts are cut in tokens
-    groups = (lm.encode_batch(documents[first : first + _GROUP]) for first in range(0, len(documents), _GROUP))
-    corpus = np.concatenate([np.array([lm.tokenizer.eot_id, *tokens], np.int32) for group in groups for tokens in group])
-    own = length + 1 - len(lm.prefix)  # the first token of a text is only read, and the last one only scored
+    groups = (
+        lm.encode_batch(documents[first : first + _GROUP])
+        for first in range(0, len(documents), _GROUP)
+    )
+    corpus = np.concatenate(
+        [np.array([lm.tokenizer.eot_id, *tokens], np.int32) for group in groups for tokens in group]
+    )
+    own = (
+        length + 1 - len(lm.prefix)
+    )  # the first token of a text is only read, and the last one only scored
     if len(corpus) < texts * own:
         source = label(context.data)
-        raise UserError(f"suite.texts={texts} cannot be used: {source} has {len(corpus)} tokens, and each text takes {own}; ask for less")
+        raise UserError(
+            f"suite.texts={texts} cannot be used: {source} has {len(corpus)} tokens, and each text takes {own}; ask for less"
+        )
     starts = [text * (len(corpus) // texts) for text in range(texts)]
-    rows = [np.concatenate([np.array(lm.prefix, np.int32), corpus[start : start + own]]) for start in starts]
-    return [Example(f"{length}/{number}", {"tokens": row, "corpus": corpus}) for number, row in enumerate(rows)]
+    rows = [
+        np.concatenate([np.array(lm.prefix, np.int32), corpus[start : start + own]])
+        for start in starts
+    ]
+    return [
+        Example(f"{length}/{number}", {"tokens": row, "corpus": corpus})
+        for number, row in enumerate(rows)
+    ]
 
 
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
@@ -55,7 +72,9 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     repeats = [repeated(example.data["tokens"]) for example in examples]
     pairs = [pair_keys(example.data["tokens"]) for example in examples]
     where, train = _training_tokens(context, examples[0].data["corpus"])
-    wanted = np.unique(np.concatenate([keys[repeat] for keys, repeat in zip(pairs, repeats, strict=True)]))
+    wanted = np.unique(
+        np.concatenate([keys[repeat] for keys, repeat in zip(pairs, repeats, strict=True)])
+    )
     frequent = wanted[count_pairs(train, wanted) > suite.frequent]
     for example, keys, repeat in zip(examples, pairs, repeats, strict=True):
         loss = token_losses(context.lm, example.data["tokens"].tolist(), suite.chunk)
@@ -119,7 +138,9 @@ def _training_tokens(context: Context, corpus: np.ndarray) -> tuple[str, TokenAr
         try:
             return "the training tokens", open_data(data, context.lm.tokenizer).train
         except (UserError, RunError) as error:
-            context.reporter.warn(f"frequent pairs are counted in the evaluated corpus: the training text is not here ({error})")
+            context.reporter.warn(
+                f"frequent pairs are counted in the evaluated corpus: the training text is not here ({error})"
+            )
     return "the evaluated corpus", TokenArray([corpus])
 
 
@@ -132,13 +153,20 @@ def token_losses(lm: LanguageModel, tokens: Sequence[int], chunk: int) -> np.nda
     inputs, targets = list(tokens[:-1]), torch.tensor(tokens[1:], device=lm.device)
     if not lm.caches:
         places = torch.arange(len(inputs))
-        return -lm.score(torch.tensor([inputs]), torch.zeros_like(places), places, targets)[0].double().cpu().numpy()
+        return (
+            -lm.score(torch.tensor([inputs]), torch.zeros_like(places), places, targets)[0]
+            .double()
+            .cpu()
+            .numpy()
+        )
     state = lm.start([inputs[:1]])
     losses = [F.cross_entropy(state.logits, targets[:1], reduction="none")]
     for start in range(1, len(inputs), chunk):
         part = inputs[start : start + chunk]
         state, logits = lm.extend(state, [0], [part])
-        losses.append(F.cross_entropy(logits[0], targets[start : start + len(part)], reduction="none"))
+        losses.append(
+            F.cross_entropy(logits[0], targets[start : start + len(part)], reduction="none")
+        )
     return torch.cat(losses).double().cpu().numpy()
 
 

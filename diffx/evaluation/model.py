@@ -67,13 +67,21 @@ class LanguageModel:
         self.caches = caches
         self.loaded, self.model, self.tokenizer = loaded, loaded.model, loaded.tokenizer
         self.device = next(loaded.model.parameters()).device
-        self.context, self.limit, self.prefix, self.ends = loaded.context, loaded.limit, loaded.prefix, loaded.ends
+        self.context, self.limit, self.prefix, self.ends = (
+            loaded.context,
+            loaded.limit,
+            loaded.prefix,
+            loaded.ends,
+        )
         self.suffix: list[int] = []
         self.closing: list[int] = []
         self._theirs = None if isinstance(loaded.model, Decoder) else loaded.model
         self.pads = self._theirs is None or _full_attention(self._theirs.config)
         self._cache = "" if self._theirs is None else cache_keyword(self._theirs)
-        self._keeps = self._theirs is not None and "logits_to_keep" in inspect.signature(self._theirs.forward).parameters
+        self._keeps = (
+            self._theirs is not None
+            and "logits_to_keep" in inspect.signature(self._theirs.forward).parameters
+        )
 
     @property
     def name(self) -> str:
@@ -83,7 +91,11 @@ class LanguageModel:
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
-        return int(self.model.config.num_layers if self._theirs is None else self.model.config.get_text_config().num_hidden_layers)
+        return int(
+            self.model.config.num_layers
+            if self._theirs is None
+            else self.model.config.get_text_config().num_hidden_layers
+        )
 
     def encode(self, text: str) -> list[int]:
         """Encode a text, without special tokens."""
@@ -109,7 +121,9 @@ class LanguageModel:
         return self._forward(ids.to(self.device), keep or ids.shape[1])
 
     @torch.inference_mode()
-    def score(self, ids: Tensor, rows: Tensor, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def score(
+        self, ids: Tensor, rows: Tensor, places: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of ``targets`` (n,) after tokens of ids (B, T), given by row and place, and whether each is the likeliest.
 
         Padding at a row's end does no harm. Our decoders form the logits of ``_ROWS`` tokens at a time.
@@ -118,11 +132,14 @@ class LanguageModel:
         if self._theirs is None:
             hidden = self.model.forward_hidden(ids)[rows, places]  # (n, D)
             parts = [
-                log_probabilities(self._project(part), own) for part, own in zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True)
+                log_probabilities(self._project(part), own)
+                for part, own in zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True)
             ]
             return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
         first = int(places.min())  # device sync
-        return log_probabilities(self._forward(ids, ids.shape[1] - first)[rows, places - first], targets)
+        return log_probabilities(
+            self._forward(ids, ids.shape[1] - first)[rows, places - first], targets
+        )
 
     @torch.inference_mode()
     def start(self, texts: list[list[int]]) -> Prefix:
@@ -131,7 +148,13 @@ class LanguageModel:
             return self._reread(texts)
         ids, padding = self._padded(texts)
         if self._theirs is None:
-            cache: Any = KVCache(self.model.config, len(texts), ids.shape[1], self.device, self.model.output_weight.dtype)
+            cache: Any = KVCache(
+                self.model.config,
+                len(texts),
+                ids.shape[1],
+                self.device,
+                self.model.output_weight.dtype,
+            )
         else:
             cache = DynamicCache(config=self._theirs.config)
         prefix = Prefix(torch.empty(0), [list(text) for text in texts], cache)
@@ -139,7 +162,9 @@ class LanguageModel:
         return prefix
 
     @torch.inference_mode()
-    def extend(self, prefix: Prefix, rows: list[int], tokens: list[list[int]]) -> tuple[Prefix, Tensor]:
+    def extend(
+        self, prefix: Prefix, rows: list[int], tokens: list[list[int]]
+    ) -> tuple[Prefix, Tensor]:
         """Continue row ``rows[i]`` of a prefix, which stays as it is, with ``tokens[i]``, one or more.
 
         Returns:
@@ -151,9 +176,14 @@ class LanguageModel:
             ids, padding = self._padded(texts)
             logits = self._forward(ids, ids.shape[1])
             steps = torch.arange(longest, device=self.device)
-            first = torch.tensor([len(text) - len(new) for text, new in zip(texts, tokens, strict=True)], device=self.device)
+            first = torch.tensor(
+                [len(text) - len(new) for text, new in zip(texts, tokens, strict=True)],
+                device=self.device,
+            )
             chosen = (first[:, None] + steps).clamp(max=ids.shape[1] - 1)
-            return Prefix(_last(logits, padding), texts), logits.gather(1, chosen[..., None].expand(-1, -1, logits.shape[2]))
+            return Prefix(_last(logits, padding), texts), logits.gather(
+                1, chosen[..., None].expand(-1, -1, logits.shape[2])
+            )
         ids, padding = self._padded(tokens)
         new = self._select(prefix, rows, longest)
         new.tokens = texts
@@ -164,12 +194,16 @@ class LanguageModel:
         return new, logits
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], max_tokens: int, stop: list[str] | None = None) -> list[list[int]]:
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int, stop: list[str] | None = None
+    ) -> list[list[int]]:
         """Continue prompts greedily, together: each to an end-of-text token, past a stop string, or to ``max_tokens`` tokens."""
         if not self.pads and len({len(prompt) for prompt in prompts}) > 1:
             return [self.generate([prompt], max_tokens, stop)[0] for prompt in prompts]
         stop = stop or []
-        tail = max(map(len, stop), default=0) + 8  # tokens that may hold a stop string that ends now
+        tail = (
+            max(map(len, stop), default=0) + 8
+        )  # tokens that may hold a stop string that ends now
         state = self.start(prompts)
         self._make_room(state, max_tokens)
         drawn: list[list[int]] = [[] for _ in prompts]
@@ -189,7 +223,16 @@ class LanguageModel:
             self._read_on(state, chosen)
         return drawn
 
-    def sample(self, prompt: list[int], max_tokens: int, *, temperature: float, top_k: int, top_p: float, seed: int) -> Iterator[int]:
+    def sample(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+    ) -> Iterator[int]:
         """Continue a prompt, yielding each token as soon as it is drawn; see ``diffx.models.generate`` for the arguments."""
         generator = torch.Generator().manual_seed(seed)
         state = self.start([prompt])
@@ -227,7 +270,12 @@ class LanguageModel:
         """
         maps: list[Tensor] = []
         length = ids.shape[1]
-        self.observe(ids, lambda layer, view: maps.append(torch.stack([view.head_map(j, 0, length) for j in range(view.num_heads)], 1)))
+        self.observe(
+            ids,
+            lambda layer, view: maps.append(
+                torch.stack([view.head_map(j, 0, length) for j in range(view.num_heads)], 1)
+            ),
+        )
         return maps
 
     def lambdas(self, ids: Tensor) -> list[Tensor | None]:
@@ -239,7 +287,9 @@ class LanguageModel:
             UserError: the model's attention cannot be seen.
         """
         if self.loaded.adapted is not None:
-            return [branch.lambda_value().detach() for branch in self.loaded.adapted.branches] or [None] * self.num_layers
+            return [branch.lambda_value().detach() for branch in self.loaded.adapted.branches] or [
+                None
+            ] * self.num_layers
         found: list[Tensor | None] = []
         self.observe(ids, lambda layer, view: found.append(view.lam))
         return found
@@ -257,7 +307,9 @@ class LanguageModel:
         """Read ids (B, T) behind a prefix, in its place: logits after the last ``keep`` of them, or (None) after the last but padding."""
         if self._theirs is None:
             hidden = self.model.forward_hidden(ids, cache=prefix.cache)
-            logits = self._project(_last(hidden, padding)[:, None] if keep is None else hidden[:, -keep:])
+            logits = self._project(
+                _last(hidden, padding)[:, None] if keep is None else hidden[:, -keep:]
+            )
             prefix.cache.drop_padding(padding)
             return logits
         if keep is None:
@@ -266,12 +318,18 @@ class LanguageModel:
         new = torch.ones_like(ids, dtype=torch.bool)
         if prefix.valid is not None:
             options["attention_mask"] = torch.cat([prefix.valid, new], dim=1).long()
-            options["position_ids"] = prefix.valid.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=self.device)
+            options["position_ids"] = prefix.valid.sum(1, keepdim=True) + torch.arange(
+                ids.shape[1], device=self.device
+            )
         if prefix.valid is not None or any(padding):
-            before = torch.ones(len(ids), prefix.cache.get_seq_length(), dtype=torch.bool, device=self.device)
+            before = torch.ones(
+                len(ids), prefix.cache.get_seq_length(), dtype=torch.bool, device=self.device
+            )
             ends = ids.shape[1] - torch.tensor(padding, device=self.device)
             real = torch.arange(ids.shape[1], device=self.device) < ends[:, None]
-            prefix.valid = torch.cat([before if prefix.valid is None else prefix.valid, real], dim=1)
+            prefix.valid = torch.cat(
+                [before if prefix.valid is None else prefix.valid, real], dim=1
+            )
         assert self._theirs is not None
         options[self._cache] = prefix.cache
         return self._theirs(input_ids=ids, use_cache=True, **options).logits[:, -keep:].float()
@@ -279,12 +337,16 @@ class LanguageModel:
     def _make_room(self, prefix: Prefix, tokens: int) -> None:
         """Let our cache hold more tokens; theirs grows by itself."""
         if self._theirs is None and prefix.cache is not None:
-            prefix.cache = prefix.cache.select(torch.arange(len(prefix.tokens), device=self.device), tokens)
+            prefix.cache = prefix.cache.select(
+                torch.arange(len(prefix.tokens), device=self.device), tokens
+            )
 
     def _read_on(self, prefix: Prefix, chosen: Tensor) -> None:
         """Read one token more of each text, chosen (B,), in the prefix's place."""
         if prefix.cache is None:
-            prefix.tokens = [[*text, token] for text, token in zip(prefix.tokens, chosen.tolist(), strict=True)]  # device sync
+            prefix.tokens = [
+                [*text, token] for text, token in zip(prefix.tokens, chosen.tolist(), strict=True)
+            ]  # device sync
             prefix.logits = self._reread(prefix.tokens).logits
         else:
             prefix.logits = self._append(prefix, chosen[:, None], [0] * len(chosen), keep=1)[:, -1]
@@ -296,16 +358,26 @@ class LanguageModel:
         else:
             cache = copy.deepcopy(prefix.cache)
             cache.batch_select_indices(index)
-        return Prefix(prefix.logits[index], prefix.tokens, cache, None if prefix.valid is None else prefix.valid[index])
+        return Prefix(
+            prefix.logits[index],
+            prefix.tokens,
+            cache,
+            None if prefix.valid is None else prefix.valid[index],
+        )
 
     def _reread(self, texts: list[list[int]]) -> Prefix:
         ids, padding = self._padded(texts)
-        return Prefix(_last(self._forward(ids, max(padding) + 1), padding), [list(text) for text in texts])
+        return Prefix(
+            _last(self._forward(ids, max(padding) + 1), padding), [list(text) for text in texts]
+        )
 
     def _padded(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:
         longest = max(map(len, texts))
         padding = [longest - len(text) for text in texts]
-        rows = [[*text, *[self.tokenizer.eot_id] * pad] for text, pad in zip(texts, padding, strict=True)]
+        rows = [
+            [*text, *[self.tokenizer.eot_id] * pad]
+            for text, pad in zip(texts, padding, strict=True)
+        ]
         return torch.tensor(rows, device=self.device), padding
 
 
@@ -326,6 +398,7 @@ def _full_attention(config: Any) -> bool:
     """Whether every layer of a pretrained model sees all that came before; a sliding window would count padding as text."""
     config = config.get_text_config()
     kinds = set(
-        getattr(config, "layer_types", None) or ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+        getattr(config, "layer_types", None)
+        or ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
     )
     return kinds == {"full_attention"}

@@ -49,7 +49,11 @@ class Tally:
     def add(self, values: Tensor) -> None:
         """Count |values|, of any shape; infinite ones are masked and do not count."""
         values = values.float().abs().flatten()
-        counts = torch.bincount(values.view(torch.int32) >> _SHIFT, minlength=_INFINITE).cpu().numpy()[:_INFINITE]  # device sync
+        counts = (
+            torch.bincount(values.view(torch.int32) >> _SHIFT, minlength=_INFINITE)
+            .cpu()
+            .numpy()[:_INFINITE]
+        )  # device sync
         self.counts += counts
         floor = self.top[-1] if len(self.top) == self.keep else -1.0
         used = counts.nonzero()[0]
@@ -70,7 +74,11 @@ class Tally:
         counts[:_LOWEST] = 0
         used = counts.nonzero()[0]
         first, last = int(used[0]), int(used[-1])
-        return {"top": [float(f"{value:.7g}") for value in self.top], "first": first, "counts": counts[first : last + 1].tolist()}
+        return {
+            "top": [float(f"{value:.7g}") for value in self.top],
+            "first": first,
+            "counts": counts[first : last + 1].tolist(),
+        }
 
     def figures(self, ranks: list[int]) -> dict[str, float]:
         """The magnitudes of these ranks, where there are so many, and the median."""
@@ -79,7 +87,10 @@ class Tally:
         middle = below[-1] / 2
         found = np.searchsorted(below, middle)
         low, high = _edge(found), _edge(found + 1)
-        return figures | {"median": low + (high - low) * (middle - (below[found] - self.counts[found])) / self.counts[found]}
+        return figures | {
+            "median": low
+            + (high - low) * (middle - (below[found] - self.counts[found])) / self.counts[found]
+        }
 
     def _keep(self, values: list[float]) -> None:
         self.top = list(heapq.merge(self.top, values, reverse=True))[: self.keep]
@@ -95,7 +106,9 @@ def plan(context: Context) -> list[Example]:
     length = suite.length or min(lm.context, 2048)
     if length > (lm.limit or length) or length <= len(lm.prefix):
         most = f" and {lm.limit} at most, which is all that the model reads" if lm.limit else ""
-        raise UserError(f"suite.length={length} cannot be used with {lm.name}: it must be more than {len(lm.prefix)}{most}")
+        raise UserError(
+            f"suite.length={length} cannot be used with {lm.name}: it must be more than {len(lm.prefix)}{most}"
+        )
     documents = iter(context.documents())
     context.sources["tokenizer"] = context.lm.tokenizer.fingerprint  # windows are cut in tokens
     text: list[int] = []
@@ -106,7 +119,9 @@ def plan(context: Context) -> list[Example]:
         while len(text) < size and (document := next(documents, None)) is not None:
             text += [*lm.encode(document), lm.tokenizer.eot_id]
         if not text:
-            context.reporter.warn(f"suite.tokens={suite.tokens}: the text has only {suite.tokens - left} tokens, which are all measured")
+            context.reporter.warn(
+                f"suite.tokens={suite.tokens}: the text has only {suite.tokens - left} tokens, which are all measured"
+            )
             break
         windows.append(lm.prefix + text[:size])
         text = text[size:]
@@ -134,7 +149,9 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     for window, asked in windows.items():
         tallies = _read(lm, list(window), {example.data["task"] for example in asked}, keep)
         for example in asked:
-            layers = [tally.record() for tally in tallies[example.data["task"]] if tally.top]  # a layer without attention has no logits
+            layers = [
+                tally.record() for tally in tallies[example.data["task"]] if tally.top
+            ]  # a layer without attention has no logits
             whole = _merged(layers, keep)
             yield {
                 "id": example.id,
@@ -192,7 +209,9 @@ def figures(context: Context, records: list[Record]) -> list[Record]:
     return rows
 
 
-def _read(lm: LanguageModel, window: list[int], groups: set[str], keep: int) -> dict[str, list[Tally]]:
+def _read(
+    lm: LanguageModel, window: list[int], groups: set[str], keep: int
+) -> dict[str, list[Tally]]:
     """Count logits, states or both in one pass, by layer."""
     tallies = {group: [Tally(keep) for _ in range(lm.num_layers)] for group in groups}
 
@@ -208,7 +227,11 @@ def _read(lm: LanguageModel, window: list[int], groups: set[str], keep: int) -> 
         _require_finite(layer, states)
         tallies[STATES][layer].add(states)
 
-    lm.observe(torch.tensor([window]), attention if LOGITS in groups else None, hidden if STATES in groups else None)
+    lm.observe(
+        torch.tensor([window]),
+        attention if LOGITS in groups else None,
+        hidden if STATES in groups else None,
+    )
     return tallies
 
 
@@ -226,4 +249,6 @@ def _merged(layers: list[dict[str, Any]], keep: int) -> Tally:
 
 def _require_finite(layer: int, *tensors: Tensor) -> None:
     if not all(tensor.isfinite().all() for tensor in tensors):  # device sync
-        raise RunError(f"layer {layer} gives values that are not finite: the weights are broken, or dtype= is too narrow for them")
+        raise RunError(
+            f"layer {layer} gives values that are not finite: the weights are broken, or dtype= is too narrow for them"
+        )

@@ -35,7 +35,14 @@ def plan(context: Context) -> list[Example]:
         group = _case(needles, asked)
         for length in suite.lengths or [most // 4, most // 2, most]:
             for depth in suite.depths:
-                data = {"task": group, "draw": group, "needles": needles, "asked": asked, "length": length, "depth": depth}
+                data = {
+                    "task": group,
+                    "draw": group,
+                    "needles": needles,
+                    "asked": asked,
+                    "length": length,
+                    "depth": depth,
+                }
                 cell = []
                 for number in range(suite.samples):
                     name = f"{group}/depth={depth:g}/{number}"  # the same needles at every length
@@ -59,10 +66,15 @@ def needles_of(context: Context, example: Example) -> Needles:
 
 def hide(context: Context, haystack: Haystack, example: Example) -> Sample:
     """The example's sample, with which the model's input has the example's length at most."""
-    return haystack.hide(needles_of(context, example), example.data["length"] - len(context.lm.prefix + context.lm.suffix))
+    return haystack.hide(
+        needles_of(context, example),
+        example.data["length"] - len(context.lm.prefix + context.lm.suffix),
+    )
 
 
-def long_enough(context: Context, haystack: Haystack, examples: list[Example], key: str) -> list[Example]:
+def long_enough(
+    context: Context, haystack: Haystack, examples: list[Example], key: str
+) -> list[Example]:
     """Leave out default lengths that do not hold the needles, and refuse what cannot be asked.
 
     Args:
@@ -77,8 +89,12 @@ def long_enough(context: Context, haystack: Haystack, examples: list[Example], k
     lm, digits = context.lm, context.suite.digits
     needles = max(example.data["needles"] for example in examples)
     if needles > min(len(CITIES), 9 * 10 ** (digits - 1)):
-        raise UserError(f"suite.digits={digits} cannot be used with {needles} needles: there are not so many numbers; give more digits")
-    least = len(lm.prefix + lm.suffix) + max(haystack.least(needles_of(context, example)) for example in examples)
+        raise UserError(
+            f"suite.digits={digits} cannot be used with {needles} needles: there are not so many numbers; give more digits"
+        )
+    least = len(lm.prefix + lm.suffix) + max(
+        haystack.least(needles_of(context, example)) for example in examples
+    )
     lengths = sorted({example.data["length"] for example in examples})
     short = [length for length in lengths if length < least]
     what = f"{needles} needles, question and answer take {least} tokens"
@@ -87,18 +103,26 @@ def long_enough(context: Context, haystack: Haystack, examples: list[Example], k
     if short == lengths:
         cases = key.replace("length", "case")
         ways = f"give fewer needles by {cases}, or more tokens by {key}"
-        raise UserError(f"{key}=null cannot be used with {lm.name}: {what}, and the longest default is {lengths[-1]}; {ways}")
+        raise UserError(
+            f"{key}=null cannot be used with {lm.name}: {what}, and the longest default is {lengths[-1]}; {ways}"
+        )
     if short:
         context.reporter.warn(f"{key}=null leaves out {' and '.join(map(str, short))}: {what}")
         examples = [example for example in examples if example.data["length"] >= least]
     if lengths[-1] > (lm.limit or lengths[-1]):
-        raise UserError(f"{key}={lengths[-1]} cannot be used with {lm.name}: it reads {lm.limit} tokens at most")
+        raise UserError(
+            f"{key}={lengths[-1]} cannot be used with {lm.name}: it reads {lm.limit} tokens at most"
+        )
     if lengths[-1] > lm.context:
-        context.reporter.warn(f"{key}={lengths[-1]} is more than the {lm.context} tokens that {lm.name} was trained on")
+        context.reporter.warn(
+            f"{key}={lengths[-1]} is more than the {lm.context} tokens that {lm.name} was trained on"
+        )
     try:
         haystack.hide(needles_of(context, examples[0]), lengths[-1])
     except ValueError as error:
-        raise UserError(f"{key}={lengths[-1]} cannot be used: {error}; choose more text by data=, or give less") from error
+        raise UserError(
+            f"{key}={lengths[-1]} cannot be used: {error}; choose more text by data=, or give less"
+        ) from error
     return examples
 
 
@@ -107,7 +131,11 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     lm, haystack = context.lm, haystack_of(context)
     left = sorted(examples, key=lambda example: -example.data["length"])
     while left:
-        size = max(1, _CHUNK // left[0].data["length"], 0 if context.batch == "auto" else int(context.batch))
+        size = max(
+            1,
+            _CHUNK // left[0].data["length"],
+            0 if context.batch == "auto" else int(context.batch),
+        )
         chunk, left = left[:size], left[size:]
         samples = [hide(context, haystack, example) for example in chunk]
         prompts = [lm.prompt(*_parts(sample.prompt)) for sample in samples]
@@ -149,16 +177,23 @@ def _choose(context: Context, samples: list[Sample]) -> list[list[str]]:
             question, start = _parts(question_of([needles.cities[place]]))
             if lm.suffix:
                 asked = before + _behind(lm, [question])[0] + lm.suffix
-                requests += [(asked, lm.encode(f"{start.lstrip()} {number}")) for number in needles.numbers]
+                requests += [
+                    (asked, lm.encode(f"{start.lstrip()} {number}")) for number in needles.numbers
+                ]
             else:
                 texts = _behind(lm, [f"{question}{start} {number}" for number in needles.numbers])
                 requests += [(before, tokens) for tokens in texts]
             places += [(index, place, number) for number in needles.numbers]
     best: dict[tuple[int, int], tuple[float, str]] = {}
-    for (index, place, number), (score, _) in zip(places, loglikelihoods(lm, requests, context.batch), strict=True):
+    for (index, place, number), (score, _) in zip(
+        places, loglikelihoods(lm, requests, context.batch), strict=True
+    ):
         if (index, place) not in best or score > best[index, place][0]:
             best[index, place] = (score, number)
-    return [[best[index, place][1] for place in range(sample.needles.asked)] for index, sample in enumerate(samples)]
+    return [
+        [best[index, place][1] for place in range(sample.needles.asked)]
+        for index, sample in enumerate(samples)
+    ]
 
 
 def _parts(prompt: str) -> tuple[str, str]:
@@ -186,7 +221,10 @@ def declare(context: Context) -> Declaration:
     names = ["greedy", *(["constrained"] if context.suite.constrained else [])]
     guessing = [
         Reference(
-            label="guessing", metric="constrained", value=1 / needles, by={"task": _case(needles, asked)}
+            label="guessing",
+            metric="constrained",
+            value=1 / needles,
+            by={"task": _case(needles, asked)},
         )
         for needles, asked in context.suite.cases
     ]

@@ -90,7 +90,12 @@ def evaluate(job: EvalJob, words: list[str]) -> Path:
         UserError: the checkpoint or the suite cannot be used as they are; nothing was made.
         RunError: something outside failed; what was measured is kept, and the same command goes on.
     """
-    return measure(job, LanguageModel(load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code)))
+    return measure(
+        job,
+        LanguageModel(
+            load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code)
+        ),
+    )
 
 
 def evaluate_all(jobs: list[EvalJob]) -> int:
@@ -103,7 +108,9 @@ def evaluate_all(jobs: list[EvalJob]) -> int:
         0, or the exit code: 2 if all failures are user errors, else 1.
     """
     job = jobs[0]
-    lm = LanguageModel(load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code))
+    lm = LanguageModel(
+        load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code)
+    )
     codes = []
     for job in jobs:
         try:
@@ -114,16 +121,26 @@ def evaluate_all(jobs: list[EvalJob]) -> int:
                 traceback.print_exception(error)
                 described = 1, f"{type(error).__name__}: {error}"
             codes.append(described[0])
-            print(f"error: suite={job.suite.name}: {one_line(described[1])}", file=sys.stderr, flush=True)
+            print(
+                f"error: suite={job.suite.name}: {one_line(described[1])}",
+                file=sys.stderr,
+                flush=True,
+            )
     return min(codes, default=0)
 
 
-def measure(job: EvalJob, lm: LanguageModel, change: Change | None = None, table: bool = True) -> Path:
+def measure(
+    job: EvalJob, lm: LanguageModel, change: Change | None = None, table: bool = True
+) -> Path:
     """Run a job's suite on a model, or on one that is changed for that time; see ``evaluate``. The table is printed if ``table``."""
     started = time.time()
     reporter = Reporter()
-    module: ModuleType = import_module(f"diffx.evaluation.{_MODULES.get(job.suite.kind, job.suite.kind)}")
-    if job.suite.kind != "harness" and getattr(job.suite, "chat_template", False):  # lm-eval applies its tasks' itself
+    module: ModuleType = import_module(
+        f"diffx.evaluation.{_MODULES.get(job.suite.kind, job.suite.kind)}"
+    )
+    if job.suite.kind != "harness" and getattr(
+        job.suite, "chat_template", False
+    ):  # lm-eval applies its tasks' itself
         lm = with_chat_template(lm, job)
     context = Context(job, lm, Path(), reporter)
     examples = module.plan(context)
@@ -135,8 +152,20 @@ def measure(job: EvalJob, lm: LanguageModel, change: Change | None = None, table
     reporter.line(f"{name} on {lm.name}, {len(examples)} examples, in {folder}")
     with storage_errors(f"the evaluation in {folder} stopped"):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock", f"the evaluation folder {folder}"), change.applied(lm.model) if change else nullcontext():
-            return _evaluate(module, context, examples, settings, judged, change.facts if change else {}, started, table)
+        with (
+            locked(folder / ".lock", f"the evaluation folder {folder}"),
+            change.applied(lm.model) if change else nullcontext(),
+        ):
+            return _evaluate(
+                module,
+                context,
+                examples,
+                settings,
+                judged,
+                change.facts if change else {},
+                started,
+                table,
+            )
 
 
 def _evaluate(
@@ -155,7 +184,9 @@ def _evaluate(
     if not judged:
         known = _finished(context, finished)
         if known is not None:
-            reporter.line("measured before with the same settings: these are its figures; force=true measures again")
+            reporter.line(
+                "measured before with the same settings: these are its figures; force=true measures again"
+            )
             _tidy(folder)
             if table:
                 _show(context, known)
@@ -179,7 +210,11 @@ def _evaluate(
         "settings_hash": folder.name,
         "settings": settings,
         "data": asdict(context.data) if "data" in context.sources else None,
-        "checkpoint": {"name": lm.name, "step": lm.loaded.step, "fingerprint": lm.loaded.fingerprint},
+        "checkpoint": {
+            "name": lm.name,
+            "step": lm.loaded.step,
+            "fingerprint": lm.loaded.fingerprint,
+        },
         "judge": asdict(job.judge),
         "change": facts,
         "metrics": metrics,
@@ -206,7 +241,9 @@ def _evaluate(
         reporter.warn,
     )
     if table:
-        reporter.line(f"results: {finished}   records: {folder / (_RECORDS + '.zst')}   picture: {picture}")
+        reporter.line(
+            f"results: {finished}   records: {folder / (_RECORDS + '.zst')}   picture: {picture}"
+        )
     return folder
 
 
@@ -225,7 +262,11 @@ def read_records(folder: Path) -> list[Record]:
 
 def _is_record(value: Any) -> bool:
     known = isinstance(value, dict) and isinstance(value.get("id"), str)
-    if not known or not isinstance(value.get("by"), dict) or not isinstance(value.get("scores"), dict):
+    if (
+        not known
+        or not isinstance(value.get("by"), dict)
+        or not isinstance(value.get("scores"), dict)
+    ):
         return False
     return all(isinstance(score, int | float) for score in value["scores"].values())
 
@@ -295,8 +336,16 @@ def _prepare(context: Context, settings: dict[str, Any]) -> None:
     if path.exists():
         try:
             known = read_json(path)
-            weights = f"the weights of {context.job.checkpoint} are not those that were measured before"
-            changed = "" if known == state else weights if known.get("settings") == state["settings"] else f"{path} is damaged"
+            weights = (
+                f"the weights of {context.job.checkpoint} are not those that were measured before"
+            )
+            changed = (
+                ""
+                if known == state
+                else weights
+                if known.get("settings") == state["settings"]
+                else f"{path} is damaged"
+            )
         except UserError as error:
             changed = str(error)
         if changed:
@@ -304,7 +353,9 @@ def _prepare(context: Context, settings: dict[str, Any]) -> None:
         if not (changed or context.job.force):
             return
         for entry in folder.iterdir():
-            if entry.name != ".lock" and (context.job.force or not entry.name.startswith(_VERDICTS)):
+            if entry.name != ".lock" and (
+                context.job.force or not entry.name.startswith(_VERDICTS)
+            ):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     write_json(path, state)
 
@@ -312,14 +363,18 @@ def _prepare(context: Context, settings: dict[str, Any]) -> None:
 def _answer(module: ModuleType, context: Context, examples: list[Example]) -> list[Record]:
     """Answer the examples that have no record yet, each record written as it comes; all records, in the examples' order."""
     path, wanted = context.folder / _RECORDS, {example.id for example in examples}
-    done = {record["id"]: record for record in read_records(context.folder) if record["id"] in wanted}
+    done = {
+        record["id"]: record for record in read_records(context.folder) if record["id"] in wanted
+    }
     left = [example for example in examples if example.id not in done]
     if done and left:
         context.reporter.line(f"{len(done)} of {len(examples)} examples were answered before")
     if left:
         with (
             append_lines(path) as file,
-            context.reporter.progress(context.suite.name, len(examples), len(done), "examples") as context.bar,
+            context.reporter.progress(
+                context.suite.name, len(examples), len(done), "examples"
+            ) as context.bar,
         ):
             for record in module.answer(context, left):
                 file.write(checked_line(record))
@@ -344,7 +399,9 @@ def _write_records(folder: Path, records: list[Record]) -> None:
 
 def _show(context: Context, metrics: list[Row]) -> list[list[str]]:
     rows = [_row(metric) for metric in metrics]
-    context.reporter.table(make_table(f"{context.suite.name}: {context.lm.name}", _COLUMNS, rows[:_ROWS]))
+    context.reporter.table(
+        make_table(f"{context.suite.name}: {context.lm.name}", _COLUMNS, rows[:_ROWS])
+    )
     if len(rows) > _ROWS:
         context.reporter.line(f"{len(rows) - _ROWS} more rows in results.json")
     return rows

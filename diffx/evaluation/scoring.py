@@ -47,11 +47,17 @@ def in_batches(
     rows = float("inf") if batch == "auto" else int(batch)
 
     def fits(number: int, longest: int, shortest: int) -> bool:
-        return number * longest <= budget and (batch != "auto" or number * longest <= _SMALL or shortest >= alike * longest)
+        return number * longest <= budget and (
+            batch != "auto" or number * longest <= _SMALL or shortest >= alike * longest
+        )
 
     while queue:
         taken: list[Item] = []
-        while queue and len(taken) < rows and (not taken or fits(len(taken) + 1, length(taken[0]), length(queue[0]))):
+        while (
+            queue
+            and len(taken) < rows
+            and (not taken or fits(len(taken) + 1, length(taken[0]), length(queue[0])))
+        ):
             taken.append(queue.popleft())
         try:
             result = work(taken)
@@ -62,7 +68,10 @@ def in_batches(
                 ) from error
             queue.extendleft(reversed(taken))
             rows = len(taken) // 2
-            warnings.warn(f"{len(taken)} sequences do not fit in the memory of {device}: going on with {rows}", stacklevel=2)
+            warnings.warn(
+                f"{len(taken)} sequences do not fit in the memory of {device}: going on with {rows}",
+                stacklevel=2,
+            )
             continue
         yield taken, result
 
@@ -89,15 +98,21 @@ def loglikelihoods(
         contexts.setdefault(tuple(context), []).append(index)
     # read once where that spares more than the second pass costs: not where the continuations are all there is to read
     together = [
-        context for context, own in contexts.items() if len(own) > 1 and 2 * len(context) >= max(len(requests[index][1]) for index in own)
+        context
+        for context, own in contexts.items()
+        if len(own) > 1 and 2 * len(context) >= max(len(requests[index][1]) for index in own)
     ]
-    alone = sorted({*range(len(requests))} - {index for context in together for index in contexts[context]})
+    alone = sorted(
+        {*range(len(requests))} - {index for context in together for index in contexts[context]}
+    )
     found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     done = 0
 
     def shared(batch_of: list[tuple[int, ...]]) -> None:
         prefix = lm.start([list(context) for context in batch_of])
-        pairs = [(row, index) for row, context in enumerate(batch_of) for index in contexts[context]]
+        pairs = [
+            (row, index) for row, context in enumerate(batch_of) for index in contexts[context]
+        ]
         held = max(map(len, batch_of))
 
         def behind(part: list[tuple[int, int]]) -> None:
@@ -110,7 +125,13 @@ def loglikelihoods(
             for (_, index), score in zip(part, _scores(logits, targets), strict=True):
                 found[index] = score
 
-        for _ in in_batches(pairs, lambda pair: max(len(requests[pair[1]][1]), held // _HELD), batch, lm.device, behind):
+        for _ in in_batches(
+            pairs,
+            lambda pair: max(len(requests[pair[1]][1]), held // _HELD),
+            batch,
+            lm.device,
+            behind,
+        ):
             pass
 
     def single(indices: list[int]) -> None:
@@ -119,18 +140,28 @@ def loglikelihoods(
         longest = max(map(len, texts))
         ids = torch.tensor([text + [lm.tokenizer.eot_id] * (longest - len(text)) for text in texts])
         rows = torch.tensor([row for row, target in enumerate(targets) for _ in target])
-        places = torch.tensor([len(requests[index][0]) - 1 + step for index in indices for step in range(len(requests[index][1]))])
+        places = torch.tensor(
+            [
+                len(requests[index][0]) - 1 + step
+                for index in indices
+                for step in range(len(requests[index][1]))
+            ]
+        )
         tokens = torch.tensor([token for target in targets for token in target], device=lm.device)
         scores, greedy = lm.score(ids, rows, places, tokens)
         lengths = list(map(len, targets))
-        for index, score, right in zip(indices, scores.double().split(lengths), greedy.split(lengths), strict=True):
+        for index, score, right in zip(
+            indices, scores.double().split(lengths), greedy.split(lengths), strict=True
+        ):
             found[index] = (float(score.sum()), bool(right.all()))  # device sync
 
     for batch_of, _ in in_batches(together, len, batch, lm.device, shared, _ALIKE):
         done += sum(len(contexts[context]) for context in batch_of)
         if progress:
             progress(done)
-    for indices, _ in in_batches(alone, lambda index: sum(map(len, requests[index])), batch, lm.device, single, _ALIKE):
+    for indices, _ in in_batches(
+        alone, lambda index: sum(map(len, requests[index])), batch, lm.device, single, _ALIKE
+    ):
         done += len(indices)
         if progress:
             progress(done)
@@ -138,7 +169,11 @@ def loglikelihoods(
 
 
 def generations(
-    lm: LanguageModel, prompts: Sequence[Tokens], max_tokens: int, stop: Sequence[str] = (), batch: int | str = "auto"
+    lm: LanguageModel,
+    prompts: Sequence[Tokens],
+    max_tokens: int,
+    stop: Sequence[str] = (),
+    batch: int | str = "auto",
 ) -> Iterator[tuple[int, str]]:
     """Continue prompts greedily; yields (index of the prompt, text before the first stop string) batch by batch."""
 
@@ -146,7 +181,9 @@ def generations(
         drawn = lm.generate([list(prompts[index]) for index in batch_of], max_tokens, list(stop))
         return [cut(lm.decode(tokens), stop) for tokens in drawn]
 
-    for taken, texts in in_batches(range(len(prompts)), lambda index: len(prompts[index]) + max_tokens, batch, lm.device, work):
+    for taken, texts in in_batches(
+        range(len(prompts)), lambda index: len(prompts[index]) + max_tokens, batch, lm.device, work
+    ):
         yield from zip(taken, texts, strict=True)
 
 
@@ -158,7 +195,9 @@ def cut(text: str, stop: Sequence[str]) -> str:
 def _scores(logits: Tensor, targets: list[list[int]]) -> list[tuple[float, bool]]:
     """Log-probability sums and greediness of targets whose tokens are predicted by the first logits of each row (n, T, V)."""
     longest = max(map(len, targets))
-    padded = torch.tensor([target + [-1] * (longest - len(target)) for target in targets], device=logits.device)
+    padded = torch.tensor(
+        [target + [-1] * (longest - len(target)) for target in targets], device=logits.device
+    )
     logits = logits[:, :longest]
     real = padded >= 0
     chosen = logits.gather(2, padded.clamp(min=0)[..., None])[..., 0] - logits.logsumexp(-1)

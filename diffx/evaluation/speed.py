@@ -35,9 +35,13 @@ from diffx.train.throughput import peak_allocation, synchronize
 TRAIN, PREFILL, DECODE = "train tokens/s", "prefill tokens/s", "decode tokens/s"
 TRAIN_MEMORY, MEMORY = "train peak memory MB", "inference peak memory MB"  # of 10^6 bytes
 
-_ROUND_SECONDS = 0.2  # a round lasts at least about so long, so that the clock and the queue do not count
+_ROUND_SECONDS = (
+    0.2  # a round lasts at least about so long, so that the clock and the queue do not count
+)
 
-Call = Callable[[], tuple[float, ...]]  # does its work once and gives the seconds of each of its phases
+Call = Callable[
+    [], tuple[float, ...]
+]  # does its work once and gives the seconds of each of its phases
 
 
 def plan(context: Context) -> list[Example]:
@@ -53,7 +57,11 @@ def plan(context: Context) -> list[Example]:
                 f"suite.lengths={length} cannot be used with {context.lm.name}: with suite.decode_tokens={suite.decode_tokens} it must be "
                 f"{limit} at most, which is all that the model reads"
             )
-    return [Example(f"B={batch} T={length}", {"shape": [batch, length]}) for batch in suite.batches for length in suite.lengths]
+    return [
+        Example(f"B={batch} T={length}", {"shape": [batch, length]})
+        for batch in suite.batches
+        for length in suite.lengths
+    ]
 
 
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
@@ -64,20 +72,33 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
         ids = _tokens(lm, batch, length + 1, context.seed)
         steps = suite.decode_tokens
         parts: list[tuple[tuple[str, ...], tuple[int, ...], str, Call, Call]] = [
-            ((PREFILL, DECODE), (batch * length, batch * steps), MEMORY, reading(lm, ids[:, 1:], steps), reading(lm, ids[:, 1:], 1))
+            (
+                (PREFILL, DECODE),
+                (batch * length, batch * steps),
+                MEMORY,
+                reading(lm, ids[:, 1:], steps),
+                reading(lm, ids[:, 1:], 1),
+            )
         ]
         if suite.train:
-            parts.insert(0, ((TRAIN,), (batch * length,), TRAIN_MEMORY, training(lm, ids), training(lm, ids)))
+            parts.insert(
+                0, ((TRAIN,), (batch * length,), TRAIN_MEMORY, training(lm, ids), training(lm, ids))
+            )
         rounds: dict[str, list[float]] = {}
         failed: list[str] = []
         for names, tokens, memory, call, short in parts:
             measured = _measure(call, short, suite.rounds, lm.device)
             if measured is None:
                 failed += [*names, memory]
-                context.reporter.warn(f"{example.id}: {' and '.join(names)} cannot be measured: out of memory")
+                context.reporter.warn(
+                    f"{example.id}: {' and '.join(names)} cannot be measured: out of memory"
+                )
                 continue
             seconds, peak = measured
-            rounds |= {name: (count / seconds[:, phase]).tolist() for phase, (name, count) in enumerate(zip(names, tokens, strict=True))}
+            rounds |= {
+                name: (count / seconds[:, phase]).tolist()
+                for phase, (name, count) in enumerate(zip(names, tokens, strict=True))
+            }
             if peak is not None:
                 rounds[memory] = [(peak + _weights(lm)) / 1e6]
         rows = [
@@ -165,17 +186,24 @@ def reading(lm: LanguageModel, ids: Tensor, steps: int) -> Call:
     """A call that reads ids (B, T) into a new cache and decodes ``steps`` tokens a sequence greedily; it gives the seconds of each."""
     model = lm.model
     options: dict[str, Any] = {}
-    if not isinstance(model, Decoder) and "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if (
+        not isinstance(model, Decoder)
+        and "logits_to_keep" in inspect.signature(model.forward).parameters
+    ):
         options["logits_to_keep"] = 1
 
     @torch.inference_mode()
     def call() -> tuple[float, float]:
         start = _now(lm.device)
         if isinstance(model, Decoder):
-            cache = KVCache(model.config, len(ids), ids.shape[1] + steps, lm.device, model.output_weight.dtype)
+            cache = KVCache(
+                model.config, len(ids), ids.shape[1] + steps, lm.device, model.output_weight.dtype
+            )
 
             def step(tokens: Tensor) -> Tensor:
-                return F.linear(model.forward_hidden(tokens, cache=cache)[:, -1:], model.output_weight).argmax(-1)  # (B, 1)
+                return F.linear(
+                    model.forward_hidden(tokens, cache=cache)[:, -1:], model.output_weight
+                ).argmax(-1)  # (B, 1)
         else:
             options[cache_keyword(model)] = DynamicCache(config=model.config)
 
@@ -191,14 +219,22 @@ def reading(lm: LanguageModel, ids: Tensor, steps: int) -> Call:
     return call
 
 
-def _measure(call: Call, short: Call, rounds: int, device: torch.device) -> tuple[np.ndarray, int | None] | None:
+def _measure(
+    call: Call, short: Call, rounds: int, device: torch.device
+) -> tuple[np.ndarray, int | None] | None:
     """The seconds of ``call`` by round and phase, and the peak memory of ``short`` in bytes; None if they do not fit in memory."""
     try:
         peak = peak_allocation(short, device)
         calls = max(1, round(_ROUND_SECONDS / sum(call())))
-        return np.array([np.mean([call() for _ in range(calls)], axis=0) for _ in range(rounds)]), peak
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return np.array(
+            [np.mean([call() for _ in range(calls)], axis=0) for _ in range(rounds)]
+        ), peak
+    except (
+        RuntimeError
+    ) as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
+            error
+        ):
             raise
     gc.collect()  # behind the except clause: the traceback held on to the tensors
     if device.type == "cuda":
@@ -213,12 +249,19 @@ def _now(device: torch.device) -> float:
 
 def _tokens(lm: LanguageModel, batch: int, length: int, seed: int) -> Tensor:
     config = lm.model.config
-    vocabulary = config.vocab_size if isinstance(lm.model, Decoder) else config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed)).to(lm.device)
+    vocabulary = (
+        config.vocab_size if isinstance(lm.model, Decoder) else config.get_text_config().vocab_size
+    )
+    return torch.randint(
+        vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed)
+    ).to(lm.device)
 
 
 def _weights(lm: LanguageModel) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*lm.model.parameters(), *lm.model.buffers()))
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in (*lm.model.parameters(), *lm.model.buffers())
+    )
 
 
 def _validation_loss(lm: LanguageModel) -> float | None:

@@ -91,7 +91,9 @@ class Context:
     @cached_property
     def _texts(self) -> tuple[list[str], str]:
         own, data = self.lm.loaded.data, self.data
-        seen = own is not None and all(getattr(own, key, None) == getattr(data, key, None) for key in ("kind", "path", "name"))
+        seen = own is not None and all(
+            getattr(own, key, None) == getattr(data, key, None) for key in ("kind", "path", "name")
+        )
         return read_texts(data, held_out=seen)
 
     def documents(self) -> list[str]:
@@ -103,7 +105,11 @@ class Context:
 def rows_of(records: Iterable[Record], declaration: Declaration) -> Iterator[dict[str, Any]]:
     """The table's rows of single examples: a record's ``scores``, and what stands in its ``rows``."""
     for record in records:
-        common = {"example": record.get("example", record["id"]), "aggregate": EXAMPLE, **record["by"]}
+        common = {
+            "example": record.get("example", record["id"]),
+            "aggregate": EXAMPLE,
+            **record["by"],
+        }
         scores = [{"metric": name, "value": value} for name, value in record["scores"].items()]
         for row in (*scores, *record.get("rows", ())):
             metric = declaration.metric(row["metric"])

@@ -15,13 +15,19 @@ _WORDS = Tokenizer13a()
 def answer_scores(answer: str, references: Sequence[str]) -> dict[str, float]:
     """Exact match and token F1 (0 to 1) with the nearest reference, as SQuAD normalises and counts them (arXiv 1606.05250, section 6.1)."""
     # The places of the answers do not count.
-    scores = squad({"id": "0", "prediction_text": answer}, {"id": "0", "answers": {"text": list(references), "answer_start": [0]}})
+    scores = squad(
+        {"id": "0", "prediction_text": answer},
+        {"id": "0", "answers": {"text": list(references), "answer_start": [0]}},
+    )
     return {name: float(scores[name]) / 100 for name in ("exact_match", "f1")}
 
 
 def summary_scores(summary: str, references: Sequence[str]) -> dict[str, float]:
     """ROUGE-1, -2 and -L (F-measure of word stems, 0 to 1), each with its nearest reference (Lin, 2004)."""
-    return {name: float(score.fmeasure) for name, score in _ROUGE.score_multi(references, summary).items()}
+    return {
+        name: float(score.fmeasure)
+        for name, score in _ROUGE.score_multi(references, summary).items()
+    }
 
 
 def diversity(texts: Sequence[str], most: int = 100) -> dict[str, float]:
@@ -46,6 +52,9 @@ def diversity(texts: Sequence[str], most: int = 100) -> dict[str, float]:
         if grams:
             figures[f"distinct_{n}"] = len(set(grams)) / len(grams)
     if len(texts) > 1 and figures:
-        each = [_BLEU.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)]
+        each = [
+            _BLEU.sentence_score(text, texts[:i] + texts[i + 1 :]).score
+            for i, text in enumerate(texts)
+        ]
         figures["self_bleu"] = sum(each) / len(each) / 100
     return figures

@@ -59,7 +59,10 @@ def training_card(
     counts = summary.get("parameters", {})
     rows = {"parameters": parameters or counts.get("total")}
     if isinstance(job, AdaptJob):
-        rows |= {"architecture": f"{base} with DEX, variant {job.dex.variant.value}", "trained parameters": counts.get("trained")}
+        rows |= {
+            "architecture": f"{base} with DEX, variant {job.dex.variant.value}",
+            "trained parameters": counts.get("trained"),
+        }
     else:
         sizes = {key: getattr(job.model, key) for key in _SHAPE}
         shape = ", ".join(f"{key} {size}" for key, size in sizes.items() if size is not None)
@@ -79,7 +82,11 @@ def training_card(
         }
     elif summary.get("best/step") == step:
         rows |= {"held-out loss, nats a token": summary.get("best/val/loss")}
-    tags = ["diffx", "differential-attention", job.dex.variant.value if isinstance(job, AdaptJob) else job.model.kind]
+    tags = [
+        "diffx",
+        "differential-attention",
+        job.dex.variant.value if isinstance(job, AdaptJob) else job.model.kind,
+    ]
     license_name = _license(job.base, job.revision) if isinstance(job, AdaptJob) else None
     return _card(
         name,
@@ -89,7 +96,9 @@ def training_card(
         library_name=library,
         license=license_name,
         tags=tags,
-        datasets=[job.data.name] if isinstance(job.data, HubData) and not _is_local(job.data.name) else None,
+        datasets=[job.data.name]
+        if isinstance(job.data, HubData) and not _is_local(job.data.name)
+        else None,
     )
 
 
@@ -97,12 +106,21 @@ def adapter_card(base: str, variant: str, step: int) -> ModelCard:
     """Describe an adapter of which nothing is known but its own files."""
     rows = {"architecture": f"{base} with DEX, variant {variant}", "steps": step}
     tags = ["diffx", "differential-attention", variant]
-    return _card(f"{base}-{variant}", rows, adapter_usage(base), base_model=base, library_name="diffx", tags=tags)
+    return _card(
+        f"{base}-{variant}",
+        rows,
+        adapter_usage(base),
+        base_model=base,
+        library_name="diffx",
+        tags=tags,
+    )
 
 
 def _card(name: str, rows: dict[str, Any], usage: str, **header: Any) -> ModelCard:
     data = ModelCardData(pipeline_tag="text-generation", **header)
-    table = "\n".join(f"| {key} | {_shown(value)} |" for key, value in rows.items() if value is not None)
+    table = "\n".join(
+        f"| {key} | {_shown(value)} |" for key, value in rows.items() if value is not None
+    )
     return ModelCard(
         f"""---
 {data.to_yaml()}
@@ -126,7 +144,13 @@ Made with diffx {version("diffx")}.
 
 
 def _shown(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:.4f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _data_name(data: DataConfig) -> str:
@@ -135,7 +159,12 @@ def _data_name(data: DataConfig) -> str:
         return "the source code of Python's standard library"
     values: Any = getattr(data, "name", None) or getattr(data, "path", None) or []
     names = [values] if isinstance(values, str) else values
-    return " ".join([data.kind, *(Path(name).name if data.kind != "hub" or _is_local(name) else name for name in names)])
+    return " ".join(
+        [
+            data.kind,
+            *(Path(name).name if data.kind != "hub" or _is_local(name) else name for name in names),
+        ]
+    )
 
 
 def _is_local(name: str) -> bool:
@@ -144,7 +173,11 @@ def _is_local(name: str) -> bool:
 
 def _license(base: str, revision: str | None) -> str | None:
     """The license in the model card of a base that is a folder or in the hub's cache."""
-    path = Path(base, CARD) if Path(base).is_dir() else try_to_load_from_cache(base, CARD, revision=revision)
+    path = (
+        Path(base, CARD)
+        if Path(base).is_dir()
+        else try_to_load_from_cache(base, CARD, revision=revision)
+    )
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
     license_name = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict().get("license")

@@ -84,11 +84,19 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("one of input_ids and inputs_embeds must be given, and not both")
         if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("output_attentions=True is not supported: diffx.hub.attention.observing gives the attention maps")
-        x = self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
+            raise ValueError(
+                "output_attentions=True is not supported: diffx.hub.attention.observing gives the attention maps"
+            )
+        x = (
+            self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        )  # (B, T, D)
         cache = _pick_cache(cache, past_key_values)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_hidden_states = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        )
         if cache is None and use_cache:
             cache = DynamicCache()
         length = 0 if cache is None else cache.get_seq_length()
@@ -96,7 +104,9 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None:
             if attention_mask.shape != (len(x), length + x.shape[1]):
                 wanted, shape = (len(x), length + x.shape[1]), tuple(attention_mask.shape)
-                raise ValueError(f"attention_mask has the shape {shape}: it must be {wanted}, of all cached and new tokens")
+                raise ValueError(
+                    f"attention_mask has the shape {shape}: it must be {wanted}, of all cached and new tokens"
+                )
             if not bool(attention_mask.all()):  # device sync
                 view = _CacheView(DynamicCache()) if view is None else view
                 view.valid = attention_mask.bool()
@@ -108,33 +118,53 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         states: list[Tensor] = []
         with ExitStack() as stack:
             for layer in self.decoder.layers if output_hidden_states else ():
-                stack.enter_context(layer.register_forward_pre_hook(lambda module, args: states.append(args[0])))
+                stack.enter_context(
+                    layer.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+                )
             hidden = self.decoder.run_layers(x, position_ids, view, cu_seqlens)
-        kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
+        kept = (
+            hidden[:, -logits_to_keep:]
+            if isinstance(logits_to_keep, int)
+            else hidden[:, logits_to_keep]
+        )
         logits = F.linear(kept, self.decoder.output_weight)
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
             )
-        fields: dict[str, Any] = {"hidden_states": (*states, hidden) if output_hidden_states else None, CACHE: cache}
+        fields: dict[str, Any] = {
+            "hidden_states": (*states, hidden) if output_hidden_states else None,
+            CACHE: cache,
+        }
         return CausalLMOutputWithPast(loss=loss, logits=logits, **fields)
 
 
-def _pick_cache(cache: DynamicCache | None, past_key_values: DynamicCache | None) -> DynamicCache | None:
+def _pick_cache(
+    cache: DynamicCache | None, past_key_values: DynamicCache | None
+) -> DynamicCache | None:
     """The cache by either name."""
     if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        raise ValueError(
+            "cache and past_key_values are two names of one argument: give one of them"
+        )
     cache = past_key_values if cache is None else cache
     # A cache of fixed length returns places that are not filled yet, one with a window loses tokens.
     if cache is not None and (not isinstance(cache, DynamicCache) or any(cache.is_sliding)):
-        raise ValueError(f"cache cannot be a {type(cache).__name__}: it must be a DynamicCache without a window")
+        raise ValueError(
+            f"cache cannot be a {type(cache).__name__}: it must be a DynamicCache without a window"
+        )
     return cache
 
 
 def _document_bounds(positions: Tensor) -> Tensor | None:
     """``cu_seqlens`` of the documents that positions (B, T) count through; None if each row is one document."""
-    starts = F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True).flatten().nonzero().flatten()  # device sync
+    starts = (
+        F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True).flatten().nonzero().flatten()
+    )  # device sync
     return None if len(starts) == len(positions) else F.pad(starts, (0, 1), value=positions.numel())
 
 

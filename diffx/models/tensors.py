@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from diffx.config import UserError
 
 
-def read_tensors(path: Path, shapes: Mapping[str, torch.Size], optional: Collection[str] = ()) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: Path, shapes: Mapping[str, torch.Size], optional: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
     """Read a safetensors file that must hold exactly the tensors of ``shapes``, and may hold those named in ``optional``.
 
     Raises:
@@ -24,7 +26,11 @@ def read_tensors(path: Path, shapes: Mapping[str, torch.Size], optional: Collect
         if name not in tensors:
             raise UserError(f"{path} cannot be used: it lacks {name}")
         if name not in shapes:
-            raise UserError(f"{path} cannot be used: it holds {name}, which the model does not have")
+            raise UserError(
+                f"{path} cannot be used: it holds {name}, which the model does not have"
+            )
         if tensors[name].shape != shapes[name]:
-            raise UserError(f"{path} cannot be used: {name} has the shape {list(tensors[name].shape)}, the model's is {list(shapes[name])}")
+            raise UserError(
+                f"{path} cannot be used: {name} has the shape {list(tensors[name].shape)}, the model's is {list(shapes[name])}"
+            )
     return tensors
