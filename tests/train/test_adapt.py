@@ -37,7 +37,7 @@ SPEED = ("time", "train/tokens_per_second", "train/mfu", "train/peak_memory_byte
 def place(tmp_path_factory, hf_folder):
     """A folder with a text, where this module's runs lie."""
     folder = tmp_path_factory.mktemp("adapted")
-    rows = ({"text": f"Document {n} says that {n} times {n} is {n * n}, and no more. " * 2} for n in range(120))
+    rows = ({"text": f"Document {n} says that {n} times {n} is {n * n}, and no more. " * 2} for n in range(200))
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     patch = pytest.MonkeyPatch()
     patch.setenv("DIFFX_CACHE", str(folder / "cache"))
