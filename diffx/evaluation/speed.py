@@ -102,7 +102,7 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             if peak is not None:
                 rounds[memory] = [(peak + _weights(lm)) / 1e6]
         rows = [
-            {"metric": name, "value": value, "example": f"round {number}"}
+            {"metric": name, "value": value, "example": f"{example.id}, round {number}"}
             for name, values in rounds.items()
             for number, value in enumerate(values)
         ]

@@ -42,7 +42,7 @@ def compare(base: pd.DataFrame, rival: pd.DataFrame, declaration: Declaration) -
             if others is None:
                 continue
             metric, pairs = declaration.metric(name), zip(parts, others, strict=True)
-            joined = [part.join(other, how="inner", rsuffix="_rival") for part, other in pairs]
+            joined = [part.join(other.add_suffix("_rival"), how="inner") for part, other in pairs]
             if metric.ratio:
                 joined = [part[(part[["value", "value_rival"]] > 0).all(axis=1)] for part in joined]
             if all(map(len, joined)):
