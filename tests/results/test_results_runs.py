@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffx.config import UserError
-from diffx.report.runs import group_runs, read_run, read_runs, sweep_jobs
+from diffx.results.runs import group_runs, read_run, read_runs, sweep_jobs
 
 CURVE = [(0, 7.0), (100, 5.0), (200, 4.0)]
 
@@ -113,5 +113,5 @@ def test_curves_of_different_cadence_meet_on_one_grid(make_run):
 
 
 def test_the_room_imports_no_torch():
-    code = "import sys, diffx.report.compare; sys.exit('torch' in sys.modules)"
+    code = "import sys, diffx.report.compare, diffx.results.read; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
