@@ -10,8 +10,8 @@ from diffx.config.data import StdlibData
 from diffx.config.dex import AdaptJob, DexConfig, Init, Variant
 from diffx.config.train import TrainConfig
 from diffx.report.compare import compare_runs
-from diffx.report.findings import analyse
-from diffx.report.runs import group_runs, read_runs
+from diffx.results.runs import group_runs, read_runs
+from diffx.results.training import analyse
 
 SEEDS = (0, 1, 2)
 SHIFT = (0.01, 0.0, -0.01)  # what a seed's data does to every variant's loss alike
