@@ -145,25 +145,27 @@ def _given(label: str, row: Row) -> Row:
 
 def parts_of_averages(
     examples: pd.DataFrame, table: Table, average: Average
-) -> Iterator[tuple[Row, str, list[pd.DataFrame]]]:
+) -> Iterator[tuple[Row, str, dict[Any, pd.DataFrame]]]:
     """For each average: its columns, the metric and each group's values (n, [value, weight]).
+
+    Groups are in the order of their keys, whatever the order of the examples.
 
     An average that has fewer than two groups, or a group without the metric, is left out.
     """
     scope = Table(by=average.by, label="", metrics=table.metrics)
     for columns, group in groups_of(examples, scope):
         # A group of the average may hold several of the table's, as a group of tasks does.
-        parts = [part for _, part in group.groupby(average.over, sort=False)]
+        parts = dict(iter(group.groupby(average.over)))
         if len(parts) < 2:
             continue
-        present = [{*part["metric"]} for part in parts]
+        present = [{*part["metric"]} for part in parts.values()]
         stand_ins = average.metrics or {name: [name] for name in group["metric"].unique()}
         for name, accepted in stand_ins.items():
             chosen = [next((m for m in accepted if m in names), None) for names in present]
             if None in chosen or (name in accepted and name not in chosen):
                 continue
-            pairs = zip(parts, chosen, strict=True)
-            yield columns, name, [per_example(p[p["metric"] == metric]) for p, metric in pairs]
+            pairs = zip(parts.items(), chosen, strict=True)
+            yield columns, name, {k: per_example(p[p["metric"] == m]) for (k, p), m in pairs}
 
 
 def averages(
@@ -171,7 +173,8 @@ def averages(
 ) -> list[Row]:
     """The averages over a table's groups; each group counts once and is resampled by itself."""
     rows = []
-    for columns, name, parts in parts_of_averages(examples, table, average):
+    for columns, name, by_group in parts_of_averages(examples, table, average):
+        parts = list(by_group.values())
         if declaration.metric(name).ratio:
             continue  # such as tokens/s: of one model there is no mean over shapes
         label = make_label(average.label, columns)

@@ -11,7 +11,7 @@ from diffx.results.declare import Declaration, Metric, Table, make_label
 from diffx.results.statistics import Interval, bootstrap, mean_of_means, weighted_difference
 from diffx.results.table import EXAMPLE, by_columns
 
-Group = tuple[str, Row, str, list[pd.DataFrame]]  # label, columns, metric, values of each part
+Group = tuple[str, Row, str, dict[Any, pd.DataFrame]]  # label, columns, metric, values by part
 
 
 def compare(base: pd.DataFrame, rival: pd.DataFrame, declaration: Declaration) -> list[Row]:
@@ -34,14 +34,15 @@ def compare(base: pd.DataFrame, rival: pd.DataFrame, declaration: Declaration) -
         if not table.compared:
             continue
         rival_groups = {
-            (*columns.items(), metric, len(parts)): parts
+            (*columns.items(), metric, *parts): parts
             for _, columns, metric, parts in _groups(rival, table)
         }
         for label, columns, name, parts in _groups(base, table):
-            others = rival_groups.get((*columns.items(), name, len(parts)))
+            others = rival_groups.get((*columns.items(), name, *parts))
             if others is None:
                 continue
-            metric, pairs = declaration.metric(name), zip(parts, others, strict=True)
+            metric = declaration.metric(name)
+            pairs = zip(parts.values(), others.values(), strict=True)
             joined = [part.join(other.add_suffix("_rival"), how="inner") for part, other in pairs]
             if metric.ratio:
                 joined = [part[(part[["value", "value_rival"]] > 0).all(axis=1)] for part in joined]
@@ -65,7 +66,7 @@ def _groups(frame: pd.DataFrame, table: Table) -> Iterator[Group]:
     examples = frame[frame["aggregate"] == EXAMPLE]
     for columns, group in groups_of(examples, table):
         for name, values in group.groupby("metric", sort=False):
-            yield make_label(table.label, columns), columns, str(name), [per_example(values)]
+            yield make_label(table.label, columns), columns, str(name), {(): per_example(values)}
     if table.average:
         for columns, name, parts in parts_of_averages(examples, table, table.average):
             yield make_label(table.average.label, columns), columns, name, parts

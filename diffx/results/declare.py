@@ -11,6 +11,8 @@ from typing import Any
 
 from diffx.results.table import BY
 
+_SAMPLES = {"string": "", "Int64": 0, "Float64": 0.0}  # of the kinds of columns
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
@@ -60,7 +62,8 @@ class Average:
     metrics: dict[str, list[str]] | None = None
 
     def __post_init__(self) -> None:
-        _check_columns([*self.over, *self.by], self.label)
+        _check_columns([*self.over, *self.by])
+        _check_label(self.label, self.by)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +85,8 @@ class Table:
     compared: bool = True
 
     def __post_init__(self) -> None:
-        _check_columns(self.by, self.label)
+        _check_columns(self.by)
+        _check_label(self.label, self.by)
         if isinstance(self.average, Mapping):
             object.__setattr__(self, "average", Average(**self.average))
 
@@ -161,6 +165,11 @@ class Declaration:
     references: list[Reference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        averaged = {name for t in self.tables if t.average for name in t.average.metrics or ()}
+        unknown = averaged - {metric.name for metric in self.metrics}
+        _require(not unknown, f"metrics {', '.join(sorted(unknown))}")
+
     def metric(self, name: str) -> Metric:
         """The metric of this name."""
         return next(metric for metric in self.metrics if metric.name == name)
@@ -194,12 +203,16 @@ def make_label(template: str, columns: Mapping[str, Any]) -> str:
     return template.format(**columns)
 
 
-def _check_columns(names: list[str], template: str) -> None:
-    fields = [(name, form) for _, name, form, _ in Formatter().parse(template) if name is not None]
-    unknown = ({*names} | {name for name, _ in fields}) - BY.keys()
+def _check_columns(names: list[str]) -> None:
+    unknown = {*names} - BY.keys()
     _require(not unknown, f"columns {', '.join(sorted(unknown))}")
-    # A label may come from someone else's file: it may name columns and round figures, no more.
-    _require(all(len(form or "") <= 3 for _, form in fields), f"label={template}")
+
+
+def _check_label(template: str, names: list[str]) -> None:
+    """A label may come from someone else's file: it may name columns and round figures, no more."""
+    for _, name, form, _ in Formatter().parse(template):
+        _require(name is None or (name in names and len(form or "") <= 3), f"label={template}")
+    make_label(template, {name: _SAMPLES[BY[name]] for name in names})
 
 
 def _require(condition: bool, what: str) -> None:

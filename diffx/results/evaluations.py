@@ -81,9 +81,16 @@ class Evaluation:
         """Its rows of the table of results.
 
         Raises:
-            UserError: they are missing or damaged.
+            UserError: they are missing or damaged, or have metrics that are not declared.
         """
-        return read_frame(self.folder / ROWS)
+        frame = read_frame(self.folder / ROWS)
+        unknown = {*frame["metric"]} - {metric.name for metric in self.declaration.metrics}
+        if unknown:
+            raise UserError(
+                f"{self.folder / 'results.json'} cannot be used: it declares no metric "
+                f"{min(unknown)}; make the evaluation again with force=true"
+            )
+        return frame
 
 
 def read_evaluation(folder: Path) -> Evaluation:
