@@ -129,7 +129,7 @@ TINY = (
 EVAL = "eval checkpoint=run suite=icl suite.shots=[1] suite.queries=2 wandb.mode=disabled device=cpu"
 COMMANDS = {
     "compare run": ("config.yaml", "metrics.jsonl", "summary.json", "data.json"),
-    "compare run copy suite=icl": ("results.json", "records.jsonl.zst", "settings.json"),
+    "compare run copy suite=icl": ("results.json", "rows.parquet", "settings.json"),
     "generate checkpoint=run max_tokens=2": ("config.yaml", "state.json", "model.safetensors", "tokenizer.json", "diffx_tokenizer.json"),
     EVAL: ("results.json", "settings.json", "config.yaml", "state.json", "tokenizer_config.json"),
     f"train {TINY} train.resume=run": (

@@ -54,9 +54,9 @@ class SurpriseSuite(SuiteConfig):
 SUITE_CONFIGS: dict'''
 SUITE = """
 import torch
-from matplotlib.figure import Figure
 
-from diffx.evaluation.suite import Example, mean_metrics
+from diffx.evaluation.suite import Example
+from diffx.results.declare import Declaration, Metric, Picture, Table
 
 
 def plan(context):
@@ -67,15 +67,15 @@ def answer(context, examples):
     for example in examples:
         ids = torch.tensor([context.lm.encode(example.data["text"])])
         score = float(context.lm.logits(ids).logsumexp(-1).mean())
-        yield {"id": example.id, "group": "all", "scores": {"surprise": score}}
+        yield {"id": example.id, "by": {}, "scores": {"surprise": score}}
 
 
-def summarize(context, records):
-    return mean_metrics(records)
-
-
-def draw(context, records, metrics, path):
-    Figure().savefig(path)
+def declare(context):
+    return Declaration(
+        metrics=[Metric(name="surprise", unit="nats", better="lower")],
+        tables=[Table(by=[], label="all")],
+        pictures=[Picture(kind="bars", title="Surprise")],
+    )
 """
 VARIANT = {
     "diffx/config/model.py": [

@@ -313,7 +313,7 @@ def test_evaluations_are_equal(suite, run, export, place):
         before = set(place.rglob("results.json"))
         assert main(words) == 0
         (path,) = set(place.rglob("results.json")) - before
-        found[name] = [(metric["group"], metric["name"], metric["value"]) for metric in json.loads(path.read_text())["metrics"]]
+        found[name] = [(metric["label"], metric["metric"], metric["value"]) for metric in json.loads(path.read_text())["metrics"]]
     assert len(found["run"]) > 0
     for name in ("folded", "unfolded"):
         assert [row[:2] for row in found[name]] == [row[:2] for row in found["run"]]
@@ -335,7 +335,7 @@ def test_lm_evals_own_figures_of_an_export_are_the_runs(name, run, export, place
         before = {path: path.stat().st_mtime_ns for path in place.rglob("results.json")}
         assert main(["eval", f"checkpoint={spec}", *words, f"suite.include_path={place / 'more'}"]) == 0
         (path,) = (path for path in place.rglob("results.json") if before.get(path) != path.stat().st_mtime_ns)
-        found[label] = {(row["group"].split()[0], row["name"]): row["value"] for row in json.loads(path.read_text())["metrics"]}
+        found[label] = {(row["label"].split()[0], row["metric"]): row["value"] for row in json.loads(path.read_text())["metrics"]}
     assert found["export"] == pytest.approx(found["run"], rel=1e-4)
     manager = TaskManager(include_path=str(place / "more"))
     model = HFLM(pretrained=str(export(name)), device="cpu", batch_size=2)

@@ -57,3 +57,26 @@ def documents(tmp_path_factory):
     rows = ({"text": f"Note {n}. The square of {n} is {n * n}. Nothing else is known of it. " * 3} for n in range(100))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def summarize():
+    """The rows of results that a suite makes of records, by label and metric; drawn into ``path`` if it is given."""
+    from diffx.evaluation.run import _make_frame
+    from diffx.results.aggregate import aggregate, references_of
+    from diffx.results.draw import draw_results
+
+    def make(module, context, records, path=None):
+        declaration = module.declare(context)
+        assert type(declaration).from_json(json.loads(json.dumps(declaration.as_json()))) == declaration
+        frame = _make_frame(module, context, records, declaration)
+        rows = aggregate(frame, declaration)
+        for row in rows:
+            row["published"] = references_of(row, declaration)
+        if path is not None:
+            draw_results(rows, frame.to_dict("records"), declaration, "tiny", path)
+        by_name = {(row["label"], row["metric"]): row for row in rows}
+        assert len(by_name) == len(rows), "two rows of one name"
+        return by_name
+
+    return make

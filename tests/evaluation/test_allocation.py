@@ -106,26 +106,33 @@ def test_signed_rows_sum_to_one_and_differ_from_absolute_ones(context, tiny, kin
         assert ((heads["|answer|"] >= 0) & (heads["|answer|"] + heads["|noise|"] < 1)).all()
 
 
-def test_summary_and_picture(context, tmp_path):
+def test_summary_and_picture(context, summarize, tmp_path):
     made = context()
     records = measure(made)
-    metrics = {(metric.group, metric.name): metric for metric in allocation.summarize(made, records)}
-    assert metrics["depth 0%", "answer"].n == 2
-    assert set(metrics["depth 0%", "answer"].published.values()) == {0.03, 0.27}
-    assert not metrics["depth 0%", "|answer|"].published
-    allocation.draw(made, records, list(metrics.values()), tmp_path / "allocation.png")
+    metrics = summarize(allocation, made, records, tmp_path / "allocation.png")
+    assert metrics["depth 0%", "answer"]["n"] == 2
+    assert set(metrics["depth 0%", "answer"]["published"].values()) == {0.03, 0.27}
+    assert not metrics["depth 0%", "|answer|"]["published"]
+    head = metrics["layer 1 head 0", "noise"]
+    expected = np.mean([record["heads"]["noise"][1][0] for record in records])
+    assert (head["value"], head["n"], head["low"]) == (pytest.approx(expected), 6, None)
     assert imread(tmp_path / "allocation.png").std() > 0.05
 
 
-def test_the_average_over_depths_takes_them_as_independent(context):
+def test_the_average_over_depths_takes_them_as_independent(context, summarize):
     """Samples of the same number at two depths share nothing: not even a shift of one against the other narrows the interval."""
     made = context()
     random = np.random.default_rng(0).normal(size=20)
-    records = [{"group": f"depth {d}", "scores": {"answer": sign * score}} for d, sign in (("0%", 1), ("100%", -1)) for score in random]
-    *_, average = allocation.summarize(made, records)
+    heads = {name: [[0.0]] for name in ("answer", "noise", "|answer|", "|noise|")}
+    records = [
+        {"id": f"{depth}/{number}", "by": {"depth": depth}, "scores": {"answer": sign * score}, "heads": heads}
+        for depth, sign in ((0.0, 1), (1.0, -1))
+        for number, score in enumerate(random)
+    ]
+    average = summarize(allocation, made, records)["average", "answer"]
     half = random.std(ddof=1) / np.sqrt(20)  # a depth's standard error
-    assert average.group == "average" and average.stderr == pytest.approx(half / np.sqrt(2))
-    assert (average.high - average.low) / average.stderr == pytest.approx(2 * 1.96, rel=0.1)
+    assert average["stderr"] == pytest.approx(half / np.sqrt(2))
+    assert (average["high"] - average["low"]) / average["stderr"] == pytest.approx(2 * 1.96, rel=0.1)
 
 
 def test_refusals(context, wrap, tiny):

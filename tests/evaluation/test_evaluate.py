@@ -62,13 +62,14 @@ def test_the_folder(measure, runs):
         "icl.png",
         "records.jsonl.zst",
         "results.json",
+        "rows.parquet",
         "settings.json",
     ]
     found, records = results(folder), read_records(folder)
     assert found["examples"] == len(records) == 12 and found["settings_hash"] == folder.name
     assert [record["id"] for record in records] == [f"synthetic/{shots}/{query}" for shots in (1, 2) for query in range(6)]
-    (metric,) = [metric for metric in found["metrics"] if metric["group"] == "synthetic 2 shots"]
-    scores = [record["scores"]["accuracy"] for record in records if record["shots"] == 2]
+    (metric,) = [metric for metric in found["metrics"] if metric["label"] == "synthetic 2 shots"]
+    scores = [record["scores"]["accuracy"] for record in records if record["by"]["shots"] == 2]
     assert metric["value"] == pytest.approx(sum(scores) / 6) and metric["n"] == 6 and metric["low"] <= metric["value"] <= metric["high"]
     assert found["checkpoint"]["step"] == 4 and len(found["checkpoint"]["fingerprint"]) == 64
     assert (folder / "icl.png").read_bytes().startswith(b"\x89PNG")
@@ -247,7 +248,7 @@ def test_an_altered_record_is_measured_again(measure, monkeypatch, caplog):
     assert len(lines) == 6
     lines[0] = re.sub(r'"accuracy": [\d.]+', '"accuracy": 0.5', lines[0])
     lines[2] = "[" * 100_000
-    lines[3] = '{"id": 5, "group": []}'
+    lines[3] = '{"id": 5, "by": []}'
     lines[4] = "null"
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
     monkeypatch.setattr(icl, "answer", counted)
@@ -268,14 +269,17 @@ def test_damaged_settings_are_measured_again(measure, capsys, text):
     assert not (folder / "of_unknown_settings.txt").exists()
 
 
-METRIC = {"group": "a", "name": "b", "value": 1.0}
+METRIC = {"label": "a", "metric": "b", "value": 1.0}
 
 
 @pytest.mark.parametrize(
     "damaged",
     [
-        *("", "{", "[]", "[" * 100_000, "{}", '{"metrics": 5}', '{"metrics": [5]}', '{"metrics": [{"group": "a"}]}'),
-        *(json.dumps({"metrics": [METRIC | {key: value}]}) for key, value in (("value", "5"), ("group", 5), ("published", [1]), ("x", 1))),
+        *("", "{", "[]", "[" * 100_000, "{}", '{"metrics": 5}', '{"metrics": [5]}', '{"metrics": [{"label": "a"}]}'),
+        *(
+            json.dumps({"metrics": [METRIC | {key: value}]})
+            for key, value in (("value", "5"), ("label", 5), ("published", [1]), ("low", "x"))
+        ),
     ],
 )
 def test_damaged_results_are_computed_again_from_the_records(measure, monkeypatch, capsys, damaged):

@@ -15,7 +15,7 @@ from diffx.config.eval import EvalJob
 from diffx.config.suite import HallucinationSuite
 from diffx.console import Reporter
 from diffx.evaluation import hallucination
-from diffx.evaluation.hallucination import answer, draw, fit, plan, summarize
+from diffx.evaluation.hallucination import answer, fit, plan
 from diffx.evaluation.suite import Context
 
 QUESTIONS = [
@@ -49,7 +49,7 @@ def both(tmp_path):
 
 def test_the_plan(ask, both):
     examples = plan(ask(both, samples=6))
-    assert [example.data["group"] for example in examples] == ["boxes"] * 6 + ["weather"] * 6
+    assert [example.data["task"] for example in examples] == ["boxes"] * 6 + ["weather"] * 6
     assert len({example.id for example in examples}) == 12
     ids = [example.id for example in examples]
     assert [example.id for example in plan(ask(both, kind="diff_v1", samples=6))] == ids, "the same for every model"
@@ -80,7 +80,7 @@ def test_answers_are_recorded(ask, both):
     records = {record["id"]: record for record in answer(context, plan(context))}
     assert len(records) == 6 and json.loads(json.dumps(records)) == records
     for record in records.values():
-        question = record["group"] == "boxes"
+        question = record["by"]["task"] == "boxes"
         assert set(record["scores"]) == {"answer_tokens", "empty", "text_seen"} | (
             {"exact_match", "f1"} if question else {"rouge1", "rouge2", "rougeL"}
         )
@@ -130,13 +130,14 @@ def test_a_long_text_loses_its_middle(tiny, length, letter):
         assert seen == 1 and text in prompt
 
 
-def test_figures(ask, both, monkeypatch):
+def test_figures(ask, both, summarize, monkeypatch):
     context = ask(both)
     said(monkeypatch, ["red", "red", "a red box"] + [""] * 6)
-    boxes = [example for example in plan(context) if example.data["group"] == "boxes"]
-    metrics = {metric.name: metric for metric in summarize(context, list(answer(context, boxes)))}
-    assert metrics["exact_match"].value == pytest.approx(2 / 9) and metrics["empty"].value == pytest.approx(6 / 9)
-    assert metrics["distinct_1"].value == pytest.approx(3 / 5) and metrics["distinct_1"].n == 3, "of the answers that say something"
+    boxes = [example for example in plan(context) if example.data["task"] == "boxes"]
+    rows = summarize(hallucination, context, list(answer(context, boxes)))
+    metrics = {name: row for (label, name), row in rows.items() if label == "boxes"}
+    assert metrics["exact_match"]["value"] == pytest.approx(2 / 9) and metrics["empty"]["value"] == pytest.approx(6 / 9)
+    assert metrics["distinct_1"]["value"] == pytest.approx(3 / 5) and metrics["distinct_1"]["n"] == 3, "of the answers that say something"
     assert "unusable_verdicts" not in metrics and "faithful" not in metrics
 
 
@@ -145,7 +146,7 @@ def judged(group, kind, verdicts):
     return [
         {
             "id": f"{group}/{n}",
-            "group": group,
+            "by": {"task": group},
             "answer": f"a b {n}",
             "scores": {"faithful": v, **scores},
             "verdict": {"judge": "j", "faithful": bool(v)},
@@ -154,19 +155,20 @@ def judged(group, kind, verdicts):
     ]
 
 
-def test_the_picture(ask, tmp_path):
+def test_the_picture(ask, summarize, tmp_path):
     context = ask(["boxes"])
     records = judged("xsum", "summary", [1, 0, 1, 1]) + judged("qasper", "question", [0, 0, 1, 0])
-    metrics = summarize(context, records)
-    assert [metric.group for metric in metrics] == sorted([metric.group for metric in metrics], key=["xsum", "qasper", "average"].index)
-    (faithful,) = (metric for metric in metrics if (metric.group, metric.name) == ("xsum", "faithful"))
-    assert next(metric.name for metric in metrics if metric.group == "xsum") == "faithful"
-    assert sorted(faithful.published.values()) == [0.44, 0.53]
-    draw(context, records, metrics, tmp_path / "picture.png")
-    tall = imread(tmp_path / "picture.png").shape
+    metrics = summarize(hallucination, context, records, tmp_path / "picture.png")
+    assert list(dict.fromkeys(label for label, _ in metrics)) == ["xsum", "qasper", "average"]
+    faithful, average = metrics["xsum", "faithful"], metrics["average", "faithful"]
+    assert sorted(faithful["published"].values()) == [0.44, 0.53]
+    assert (average["value"], average["n"]) == (0.5, 8) and ("average", "f1") not in metrics
+    wide = imread(tmp_path / "picture.png")
     records = [{**record, "scores": {"f1": 0.5}} for record in records]
-    draw(context, records, summarize(context, records), tmp_path / "unjudged.png")
-    assert imread(tmp_path / "unjudged.png").shape[0] < tall[0], "one panel less"
+    summarize(hallucination, context, records, tmp_path / "unjudged.png")
+    narrow = imread(tmp_path / "unjudged.png")
+    assert narrow.shape[1] < wide.shape[1], "one panel less"
+    assert min(wide.std(), narrow.std()) > 0.05
 
 
 def test_rows_as_on_the_hub(ask, tmp_path):
@@ -174,8 +176,8 @@ def test_rows_as_on_the_hub(ask, tmp_path):
     write(tmp_path / "hotpotqa.jsonl.gz", [{"context": "Text.", "input": "Who?", "answers": ["She"], "_id": "2"}])
     examples = plan(ask(["cnn_dm", "hotpotqa"], data_dir=str(tmp_path)))
     assert [example.data for example in examples] == [
-        {"group": "cnn_dm", "kind": "summary", "text": "Long.", "references": ["Short."]},
-        {"group": "hotpotqa", "kind": "question", "text": "Text.", "question": "Who?", "references": ["She"]},
+        {"task": "cnn_dm", "kind": "summary", "text": "Long.", "references": ["Short."]},
+        {"task": "hotpotqa", "kind": "question", "text": "Text.", "question": "Who?", "references": ["She"]},
     ]
 
 

@@ -24,9 +24,11 @@ from diffx.evaluation import adapter, harness, harness_tasks
 from diffx.evaluation.grading import matches, rows
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.run import evaluate, read_records
-from diffx.evaluation.suite import Context, Metric
+from diffx.evaluation.suite import Context
 from diffx.hub.convert import from_llama
 from diffx.loading import Loaded
+from diffx.results import plot
+from diffx.results.declare import Reference
 
 TASKS = ["local_choice", "local_rolling", "local_generate"]
 WORDS = ("the", "a", "cat", "dog", "tree", "stone", "river", "walks", "sees", "finds", "under", "with", "seven", "red", "blue", "small")
@@ -128,9 +130,13 @@ def context(llama, hf_folder, tokenizer, folder, tmp_path):
     return make
 
 
-def run(context):
-    records = list(harness.answer(context, harness.plan(context)))
-    return records, {(metric.group, metric.name): metric for metric in harness.summarize(context, records)}
+@pytest.fixture
+def run(summarize):
+    def measure(context):
+        records = list(harness.answer(context, harness.plan(context)))
+        return records, summarize(harness, context, records)
+
+    return measure
 
 
 def theirs(llama, hf_folder, folder, tasks, shots=None, **options):
@@ -224,7 +230,7 @@ def test_gen_kwargs_that_cannot_be_used(context, options, message):
         ),
     ],
 )
-def test_a_users_metric_that_raises_is_named(context, folder, tmp_path, more, message):
+def test_a_users_metric_that_raises_is_named(run, context, folder, tmp_path, more, message):
     tasks = tmp_path / "own"
     tasks.mkdir()
     (tasks / "own.py").write_text(
@@ -241,7 +247,7 @@ def test_a_users_metric_that_raises_is_named(context, folder, tmp_path, more, me
     assert "\n" not in str(raised.value)
 
 
-def test_figures_are_those_of_lm_eval(context, llama, hf_folder, folder):
+def test_figures_are_those_of_lm_eval(run, context, llama, hf_folder, folder):
     records, metrics = run(context())
     expected = theirs(llama, hf_folder, folder, TASKS)
     for task, name, key in (
@@ -250,11 +256,14 @@ def test_figures_are_those_of_lm_eval(context, llama, hf_folder, folder):
         ("local_generate", "exact_match,first", "exact_match,first"),
         ("local_generate", "exact_match,whole", "exact_match,whole"),
     ):
-        assert metrics[f"{task} (0-shot)", name].value == expected["results"][task][key], key
+        assert metrics[f"{task} (0-shot)", name]["value"] == expected["results"][task][key], key
     assert 0 < expected["results"]["local_choice"]["acc,none"] < 1
     for task, name in (("local_choice", "brier_score"), ("local_rolling", "word_perplexity"), ("local_rolling", "bits_per_byte")):
         found = metrics[f"{task} (0-shot)", name]
-        assert found.value == pytest.approx(expected["results"][task][f"{name},none"], rel=1e-5) and found.low < found.value < found.high
+        assert (
+            found["value"] == pytest.approx(expected["results"][task][f"{name},none"], rel=1e-5)
+            and found["low"] < found["value"] < found["high"]
+        )
     by_id = {record["id"]: record for record in records}
     for task in TASKS:
         for sample in expected["samples"][task]:
@@ -266,11 +275,13 @@ def test_figures_are_those_of_lm_eval(context, llama, hf_folder, folder):
                     assert answer == (given if task == "local_generate" else pytest.approx(given, abs=1e-4, rel=1e-6))
 
 
-def test_what_a_record_holds(context, tokenizer):
+def test_what_a_record_holds(run, context, tokenizer):
     records, _ = run(context())
-    choice, rolling, generated = (next(record for record in records if record["task"] == task) for task in TASKS)
+    choice, rolling, generated = (next(record for record in records if record["by"]["task"] == task) for task in TASKS)
     assert (
-        choice["id"] == "local_choice/0/0" and choice["group"] == "local_choice (0-shot)" and choice["scores"].keys() == {"acc", "acc_norm"}
+        choice["id"] == "local_choice/0/0"
+        and choice["by"] == {"task": "local_choice", "shots": 0, "variant": "local_choice"}
+        and choice["scores"].keys() == {"acc", "acc_norm"}
     )
     assert (
         len(choice["prompts"]) == 1
@@ -282,37 +293,42 @@ def test_what_a_record_holds(context, tokenizer):
     assert json.loads(json.dumps(records)) == records
 
 
-def test_demonstrations_are_those_of_lm_eval(context, llama, hf_folder, folder):
+def test_demonstrations_are_those_of_lm_eval(run, context, llama, hf_folder, folder):
     records, metrics = run(context(tasks=["local_choice", "local_again"], shots=[0, 2]))
     expected = theirs(llama, hf_folder, folder, ["local_choice"], shots=2)
-    assert metrics["local_choice (2-shot)", "acc"].value == expected["results"]["local_choice"]["acc,none"]
-    prompts = [record["prompts"][0] for record in records if record["group"] == "local_choice (2-shot)"]
+    assert metrics["local_choice (2-shot)", "acc"]["value"] == expected["results"]["local_choice"]["acc,none"]
+    prompts = [record["prompts"][0] for record in records if record["by"]["task"] == "local_choice" and record["by"]["shots"] == 2]
     assert prompts == [sample["arguments"][0][0] for sample in expected["samples"]["local_choice"]] and prompts[0].count("\n\n") == 2
-    assert {record["group"] for record in records} == {"local_choice (0-shot)", "local_choice (2-shot)", "local_again (0-shot)"}
+    assert {(record["by"]["task"], record["by"]["shots"]) for record in records} == {
+        ("local_choice", 0),
+        ("local_choice", 2),
+        ("local_again", 0),
+    }
     assert ("average (0-shot)", "acc") in metrics and ("average (2-shot)", "acc") not in metrics  # a task that shows none never does
     other = context(tasks=["local_choice"], shots=[2])
     other.job.seed = 1
     assert [record["prompts"][0] for record in run(other)[0]] != prompts
 
 
-def test_groups_and_averages(context, llama, hf_folder, folder):
+def test_groups_and_averages(run, context, llama, hf_folder, folder):
     records, metrics = run(context(tasks=["local_group", "local_choice"], limit=7))
     again = theirs(llama, hf_folder, folder, ["local_group"])
     assert len(records) == 14
     whole = run(context(tasks=["local_group"]))[1]["local_group (0-shot)", "acc"]
-    assert whole.value == again["groups"]["local_group"]["acc,none"] and whole.n == 40 and whole.stderr > 0
+    assert whole["value"] == pytest.approx(again["groups"]["local_group"]["acc,none"]) and whole["n"] == 40 and whole["stderr"] > 0
     average = metrics["average (0-shot)", "acc_norm"]
-    assert average.value == metrics["local_choice (0-shot)", "acc_norm"].value  # one of the two is the group of the other
-    assert average.low <= average.value <= average.high
+    assert average["value"] == metrics["local_choice (0-shot)", "acc_norm"]["value"]  # one of the two is the group of the other
+    assert average["low"] <= average["value"] <= average["high"]
 
 
-def test_the_papers_figures_stand_beside_the_average(context, monkeypatch):
-    monkeypatch.setattr(harness, "published", lambda *asked: {"them (paper)": 0.5} if asked[1:] == ("average (0-shot)", "acc") else {})
-    _, metrics = run(context(tasks=["local_choice", "local_again"]))
-    assert [key for key, metric in metrics.items() if metric.published] == [("average (0-shot)", "acc")]
+def test_the_papers_figures_stand_beside_the_average(run, context, monkeypatch):
+    reference = Reference(label="them (paper)", metric="acc", value=0.5, by={"shots": 0}, average=True)
+    monkeypatch.setattr(harness, "published", lambda suite: [reference])
+    _, metrics = run(context(tasks=["local_choice", "local_again"], shots=[0]))
+    assert [key for key, metric in metrics.items() if metric["published"]] == [("average (0-shot)", "acc")]
 
 
-def test_a_stopped_evaluation_goes_on(context, monkeypatch):
+def test_a_stopped_evaluation_goes_on(run, context, monkeypatch):
     monkeypatch.setattr(adapter, "_CHUNK", 10)
     whole, _ = run(context(shots=[2]))
     context = context(shots=[2])
@@ -343,7 +359,7 @@ def test_a_model_of_the_hub_through_the_runner(hf_folder, folder, tmp_path, monk
     results = evaluate(asked, [])
     figures = json.loads((results / "results.json").read_text())
     assert len(read_records(results)) == 24 and (results / "harness.png").read_bytes()[:4] == b"\x89PNG"
-    assert {metric["group"] for metric in figures["metrics"]} >= {"local_choice (0-shot)", "local_generate (1-shot)"}
+    assert {metric["label"] for metric in figures["metrics"]} >= {"local_choice (0-shot)", "local_generate (1-shot)"}
     assert "local_choice (1-shot)" in capsys.readouterr().out and figures["settings"]["sources"].keys() == {
         "local_choice",
         "local_generate",
@@ -566,7 +582,7 @@ def test_a_number_is_not_left_to_math_verify(monkeypatch):
         assert score({"answer": gold}, [f" The answer is {response}."]) == {"exact_match": right}
 
 
-def test_our_mathematics_tasks_by_generation(context, tmp_path):
+def test_our_mathematics_tasks_by_generation(run, context, tmp_path):
     for task, row in (
         ("svamp", {"Body": "I have 2 pens.", "Question": "How many?", "Answer": 2.0}),
         ("mawps", {"input": "1 + 1?", "target": 2.0}),
@@ -579,22 +595,15 @@ def test_our_mathematics_tasks_by_generation(context, tmp_path):
     assert records[0]["prompts"][0].count("The answer is") == 4 and records[0]["prompts"][0].endswith(
         "Question: I have 2 pens. How many?\nAnswer:"
     )
-    assert records[0]["group"] == "diffx_svamp (4-shot)" and 0 < records[0]["scores"]["answer_tokens"] <= 24
+    assert (records[0]["by"]["task"], records[0]["by"]["shots"]) == ("diffx_svamp", 4) and 0 < records[0]["scores"]["answer_tokens"] <= 24
     assert {name for group, name in metrics if group == "average"} == {"accuracy", "answer_tokens"}
 
 
-def test_the_picture_shows_every_panel(context, tmp_path, monkeypatch):
+def test_the_picture_shows_every_panel(context, summarize, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(harness.Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
-    records = [{"scores": {"acc": 1.0, "answer_tokens": 30.0}}, {"scores": {"acc": 0.0}, "values": {"perplexity": 1.0}}]
-    metrics = [
-        Metric("a (0-shot)", "acc", 0.5, 0.1, 0.3, 0.7, 9, {"them (paper)": 0.6}),
-        Metric("a (0-shot)", "answer_tokens", 30.0),
-        Metric("b (0-shot)", "perplexity", 12.0),
-        Metric("average (0-shot)", "acc", 0.5),
-    ]
-    harness.draw(context(), records, metrics, tmp_path / "picture.png")
-    titles = [axes.get_title("left") for axes in drawn[0].axes]
-    assert titles == ["share right", "answer_tokens", "perplexity"]
-    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["acc", "them (paper)"]
-    assert np.array_equal(drawn[0].axes[0].get_yticks(), range(3))
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure))
+    made = context(tasks=TASKS)
+    summarize(harness, made, list(harness.answer(made, harness.plan(made))), tmp_path / "picture.png")
+    panels = {axes.get_title("left").split(" (")[0]: axes for axes in drawn[0].axes if axes.get_title("left")}
+    assert panels.keys() >= {"share", "tokens", "brier_score", "word_perplexity", "bits_per_byte", "nats"}
+    assert {"acc", "acc_norm"} <= {text.get_text() for text in panels["share"].get_legend().get_texts()}

@@ -124,7 +124,7 @@ def test_pieces_make_up_the_tokens_of_the_whole_prompt(template, head):
 def test_demonstrations_are_nested_and_queries_stay(context, intents):
     def prompts(**options):
         examples = icl.plan(context(tasks=str(intents), shots=[1, 2, 3], **options))
-        by_shots = {shots: [e for e in examples if e.data["about"]["shots"] == shots] for shots in (1, 2, 3)}
+        by_shots = {shots: [e for e in examples if e.data["by"]["shots"] == shots] for shots in (1, 2, 3)}
         queries = [[(e.data["text"], e.data["label"]) for e in by_shots[shots]] for shots in (1, 2, 3)]
         assert queries[0] == queries[1] == queries[2]
         return queries[0], [by_shots[shots][0].data["demonstrations"] for shots in (1, 2, 3)]
@@ -144,7 +144,7 @@ def test_demonstrations_are_nested_and_queries_stay(context, intents):
 def test_null_doubles_until_the_context_is_full(context, intents, tiny):
     lm = tiny()
     tried = context(lm, tasks=str(intents), template="{text}{label}\n", queries=2)
-    shots = list(dict.fromkeys(e.data["about"]["shots"] for e in icl.plan(tried)))
+    shots = list(dict.fromkeys(e.data["by"]["shots"] for e in icl.plan(tried)))
     assert shots == [1, 2, 4, 8]  # of about 17 bytes each, in 256
     examples = icl.plan(context(lm, tasks=str(intents), template="{text}{label}\n", queries=2, shots=[0], per_class=True))
     assert len(examples) == 2 and examples[0].data["demonstrations"] == []
@@ -164,10 +164,10 @@ def test_a_class_that_runs_out_ends_the_shots(context, tmp_path):
     rows = [{"text": f"t{i}", "label": "rare" if i < 5 else "often"} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples = icl.plan(context(tasks=str(path), template="{text}{label}\n", queries=2, per_class=True))
-    assert max(e.data["about"]["shots"] for e in examples) in (2, 4)
+    assert max(e.data["by"]["shots"] for e in examples) in (2, 4)
     for example in examples:
         counts = Counter(label for _, label in example.data["demonstrations"])
-        assert counts["rare"] == counts["often"] == example.data["about"]["shots"]
+        assert counts["rare"] == counts["often"] == example.data["by"]["shots"]
 
 
 def test_alternating_classes_take_turns():
@@ -233,7 +233,7 @@ def test_what_cannot_be_used_is_one_line(context, tmp_path, monkeypatch):
         icl.plan(context(tasks=str(lines.with_suffix(".jsonl.gz"))))
 
 
-def test_records_metrics_and_picture(context, tmp_path, intents):
+def test_records_metrics_and_picture(context, summarize, tmp_path, intents):
     made = context(tasks=["synthetic", str(intents)], shots=[1, 4], queries=12, template="{text}:{label}\n", labels=3)
     examples = icl.plan(made)
     assert len({e.id for e in examples}) == len(examples) == 48
@@ -244,13 +244,14 @@ def test_records_metrics_and_picture(context, tmp_path, intents):
     assert [r["id"] for r in records if "demonstrations" in r] == ["synthetic/1/0", "synthetic/4/0", "intents/1/0", "intents/4/0"]
     for record in records:
         assert record["scores"] == {"accuracy": float(record["label"] == record["predicted"])}
-    metrics = {(m.group, m.name): m for m in icl.summarize(made, records)}
-    accuracy = sum(r["scores"]["accuracy"] for r in records[:12]) / 12
-    assert metrics["synthetic 1 shots", "accuracy"].value == pytest.approx(accuracy)
-    both = metrics["synthetic", "accuracy"]
-    assert both.n == 12 and both.value == pytest.approx(sum(r["scores"]["accuracy"] for r in records[:24]) / 24)
     path = tmp_path / "icl.png"
-    icl.draw(made, records, list(metrics.values()), path)
+    metrics = summarize(icl, made, records, path)
+    accuracy = sum(r["scores"]["accuracy"] for r in records[:12]) / 12
+    assert metrics["synthetic 1 shots", "accuracy"]["value"] == pytest.approx(accuracy)
+    both = metrics["synthetic", "accuracy"]
+    assert both["n"] == 12 and both["value"] == pytest.approx(sum(r["scores"]["accuracy"] for r in records[:24]) / 24)
+    assert both["published"] == {"guessing among 3 labels": pytest.approx(1 / 3)}
+    assert metrics["average", "accuracy"]["n"] == 24 and metrics["average", "accuracy"]["aggregate"] == "mean of means"
     assert imread(path).std() > 0.05
 
 

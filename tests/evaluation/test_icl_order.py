@@ -47,7 +47,7 @@ def test_orders_are_permutations_of_one_set_a_seed(context):
 def test_null_fills_half_of_the_context(context):
     made = context(orders=2, seeds=[0, 1, 2])
     examples = icl_order.plan(made)
-    shots = examples[0].data["about"]["shots"]
+    shots = len(examples[0].data["demonstrations"])
     line = len("babebi:bobu\n")
     longest = 1 + len("babebi:") + len("bobu\n")
     assert shots == (128 - longest) // line and f"/{shots}/" in examples[0].id
@@ -62,10 +62,9 @@ def accuracies_to_records(table, task="trec", arrangement="random"):
     return [
         {
             "id": f"{task}/{arrangement}/8/{seed}/{order}/{query}",
-            "group": f"{task} {arrangement}",
+            "example": f"{task}/{arrangement}/8/{seed}/{query}",
+            "by": {"task": task, "variant": arrangement},
             "scores": {"accuracy": float(query < round(100 * accuracy))},
-            "task": task,
-            "arrangement": arrangement,
             "seed": seed,
             "order": order,
         }
@@ -75,29 +74,30 @@ def accuracies_to_records(table, task="trec", arrangement="random"):
     ]
 
 
-def test_spread_over_orders_by_seed(context, tmp_path):
+def test_spread_over_orders_by_seed(context, summarize, tmp_path):
     table = np.array([[0.5, 0.7, 0.6], [0.2, 0.9, 0.1], [0.4, 0.4, 0.4]])
     records = accuracies_to_records(table) + accuracies_to_records(table[:1], "mine", "alternating")
     made = context()
-    metrics = {(m.group, m.name): m for m in icl_order.summarize(made, records)}
-    spread = metrics["trec", "random max - min"]
-    assert spread.value == pytest.approx((0.2 + 0.8 + 0.0) / 3) and spread.n == 3
-    assert spread.published == {"Transformer-3B (paper)": 0.19, "DIFF-3B (paper)": 0.04}
-    assert spread.stderr == pytest.approx(sem([0.2, 0.8, 0.0])) and spread.low is None
-    assert metrics["trec", "random accuracy"].value == pytest.approx(table.mean())
-    assert metrics["trec", "random std"].value == pytest.approx(table.std(axis=1, ddof=1).mean())
-    alone = metrics["mine", "alternating max - min"]
-    assert alone.value == pytest.approx(0.2) and alone.stderr is None and alone.published == {}
     path = tmp_path / "order.png"
-    icl_order.draw(made, records, list(metrics.values()), path)
+    metrics = summarize(icl_order, made, records, path)
+    spread = metrics["trec random", "max - min"]
+    assert spread["value"] == pytest.approx((0.2 + 0.8 + 0.0) / 3) and spread["n"] == 3
+    assert spread["published"] == {"Transformer-3B (paper)": 0.19, "DIFF-3B (paper)": 0.04}
+    assert spread["stderr"] == pytest.approx(sem([0.2, 0.8, 0.0])) and spread["low"] == 0.0  # seeds are drawn
+    accuracy = metrics["trec random", "accuracy"]
+    assert (accuracy["value"], accuracy["n"]) == (pytest.approx(table.mean()), 300), "a query in many orders is one example"
+    assert metrics["trec random", "std"]["value"] == pytest.approx(table.std(axis=1, ddof=1).mean())
+    alone = metrics["mine alternating", "max - min"]
+    assert alone["value"] == pytest.approx(0.2) and alone["stderr"] is None and alone["published"] == {}
     assert imread(path).std() > 0.05
 
 
-def test_end_to_end(context):
+def test_end_to_end(context, summarize):
     made = context(shots=6, orders=2, seeds=[0], queries=5)
     examples = icl_order.plan(made)
     records = list(icl_order.answer(made, examples))
     json.dumps(records)
     assert {r["id"] for r in records} == {e.id for e in examples}
-    assert {(r["arrangement"], r["seed"], r["order"]) for r in records} == {(a, 0, o) for a in ("random", "alternating") for o in (0, 1)}
-    assert {m.name for m in icl_order.summarize(made, records)} >= {"random accuracy", "alternating std"}
+    assert {(r["by"]["variant"], r["seed"], r["order"]) for r in records} == {(a, 0, o) for a in ("random", "alternating") for o in (0, 1)}
+    names = {("synthetic random", "accuracy"), ("synthetic alternating", "std")}
+    assert summarize(icl_order, made, records).keys() >= names

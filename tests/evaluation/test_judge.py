@@ -14,7 +14,7 @@ from diffx.config import RunError, UserError
 from diffx.config.eval import EndpointJudge
 from diffx.config.launch import compose
 from diffx.console import Reporter
-from diffx.evaluation.hallucination import judge, summarize
+from diffx.evaluation.hallucination import figures, judge
 from diffx.evaluation.judge import Verdict, ask, judge_prompt, parse
 from diffx.evaluation.run import evaluate
 
@@ -392,7 +392,7 @@ def test_the_question_holds_all_that_is_judged():
 def record(name, answer, **scores):
     return {
         "id": f"task/{name}",
-        "group": "task",
+        "by": {"task": "task"},
         "prompt": f"the text of {name}",
         "references": ["r"],
         "answer": answer,
@@ -413,15 +413,16 @@ def test_records_get_their_verdicts(endpoint, tmp_path, cache):
     assert judged[2]["verdict"] == {"judge": "org/judge-1", "faithful": None, "said": "perhaps"}
     assert len(endpoint.requests) == 3 and (tmp_path / "verdicts_org-judge-1.jsonl").exists()
     assert records[0]["scores"] == {"f1": 1.0, "faithful": 0.0}, "the records given stay as they were"
-    figures = {metric.name: (metric.value, metric.n) for metric in summarize(context, judged)}
-    assert figures["faithful"] == (pytest.approx(1 / 3), 3) and figures["unusable_verdicts"] == (1 / 4, 4)
+    assert [one["scores"].get("faithful") for one in judged] == [1, 0, None, 0]
+    (unusable,) = [row for row in figures(context, judged) if row["metric"] == "unusable_verdicts"]
+    assert (unusable["value"], unusable["n"], unusable["task"]) == (1 / 4, 4, "task")
 
 
 @pytest.mark.parametrize(("unusable", "warned"), [(1, False), (2, True)])
 def test_many_unusable_verdicts_are_warned_of(unusable, warned, tmp_path, capfd):
     told = [{"judge": "j", "faithful": None if n < unusable else True, "said": ""} for n in range(10)]
     records = [record(str(n), "Ada") | {"verdict": verdict} for n, verdict in enumerate(told)]
-    summarize(SimpleNamespace(reporter=Reporter(), job=None), records)
+    figures(SimpleNamespace(reporter=Reporter(), job=None), records)
     assert (f"{unusable}0% of the judge's 10 replies" in capfd.readouterr().out) is warned
 
 

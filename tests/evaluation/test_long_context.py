@@ -68,7 +68,7 @@ def test_repeats_and_counts(monkeypatch):
 
 
 @torch.no_grad()
-def test_records_match_slow_computations(context, tmp_path):
+def test_records_match_slow_computations(context, summarize, tmp_path):
     made = context()
     examples = long_context.plan(made)
     corpus = examples[0].data["corpus"].tolist()
@@ -84,35 +84,37 @@ def test_records_match_slow_computations(context, tmp_path):
         loss = np.array([-step[token].item() for step, token in zip(steps, row[1:], strict=True)])
         hit = np.array(slow_hits(row, corpus, 20))
         assert 0 < hit.sum() == record["ar_hits"] < 100
-        assert record["scores"]["nll"] == pytest.approx(loss.mean(), abs=1e-4)
-        assert record["scores"]["nll/ar_hit"] == pytest.approx(loss[hit].mean(), abs=1e-4)
-        assert record["scores"]["nll/others"] == pytest.approx(loss[~hit].mean(), abs=1e-4)
-        assert {1, 2, 4, 8, 16, 32, 64, 100} <= set(record["positions"]) and max(record["positions"]) == 100
-        for position, nll in zip(record["positions"], record["cumulative_nll"], strict=True):
+        rows = {row["metric"]: row for row in record["rows"] if "position" not in row}
+        for name, part in (("nll", loss), ("nll/ar_hit", loss[hit]), ("nll/others", loss[~hit])):
+            assert rows[name]["value"] == pytest.approx(part.mean(), abs=1e-4) and rows[name]["weight"] == len(part)
+        cumulative = {row["position"]: row["value"] for row in record["rows"] if "position" in row}
+        assert list(cumulative) == [1, 2, 4, 8, 16, 32, 64, 100]
+        for position, nll in cumulative.items():
             assert nll == pytest.approx(loss[:position].mean(), abs=1e-4)
         hits.append(hit)
         losses.append(loss)
-    metrics = {(m.group, m.name): m for m in long_context.summarize(made, records)}
-    parts = "frequent: over 20 times in the evaluated corpus"
-    every, hit = np.concatenate(losses), np.concatenate(hits)
-    assert metrics["100 tokens", "nll"].value == pytest.approx(every.mean(), abs=1e-4)
-    assert metrics[parts, "nll/ar_hit"].value == pytest.approx(every[hit].mean(), abs=1e-4)  # each token counts the same
-    assert metrics[parts, "nll/others"].value == pytest.approx(every[~hit].mean(), abs=1e-4)
-    assert metrics[parts, "ar_hit share"].value == pytest.approx(hit.mean())
-    first = metrics["first 4 tokens", "nll"]
-    assert first.value == pytest.approx(np.mean([loss[:4].mean() for loss in losses]), abs=1e-4) and first.low < first.value < first.high
     path = tmp_path / "long.png"
-    long_context.draw(made, records, list(metrics.values()), path)
+    metrics = summarize(long_context, made, records, path)
+    parts = "100 tokens"
+    every, hit = np.concatenate(losses), np.concatenate(hits)
+    assert metrics["100 tokens", "nll"]["value"] == pytest.approx(every.mean(), abs=1e-4)
+    assert metrics[parts, "nll/ar_hit"]["value"] == pytest.approx(every[hit].mean(), abs=1e-4)  # each token counts the same
+    assert metrics[parts, "nll/others"]["value"] == pytest.approx(every[~hit].mean(), abs=1e-4)
+    assert metrics[parts, "ar_hit share"]["value"] == pytest.approx(hit.mean())
+    first = metrics["first 4 tokens", "cumulative nll"]
+    assert first["value"] == pytest.approx(np.mean([loss[:4].mean() for loss in losses]), abs=1e-4)
+    assert first["low"] < first["value"] < first["high"]
+    assert records[0]["frequent"] == "over 20 times in the evaluated corpus"
     assert imread(path).std() > 0.05
 
 
-def test_texts_without_hits_or_others(context, tmp_path):
+def test_texts_without_hits_or_others(context, summarize, tmp_path):
     made = context(texts=1, frequent=10**6, length=2)
     records = list(long_context.answer(made, long_context.plan(made)))
-    assert records[0]["ar_hits"] == 0 and set(records[0]["scores"]) == {"nll", "nll/others"}
-    metrics = long_context.summarize(made, records)
-    assert [m.name for m in metrics] == ["nll", "nll/others", "ar_hit share", "nll"]
-    long_context.draw(made, records, metrics, tmp_path / "long.png")
+    assert records[0]["ar_hits"] == 0
+    metrics = summarize(long_context, made, records, tmp_path / "long.png")
+    names = ["nll", "nll/others", "ar_hit share", "cumulative nll", "cumulative nll"]
+    assert [name for _, name in metrics] == names
 
 
 def test_a_runs_own_training_tokens_decide_what_is_frequent(context, tiny, tmp_path, monkeypatch, capsys):

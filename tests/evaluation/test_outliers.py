@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from matplotlib.image import imread
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffx.config import RunError, UserError
@@ -35,9 +36,13 @@ def context(tmp_path):
     return make
 
 
-def measure(context):
-    records = list(outliers.answer(context, outliers.plan(context)))
-    return records, {(metric.group, metric.name): metric.value for metric in outliers.summarize(context, records)}
+@pytest.fixture
+def measure(summarize):
+    def run(context):
+        records = list(outliers.answer(context, outliers.plan(context)))
+        return records, {name: row["value"] for name, row in summarize(outliers, context, records).items()}
+
+    return run
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 3000.0])
@@ -73,7 +78,7 @@ def test_tiny_magnitudes_count_as_the_smallest_that_is_told_apart():
 
 
 @pytest.mark.parametrize("kind", ["transformer", "diff_v1", "diff_v2"])
-def test_figures_are_those_of_the_whole_maps(kind, context, tiny):
+def test_figures_are_those_of_the_whole_maps(kind, context, tiny, measure):
     lm = tiny(kind)
     model = lm.model
     seen = {outliers.LOGITS: [[], []], outliers.STATES: [[], []]}
@@ -89,7 +94,7 @@ def test_figures_are_those_of_the_whole_maps(kind, context, tiny):
         seen[outliers.LOGITS][module.layer].append(maps[:, :, causal].abs().flatten())
 
     suite = context(lm)
-    windows = [example.data["tokens"] for example in outliers.plan(suite) if example.data["group"] == outliers.LOGITS]
+    windows = [example.data["tokens"] for example in outliers.plan(suite) if example.data["task"] == outliers.LOGITS]
     assert [len(window) for window in windows] == [32, 32, 26] and all(window[:1] == lm.prefix for window in windows)
     assert "".join(lm.decode(window[1:]) for window in windows) == TEXT[: 90 - 3]
     records, figures = measure(suite)
@@ -106,15 +111,17 @@ def test_figures_are_those_of_the_whole_maps(kind, context, tiny):
         for rank in RANKS:
             assert figures[group, f"top-{rank}"] == pytest.approx(float(whole[rank - 1]), rel=1e-5)
         assert figures[group, "median"] == pytest.approx(float(whole.median()), rel=1 / 64)
-        own = [record for record in records if record["group"] == group]
+        own = [record for record in records if record["by"]["task"] == group]
         for number, record in enumerate(own):
             assert record["id"] == f"{group}/{number:05d}"
-            assert record["scores"]["top-1"] == pytest.approx(max(float(layer[number].max()) for layer in layers), rel=1e-5)
+            assert record["scores"]["top-1, mean over windows"] == pytest.approx(
+                max(float(layer[number].max()) for layer in layers), rel=1e-5
+            )
             for layer in (0, 1):
                 assert sum(record["layers"][layer]["counts"]) == len(layers[layer][number])
 
 
-def test_states_of_transformers_are_counted_too(context, wrap, tokenizer):
+def test_states_of_transformers_are_counted_too(context, wrap, tokenizer, measure):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
@@ -130,13 +137,13 @@ def test_states_of_transformers_are_counted_too(context, wrap, tokenizer):
     assert records[1]["layers"][0]["top"][0] == pytest.approx(float(expected.abs().max()), rel=1e-4)
 
 
-def test_an_interrupted_evaluation_gives_the_same_figures(context, tiny):
+def test_an_interrupted_evaluation_gives_the_same_figures(context, tiny, measure, summarize):
     suite = context(tiny("diff_v1"))
     examples = outliers.plan(suite)
     records, figures = measure(suite)
     resumed = [record for part in ([4], [1, 0], [5, 2, 3]) for record in outliers.answer(suite, [examples[i] for i in part])]
     assert {record["id"]: record for record in resumed} == {record["id"]: record for record in records}
-    assert {(m.group, m.name): m.value for m in outliers.summarize(suite, resumed)} == figures
+    assert {name: row["value"] for name, row in summarize(outliers, suite, resumed).items()} == pytest.approx(figures)
 
 
 class Largest(TorchDispatchMode):
@@ -180,7 +187,7 @@ def test_little_text_is_measured_whole_and_said(context, tiny, capsys):
     assert "the text has only" in "".join(capsys.readouterr())
 
 
-def test_values_that_are_not_finite_stop_the_run(context, tiny):
+def test_values_that_are_not_finite_stop_the_run(context, tiny, measure):
     lm = tiny("diff_v1")
     with torch.no_grad():
         lm.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
@@ -188,13 +195,16 @@ def test_values_that_are_not_finite_stop_the_run(context, tiny):
         measure(context(lm))
 
 
-def test_the_picture_has_figures_by_layer_beside_it(context, tiny, tmp_path):
+def test_the_picture_and_the_figures_by_layer(context, tiny, summarize, tmp_path):
     suite = context(tiny("diff_v1"))
-    records, figures = measure(suite)
-    metrics = outliers.summarize(suite, records)
-    assert metrics[0].published == {"Transformer-3B (paper)": 318.0, "DIFF-3B (paper)": 38.8}
-    outliers.draw(suite, records, metrics, tmp_path / "outliers.png")
-    assert (tmp_path / "outliers.png").read_bytes().startswith(b"\x89PNG")
-    layers = json.loads((tmp_path / "layers.json").read_text())
-    for group, by_layer in layers.items():
-        assert len(by_layer) == 2 and max(layer["top-1"] for layer in by_layer) == figures[group, "top-1"]
+    records = list(outliers.answer(suite, outliers.plan(suite)))
+    rows = summarize(outliers, suite, records, tmp_path / "outliers.png")
+    for task in (outliers.LOGITS, outliers.STATES):
+        whole, windows = rows[task, "top-1"], rows[task, "top-1, mean over windows"]
+        assert whole["published"] and whole["low"] is None and windows["low"] < windows["high"]
+        layers = [rows[f"{task}, layer {layer}", "top-1"] for layer in (0, 1)]
+        assert max(row["value"] for row in layers) == whole["value"] and not layers[0]["published"]
+        windows = [record["scores"]["top-1, mean over windows"] for record in records if record["by"]["task"] == task]
+        assert whole["value"] == max(windows)
+    assert rows[outliers.LOGITS, "top-1"]["published"] == {"Transformer-3B (paper)": 318.0, "DIFF-3B (paper)": 38.8}
+    assert imread(tmp_path / "outliers.png").std() > 0.05

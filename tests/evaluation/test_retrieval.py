@@ -20,6 +20,7 @@ from diffx.evaluation import retrieval
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context
 from diffx.loading import load
+from diffx.results import plot
 
 QUESTION = re.compile(r" What (?:is|are) the magic numbers? of ([\w, ]+)\? ")
 
@@ -81,7 +82,8 @@ def oracle(monkeypatch):
 
 def scores(context):
     records = list(retrieval.answer(context, retrieval.plan(context)))
-    return {group: [r["scores"] for r in records if r["group"] == group] for group in dict.fromkeys(r["group"] for r in records)}, records
+    tasks = dict.fromkeys(record["by"]["task"] for record in records)
+    return {task: [r["scores"] for r in records if r["by"]["task"] == task] for task in tasks}, records
 
 
 def test_prompts_are_as_planned(context):
@@ -90,16 +92,18 @@ def test_prompts_are_as_planned(context):
     assert len({example.id for example in examples}) == len(examples) == 2 * 2 * 2 * 3
     records = list(retrieval.answer(made, examples))
     assert {record["id"] for record in records} == {example.id for example in examples}
-    assert [record["length"] for record in records] == [500] * 12 + [400] * 12, "the longest first"
+    assert [record["by"]["length"] for record in records] == [500] * 12 + [400] * 12, "the longest first"
     for record in records:
         needles, cities = read(record["prompt"])
-        assert needles == record["needles"] and len(needles) == int(record["group"][2])
-        assert [needles[city] for city in cities] == record["answers"] and len(cities) == int(record["group"][-1])
+        assert needles == record["needles"] and len(needles) == int(record["by"]["task"][2])
+        assert [needles[city] for city in cities] == record["answers"] and len(cities) == int(record["by"]["task"][-1])
         place = record["prompt"].index(f"The magic number of {cities[0]} is")
-        assert place == 0 if record["depth"] == 0 else record["prompt"][place:].startswith(QUESTION.split(record["prompt"])[0][place:])
+        assert (
+            place == 0 if record["by"]["depth"] == 0 else record["prompt"][place:].startswith(QUESTION.split(record["prompt"])[0][place:])
+        )
         rest = len(" and ".join(record["answers"])) + 2
         assert record["tokens"] == 1 + len(record["prompt"].encode())
-        assert record["length"] - 12 <= record["tokens"] + rest <= record["length"]
+        assert record["by"]["length"] - 12 <= record["tokens"] + rest <= record["by"]["length"]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,7 @@ def test_examples_do_not_depend_on_the_model_but_on_the_seed(context, hf_folder)
 
 def test_a_limit_is_that_of_each_cell(context):
     examples = retrieval.plan(context(limit=2))
-    cells = Counter((example.data["group"], example.data["length"], example.data["depth"]) for example in examples)
+    cells = Counter((example.data["task"], example.data["length"], example.data["depth"]) for example in examples)
     assert cells == dict.fromkeys(product(("N=2 R=1", "N=3 R=2"), (400, 500), (0.0, 1.0)), 2)
     assert {example.data["number"] for example in examples} == {0, 1}
 
@@ -200,46 +204,46 @@ def test_refusals(context, wrap, tiny):
         retrieval.plan(context(cases=[[10, 1]], digits=1, lengths=[4000]))
 
 
-def test_summary_and_picture(context, oracle, tmp_path):
+def test_summary_and_picture(context, oracle, summarize, tmp_path):
     oracle(lambda numbers: f" {numbers[0]} and 1.")
     made = context(lengths=[1024, 4096], cases=[[2, 2], [3, 1]])
     records = list(retrieval.answer(made, retrieval.plan(made)))
-    metrics = {(metric.group, metric.name): metric for metric in retrieval.summarize(made, records)}
+    metrics = summarize(retrieval, made, records, tmp_path / "retrieval.png")
     whole = metrics["N=2 R=2", "greedy"]
-    assert (whole.value, whole.n, metrics["N=3 R=1", "greedy"].value) == (0.5, 6, 1.0), "the same needles at both lengths are one example"
-    assert set(whole.published.values()) == {0.85, 0.92} and all("(paper)" in name for name in whole.published)
-    assert not metrics["N=2 R=2", "constrained"].published
-    assert metrics["N=2 R=2 T=4096", "greedy"].n == 6
-    assert metrics["N=2 R=2 T=4096 depth 100%", "greedy"].n == 3
-    assert metrics["average", "greedy"].value == 0.75
-    retrieval.draw(made, records, list(metrics.values()), tmp_path / "retrieval.png")
+    assert (whole["value"], whole["n"], metrics["N=3 R=1", "greedy"]["value"]) == (0.5, 6, 1.0), "the same needles at both lengths are one"
+    assert set(whole["published"].values()) == {0.85, 0.92} and all("(paper)" in name for name in whole["published"])
+    assert metrics["N=2 R=2", "constrained"]["published"] == {"guessing": 1 / 2}
+    assert metrics["N=2 R=2 T=4096", "greedy"]["n"] == 6
+    assert metrics["N=2 R=2 T=4096 depth 100%", "greedy"]["n"] == 3
+    assert metrics["average", "greedy"]["value"] == 0.75
     assert imread(tmp_path / "retrieval.png").std() > 0.05
 
 
-def test_the_same_needles_at_another_length_are_no_more_evidence(context):
+def test_the_same_needles_at_another_length_are_no_more_evidence(context, summarize):
     def metrics(lengths):
         made = context(lengths=lengths, samples=20)
         right = {}  # by needles, whatever the length
         records = []
         for example in retrieval.plan(made):
-            key = example.data["group"], example.data["depth"], example.data["number"]
+            key = example.data["task"], example.data["depth"], example.data["number"]
             score = right.setdefault(key, float(np.random.default_rng(len(right)).random() < 0.4))
-            records.append({"id": example.id, "scores": {"greedy": score}, **example.data})
-        return {metric.group: metric for metric in retrieval.summarize(made, records)}
+            by = {name: example.data[name] for name in ("task", "length", "depth")}
+            records.append({"id": example.id, "example": example.data["example"], "by": by, "scores": {"greedy": score}})
+        return {label: row for (label, _), row in summarize(retrieval, made, records).items()}
 
     one, two = metrics([400]), metrics([400, 500])
     for group in ("N=2 R=1", "N=3 R=2", "average"):
         assert two[group] == one[group]
-        assert (one[group].high - one[group].low) / one[group].stderr == pytest.approx(2 * 1.96, rel=0.1)
+        assert (one[group]["high"] - one[group]["low"]) / one[group]["stderr"] == pytest.approx(2 * 1.96, rel=0.1)
 
 
-def test_titles_of_a_single_length_stand_apart(context, oracle, tmp_path, monkeypatch):
+def test_titles_of_a_single_length_stand_apart(context, oracle, summarize, tmp_path, monkeypatch):
     oracle(lambda numbers: f" {numbers[0]}.")
     made = context(lengths=[400], cases=[[1, 1], [2, 2], [4, 2]], samples=1)
     records = list(retrieval.answer(made, retrieval.plan(made)))
     drawn = []
-    monkeypatch.setattr(retrieval, "Figure", lambda **settings: drawn.append(Figure(**settings)) or drawn[-1])
-    retrieval.draw(made, records, retrieval.summarize(made, records), tmp_path / "retrieval.png")
+    monkeypatch.setattr(plot, "Figure", lambda **settings: drawn.append(Figure(**settings)) or drawn[-1])
+    summarize(retrieval, made, records, tmp_path / "retrieval.png")
     drawn[0].draw_without_rendering()
     panels = [axes for axes in drawn[0].axes if axes.get_title("left")]
     titles = [next(text for text in axes.findobj(Text) if text.get_text() == axes.get_title("left")) for axes in panels]
@@ -247,9 +251,9 @@ def test_titles_of_a_single_length_stand_apart(context, oracle, tmp_path, monkey
     assert len(boxes) == 6 and not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
-def test_eight_needles_have_the_published_figures_of_their_length(context, oracle):
+def test_eight_needles_have_the_published_figures_of_their_length(context, oracle, summarize):
     oracle(lambda numbers: f" {numbers[0]}.")
     made = context(cases=[[8, 1]], lengths=[1024, 8192], samples=1, depths=[0.5])
-    metrics = retrieval.summarize(made, list(retrieval.answer(made, retrieval.plan(made))))
-    found = {metric.group: set(metric.published.values()) for metric in metrics if metric.name == "greedy"}
+    metrics = summarize(retrieval, made, list(retrieval.answer(made, retrieval.plan(made))))
+    found = {label: set(row["published"].values()) for (label, name), row in metrics.items() if name == "greedy"}
     assert found["N=8 R=1 T=8192"] == {0.95, 1.0} and not found["N=8 R=1 T=1024"]

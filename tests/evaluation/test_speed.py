@@ -1,5 +1,4 @@
 import json
-import math
 from itertools import count
 
 import pytest
@@ -35,10 +34,14 @@ def make_context(lm, tmp_path, **options):
     return Context(EvalJob(checkpoint="tiny", suite=suite), lm, tmp_path, Reporter())
 
 
-def measure(context):
-    records = list(speed.answer(context, speed.plan(context)))
-    metrics = speed.summarize(context, records)
-    return records, metrics, {(metric.group, metric.name): metric.value for metric in metrics}
+@pytest.fixture
+def measure(summarize):
+    def run(context, path=None):
+        records = list(speed.answer(context, speed.plan(context)))
+        metrics = summarize(speed, context, records, path)
+        return records, metrics, {name: row["value"] for name, row in metrics.items()}
+
+    return run
 
 
 def passes(lm):
@@ -51,29 +54,29 @@ def passes(lm):
 
 
 @pytest.mark.parametrize("name", ["transformer", "diff_v1", "diff_v2", "llama"])
-def test_tokens_a_second_follow_the_clock(name, tiny, llama, tmp_path, monkeypatch):
+def test_tokens_a_second_follow_the_clock(name, tiny, llama, measure, tmp_path, monkeypatch):
     lm = llama if name == "llama" else tiny(name)
     clock = count()
     monkeypatch.setattr(speed, "_now", lambda device: next(clock) / 2)  # every phase seems to last half a second
     records, metrics, figures = measure(make_context(lm, tmp_path))
     assert [record["id"] for record in records] == ["B=1 T=8", "B=1 T=16", "B=2 T=8", "B=2 T=16"]
-    assert records[3]["scores"].keys() == {speed.TRAIN, speed.PREFILL, speed.DECODE, speed.TRAIN_MEMORY, speed.MEMORY}
+    assert {row["metric"] for row in records[3]["rows"]} == {speed.TRAIN, speed.PREFILL, speed.DECODE, speed.TRAIN_MEMORY, speed.MEMORY}
     for batch, length in ((1, 8), (2, 16)):
         group = f"B={batch} T={length}"
         assert figures[group, speed.TRAIN] == figures[group, speed.PREFILL] == 2 * batch * length
         assert figures[group, speed.DECODE] == 2 * batch * 3
     assert figures["model", "parameters"] == sum(parameter.numel() for parameter in lm.model.parameters())
     assert ("model", "validation loss") not in figures
-    timed = next(metric for metric in metrics if metric.name == speed.DECODE)
-    assert (timed.low, timed.high, timed.n) == (6, 6, 2)
+    timed = metrics["B=1 T=8", speed.DECODE]
+    assert (timed["low"], timed["high"], timed["n"]) == (6, 6, 2)
 
 
-def test_the_median_over_rounds_counts(tiny, tmp_path, monkeypatch):
+def test_the_median_over_rounds_counts(tiny, measure, tmp_path, monkeypatch):
     seconds = iter([9, 7, 1, 2, 8])  # for the memory, then a call that does not count, then three rounds
     monkeypatch.setattr(speed, "training", lambda lm, ids: lambda: (next(seconds),))
     records, _, figures = measure(make_context(tiny(), tmp_path, batches=[1], lengths=[8], rounds=3))
-    assert records[0]["rounds"][speed.TRAIN] == [8, 4, 1]
-    assert records[0]["scores"][speed.TRAIN] == figures["B=1 T=8", speed.TRAIN] == 4
+    assert [row["value"] for row in records[0]["rows"] if row["metric"] == speed.TRAIN] == [8, 4, 1]
+    assert figures["B=1 T=8", speed.TRAIN] == 4
 
 
 def test_a_short_call_is_repeated_within_its_round(monkeypatch):
@@ -106,7 +109,7 @@ def test_training_computes_gradients_and_leaves_no_trace(name, tiny, llama):
 
 
 @pytest.mark.slow
-def test_memory_holds_the_weights_and_grows_with_the_tokens(tiny, tmp_path, monkeypatch):
+def test_memory_holds_the_weights_and_grows_with_the_tokens(tiny, measure, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "peak_allocation", peak_allocation)
     lm = tiny(hidden_size=128)
     weights = sum(parameter.numel() * 4 for parameter in lm.model.parameters()) / 1e6
@@ -116,7 +119,7 @@ def test_memory_holds_the_weights_and_grows_with_the_tokens(tiny, tmp_path, monk
     assert 2 * weights < small[speed.TRAIN_MEMORY] < large[speed.TRAIN_MEMORY]
 
 
-def test_a_cell_that_does_not_fit_is_recorded_and_the_others_go_on(tiny, tmp_path, monkeypatch, capsys):
+def test_a_cell_that_does_not_fit_is_recorded_and_the_others_go_on(tiny, measure, tmp_path, monkeypatch, capsys):
     whole = speed.training
 
     def training(lm, ids):
@@ -130,40 +133,39 @@ def test_a_cell_that_does_not_fit_is_recorded_and_the_others_go_on(tiny, tmp_pat
 
     monkeypatch.setattr(speed, "training", training)
     context = make_context(tiny(), tmp_path)
-    records, metrics, figures = measure(context)
+    records, _, figures = measure(context, tmp_path / "speed.png")
     for group in ("B=2 T=8", "B=2 T=16"):
         record = next(record for record in records if record["id"] == group)
-        assert record["out_of_memory"] == [speed.TRAIN, speed.TRAIN_MEMORY] and speed.TRAIN not in record["scores"]
-        assert math.isnan(figures[group, speed.TRAIN]) and figures[group, speed.PREFILL] > 0
+        assert record["out_of_memory"] == [speed.TRAIN, speed.TRAIN_MEMORY] and speed.TRAIN not in {row["metric"] for row in record["rows"]}
+        assert (group, speed.TRAIN) not in figures and figures[group, speed.PREFILL] > 0
     assert figures["B=1 T=16", speed.TRAIN] > 0
     assert "B=2 T=8: train tokens/s cannot be measured: out of memory" in " ".join("".join(capsys.readouterr()).split())
     json.dumps(records, allow_nan=False)
-    speed.draw(context, records, metrics, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny, tmp_path, monkeypatch):
+def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny, measure, tmp_path, monkeypatch):
     lm = tiny()
     monkeypatch.setattr(lm.model, "forward", lambda *args, **kwargs: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="inconsistent"):
         measure(make_context(lm, tmp_path))
 
 
-def test_training_can_be_left_out(tiny, tmp_path):
+def test_training_can_be_left_out(tiny, measure, tmp_path):
     context = make_context(tiny(), tmp_path, train=False, lengths=[8], rounds=1)
-    records, metrics, _ = measure(context)
-    assert records[0]["scores"].keys() == {speed.PREFILL, speed.DECODE, speed.MEMORY}
-    speed.draw(context, records, metrics, tmp_path / "speed.png")
+    records, _, _ = measure(context, tmp_path / "speed.png")
+    assert {row["metric"] for row in records[0]["rows"]} == {speed.PREFILL, speed.DECODE, speed.MEMORY}
+    assert (tmp_path / "speed.png").exists()
 
 
-def test_a_run_shows_its_validation_loss_at_that_step(tiny, tmp_path):
+def test_a_run_shows_its_validation_loss_at_that_step(tiny, summarize, tmp_path):
     lm = tiny()
     lm.loaded.job, lm.loaded.folder, lm.loaded.step = TrainJob(), tmp_path, 20
     (tmp_path / "checkpoints/step_00000020").mkdir(parents=True)
     for value, shown in ((2.5, [2.5]), (None, [])):
         (tmp_path / "checkpoints/step_00000020/state.json").write_text(json.dumps({"val_loss": value}))
-        metrics = speed.summarize(make_context(lm, tmp_path), [])
-        assert [metric.value for metric in metrics if metric.name == "validation loss"] == shown
+        metrics = summarize(speed, make_context(lm, tmp_path), [])
+        assert [row["value"] for (_, name), row in metrics.items() if name == "validation loss"] == shown
 
 
 def test_lengths_that_the_model_cannot_read_are_refused(tiny, tmp_path):

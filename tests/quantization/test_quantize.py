@@ -30,6 +30,10 @@ def words(runs, *more, spec="diff_v1-0"):
     return [f"checkpoint={runs}/{spec}", *SUITE.split(), *more]
 
 
+def nll(record):
+    return next(row["value"] for row in record["rows"] if row["metric"] == "nll")
+
+
 def whole_loss(model, ids, context):
     with context, torch.no_grad():
         logits = model(ids[None, :-1])[0]
@@ -49,7 +53,7 @@ def test_the_suite_gives_the_loss_of_a_forward_pass_over_the_whole_text(runs, me
         ids = torch.as_tensor(np.asarray(example.data["tokens"]).astype(np.int64))
         logits, states = quantizing_logits(loaded.model, QuantizedLogits(3)), quantizing_states(loaded.model, 3, StateScope.tensor)
         expected = whole_loss(loaded.model, ids, logits if method == "attention_logits" else states)
-        assert records[example.id]["scores"]["nll"] == pytest.approx(float(expected), abs=1e-5)
+        assert nll(records[example.id]) == pytest.approx(float(expected), abs=1e-5)
 
 
 @pytest.mark.parametrize("export", [lambda model: model, to_llama])
@@ -117,7 +121,7 @@ def test_a_sweep_ends_in_one_report(runs, monkeypatch, capsys):
             means = []
             for folder in report["folders"]:
                 if f"{kind}-{seed}/" in folder["16"]:
-                    means = [np.mean([r["scores"]["nll"] for r in read_records(runs / folder[bits])]) for bits in ("16", "2")]
+                    means = [np.mean([nll(r) for r in read_records(runs / folder[bits])]) for bits in ("16", "2")]
             losses.append(means[1] - means[0])
         assert model["by_bits"]["2"]["loss"] == pytest.approx(np.mean(losses))
         assert model["by_bits"]["2"]["low"] < np.mean(losses) < model["by_bits"]["2"]["high"]
@@ -143,6 +147,6 @@ def test_a_score_of_which_more_is_better_turns_the_sign(runs, monkeypatch):
     report = analyse_quantization([found])
     (model,) = report["models"]
     figures = model["by_bits"]
-    assert report["score"] == "accuracy" and not report["less_is_better"]
+    assert report["metric"] == "accuracy" and report["better"] == "higher"
     assert figures[2]["loss"] == pytest.approx(figures[16]["value"] - figures[2]["value"])
     assert figures[2]["low"] <= figures[2]["loss"] <= figures[2]["high"]

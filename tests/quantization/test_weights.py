@@ -50,7 +50,7 @@ def stored(found, bits):
 
 
 def loss(folder):
-    return next(metric["value"] for metric in results(folder)["metrics"] if metric["name"] == "nll")
+    return next(metric["value"] for metric in results(folder)["metrics"] if metric["metric"] == "nll")
 
 
 @pytest.mark.parametrize(
