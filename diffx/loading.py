@@ -12,6 +12,7 @@ from diffx.config.bridge import from_plain, load_config, to_plain
 from diffx.config.data import DATA_CONFIGS, DataConfig
 from diffx.config.dex import AdaptJob
 from diffx.config.eval import Dtype
+from diffx.config.model import ModelConfig
 from diffx.config.train import Device, TrainJob
 from diffx.data.tokenizers import Tokenizer, load_tokenizer
 from diffx.dex.attach import Adapted
@@ -69,10 +70,11 @@ class Loaded:
     @property
     def architecture(self) -> str:
         """``model=`` of a run; of another model its type in ``transformers``, and the variant of an adaptation."""
-        if isinstance(self.job, TrainJob):
-            return self.job.model.kind
-        variant = f"+{self.job.dex.variant.value}" if self.job else ""
-        return f"{self.model.config.model_type}{variant}"
+        config = self.model.config
+        if isinstance(config, ModelConfig):
+            return config.kind
+        variant = f"+{self.job.dex.variant.value}" if isinstance(self.job, AdaptJob) else ""
+        return f"{config.model_type}{variant}"
 
 
 def load(
