@@ -25,8 +25,9 @@ ROOMS = [
     ["hub"],
     ["models"],
     ["ops"],
-    ["tracking", "console"],
+    ["tracking"],
     ["config"],
+    ["console"],
     ["files"],
     ["errors"],
 ]
