@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -86,6 +87,11 @@ def register() -> None:
     """Register the models of ``diffx`` with ``AutoConfig`` and ``AutoModelForCausalLM``."""
     import diffx.hub.configs  # noqa: F401  # the import registers
 
+
+# transformers imports torchao, which warns of each kernel that this machine cannot use.
+for _name in ("torchao", "torch.utils._pytree"):
+    if (_logger := logging.getLogger(_name)).level == logging.NOTSET:
+        _logger.setLevel(logging.ERROR)
 
 if "transformers.models.auto.modeling_auto" in sys.modules:
     register()

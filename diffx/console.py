@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TextIO
 
@@ -15,12 +16,12 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
+
+SWEEP_JOB = ContextVar("SWEEP_JOB", default="")  # `3 (seed=1)`: the job of a sweep that runs now
 
 
 def make_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
@@ -36,6 +37,8 @@ def make_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[objec
 class Reporter:
     """Prints lines, tables and progress; ``quiet`` (ranks above 0) prints nothing.
 
+    In a job of a sweep, every line and table begins with the job's number and overrides.
+
     Attributes:
         console: the ``rich`` console.
     """
@@ -45,6 +48,8 @@ class Reporter:
         width = None if sys.stdout.isatty() else 160
         self.console = Console(highlight=False, soft_wrap=True, quiet=quiet, width=width)
         self._log: TextIO | None = None
+        self._bars: Progress | None = None
+        self._job = f"job {SWEEP_JOB.get()}: " if SWEEP_JOB.get() else ""
 
     def open_log(self, path: Path) -> None:
         """Append every later line to ``path`` too."""
@@ -58,31 +63,39 @@ class Reporter:
 
     def line(self, text: str = "") -> None:
         """Print one line, without markup."""
-        self.console.print(text, markup=False)
-        self._write_log(text)
+        self.console.print(self._job + text.lstrip("\n") if self._job else text, markup=False)
+        self.log(text)
 
     def warn(self, text: str) -> None:
         """Print one line that begins with ``warning:``."""
-        self.console.print(f"warning: {text}", markup=False, style="yellow")
-        self._write_log(f"warning: {text}")
+        self.console.print(f"{self._job}warning: {text}", markup=False, style="yellow")
+        self.log(f"warning: {text}")
 
     def table(self, table: Table) -> None:
         """Print a table."""
+        title = table.title
+        if self._job:  # which is wider than many a table
+            self.console.print(f"{self._job}{title}", markup=False, style="bold")
+            table.title = None
         self.console.print(table)
+        table.title = title
         if self._log is not None:
             Console(file=self._log, width=160, highlight=False).print(table)
             self._log.flush()
 
-    def _write_log(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """Write one line to the log file alone, if there is one."""
         if self._log is not None:
             self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
             self._log.flush()
 
     @contextmanager
     def progress(
-        self, name: str, total: int | None, done: int = 0, unit: str = "steps"
+        self, name: str, total: int | None, done: int = 0, unit: str = ""
     ) -> Iterator["Bar"]:
         """Show progress while the block runs: a bar with ETA on a terminal, else plain lines.
+
+        A bar that begins while another one is shown stands below it.
 
         Args:
             name: of the work.
@@ -90,28 +103,40 @@ class Reporter:
             done: units done before (a resumed run).
             unit: name of a unit.
         """
-        if self.console.is_terminal and not self.console.quiet:
-            columns: list[ProgressColumn] = [
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            ]
-            with Progress(*columns, console=self.console, transient=True) as bars:
-                task = bars.add_task(name, total=total, completed=done, note="")
-                yield Bar(
-                    self,
-                    name,
-                    total,
-                    done,
-                    lambda n, note: bars.update(task, completed=n, note=note),
-                )
-        else:
+        if not self.console.is_terminal or self.console.quiet:
             yield Bar(self, name, total, done, None)
+            return
+        first = self._bars is None
+        if self._bars is None:
+            whole = Column(no_wrap=True)
+            self._bars = Progress(
+                TextColumn("{task.description}", markup=False, table_column=whole),
+                BarColumn(bar_width=None),  # the one column that shrinks
+                MofNCompleteColumn(table_column=whole),
+                TextColumn("ETA", table_column=whole),
+                TimeRemainingColumn(table_column=whole),
+                TextColumn("{task.fields[note]}", markup=False, table_column=whole),
+                console=self.console,
+                transient=True,
+                expand=True,
+            )
+            self._bars.start()
+        bars, number = self._bars, SWEEP_JOB.get().partition(" ")[0]
+        text = (f"job {number} " if number else "") + name + (f" ({unit})" if unit else "")
+        task = bars.add_task(text, total=total, completed=done, note="")
+        try:
+            yield Bar(
+                self,
+                name,
+                total,
+                done,
+                lambda n, note: bars.update(task, completed=n, note=note),
+            )
+        finally:
+            bars.remove_task(task)
+            if first:
+                bars.stop()
+                self._bars = None
 
 
 class Bar:
@@ -128,8 +153,8 @@ class Bar:
         Args:
             done: units done.
             note: figures to show beside it.
-            always: print a line now; by default one is printed every ten seconds at most, and
-                none on a terminal.
+            always: print a line now. Otherwise one line every ten seconds at most goes to the log,
+                and is printed where there is no terminal.
         """
         now = time.monotonic()
         total = f"/{self._total}" if self._total else ""
@@ -139,9 +164,9 @@ class Bar:
             line += f"  ETA {duration(rest)}"
         if self._update is not None:
             self._update(done, note)
-        if always or (self._update is None and now - self._printed > 10):
+        if always or now - self._printed > 10:
             self._printed = now
-            self._reporter.line(line)
+            (self._reporter.line if always or self._update is None else self._reporter.log)(line)
 
 
 def duration(seconds: float) -> str:

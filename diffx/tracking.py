@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from diffx.config.checks import MOST
@@ -25,7 +26,13 @@ class Tracker:
         warn: called with one line when W&B fails.
         resume_step: the checkpoint's step in a resumed run, else ``None``.
         seconds: training seconds already spent before this process.
+        tags: the run's tags in W&B.
+
+    Attributes:
+        constants: figures that W&B draws as horizontal lines: they are sent with each validation.
     """
+
+    constants: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self,
@@ -36,6 +43,7 @@ class Tracker:
         warn: Callable[[str], None],
         resume_step: int | None = None,
         seconds: float = 0.0,
+        tags: Sequence[str] = (),
     ):
         self._path = run_dir / "metrics.jsonl"
         if resume_step is not None:
@@ -47,7 +55,9 @@ class Tracker:
         if wandb.mode is not WandbMode.disabled:
 
             def begin() -> None:
-                self._run = _open(run_dir, wandb, name, config, job_type="train")
+                self._run = _open(run_dir, wandb, name, config, job_type="train", tags=tags)
+                self._run.define_metric("tokens")
+                self._run.define_metric("*", step_metric="tokens")
 
             self._safely(begin)
 
@@ -73,7 +83,8 @@ class Tracker:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._run is not None:
-            self._safely(lambda: self._run.log({"tokens": tokens, **metrics}, step=step))
+            lines = self.constants if "val/loss" in metrics else {}
+            self._safely(lambda: self._run.log({"tokens": tokens, **metrics, **lines}, step=step))
 
     def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
         """Show (prompt, continuation) pairs as a W&B table."""
@@ -161,7 +172,7 @@ def show_evaluation(
         warn(f"{_stopped(error)}; the evaluation's files are whole")
 
 
-def _open(folder: Path, config: WandbConfig, name: str, resolved: dict[str, Any], job_type: str) -> Any:
+def _open(folder: Path, config: WandbConfig, name: str, resolved: dict[str, Any], job_type: str, tags: Sequence[str] = ()) -> Any:
     """Start the W&B run of a folder, or go on with it."""
     import wandb
 
@@ -177,6 +188,7 @@ def _open(folder: Path, config: WandbConfig, name: str, resolved: dict[str, Any]
         group=config.group,
         job_type=job_type,
         name=name,
+        tags=list(tags),
         dir=str(folder),
         mode=config.mode.value,
         config=resolved,

@@ -26,8 +26,9 @@ LAYERS = [
     ["hub"],
     ["models"],
     ["ops"],
-    ["tracking", "console"],
+    ["tracking"],
     ["config"],
+    ["console"],
     ["files"],
     ["errors"],
 ]

@@ -89,6 +89,9 @@ TABLE = [
     ("train size=25", ["size=25"]),
     ("train data=txt", ["data=txt", "text"]),
     ("train tokenizer=bpee", ["tokenizer=bpee", "bpe"]),
+    ("train experiment=dex/controls", ["experiment=dex/controls", "`diffx adapt-dex`"]),
+    ("adapt-dex base=llama experiment=diff/default_run", ["experiment=diff/default_run", "`diffx train`"]),
+    ("quantize checkpoint=x experiment=diff/architectures", ["experiment=diff/architectures", "`diffx train`"]),
     ("train experiment=architectures", ["experiment=architectures", "diff/architectures"]),
     ("train hydra/launcher=basik", ["hydra/launcher=basik", "basic"]),
     ("train +foo=1", ["foo is not a key"]),
@@ -392,14 +395,23 @@ def test_the_program_says_the_same(place, command, mentions):
     check(done.returncode, done.stderr, mentions)
 
 
-@pytest.mark.parametrize("command", [f"adapt-dex base=no/where {ADAPT}", "eval checkpoint=no/where suite=icl"])
-def test_without_a_network_the_hub_is_not_asked(place, capfd, monkeypatch, command):
+@pytest.mark.parametrize(
+    ("command", "mention"),
+    [
+        (f"adapt-dex base=no/where {ADAPT}", "there is no folder no/where here"),
+        ("eval checkpoint=no/where suite=icl", "there is no folder no/where here"),
+        (f"train {TINY} {TEXT} tokenizer=hf tokenizer.name=no/where", "tokenizer.name=no/where"),
+        (f"train {TINY} data=hub data.name=no/where", "data.name=no/where"),
+        ("eval checkpoint=trained suite=icl suite.tasks=[trec]", "suite.tasks=trec"),
+    ],
+)
+def test_without_a_network_the_hub_is_not_asked(place, capfd, monkeypatch, command, mention):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")  # RFC 6761: resolves nowhere
-    monkeypatch.setattr("diffx.dex.pretrained.getproxies", dict)
+    monkeypatch.setattr("diffx.data.hub.getproxies", dict)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it is asked again and again"))
     code = main(words(command))
-    check(code, capfd.readouterr().err, ["there is no folder no/where here", "hub.invalid cannot be reached", "accepted"])
+    check(code, capfd.readouterr().err, [mention, "hub.invalid cannot be reached"])
 
 
 INTERRUPTED = [

@@ -90,8 +90,8 @@ def test_a_name_that_may_be_reached_is_asked_for(monkeypatch, proxies):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
-    monkeypatch.setattr(pretrained, "getproxies", lambda: proxies)
-    monkeypatch.setattr(pretrained.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr("diffx.data.hub.getproxies", lambda: proxies)
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
     monkeypatch.setattr(pretrained.AutoConfig, "from_pretrained", asked)
     with pytest.raises(UserError, match=r"loaded: asked (word )+…; accepted"):
         load("someone/model", Device.cpu)

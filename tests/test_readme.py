@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffx.cli import main
-from diffx.config.launch import compose
+from diffx.config.launch import _suites, compose
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -47,5 +47,7 @@ def test_a_command_can_be_used(command, capsys):
     words = [word for word in words if word != "-m"]
     for word in words:
         assert several or "," not in word or "[" in word, "a sweep needs -m"
-    job = compose(NAMES.get(name, name), [word if "[" in word or not several else word.partition(",")[0] for word in words])
-    assert job.kind == NAMES.get(name, name)
+    name = NAMES.get(name, name)
+    for chosen in _suites(name, words) or [words]:
+        job = compose(name, [word if "[" in word or not several else word.partition(",")[0] for word in chosen])
+        assert job.kind == name

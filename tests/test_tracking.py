@@ -53,6 +53,9 @@ def test_a_wandb_failure_is_said_once_and_stops_nothing(tmp_path, monkeypatch):
     class Run:
         id = "x"
 
+        def define_metric(self, *_, **__):
+            pass
+
         def log(self, *_, **__):
             raise ConnectionError("gone")
 
@@ -117,3 +120,26 @@ def test_an_evaluation_survives_wandb(tmp_path, monkeypatch):
     monkeypatch.setattr("wandb.init", lambda **_: 1 / 0)
     evaluation(tmp_path, said, WandbMode.offline)
     assert len(said) == 1 and "ZeroDivisionError" in said[0] and "files are whole" in said[0]
+
+
+def test_wandb_is_told_the_axis_the_tags_and_the_lines(tmp_path, monkeypatch):
+    given, calls = {}, []
+    wandb_run = types.SimpleNamespace(
+        id="x",
+        log=lambda row, step: calls.append((step, row)),
+        define_metric=lambda name, step_metric=None: calls.append((name, step_metric)),
+        finish=lambda **_: None,
+    )
+    stub = types.SimpleNamespace(init=lambda **more: given.update(more) or wandb_run, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    with run(tmp_path, said := [], WandbMode.offline, tags=["a", "b"]) as track:
+        track.constants = {"baselines/unigram/nats": 3.5}
+        track.log(0, 0, {"val/loss": 2.0})
+        track.log(5, 640, {"train/loss": 1.0})
+    assert said == [] and given["tags"] == ["a", "b"]
+    assert calls[:2] == [("tokens", None), ("*", "tokens")]
+    assert calls[2:] == [
+        (0, {"tokens": 0, "val/loss": 2.0, "baselines/unigram/nats": 3.5}),
+        (5, {"tokens": 640, "train/loss": 1.0}),
+    ]
+    assert "baselines/unigram/nats" not in lines(tmp_path / "metrics.jsonl")[0]

@@ -1,6 +1,5 @@
 """The command line: one Typer command each. Nothing slow to import is imported before a command runs."""
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -70,9 +69,7 @@ def _generate(job: Any, words: list[str]) -> None:
 def _eval(job: Any, words: list[str]) -> Any:
     from diffx.evaluation.run import evaluate, evaluate_all
 
-    if isinstance(job, list):
-        return evaluate_all(job)
-    evaluate(job, words)
+    return evaluate_all(job) if isinstance(job, list) else str(evaluate(job, words))
 
 
 def _quantize(job: Any, words: list[str]) -> dict[int, str]:
@@ -191,6 +188,7 @@ app.command("train")(
           diffx train
           diffx train model=transformer data=text 'data.path=books/*.txt' train.tokens=20M
           diffx train -m model=transformer,diff_v1,diff_v2 seed=0,1
+          diffx train -m model=transformer,diff_v1,diff_v2 seed=0,1 hydra.sweep.dir=runs/SWEEP train.resume=auto
           diffx train train.resume=auto run.dir=runs/x
         """,
     )
@@ -213,7 +211,7 @@ app.command("adapt-dex")(
         Examples:
           diffx adapt-dex base=Qwen/Qwen2.5-0.5B data=text data.path=books/ train.tokens=100M
           diffx adapt-dex base=models/smollm2 train.tokens=200K train.seq_len=256 train.batch_tokens=1024
-          diffx adapt-dex -m base=models/smollm2 dex.variant=dex,attn_only,lora seed=0,1,2
+          diffx adapt-dex -m base=models/smollm2 dex.variant=dex,attn_only,lora hydra.sweep.dir=runs/SWEEP train.resume=auto
         """,
     )
 )
@@ -387,8 +385,6 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, 1 for a run that failed, 2 for input that cannot be used, 130 for an interrupt. The latter three come
         with one line on standard error. Any other exception is a bug, and keeps its traceback.
     """
-    for logger in ("torchao", "torch.utils._pytree"):  # torchao reports each kernel that it cannot use
-        logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         code = _program()(argv, prog_name="diffx", standalone_mode=False) or 0
         if code == 130:  # what Typer makes of a KeyboardInterrupt

@@ -21,14 +21,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.bridge import JOBS, literal, to_typed
 from diffx.config.checks import new_path
-from diffx.config.composition import CONFIGS, compose_config, composer, config_groups
+from diffx.config.composition import CONFIGS, UserConfigsFirst, compose_config, composer, config_groups
 from diffx.config.meanings import commented, explained
 from diffx.config.messages import explain, keys, unknown
+from diffx.config.sweep import BEST, job_label, show_sweep
+from diffx.console import SWEEP_JOB
 from diffx.errors import UserError, describe, one_line
-from diffx.files import append_lines, read_json, read_json_lines, write_json
+from diffx.files import append_lines, read_json_lines
 
 _RUN_DIR = "run.dir={} cannot be used in a multirun: each job's folder is <hydra.sweep.dir>/<job number>; set hydra.sweep.dir instead"
-_FAILED, _RESULT = "failed.jsonl", "result_{}.json"
+_FAILED, _DONE = "failed.jsonl", "jobs.jsonl"
 _HYDRA_RUN: dict[str, Any] = {
     "run.dir": ".",
     "output_subdir": None,
@@ -36,6 +38,8 @@ _HYDRA_RUN: dict[str, Any] = {
     "job.env_set": {},
     "callbacks": {},
 }
+_COMMANDS = {"train": "train", "adapt": "adapt-dex", "eval": "eval", "quantize": "quantize"}
+_PACKAGES = {"experiment": "_global_", "size": "model"}  # what the files of these groups belong to
 _TEXT_KEYS = ("prompt", "train.sample_prompt", "suite.system_instruction")
 
 
@@ -51,7 +55,6 @@ class SweepJob:
         work: does the job.
         given: the words of the command line, with several values for a key.
         argv: the command line.
-        keep: write what ``work`` returned to the sweep's folder.
         unwritten: failed jobs that could not be written to the sweep's folder.
         process: the id of the process that made this object; a launcher's jobs may run in others.
     """
@@ -60,7 +63,6 @@ class SweepJob:
     work: Callable[[Any, list[str]], Any]
     given: list[str]
     argv: list[str]
-    keep: bool = False
     unwritten: list[dict[str, Any]] = field(default_factory=list)
     process: int = field(default_factory=os.getpid)
 
@@ -70,6 +72,8 @@ class SweepJob:
         settings = HydraConfig.get()
         words = cast(list[str], OmegaConf.to_container(settings.overrides.task, resolve=False))
         sweep = Path(settings.sweep.dir)
+        label = job_label(settings.job.num, words, self.given)
+        token = SWEEP_JOB.set(label)
         try:
             if "run" in cfg:
                 if cfg.run.dir is not None:
@@ -77,16 +81,15 @@ class SweepJob:
                 cfg.run.dir = str(sweep / str(settings.job.num))
                 cfg.wandb.group = cfg.wandb.group or sweep.name
             result = self.work(to_typed(cfg, self.job_class), words)
-            if self.keep:
-                sweep.mkdir(parents=True, exist_ok=True)
-                write_json(sweep / _RESULT.format(settings.job.num), result)
+            entry = {"job": settings.job.num, "overrides": words, "result": result}
+            # One write, so that the lines of parallel jobs do not mix.
+            with append_lines(sweep / _DONE) as file:
+                file.write(json.dumps(entry) + "\n")
             return result
         except Exception as error:
             entry = _failure(settings.job.num, words, error)
-            line = f"error: job {_job(entry, self.given)}: {one_line(entry['error'])}"
-            print(line, file=sys.stderr, flush=True)
+            print(f"error: job {label}: {one_line(entry['error'])}", file=sys.stderr, flush=True)
             try:
-                # One write, so that the lines of parallel jobs do not mix.
                 with append_lines(sweep / _FAILED) as file:
                     file.write(json.dumps(entry) + "\n")
             except OSError:
@@ -94,6 +97,8 @@ class SweepJob:
                     raise
                 self.unwritten.append(entry)
             return None
+        finally:
+            SWEEP_JOB.reset(token)
 
 
 def _failure(number: int, words: list[str], error: Exception) -> dict[str, Any]:
@@ -104,12 +109,6 @@ def _failure(number: int, words: list[str], error: Exception) -> dict[str, Any]:
         described = 1, f"{type(error).__name__}: {error}"
     code, line = described
     return {"job": number, "overrides": words, "error": line, "exit_code": code}
-
-
-def _job(entry: dict[str, Any], given: list[str]) -> str:
-    """Name a failed job by its number and the words that differ between the sweep's jobs."""
-    distinct = " ".join(word for word in entry["overrides"] if word not in given)
-    return f"{entry['job']} ({distinct})"
 
 
 def compose(name: str, words: list[str], config_dir: Path | None = None) -> Any:
@@ -239,28 +238,38 @@ def launch(
     if sweep.exists() and not sweep.is_dir():
         raise UserError(f"hydra.sweep.dir={sweep} cannot be used: it is no folder; choose another")
     made = [folder for folder in (sweep, *sweep.parents) if not folder.exists()]
-    for stale in (sweep / _FAILED, *sweep.glob(_RESULT.format("*"))):
-        stale.unlink(missing_ok=True)
+    for stale in (_FAILED, _DONE, BEST):
+        (sweep / stale).unlink(missing_ok=True)
     # The folder's name holds the time: resolved once, here, it is the same for every job, process and machine.
     words = [*words, "hydra.sweep.dir='" + str(sweep).replace("'", "\\'") + "'"]
-    sweep_job = SweepJob(JOBS[name], work, words, sys.argv, keep=after is not None)
+    sweep_job = SweepJob(JOBS[name], work, words, sys.argv)
     try:
         with _one_line(app, name, words):
             _hydra_main(sweep_job, name, words)
+    except KeyboardInterrupt:
+        if "run" in cfg:
+            resume = f"hydra.sweep.dir={sweep} train.resume=auto"
+            print(f"go on with the sweep: its words and {resume}", file=sys.stderr)
+        raise
     finally:
-        failed = sorted([*read_json_lines(sweep / _FAILED, skip_damaged=True), *sweep_job.unwritten], key=lambda entry: entry["job"])
+        lines = read_json_lines(sweep / _DONE, skip_damaged=True)
+        done = {entry["job"]: entry for entry in lines}
+        lines = read_json_lines(sweep / _FAILED, skip_damaged=True)
+        failed = sorted([*lines, *sweep_job.unwritten], key=lambda entry: entry["job"])
         if failed:
-            jobs = ", ".join(_job(entry, words) for entry in failed)
+            jobs = ", ".join(job_label(entry["job"], entry["overrides"], words) for entry in failed)
             count = f"{len(failed)} jobs" if len(failed) > 1 else "1 job"
             print(f"error: {count} of the sweep failed: {jobs}; the reasons are in {sweep / _FAILED}", file=sys.stderr)
+        entries = sorted([*done.values(), *failed], key=lambda entry: entry["job"])
+        if entries and os.environ.get("RANK", "0") == "0":
+            show_sweep(sweep, entries, words)
         if [path.name for path in sweep.glob("*")] == ["multirun.yaml"]:  # refused before its first job
             (sweep / "multirun.yaml").unlink()
             with suppress(OSError):
                 for folder in made:
                     folder.rmdir()
-    kept = sorted(sweep.glob(_RESULT.format("*")), key=lambda path: int(path.stem.rpartition("_")[2]))
-    if after and kept:
-        after([read_json(path) for path in kept], sweep)
+    if after and done:
+        after([done[number]["result"] for number in sorted(done)], sweep)
     return min((entry["exit_code"] for entry in failed), default=0)
 
 
@@ -313,8 +322,38 @@ def _one_line(app: Any, name: str, words: list[str]) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         if isinstance(error, TypeError) and not any("[" in word for word in words):  # Hydra raises it for a group that is given a list
             raise
+        if misplaced := _misplaced(app, name, words):
+            raise UserError(misplaced) from error
         try:
             groups = config_groups(app, name)
         except HydraException:  # the user's configs break the primary one
             groups = {}
         raise UserError(explain(error, words, groups)) from error
+
+
+def _misplaced(app: Any, name: str, words: list[str]) -> str | None:
+    """Name a user's file that lacks its package line, or the command that an experiment is for."""
+    options = [word.partition("=")[::2] for word in words]
+    for group, choice in ((group, choice) for group, value in options for choice in value.split(",")):
+        if group not in _PACKAGES:
+            continue
+        file = (UserConfigsFirst.folder or CONFIGS) / group / f"{choice}.yaml"
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "# @package"
+        if not re.search(r"^#\s*@package\b", text, re.M):
+            return f"{file} cannot be used: its first line must be `# @package {_PACKAGES[group]}`"
+        fitting = [command for config, command in _COMMANDS.items() if _composes(app, config, f"{group}={choice}")]
+        if group == "experiment" and fitting and _COMMANDS.get(name) not in fitting:
+            return f"experiment={choice} cannot be used here: it is for `diffx {' or '.join(fitting)}`"
+    return None
+
+
+def _composes(app: Any, name: str, word: str) -> bool:
+    """Whether a command's config takes a word and, of an experiment, the keys of its sweep."""
+    try:
+        cfg = compose_config(app, name, [word], several=True)
+        swept = cfg.hydra.sweeper.get("params") or {}
+        first = [f"{key}={str(values).partition(',')[0]}" for key, values in swept.items()]
+        compose_config(app, name, [word, *first], several=True)
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, RecursionError, yaml.YAMLError):
+        return False
+    return True

@@ -17,6 +17,7 @@ import zstandard
 
 from diffx.config import RunError, UserError
 from diffx.config.data import DataConfig, HubData, RetrievalData, StdlibData, TextData
+from diffx.data.hub import asking_hub
 from diffx.errors import reason
 from diffx.files import parse_json, sha256
 
@@ -300,9 +301,10 @@ def hub_dataset(data: HubData) -> Any:
     import datasets  # slow to import, and most runs need no hub
 
     try:
-        return datasets.load_dataset(
-            data.name, data.subset, split=data.split, revision=data.revision, streaming=True
-        )
+        with asking_hub(data.name):
+            return datasets.load_dataset(
+                data.name, data.subset, split=data.split, revision=data.revision, streaming=True
+            )
     except Exception as error:  # each library below has other exceptions
         asked = f"data.name={data.name} with data.subset={data.subset} and data.split={data.split}"
         accepted = (

@@ -19,6 +19,7 @@ from diffx.config.data import (
     TiktokenTokenizer,
     TokenizerConfig,
 )
+from diffx.data.hub import asking_hub
 from diffx.errors import reason
 from diffx.files import json_sha256, read_json, sha256, write_json
 
@@ -236,7 +237,10 @@ def _from_hf(name: str, revision: str | None) -> FastTokenizer:
 
     refused = f"tokenizer.name={name} cannot be used"
     try:
-        pretrained = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        with asking_hub(name):
+            pretrained = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=False
+            )
     except Exception as error:  # each library below has other exceptions
         raise UserError(
             f"{refused}: {reason(error)}; it must be a local folder or a hub name that can be "

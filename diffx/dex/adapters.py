@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 from diffx.config import UserError
 from diffx.config.bridge import from_plain
 from diffx.config.dex import DexConfig, Variant
-from diffx.data.sources import reason
+from diffx.data.hub import asking_hub
 from diffx.dex.attach import attach, fold
 from diffx.dex.layer import DexProjection, projection_weight
 from diffx.dex.layout import find_layers
-from diffx.dex.pretrained import check_reach, fingerprint_of, load_pretrained
+from diffx.dex.pretrained import fingerprint_of, load_pretrained
+from diffx.errors import reason
 from diffx.files import read_json, write_json
 from diffx.hub.card import CARD, adapter_card
 from diffx.models.tensors import read_tensors
@@ -317,9 +318,9 @@ def _fetched(folder: str | Path, revision: str | None) -> Path:
     if path.exists() or path.is_absolute() or len(path.parts) != 2:
         return path
     try:
-        check_reach(str(folder), revision, DESCRIPTION)
         files = [DESCRIPTION, BRANCH, TUNED, CARD]
-        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=files))
+        with asking_hub(str(folder)):
+            return Path(snapshot_download(str(folder), revision=revision, allow_patterns=files))
     except Exception as error:  # huggingface_hub, requests and the cache fail each in their way
         raise UserError(
             f"folder={folder} cannot be used: there is no such folder here, and from the hub it "

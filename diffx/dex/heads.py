@@ -3,7 +3,7 @@
 Notation: B batch, T tokens, H heads.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,6 +110,7 @@ def choose_heads(
     base: str,
     seed: int,
     text: str = "",
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Plan:
     """Choose k heads in every layer.
 
@@ -121,6 +122,7 @@ def choose_heads(
         base: SHA-256 of the model's weights.
         seed: seed of the ``random`` criterion.
         text: SHA-256 of the calibration text.
+        progress: called with the number of batches read, after each.
 
     Raises:
         UserError: a layer has fewer heads than k or only one, or the attention of the model cannot
@@ -142,7 +144,7 @@ def choose_heads(
     scores: list[list[float]] = []
     if criterion.startswith("entropy"):
         try:
-            scores = entropies(model, layers, batches)
+            scores = entropies(model, layers, _counted(batches, progress))
         except UserError as error:  # its message names a checkpoint and a suite
             raise UserError(
                 f"dex.heads={criterion} cannot be used: what {type(model).__name__} attends to "
@@ -150,7 +152,7 @@ def choose_heads(
                 "importance_low, random, all"
             ) from error
     elif criterion == "importance_low":
-        scores = importances(model, layers, batches)
+        scores = importances(model, layers, _counted(batches, progress))
     generator = torch.Generator().manual_seed(seed)
     heads = []
     for number, count in enumerate(num_heads):
@@ -177,7 +179,7 @@ def choose_heads(
 
 @torch.no_grad()
 def entropies(
-    model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor]
+    model: PreTrainedModel, layers: Sequence[Layer], batches: Iterable[Tensor]
 ) -> list[list[float]]:
     """Mean entropy in nats of the attention of every head, over all query positions."""
     sums = [torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers]
@@ -191,15 +193,16 @@ def entropies(
                 total[head] += torch.special.entr(p).sum()
         sums[index.setdefault(number, len(index))] += total.cpu()  # device sync: once per layer
 
+    tokens = 0
     with _evaluating(model), observing(model, attention=add):
         for batch in batches:
             model(input_ids=batch)
-    tokens = sum(batch.numel() for batch in batches)
+            tokens += batch.numel()
     return [(total / tokens).tolist() for total in sums]
 
 
 def importances(
-    model: PreTrainedModel, layers: Sequence[Layer], batches: Sequence[Tensor]
+    model: PreTrainedModel, layers: Sequence[Layer], batches: Iterable[Tensor]
 ) -> list[list[float]]:
     """Mean over sequences of |dLoss/dgate|, with a gate of 1 on every head (arXiv 1905.10650)."""
     gates = [
@@ -214,14 +217,21 @@ def importances(
         for layer, gate in zip(layers, gates, strict=True):
             output = model.get_submodule(layer.output)
             stack.enter_context(output.register_forward_pre_hook(_gated(gate, layer.width)))
+        sequences = 0
         for batch in batches:
+            sequences += len(batch)
             for row in batch:  # absolute gradients are averaged over sequences
                 logits = model(input_ids=row[None]).logits[0, :-1]
                 loss = F.cross_entropy(logits.float(), row[1:])
                 for total, gradient in zip(sums, torch.autograd.grad(loss, gates), strict=True):
                     total += gradient[:, 0].abs().cpu()
-    sequences = sum(len(batch) for batch in batches)
     return [(total / sequences).tolist() for total in sums]
+
+
+def _counted(batches: Sequence[Tensor], progress: Callable[[int], None]) -> Iterator[Tensor]:
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        progress(done)
 
 
 def _gated(gate: Tensor, width: int) -> Callable[..., Any]:

@@ -1,24 +1,19 @@
 """A pretrained causal model of ``transformers`` with its tokenizer, from the hub or a folder."""
 
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import psutil
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from diffx.config import UserError
+from diffx.data.hub import asking_hub
 from diffx.data.tokenizers import FastTokenizer
 from diffx.dex.layout import quiet_transformers
 from diffx.errors import reason
@@ -91,8 +86,7 @@ def load_pretrained(
             "model of it"
         )
     try:
-        check_reach(spec, revision)
-        with quiet_transformers(), _quiet_hub():
+        with quiet_transformers(), asking_hub(spec):
             config = AutoConfig.from_pretrained(spec, **options)
             _check(key, refused, config, dtype, device, trust_remote_code)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -178,45 +172,6 @@ def free_memory(device: torch.device) -> int:
         if device.type == "cuda"
         else psutil.virtual_memory().available
     )
-
-
-def check_reach(spec: str, revision: str | None, file: str = "config.json") -> None:
-    """Refuse a repository that is not in the cache while the hub cannot be reached.
-
-    ``huggingface_hub`` itself would try for half a minute.
-
-    Args:
-        spec: the repository, or a folder.
-        revision: of the repository.
-        file: a file that the repository must have.
-
-    Raises:
-        ConnectionError: the hub cannot be reached.
-    """
-    if Path(spec).is_dir() or isinstance(
-        try_to_load_from_cache(spec, file, revision=revision), str
-    ):
-        return
-    if constants.is_offline_mode():
-        raise ConnectionError("offline mode is on (HF_HUB_OFFLINE) and it is not in the cache")
-    hub = urlsplit(constants.ENDPOINT)
-    if getproxies().keys() & {hub.scheme, "all"}:  # the proxy resolves names
-        return
-    try:
-        socket.getaddrinfo(hub.hostname, None)
-    except OSError as error:
-        raise ConnectionError(f"{hub.hostname} cannot be reached ({reason(error)})") from error
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Silence the messages of ``huggingface_hub`` about retries."""
-    before = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(before)
 
 
 def _check(

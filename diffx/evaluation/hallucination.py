@@ -11,6 +11,7 @@ from typing import Any
 
 from diffx.config import UserError
 from diffx.config.eval import EndpointJudge
+from diffx.data.hub import asking_hub
 from diffx.errors import reason
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.scoring import generations
@@ -320,14 +321,14 @@ def _fetch(task: str) -> list[Any]:
             import datasets  # slow to import, and local data needs no hub
 
             name, subset, revision = _HUB[task]
-            return list(datasets.load_dataset(name, subset, split="test", revision=revision))
+            with asking_hub(name):
+                return list(datasets.load_dataset(name, subset, split="test", revision=revision))
         name = _LONGBENCH
         from huggingface_hub import hf_hub_download
 
-        with (
-            zipfile.ZipFile(hf_hub_download(name, _ARCHIVE, repo_type="dataset")) as archive,
-            archive.open(f"data/{task}.jsonl") as file,
-        ):
+        with asking_hub(name):
+            path = hf_hub_download(name, _ARCHIVE, repo_type="dataset")
+        with zipfile.ZipFile(path) as archive, archive.open(f"data/{task}.jsonl") as file:
             return [parse_json(line) for line in file]
     except Exception as error:  # any library below may fail here, each with an exception of its own
         local = f"set suite.data_dir to a folder with {task}.jsonl"

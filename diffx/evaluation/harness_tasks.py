@@ -18,6 +18,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from diffx.config import UserError
+from diffx.data.hub import asking_hub
 from diffx.errors import reason
 
 _OURS = Path(__file__).with_name("tasks")
@@ -164,7 +165,8 @@ def _data_by_our_rules(data_dir: str | None) -> Iterator[None]:
             return
         try:
             try:
-                original(task, dataset_kwargs, **kwargs)
+                with asking_hub(task.DATASET_PATH or ""):
+                    original(task, dataset_kwargs, **kwargs)
             except RuntimeError as error:
                 if "scripts are no longer supported" not in str(error):
                     raise

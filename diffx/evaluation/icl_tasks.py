@@ -8,6 +8,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from diffx.config import UserError
+from diffx.data.hub import asking_hub
 from diffx.errors import reason
 from diffx.evaluation.suite import Context
 from diffx.files import json_sha256, open_text, parse_json
@@ -149,10 +150,11 @@ def _from_hub(name: str) -> Task:
 
     where, subset, revision, text, label, left_out = HUB_TASKS[name]
     try:
-        splits = [
-            datasets.load_dataset(where, subset, revision=revision, split=split)
-            for split in ("train", "test")
-        ]
+        with asking_hub(where):
+            splits = [
+                datasets.load_dataset(where, subset, revision=revision, split=split)
+                for split in ("train", "test")
+            ]
         train, test = (
             [(row[text].strip(), split.features[label].int2str(row[label])) for row in split]
             for split in splits

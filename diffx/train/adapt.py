@@ -192,7 +192,6 @@ class Adaptation:
                     "a run with a branch"
                 )
             return plan
-        self._reporter.line(f"choosing heads by {job.dex.heads}")
         length = min(job.train.seq_len, base.limit or job.train.seq_len)
         rows = min(-(-int(job.dex.calibration_tokens) // length), len(corpus.train) // length)
         if rows < 1:
@@ -202,15 +201,18 @@ class Adaptation:
             )
         text = torch.from_numpy(corpus.train.read(0, rows * length)[0].astype("int64"))
         batches = text.view(rows, length).to(base.model.device).split(1)  # (1, T) each
-        return choose_heads(
-            base.model,
-            layers,
-            job.dex,
-            batches,
-            base.fingerprint,
-            job.seed,
-            corpus.info["sha256"],
-        )
+        name = f"choosing heads by {job.dex.heads}"
+        with self._reporter.progress(name, rows, unit="texts") as bar:
+            return choose_heads(
+                base.model,
+                layers,
+                job.dex,
+                batches,
+                base.fingerprint,
+                job.seed,
+                corpus.info["sha256"],
+                bar.at,
+            )
 
     def _save_adapter(self, folder: Path, checkpoint: Path, summary: dict[str, Any]) -> None:
         """Write adapter/: the weights in one or two files, adapter.json and a model card."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ from diffx.config.bridge import load_config, save_config
 from diffx.config.data import HfTokenizer
 from diffx.config.dex import AdaptJob
 from diffx.config.train import TrainJob
+from diffx.console import Reporter
 from diffx.data.tokenizers import Tokenizer
 from diffx.files import locked, read_json, replacing_folder, write_json, write_text
 from diffx.tracking import read_metrics
-from diffx.train.checkpoint import find_checkpoint
+from diffx.train.checkpoint import find_checkpoint, newest_intact
 
 _LOCK = ".lock"
 # What may differ between a run and its resumption: how long, how often, where, and the tracker.
@@ -111,6 +113,22 @@ def settle(job: AnyJob, overrides: list[str]) -> tuple[AnyJob, Path | None]:
     return saved, folder
 
 
+def finished(job: AnyJob, folder: Path, reporter: Reporter) -> bool:
+    """Return whether a run has done all of its steps, with an intact last checkpoint; if so, say it."""
+    try:
+        summary = read_json(folder / "summary.json", {"step": int, "val/loss": float})
+    except (UserError, OSError):  # none, or damaged: the end is done again
+        return False
+    checkpoint = newest_intact(folder, lambda line: None)
+    if checkpoint is None or not checkpoint[1]["step"] == summary["step"] == job.train.num_steps:
+        return False
+    reporter.line(
+        f"{folder} is finished: {summary['step']} steps, val/loss {summary['val/loss']:.4f}; "
+        "train.steps=N with a larger N goes on"
+    )
+    return True
+
+
 def given(overrides: list[str], job: AnyJob, saved: AnyJob) -> list[str]:
     """List the config keys that the overrides set.
 
@@ -175,6 +193,29 @@ def run_name(job: AnyJob) -> str:
     """Return ``run.name``, or a name made of architecture or variant, data and seed."""
     kind = job.model.kind if isinstance(job, TrainJob) else job.dex.variant.value
     return job.run.name or f"{kind}-{job.data.kind}-seed{job.seed}"
+
+
+def shown_as(job: AnyJob, overrides: list[str]) -> tuple[str, list[str]]:
+    """Return a run's name in W&B, which contains its overrides, and its tags.
+
+    Args:
+        job: the job that runs.
+        overrides: the overrides that the run was started with.
+    """
+    kind = job.model.kind if isinstance(job, TrainJob) else job.dex.variant.value
+    named = () if job.run.name else ("model", "dex.variant", "data", "seed")  # in run_name()
+    elsewhere = ("run", "wandb", "hydra", "device", "train.resume")
+    changes = []
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key not in (*named, *elsewhere) and key.partition(".")[0] not in elsewhere:
+            changes.append(override)
+    prefix = "experiment="
+    experiments = [word.removeprefix(prefix) for word in overrides if word.startswith(prefix)]
+    base = [job.base] if isinstance(job, AdaptJob) else []
+    tags = [job.kind, kind, job.data.kind, *base, *experiments]
+    # W&B takes names of 128 characters and tags of 64.
+    return shorten(" ".join([run_name(job), *changes]), 128), [tag[-64:] for tag in tags]
 
 
 @contextmanager

@@ -1,11 +1,8 @@
 """The training loop of training and adaptation, in the order in which things happen."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +22,7 @@ from diffx.tracking import Tracker
 from diffx.train.checkpoint import load_training_state, newest_intact, prune, save_checkpoint
 from diffx.train.optimizer import build_optimizer, learning_rate
 from diffx.train.parallel import World, accumulate, autocast, clip_gradients, parallelize
+from diffx.train.signals import stop_signals
 from diffx.train.throughput import matmul_ceiling, peak_memory, synchronize
 
 Probe = Callable[[Callable[[], object]], dict[str, float]]
@@ -43,6 +41,7 @@ class Progress:
         val_loss: the validation loss at this step, if measured.
         best_loss: the lowest validation loss so far.
         best_step: its step.
+        unmeasured: the figures of this step, if a signal came before its validation was done.
     """
 
     step: int = 0
@@ -53,6 +52,7 @@ class Progress:
     val_loss: float | None = None
     best_loss: float = math.inf
     best_step: int = 0
+    unmeasured: dict[str, float] | None = None
 
 
 @dataclass
@@ -94,9 +94,21 @@ def token_losses(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, corpus: Corpus, config: TrainConfig, world: World
+    model: nn.Module,
+    corpus: Corpus,
+    config: TrainConfig,
+    world: World,
+    on_batch: Callable[[int], None],
 ) -> dict[str, float]:
     """Measure the held-out loss; every held-out token is predicted once.
+
+    Args:
+        model: gives logits or losses; left in training mode.
+        corpus: the held-out tokens.
+        config: the sequence length and the batch size.
+        world: the processes.
+        on_batch: told, before each batch, how many tokens all processes have read; what it raises
+            ends the evaluation.
 
     Returns:
         ``val/loss`` in nats a token, ``val/perplexity``, ``val/bpb`` in bits per byte of the text.
@@ -106,7 +118,9 @@ def evaluate(
     rows = config.micro_batch_size or max(
         1, int(config.batch_tokens) // config.seq_len // world.size
     )
-    for batch in corpus.val_batches(config.seq_len, rows * world.size, world.rank, world.size):
+    batches = corpus.val_batches(config.seq_len, rows * world.size, world.rank, world.size)
+    for number, batch in enumerate(batches):
+        on_batch(number * rows * world.size * config.seq_len)
         inputs, targets = batch.inputs.to(world.device), batch.targets.to(world.device)
         boundaries = cu_seqlens(inputs, corpus.tokenizer.eot_id) if config.mask_documents else None
         with autocast(world.device, config.precision):
@@ -141,6 +155,7 @@ def fit(
     resume: tuple[Path, dict[str, Any]] | None = None,
     probe: Probe,
     on_step: Callable[[int], None] | None = None,
+    on_validation: Callable[[int], None] | None = None,
 ) -> Fit:
     """Train a model to ``config.num_steps`` optimizer steps, from ``resume`` if it is given.
 
@@ -158,6 +173,7 @@ def fit(
         resume: a checkpoint's folder and state, from ``newest_intact``.
         probe: returns figures for the log; its argument runs the model on one sequence.
         on_step: called with the steps done, at the start and after each step (for lambda(t)).
+        on_validation: called with the steps done after each validation (to draw samples).
 
     Raises:
         RunError: the loss is not finite, or the disk is full.
@@ -184,9 +200,20 @@ def fit(
     eot = corpus.tokenizer.eot_id
     last, batch_tokens = config.num_steps, int(config.batch_tokens)
 
-    def measure() -> str:
+    def measure(row: dict[str, float]) -> None:
         nonlocal validation
-        validation = evaluate(model, corpus, config, world)
+        now.unmeasured = row
+
+        def on_batch(tokens: int) -> None:
+            val_bar.at(min(tokens, corpus.val.n_tokens))
+            if world.any(stop.name is not None):
+                if now.step:
+                    save()
+                raise stopped()
+
+        with reporter.progress("val", corpus.val.n_tokens) as val_bar:
+            validation = evaluate(model, corpus, config, world, on_batch)
+        now.unmeasured = None
         if not math.isfinite(validation["val/loss"]):
             raise _not_finite(
                 "validation loss",
@@ -199,7 +226,21 @@ def fit(
         now.val_loss = validation["val/loss"]
         if now.val_loss < now.best_loss:
             now.best_loss, now.best_step = now.val_loss, now.step
-        return f"val/loss {now.val_loss:.4f}  val/bpb {validation['val/bpb']:.4f}"
+        bar.at(now.step, note(), always=True)
+        track.log(now.step, now.tokens, row | validation)
+        if on_validation is not None:
+            on_validation(now.step)
+
+    def note() -> str:
+        figures = [f"loss {train_loss:.4f}"] if train_loss is not None else []
+        figures += [f"val {validation['val/loss']:.4f}"] if validation else []
+        return "  ".join([*figures, f"{figure(speed)} tok/s"] if speed else figures)
+
+    def stopped() -> Stopped:
+        return Stopped(
+            f"stopped by {stop.name or 'another process'} after step {now.step}; go on with "
+            f"train.resume={run_dir}"
+        )
 
     def save() -> Path:
         now.seconds = track.seconds
@@ -215,16 +256,18 @@ def fit(
             prune(run_dir, config.keep_last, now.step)
         return folder
 
+    train_loss: float | None = None
+    speed = 0.0
+    # (step, loss on the device, the batch's position)
+    unread: list[tuple[int, torch.Tensor, str]] = []
     if resume is None:
-        note = measure()
-        track.log(0, 0, validation)
-        reporter.line(f"step 0  {note}")
-    unread: list[
-        tuple[int, torch.Tensor, str]
-    ] = []  # (step, loss on the device, the batch's position)
-    mark_step, mark_time = now.step, time.perf_counter()
-
-    with _stop_signals() as stop, reporter.progress("step", last, now.step) as bar:
+        now.unmeasured = {}  # step 0
+    with stop_signals() as stop, reporter.progress("step", last, now.step) as bar:
+        if now.unmeasured is not None:
+            measure(now.unmeasured)
+            if now.step:
+                checkpoint = save()
+        mark_step, mark_time = now.step, time.perf_counter()
         while now.step < last:
             # Data
             batch = next(batches)
@@ -253,9 +296,8 @@ def fit(
             )
             if not (logs or evals or saves or stopping):
                 continue
-            synchronize(
-                world.device
-            )  # device sync: what is timed, logged or saved is finished work
+            # Device sync: what is timed, logged or saved is finished work.
+            synchronize(world.device)
             elapsed = time.perf_counter() - mark_time
             now.train_seconds += elapsed
             now.pending += _finite_losses(unread, run_dir, reporter)
@@ -269,11 +311,11 @@ def fit(
             # Log
             if logs:
                 speed = (now.step - mark_step) * batch_tokens / elapsed
-                mean = sum(now.pending) / len(now.pending)
+                train_loss = sum(now.pending) / len(now.pending)
                 now.pending = []
                 row = {
-                    "train/loss": mean,
-                    "train/perplexity": math.exp(min(mean, 700.0)),
+                    "train/loss": train_loss,
+                    "train/perplexity": math.exp(min(train_loss, 700.0)),
                     "train/lr": rate,
                     "train/grad_norm": float(norm),
                     "train/tokens_per_second": speed,
@@ -281,31 +323,24 @@ def fit(
                     "train/peak_memory_bytes": peak_memory(world.device),
                 }
                 row |= probe(partial(_look, model, batch, config, eot, world))
-                bar.at(now.step, f"loss {mean:.4f}  lr {rate:.2e}  {figure(speed)} tokens/s")
+                bar.at(now.step, note())
 
             # Evaluate
             if evals:
-                note = measure()
-                row |= validation
-                bar.at(now.step, note, always=True)
-            if row:
+                measure(row)
+            elif row:
                 track.log(now.step, now.tokens, row)
 
             # Save
             if saves or stopping or (evals and now.best_step == now.step):
                 checkpoint = save()
             if stopping and now.step < last:
-                raise Stopped(
-                    f"stopped by {stop.name or 'another process'} after step {now.step}; go on "
-                    f"with train.resume={run_dir}"
-                )
+                raise stopped()
             mark_step, mark_time = now.step, time.perf_counter()
 
-    if now.val_loss is None:  # resumed at its last step
-        note = measure()
-        track.log(now.step, now.tokens, validation)
-        reporter.line(f"step {now.step}  {note}")
-        checkpoint = save()
+        if now.val_loss is None:  # resumed at its last step
+            measure({})
+            checkpoint = save()
     return Fit(now, validation, checkpoint, now.tokens / max(now.train_seconds, 1e-9))
 
 
@@ -362,33 +397,3 @@ def _not_finite(
     good = newest_intact(run_dir, reporter.warn)
     last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
     return RunError(f"the {name} is {value} at step {step} ({place}); {last}")
-
-
-@dataclass
-class _Stop:
-    name: str | None = None
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Record SIGINT and SIGTERM for the loop to act on after the step; a second one kills."""
-    stop = _Stop()
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # only the main thread may set handlers
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: object) -> None:
-        stop.name = signal.Signals(number).name
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -19,17 +19,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
+import yaml
 
 from diffx.config import RunError, UserError
 from diffx.config.data import DataConfig, TokenizerConfig
-from diffx.config.train import TrainJob
+from diffx.config.train import TrainJob, WandbMode
 from diffx.console import Reporter, duration, make_table
 from diffx.data import Corpus, open_data
 from diffx.data.tokenizers import Tokenizer
 from diffx.files import write_json
 from diffx.tracking import NullTracker, Tracker
 from diffx.train.checkpoint import newest_intact
-from diffx.train.folder import AnyJob, hold_folder, new_folder, run_name, settle, write_start
+from diffx.train.folder import (
+    AnyJob,
+    finished,
+    hold_folder,
+    new_folder,
+    run_name,
+    settle,
+    shown_as,
+    write_start,
+)
 from diffx.train.loop import Fit, fit
 from diffx.train.parallel import World, fused_kernels, join_world
 from diffx.train.scratch import Scratch, show_read
@@ -71,6 +81,8 @@ def _run(
     job, resumed = settle(job, overrides)
     if resumed and world.main:
         stack.enter_context(hold_folder(resumed, new=False))
+    if resumed and finished(job, resumed, reporter):
+        return resumed
     # Everything that can be refused is checked before anything is written.
     subject: Subject
     if isinstance(job, TrainJob):
@@ -109,6 +121,10 @@ def _run(
     )
     spent = checkpoint[1]["progress"] if checkpoint else None
     with _open_tracker(job, folder, world, reporter, resumed is not None, spent) as track:
+        show_sample = None
+        if isinstance(subject, Scratch) and job.wandb.mode is not WandbMode.disabled:
+            track.constants = subject.constants()
+            show_sample = partial(subject.show_sample, track)
         result = fit(
             subject.model,
             subject.blocks,
@@ -123,13 +139,12 @@ def _run(
             resume=checkpoint,
             probe=subject.probe,
             on_step=subject.on_step,
+            on_validation=show_sample,
         )
         summary = _summary(job, result, subject.parameters)
         summary |= subject.finish(folder, result, summary) | {"finished": True}
         if world.main:
             write_json(folder / "summary.json", summary)
-            if sample := summary.get("sample"):
-                track.samples(result.progress.step, [(job.train.sample_prompt, sample)])
             numbers = {
                 key: value for key, value in summary.items() if isinstance(value, int | float)
             }
@@ -164,9 +179,10 @@ def _open_tracker(
     # A run that was killed before its first checkpoint starts again in the same folder.
     progress = progress or {"step": -1, "seconds": 0.0}
     step = int(progress["step"]) if resumed else None
+    name, tags = shown_as(job, yaml.safe_load((folder / "overrides.yaml").read_text("utf-8")))
     config = dataclasses.asdict(job)
     seconds = float(progress["seconds"])
-    return Tracker(folder, job.wandb, run_name(job), config, reporter.warn, step, seconds)
+    return Tracker(folder, job.wandb, name, config, reporter.warn, step, seconds, tags)
 
 
 def _summary(job: AnyJob, result: Fit, parameters: dict[str, int]) -> dict[str, Any]:

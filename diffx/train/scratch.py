@@ -15,6 +15,7 @@ from diffx.data.ngram import baselines
 from diffx.dex.pretrained import free_memory
 from diffx.models import build_model, generate, init_weights
 from diffx.models.tensors import read_tensors
+from diffx.tracking import Tracker
 from diffx.train.checkpoint import WEIGHTS, find_checkpoint, trained_shapes
 from diffx.train.loop import Fit
 from diffx.train.parallel import World
@@ -97,21 +98,22 @@ class Scratch:
             self._reporter.line(f"{name}: {values}")
 
     def finish(self, folder: Path, result: Fit, summary: dict[str, Any]) -> dict[str, Any]:
-        """Sample a continuation of ``train.sample_prompt``, in all processes if sharded."""
-        job, tokenizer, sample = self._job, self._corpus.tokenizer, ""
-        if job.train.sample_tokens:
-            prompt = [tokenizer.eot_id, *tokenizer.encode(job.train.sample_prompt)]
-            sampled = generate(
-                self.model,
-                torch.tensor([prompt], device=self._world.device),
-                max_tokens=job.train.sample_tokens,
-                temperature=0.8,
-                top_p=0.95,
-                seed=job.seed,
-                eot_id=tokenizer.eot_id,
-            )
-            sample = tokenizer.decode(list(sampled))
-        return {"baselines": self._baselines, "sample": sample}
+        """Return the baselines and a sample."""
+        return {"baselines": self._baselines, "sample": self._sample()}
+
+    def constants(self) -> dict[str, float]:
+        """Return the baselines as figures of the tracker."""
+        return {
+            f"baselines/{name}/{unit}": value
+            for name, losses in self._baselines.items()
+            for unit, value in losses.items()
+        }
+
+    def show_sample(self, track: Tracker, step: int) -> None:
+        """Show a sample of the model as it is at this step."""
+        with torch.compiler.set_stance("force_eager"):
+            sample = self._sample()
+        track.samples(step, [(self._job.train.sample_prompt, sample)] if sample else [])
 
     def report(self, summary: dict[str, Any]) -> None:
         """Print the sample, and the held-out loss beside the baselines."""
@@ -124,6 +126,23 @@ class Scratch:
         ]
         columns = ["model", "nats a token", "bits per byte"]
         self._reporter.table(make_table("Held-out loss", columns, rows))
+
+    def _sample(self) -> str:
+        """Sample a continuation of ``train.sample_prompt``, in all processes if sharded."""
+        job, tokenizer = self._job, self._corpus.tokenizer
+        if not job.train.sample_tokens:
+            return ""
+        prompt = [tokenizer.eot_id, *tokenizer.encode(job.train.sample_prompt)]
+        sampled = generate(
+            self.model,
+            torch.tensor([prompt], device=self._world.device),
+            max_tokens=job.train.sample_tokens,
+            temperature=0.8,
+            top_p=0.95,
+            seed=job.seed,
+            eot_id=tokenizer.eot_id,
+        )
+        return tokenizer.decode(list(sampled))
 
 
 def show_read(bar: Bar, stage: str, done: int, total: int | None) -> None:

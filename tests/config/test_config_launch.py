@@ -14,12 +14,14 @@ from diffx.config import RunError, UserError
 from diffx.config.bridge import register_schemas
 from diffx.config.composition import compose_config, composer
 from diffx.config.launch import _plain_text, compose, launch
+from diffx.console import Reporter
 
 
 class Work:
     """Stands in for training: keeps what it was given, makes the run folder, and fails for the seeds it was told to."""
 
-    def __init__(self, failures=None):
+    def __init__(self, failures=None, losses=None):
+        self.losses = losses or {}
         self.jobs, self.words, self.argv, self.failures = [], [], [], failures or {}
 
     def __call__(self, job, words):
@@ -30,6 +32,8 @@ class Work:
             raise self.failures[job.seed]
         if job.run.dir is not None:
             Path(job.run.dir).mkdir()
+            Reporter().line("hello")
+        return self.losses.get(job.seed)
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +122,49 @@ def test_a_sweep_gives_each_job_its_folder_and_one_group(here):
     assert {job.wandb.group for job in work.jobs} == {sweep.name}
     assert not set("=,") & set(sweep.name)
     assert work.words[1] == ["model=transformer", "seed=4"]
-    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "2", "3", "multirun.yaml"]
+    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "2", "3", "jobs.jsonl", "multirun.yaml"]
+
+
+def test_a_sweep_names_its_jobs_and_ends_with_a_table(here, capfd):
+    def best(job, words):
+        if job.seed == 2:  # as Hydra's sweeper for optuna writes it, at its end
+            Path("s/optimization_results.yaml").write_text("name: optuna\nbest_params:\n  seed: 1\nbest_value: 2.5\n")
+        return work(job, words)
+
+    work = Work({2: UserError("bad input")}, {0: 2.75, 1: 2.5})
+    words = ["train.steps=5", "seed=0,1,2", "hydra.sweep.dir=s"]
+    assert launch("train", best, words, multirun=True) == 2
+    told = capfd.readouterr().out.splitlines()
+    assert told[:3] == ["job 0 (seed=0): hello", "job 1 (seed=1): hello", "Sweep"]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told if line.startswith("│")]
+    assert cells == [["0", "seed=0", "2.7500", "s/0"], ["1", "seed=1", "2.5000", "s/1"], ["2", "seed=2", "failed: bad input", ""]]
+    assert told[-2:] == ["best trial of optuna: job 1 (seed=1), 2.5000", "diffx compare s"]
+    for number in (0, 1):
+        Path(f"s/{number}").rmdir()
+    launch("train", Work(), words, multirun=True)
+    assert "optuna" not in capfd.readouterr().out, "that is of the sweep before"
+
+
+def test_the_table_shows_where_results_are(capfd):
+    def work(job, words):
+        return {8: "runs/x/quantized/8", 4: "runs/x/quantized/4"} if job.limit == 1 else "runs/x/evals/y"
+
+    launch("quantize", work, ["checkpoint=x", "limit=1,2", "hydra.sweep.dir=s"], multirun=True)
+    told = capfd.readouterr().out
+    assert [line.split("│")[-2].strip() for line in told.splitlines() if line.startswith("│")] == ["runs/x/quantized", "runs/x/evals/y"]
+    assert "compare" not in told
+
+
+@pytest.mark.parametrize(
+    ("group", "package", "word"),
+    [("experiment", "_global_", "experiment=odd"), ("size", "model", "size=odd"), ("experiment", "_global_", "experiment=odd,odd")],
+)
+def test_a_config_without_its_package_line_says_so(here, group, package, word):
+    file = here / "mine" / group / "odd.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# My own.\ntrain:\n  steps: 5\n" if group == "experiment" else "hidden_size: 64\n")
+    with pytest.raises(UserError, match=rf"{file} cannot be used: its first line must be `# @package {package}`"):
+        launch("train", Work(), [word], config_dir=here / "mine", multirun="," in word)
 
 
 def test_a_group_of_ones_own_is_kept():
@@ -187,6 +233,7 @@ def test_an_interrupt_ends_the_sweep(here, capfd):
         launch("train", work, ["seed=0,1,2", "hydra.sweep.dir=s"], multirun=True)
     assert [job.seed for job in work.jobs] == [0, 1]
     told = capfd.readouterr().err
+    assert "hydra.sweep.dir=s train.resume=auto" in told
     assert told.count("bad input") == 1 and "error: 1 job of the sweep failed: 0 (seed=0)" in told
 
 

@@ -274,7 +274,7 @@ def test_another_base_is_noticed(run, words, hf_folder, tmp_path, capfd):
     assert main(words(f"base={base}", f"run.dir={folder}")) == 0
     state = load_file(base / "model.safetensors")
     save_file(state | {"lm_head.weight": state["lm_head.weight"] + 1}, base / "model.safetensors", {"format": "pt"})
-    for command in (words(f"base={base}", f"train.resume={folder}"), ["eval", f"checkpoint={folder}", "suite=icl"]):
+    for command in (words(f"base={base}", f"train.resume={folder}", "train.steps=9"), ["eval", f"checkpoint={folder}", "suite=icl"]):
         assert "was adapted from other weights" in error_of(capfd, command)
     shutil.rmtree(base)
     assert f"base={base} cannot be used" in error_of(capfd, ["eval", f"checkpoint={folder}", "suite=icl"])
@@ -287,6 +287,21 @@ def test_heads_of_another_run_are_used_verbatim(run, words, tmp_path):
     folder = tmp_path / "again"
     assert main(words(f"dex.heads={run()}/heads.json", f"run.dir={folder}", "dex.calibration_tokens=32", "train.steps=1")) == 0
     assert (folder / "heads.json").read_text() == (run() / "heads.json").read_text()
+
+
+def test_choosing_heads_has_a_bar_and_an_interrupt_there_leaves_nothing(words, tmp_path, monkeypatch):
+    shown = []
+
+    def at(bar, done, *args, **kwargs):
+        if bar._name == "choosing heads by entropy_high":
+            shown.append((done, bar._total))
+            if done == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffx.console.Bar.at", at)
+    assert main(words(f"run.dir={tmp_path}/x", "dex.heads=entropy_high")) == 130
+    assert shown == [(1, 8), (2, 8), (3, 8)]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_heads_that_cannot_be_used(run, words, tmp_path, capfd):

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from diffx.config import RunError, UserError
 from diffx.config.data import BpeTokenizer, ShardsData, TextData
 from diffx.config.model import MODEL_CONFIGS
-from diffx.config.train import Precision, PrepareJob
+from diffx.config.train import Precision, PrepareJob, WandbConfig, WandbMode
 from diffx.data import open_data
 from diffx.data.prepare import prepare
 from diffx.errors import Stopped
@@ -188,6 +190,78 @@ def test_a_stop_raises_stopped_in_process(make_job, monkeypatch):
     with pytest.raises(Stopped, match=r"after step 1; go on with train\.resume="):
         run_job(make_job(), [])
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("at", "batches"), [(0, 3), (4, 2), (12, 1)])
+def test_a_stop_in_a_validation_ends_within_a_batch_and_loses_nothing(make_job, run, monkeypatch, at, batches):
+    whole = run("whole", log_every=3)
+    job = make_job("stopped", log_every=3)
+    losses, measured = loop.token_losses, []
+
+    def interrupted(model, *args):
+        if not model.training:
+            measured.append(Path(job.run.dir, "metrics.jsonl").read_text().count("val/loss") * 4)
+            if measured.count(at) == batches and measured[-1] == at:
+                signal.raise_signal(signal.SIGINT)
+        return losses(model, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"after step {at}; go on with"):
+        patch.setattr(loop, "token_losses", interrupted)
+        run_job(job, [])
+    assert measured.count(at) == batches, "it went on"
+    folder = resume(job)
+    assert figures(folder) == figures(whole)
+    assert same(weights(folder, 12), weights(whole, 12))
+    best = [json.loads((place / "summary.json").read_text())["best/step"] for place in (folder, whole)]
+    assert best[0] == best[1]
+
+
+def test_a_finished_run_says_so_and_is_not_loaded_again(make_job, monkeypatch, capsys):
+    job = make_job(steps=4)
+    folder = run_job(job, [])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        for name in ("run.open_data", "scratch.build_model", "scratch.load_tokenizer"):
+            patch.setattr(f"diffx.train.{name}", None)
+        assert resume(job) == folder
+    (told,) = capsys.readouterr().out.splitlines()
+    assert f"{folder} is finished: 4 steps" in told
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    (folder / "summary.json").write_text("{")  # damaged: the end is done again
+    assert resume(job) == folder and "finished" in (folder / "summary.json").read_text()
+
+
+def test_wandb_gets_samples_at_each_validation_and_they_change_nothing(make_job, run, monkeypatch):
+    plain = run("plain")
+    given, logged = {}, []
+    wandb_run = types.SimpleNamespace(
+        id="x",
+        log=lambda row, step: logged.append((step, row)),
+        define_metric=lambda *_, **__: None,
+        finish=lambda **_: None,
+        summary={},
+    )
+    stub = types.SimpleNamespace(
+        init=lambda **more: given.update(more) or wandb_run,
+        Settings=lambda **_: None,
+        Table=lambda columns, data: data,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    job = dataclasses.replace(
+        make_job("shown", sample_tokens=5),
+        wandb=WandbConfig(mode=WandbMode.offline, group="sweep"),
+    )
+    folder = run_job(job, ["train.lr=3e-3", "seed=0", "device=cpu", "run.dir=shown", "model=diff_v1"])
+    assert figures(folder) == figures(plain)
+    samples = [(step, row["samples"]) for step, row in logged if "samples" in row]
+    assert [step for step, _ in samples] == [0, 4, 8, 12]
+    assert all(prompt == "" and len(text) > 0 for _, ((_, prompt, text),) in samples)
+    assert given["name"] == "diff_v1-text-seed0 train.lr=3e-3"
+    assert given["group"] == "sweep" and given["tags"] == ["train", "diff_v1", "text"]
+    baselines = json.loads((folder / "summary.json").read_text())["baselines"]
+    drawn = [row["baselines/unigram/nats"] for _, row in logged if "val/loss" in row]
+    assert drawn == [baselines["unigram"]["nats"]] * 4
 
 
 def test_a_damaged_checkpoint_is_passed_over(make_job, run, capsys):
