@@ -44,7 +44,9 @@ def storage_failure(error: BaseException) -> str | None:
     """
     if isinstance(error, OSError) and error.errno in _STORAGE:
         reason = _reason(error)
-    elif "No space left on device" in str(error):  # safetensors and pyarrow tell a full disk by the text of their own exceptions
+    elif "No space left on device" in str(
+        error
+    ):  # safetensors and pyarrow tell a full disk by the text of their own exceptions
         reason = "No space left on device"
     else:
         return None
@@ -62,7 +64,9 @@ def storage_errors(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = storage_failure(error)
-        if failure is None and isinstance(error, OSError) and error.strerror:  # such as a folder that was deleted meanwhile
+        if (
+            failure is None and isinstance(error, OSError) and error.strerror
+        ):  # such as a folder that was deleted meanwhile
             failure = _reason(error)
         if failure is None:
             raise
@@ -72,7 +76,10 @@ def storage_errors(what: str) -> Iterator[None]:
 def memory_failure(error: BaseException) -> str | None:
     """Describe a failed allocation in one line; ``None`` if the exception is something else."""
     # torch's exceptions are told by name and text, so that this module needs no torch.
-    told = any(text in str(error) for text in ("can't allocate memory", "calculation overflowed", "multiplication overflow"))
+    told = any(
+        text in str(error)
+        for text in ("can't allocate memory", "calculation overflowed", "multiplication overflow")
+    )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or told:
         reason = str(error).strip().partition("\n")[0].partition(". GPU ")[0]
         return f"out of memory{f': {reason}' if reason else ''}; a smaller model, batch or length takes less"
@@ -100,4 +107,6 @@ def describe(error: BaseException) -> tuple[int, str] | None:
 
 def one_line(text: str) -> str:
     """Escape what would break a message into lines or could not be printed, such as half of a surrogate pair."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

@@ -78,7 +78,9 @@ class Tracker:
             RunError: the run folder was deleted or moved.
         """
         if not self._path.exists():  # what is written to a deleted file is lost in silence
-            raise RunError(f"{self._path} was deleted or moved while the run was going; it ends at step {step}")
+            raise RunError(
+                f"{self._path} was deleted or moved while the run was going; it ends at step {step}"
+            )
         row = {"step": step, "tokens": tokens, "time": round(self.seconds, 3), **metrics}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -93,7 +95,9 @@ class Tracker:
             def send() -> None:
                 import wandb
 
-                table = wandb.Table(columns=["step", "prompt", "continuation"], data=[[step, *row] for row in rows])
+                table = wandb.Table(
+                    columns=["step", "prompt", "continuation"], data=[[step, *row] for row in rows]
+                )
                 self._run.log({"samples": table}, step=step)
 
             self._safely(send)
@@ -109,7 +113,9 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
         if self._run is not None:
-            self._safely(lambda: self._run.finish(exit_code=int(kind is not None)))  # waits for an upload, two minutes at most
+            self._safely(
+                lambda: self._run.finish(exit_code=int(kind is not None))
+            )  # waits for an upload, two minutes at most
 
     def _safely(self, call: Callable[[], None]) -> None:
         """Run a W&B call; on any failure say so once and go on without W&B."""
@@ -165,20 +171,31 @@ def show_evaluation(
 
         run = _open(folder, wandb, name, config, job_type="eval")
         shown = {"picture": Image(str(picture))} if picture is not None else {}
-        run.log({"metrics": Table(columns=list(columns), data=[list(row) for row in rows]), **shown})
+        run.log(
+            {"metrics": Table(columns=list(columns), data=[list(row) for row in rows]), **shown}
+        )
         run.summary.update(figures)
         run.finish()
     except Exception as error:  # W&B raises many kinds; none is worth an evaluation
         warn(f"{_stopped(error)}; the evaluation's files are whole")
 
 
-def _open(folder: Path, config: WandbConfig, name: str, resolved: dict[str, Any], job_type: str, tags: Sequence[str] = ()) -> Any:
+def _open(
+    folder: Path,
+    config: WandbConfig,
+    name: str,
+    resolved: dict[str, Any],
+    job_type: str,
+    tags: Sequence[str] = (),
+) -> Any:
     """Start the W&B run of a folder, or go on with it."""
     import wandb
 
     # One id a folder, so that what is resumed goes on in the same W&B run.
     id_file = folder / "wandb_id.txt"
-    if config.mode is WandbMode.online and not wandb.login(prompt=False):  # else init would wait at a prompt
+    if config.mode is WandbMode.online and not wandb.login(
+        prompt=False
+    ):  # else init would wait at a prompt
         raise RuntimeError("no API key: `wandb login`, or set WANDB_API_KEY")
     run = wandb.init(
         id=id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None,
@@ -193,7 +210,12 @@ def _open(folder: Path, config: WandbConfig, name: str, resolved: dict[str, Any]
         mode=config.mode.value,
         config=resolved,
         settings=wandb.Settings(
-            silent=True, console="off", disable_code=True, init_timeout=30, finish_timeout=120, finish_timeout_raises=False
+            silent=True,
+            console="off",
+            disable_code=True,
+            init_timeout=30,
+            finish_timeout=120,
+            finish_timeout_raises=False,
         ),
     )
     id_file.write_text(f"{run.id}\n", encoding="utf-8")
@@ -201,7 +223,9 @@ def _open(folder: Path, config: WandbConfig, name: str, resolved: dict[str, Any]
 
 
 def _stopped(error: Exception) -> str:
-    return f"W&B stopped ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    return (
+        f"W&B stopped ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    )
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -223,6 +247,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     rows = read_json_lines(path)
     for number, row in enumerate(rows, 1):
-        if not all(isinstance(row.get(key), int | float) and abs(row[key]) < MOST for key in ("step", "tokens")):
+        if not all(
+            isinstance(row.get(key), int | float) and abs(row[key]) < MOST
+            for key in ("step", "tokens")
+        ):
             raise UserError(f"{path} is damaged: line {number} has no `step` or no `tokens`")
     return rows

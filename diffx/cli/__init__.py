@@ -33,7 +33,10 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _diffx(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
 ) -> None:
     """Train and compare models with differential attention, adapt pretrained ones to it (DEX), evaluate, quantize and export them.
 
@@ -82,7 +85,9 @@ def _quantize(job: Any, words: list[str]) -> dict[int, str]:
 def _report_quantization(results: list[dict[Any, str]], sweep: Path | None) -> None:
     from diffx.report.quantized import report_quantization
 
-    folders = [{int(bits): Path(folder) for bits, folder in result.items()} for result in results]  # JSON's keys are text
+    folders = [
+        {int(bits): Path(folder) for bits, folder in result.items()} for result in results
+    ]  # JSON's keys are text
     step = next(iter(folders[0].values())).parents[1]
     name = folders[0][min(folders[0])].parent.name.rpartition("-")[0] or "quantized"
     report_quantization(folders, (sweep or step) / f"{name}.png")
@@ -108,46 +113,79 @@ def _prepare(job: Any, words: list[str]) -> None:
 
     reporter = Reporter()
     with reporter.progress("corpus", None, unit="MB") as bar:
-        folder = prepare(job, lambda stage, done, total: bar.at(done // 10**6, f"{stage}, {done / total:.0%}" if total else stage))
+        folder = prepare(
+            job,
+            lambda stage, done, total: bar.at(
+                done // 10**6, f"{stage}, {done / total:.0%}" if total else stage
+            ),
+        )
     reporter.line(f"token shards in {folder}")
 
 
 def _composed(
-    config: str, work: Callable[[Any, list[str]], Any], text: str, after: Callable[[list[Any], Path | None], None] | None = None
+    config: str,
+    work: Callable[[Any, list[str]], Any],
+    text: str,
+    after: Callable[[list[Any], Path | None], None] | None = None,
 ) -> Callable[..., None]:
     """Make the command that composes ``config`` from its words, does ``work`` with the job, and then ``after`` with the results."""
 
     def candidates(ctx: typer.Context, incomplete: str) -> list[str]:
         from diffx.config.completion import complete
 
-        return complete(config, ctx.params.get("words") or [], incomplete, ctx.params.get("config_dir"))
+        return complete(
+            config, ctx.params.get("words") or [], incomplete, ctx.params.get("config_dir")
+        )
 
     def command(
         words: Annotated[
-            list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config groups and keys.", autocompletion=candidates)
+            list[str] | None,
+            typer.Argument(
+                metavar="KEY=VALUE", help="Config groups and keys.", autocompletion=candidates
+            ),
         ] = None,
-        multirun: Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of a=1,2 b=x,y.")] = False,
-        cfg: Annotated[Literal["job", "hydra", "all"] | None, typer.Option(help="Print the composed config; run nothing.")] = None,
+        multirun: Annotated[
+            bool, typer.Option("--multirun", "-m", help="Run every combination of a=1,2 b=x,y.")
+        ] = False,
+        cfg: Annotated[
+            Literal["job", "hydra", "all"] | None,
+            typer.Option(help="Print the composed config; run nothing."),
+        ] = None,
         doc: Annotated[
-            str | None, typer.Option(metavar="KEY", help="Print the meaning of a key (train.lr), a group (train) or all; run nothing.")
+            str | None,
+            typer.Option(
+                metavar="KEY",
+                help="Print the meaning of a key (train.lr), a group (train) or all; run nothing.",
+            ),
         ] = None,
-        resolve: Annotated[bool, typer.Option("--resolve", help="Print it with interpolations resolved.")] = False,
-        package: Annotated[str | None, typer.Option("--package", "-p", help="Print only this part of it, such as train.")] = None,
+        resolve: Annotated[
+            bool, typer.Option("--resolve", help="Print it with interpolations resolved.")
+        ] = False,
+        package: Annotated[
+            str | None,
+            typer.Option("--package", "-p", help="Print only this part of it, such as train."),
+        ] = None,
         info: Annotated[
             Literal["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"] | None,
             typer.Option(help="Print Hydra's view of the configs; run nothing."),
         ] = None,
-        config_dir: Annotated[Path | None, typer.Option(help="A folder of configs; it comes before those of diffx.")] = None,
+        config_dir: Annotated[
+            Path | None, typer.Option(help="A folder of configs; it comes before those of diffx.")
+        ] = None,
     ) -> None:
         from diffx.config.launch import launch, show_config
 
         if resolve or package:
             cfg = cfg or "job"
-        shown = [f"--{flag}" for flag, value in (("cfg", cfg), ("info", info), ("doc", doc)) if value]
+        shown = [
+            f"--{flag}" for flag, value in (("cfg", cfg), ("info", info), ("doc", doc)) if value
+        ]
         if len(shown) > 1:
             raise UserError(f"{shown[-1]} with {shown[0]} cannot be used: ask for one of them")
         if shown and multirun:
-            raise UserError(f"--multirun with {shown[0]} cannot be used: it shows one job's config; give each key one value")
+            raise UserError(
+                f"--multirun with {shown[0]} cannot be used: it shows one job's config; give each key one value"
+            )
         if shown:
             show_config(
                 config,
@@ -161,7 +199,9 @@ def _composed(
             )
             return
         try:
-            code = launch(config, work, words or [], multirun=multirun, config_dir=config_dir, after=after)
+            code = launch(
+                config, work, words or [], multirun=multirun, config_dir=config_dir, after=after
+            )
         except Stopped as stop:  # Typer would make 130 of it
             print(stop, file=sys.stderr)
             code = 0
@@ -343,7 +383,12 @@ data.command("prepare")(
 
 @app.command()
 def compare(
-    words: Annotated[list[str], typer.Argument(metavar="RUN", help="Run folders, or the folder of a sweep; with suite=S, checkpoints.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN", help="Run folders, or the folder of a sweep; with suite=S, checkpoints."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Where to draw the picture (PNG).")] = None,
 ) -> None:
     """Compare runs, or with suite=S their evaluations, in a table and a picture.

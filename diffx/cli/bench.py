@@ -17,10 +17,16 @@ bench = typer.Typer(help="Measure side by side.", **SETTINGS)
 @bench.command("train")
 def bench_train(
     out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
-    size: Annotated[list[str], typer.Option(help="A size of diffx train; may be given several times.")] = ["nano", "25m"],  # noqa: B006 - Typer's way
-    seq_len: Annotated[list[int], typer.Option(help="A context length in tokens; may be given several times.")] = [512, 2048],  # noqa: B006
+    size: Annotated[
+        list[str], typer.Option(help="A size of diffx train; may be given several times.")
+    ] = ["nano", "25m"],  # noqa: B006 - Typer's way
+    seq_len: Annotated[
+        list[int], typer.Option(help="A context length in tokens; may be given several times.")
+    ] = [512, 2048],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1, help="How often each model takes its turn.")] = 5,
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")
+    ] = "auto",
 ) -> None:
     """Measure training speed and peak memory.
 
@@ -39,11 +45,15 @@ def bench_train(
 
 @bench.command("eval")
 def bench_eval(
-    checkpoint: Annotated[str, typer.Option(help="A Llama of the Hugging Face hub, by name or folder.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="A Llama of the Hugging Face hub, by name or folder.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
     documents: Annotated[int, typer.Option(min=1, help="Documents of each kind of request.")] = 24,
     rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 3,
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")
+    ] = "auto",
 ) -> None:
     """Measure the harness adapter's requests a second.
 
@@ -61,12 +71,16 @@ def bench_eval(
 
 @bench.command("adapt")
 def bench_adapt(
-    base: Annotated[str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")],
+    base: Annotated[
+        str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
     seq_len: Annotated[int, typer.Option(min=1, help="Context length in tokens.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")
+    ] = "auto",
 ) -> None:
     """Measure what DEX costs on a pretrained model.
 
@@ -85,12 +99,16 @@ def bench_adapt(
 
 @bench.command("quantize")
 def bench_quantize(
-    checkpoint: Annotated[str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
     seq_len: Annotated[int, typer.Option(min=1, help="Context length in tokens.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")
+    ] = "auto",
 ) -> None:
     """Measure what few bits cost and save.
 
@@ -104,18 +122,29 @@ def bench_quantize(
     """
     from diffx.bench.quantize import bench_quantize
 
-    bench_quantize(out=out, checkpoint=checkpoint, seq_len=seq_len, batch=batch, rounds=rounds, device=device)
+    bench_quantize(
+        out=out, checkpoint=checkpoint, seq_len=seq_len, batch=batch, rounds=rounds, device=device
+    )
 
 
 @bench.command("attention")
 def bench_attention(
     out: Annotated[Path | None, typer.Option(help="Where to write the figures (JSON).")] = None,
-    heads: Annotated[int, typer.Option(min=2, help="Heads of the baseline; two make a differential one.")] = 16,
+    heads: Annotated[
+        int, typer.Option(min=2, help="Heads of the baseline; two make a differential one.")
+    ] = 16,
     width: Annotated[int, typer.Option(min=1, max=128, help="Features of a query and a key.")] = 64,
-    seq_len: Annotated[list[int], typer.Option(min=1, help="A context length in tokens; may be given several times.")] = [1024, 2048],  # noqa: B006
+    seq_len: Annotated[
+        list[int],
+        typer.Option(min=1, help="A context length in tokens; may be given several times."),
+    ] = [1024, 2048],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
-    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="The tensors' type.")] = "auto",
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="The tensors' type.")
+    ] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")
+    ] = "auto",
 ) -> None:
     """Measure differential attention, forward and backward.
 
@@ -129,13 +158,26 @@ def bench_attention(
     """
     from diffx.bench.attention import bench_attention
 
-    bench_attention(out=out, heads=heads, width=width, seq_lens=seq_len, rounds=rounds, dtype=dtype, device=device)
+    bench_attention(
+        out=out,
+        heads=heads,
+        width=width,
+        seq_lens=seq_len,
+        rounds=rounds,
+        dtype=dtype,
+        device=device,
+    )
 
 
 @bench.command("profile")
 def bench_profile(
-    words: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config groups and keys of diffx train.")] = None,
-    trace: Annotated[Path, typer.Option(help="The trace to write (JSON, for https://ui.perfetto.dev).")] = Path("trace.json"),
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Config groups and keys of diffx train."),
+    ] = None,
+    trace: Annotated[
+        Path, typer.Option(help="The trace to write (JSON, for https://ui.perfetto.dev).")
+    ] = Path("trace.json"),
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 10,
 ) -> None:
     """Measure where the time of a training job's steps goes.

@@ -50,7 +50,9 @@ GROUPS: dict[str, Mapping[str, type]] = {
     "method": METHOD_CONFIGS,
 }
 
-_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # behind an odd number of backslashes it is text
+_INTERPOLATION = re.compile(
+    r"(?<!\\)(?:\\\\)*\$\{"
+)  # behind an odd number of backslashes it is text
 
 Job = TypeVar("Job")
 
@@ -101,10 +103,25 @@ def _check(cfg: DictConfig, prefix: str = "") -> None:
         if isinstance(value, DictConfig):
             _check(value, f"{name}.")
             continue
-        plain(name, OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value)
-        if key == "kind" and not free and value not in (None, *(field.default for field in dataclasses.fields(cls) if field.name == key)):
+        plain(
+            name,
+            OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value,
+        )
+        if (
+            key == "kind"
+            and not free
+            and value
+            not in (
+                None,
+                *(field.default for field in dataclasses.fields(cls) if field.name == key),
+            )
+        ):
             options = ", ".join(GROUPS.get(prefix[:-1], ()))
-            choice = f"give {prefix[:-1]}={value} in its place, one of {options}" if prefix else "the command sets it"
+            choice = (
+                f"give {prefix[:-1]}={value} in its place, one of {options}"
+                if prefix
+                else "the command sets it"
+            )
             raise UserError(f"{name}={value} cannot be set by hand: {choice}")
 
 
@@ -125,7 +142,9 @@ def literal(text: str) -> str:
 def to_plain(value: Any) -> Any:
     """Turn a config into values that YAML and JSON can hold and ``from_plain`` reads back: enums by name, texts escaped."""
     if dataclasses.is_dataclass(value):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         return {to_plain(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -158,7 +177,9 @@ def from_plain(schema: Any, saved: Any) -> Any:
 
 def _no_interpolations(value: Any, key: str = "") -> None:
     if isinstance(value, str) and _INTERPOLATION.search(value):
-        raise UserError(f"{key}={value} has an interpolation, which a saved config must not have; a text has \\${{ in its place")
+        raise UserError(
+            f"{key}={value} has an interpolation, which a saved config must not have; a text has \\${{ in its place"
+        )
     if isinstance(value, Mapping):
         for name, item in value.items():
             _no_interpolations(name, f"a key of {key}")
@@ -183,7 +204,9 @@ def load_config(path: Path) -> Any:
     try:
         saved = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as a saved config: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"{path} cannot be read as a saved config: {' '.join(str(error).split())}"
+        ) from error
     schema = _schema(saved, path)
     try:
         return from_plain(schema, saved)
@@ -197,7 +220,9 @@ def _schema(saved: Any, path: Path) -> DictConfig:
     def of(kinds: Mapping[str, type], node: Any, key: str) -> type:
         kind = str(node.get("kind") if isinstance(node, dict) else None)
         if kind not in kinds:
-            raise UserError(f"{path} cannot be used: {key}={kind} must be one of {', '.join(kinds)}")
+            raise UserError(
+                f"{path} cannot be used: {key}={kind} must be one of {', '.join(kinds)}"
+            )
         return kinds[kind]
 
     schema = OmegaConf.structured(of(JOBS, saved, "kind"))

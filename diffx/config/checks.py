@@ -27,7 +27,9 @@ def require(condition: bool, key: str, value: Any, accepted: str) -> None:
 def path_name(key: str, value: str) -> None:
     """Raise ``UserError`` unless a value can name a file or folder: no separator, no ``..``, nothing hidden."""
     accepted = "a name of 1 to 100 characters that does not start with '.' and has no '/', '\\', '=', ',' or control character"
-    require(re.fullmatch(r"(?!\.)[^/\\=,\x00-\x1f\x7f]{1,100}", value) is not None, key, value, accepted)
+    require(
+        re.fullmatch(r"(?!\.)[^/\\=,\x00-\x1f\x7f]{1,100}", value) is not None, key, value, accepted
+    )
 
 
 def count(key: str, value: int | str) -> int:
@@ -64,12 +66,16 @@ def new_path(key: str, value: str | Path) -> Path:
     """
     try:
         path = Path(value).expanduser()
-        parent = next((place for place in (path, *path.parents) if place.exists() and place != path), None)
+        parent = next(
+            (place for place in (path, *path.parents) if place.exists() and place != path), None
+        )
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{key}={value} cannot be used: {reason}") from error
     if parent is not None and not parent.is_dir():
-        raise UserError(f"{key}={value} cannot be used: {parent} is no folder; choose another place")
+        raise UserError(
+            f"{key}={value} cannot be used: {parent} is no folder; choose another place"
+        )
     return path
 
 
@@ -90,7 +96,12 @@ def plain(key: str, value: Any) -> None:
     elif isinstance(value, float):
         require(math.isfinite(value), key, value, "a finite number")
     elif isinstance(value, int):
-        require(-MOST < value < MOST, key, value if abs(value) < 10**30 else "(a long number)", "below 2^63")
+        require(
+            -MOST < value < MOST,
+            key,
+            value if abs(value) < 10**30 else "(a long number)",
+            "below 2^63",
+        )
     elif isinstance(value, str):
         shown = ascii(value if len(value) <= 80 else value[:80] + "…")
         require(_is_text(value), key, shown, "UTF-8 text without null characters")

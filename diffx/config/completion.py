@@ -14,7 +14,9 @@ from diffx.config.messages import keys, names_of
 from diffx.errors import UserError
 
 
-def complete(name: str, before: list[str], incomplete: str, config_dir: Path | None = None) -> list[str]:
+def complete(
+    name: str, before: list[str], incomplete: str, config_dir: Path | None = None
+) -> list[str]:
     """Words that could stand where ``incomplete`` does.
 
     Args:
@@ -24,7 +26,11 @@ def complete(name: str, before: list[str], incomplete: str, config_dir: Path | N
         config_dir: a folder of configs that come before those of diffx.
     """
     words = re.sub(r" ?= ?", "=", " ".join(before)).split()
-    split = f"{words.pop().rstrip('=')}=" if words and (words[-1].endswith("=") or "=" not in words[-1]) else ""
+    split = (
+        f"{words.pop().rstrip('=')}="
+        if words and (words[-1].endswith("=") or "=" not in words[-1])
+        else ""
+    )
     try:
         with composer(config_dir) as app:
             try:
@@ -39,7 +45,11 @@ def complete(name: str, before: list[str], incomplete: str, config_dir: Path | N
 
 def _candidates(cfg: Any, groups: dict[str, list[str]], word: str) -> list[str]:
     key, equals, value = word.partition("=")
-    names = [name for name in dict.fromkeys([*groups, *keys(cfg)]) if name.startswith(key) and name.rpartition(".")[2] != "kind"]
+    names = [
+        name
+        for name in dict.fromkeys([*groups, *keys(cfg)])
+        if name.startswith(key) and name.rpartition(".")[2] != "kind"
+    ]
     if not equals and len(names) != 1:
         return [f"{name}=" for name in names]
     # For a single key its values are given too, so that the shell puts no space after "key=".
@@ -55,7 +65,9 @@ def _values(cfg: Any, key: str) -> list[str]:
     """The values that a key may take if it is a choice, else its current value."""
     group, _, name = key.rpartition(".")
     parent = OmegaConf.select(cfg, group) if group else cfg
-    hint = get_type_hints(OmegaConf.get_type(parent)).get(name) if OmegaConf.is_dict(parent) else None
+    hint = (
+        get_type_hints(OmegaConf.get_type(parent)).get(name) if OmegaConf.is_dict(parent) else None
+    )
     if hint is None:
         return []
     if OmegaConf.is_missing(parent, name):

@@ -116,12 +116,18 @@ def config_groups(app: Any, name: str) -> dict[str, list[str]]:
     names = loader.repository.get_group_options  # the loader's method copies all configs
 
     def options(group: str) -> list[str]:
-        nested = [f"{sub}/{option}" for sub in names(group, ObjectType.GROUP) for option in options(f"{group}/{sub}")]
+        nested = [
+            f"{sub}/{option}"
+            for sub in names(group, ObjectType.GROUP)
+            for option in options(f"{group}/{sub}")
+        ]
         return [*names(group, ObjectType.CONFIG), *nested]
 
     # The mode for several jobs accepts a group without a default.
     choices = loader.compute_defaults_list(name, [], RunMode.MULTIRUN).overrides.known_choices
-    options_by_group = {group: options(group) for group in choices if not group.startswith("hydra/")}
+    options_by_group = {
+        group: options(group) for group in choices if not group.startswith("hydra/")
+    }
     if UserConfigsFirst.folder is None:
         _groups[name] = options_by_group
     return options_by_group

@@ -25,7 +25,9 @@ class DataConfig:
     val_tokens: int | str = 65536
 
     def __post_init__(self) -> None:
-        require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1")
+        require(
+            0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1"
+        )
         self.val_tokens = count("data.val_tokens", self.val_tokens)
 
 
@@ -54,8 +56,14 @@ class TextData(DataConfig):
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         paths = [self.path] if isinstance(self.path, str) else self.path
-        if not isinstance(paths, list) or not paths or not all(isinstance(p, str) and p for p in paths):
-            raise UserError(f"data.path={self.path} cannot be used: it must be a path or a list of paths")
+        if (
+            not isinstance(paths, list)
+            or not paths
+            or not all(isinstance(p, str) and p for p in paths)
+        ):
+            raise UserError(
+                f"data.path={self.path} cannot be used: it must be a path or a list of paths"
+            )
         self.path = paths
 
 
@@ -124,8 +132,18 @@ class RetrievalData(DataConfig):
         require(self.curriculum >= 0, "data.curriculum", self.curriculum, "zero or more")
         require(self.length >= 1, "data.length", self.length, "a positive whole number")
         require(1 <= self.digits <= 18, "data.digits", self.digits, "from 1 to 18")
-        require(1 <= self.needles <= min(64, 9 * 10 ** (self.digits - 1)), "data.needles", self.needles, "from 1 to 64, of as many numbers")
-        require(1 <= self.asked <= self.needles, "data.asked", self.asked, f"from 1 to data.needles={self.needles}")
+        require(
+            1 <= self.needles <= min(64, 9 * 10 ** (self.digits - 1)),
+            "data.needles",
+            self.needles,
+            "from 1 to 64, of as many numbers",
+        )
+        require(
+            1 <= self.asked <= self.needles,
+            "data.asked",
+            self.asked,
+            f"from 1 to data.needles={self.needles}",
+        )
         self.text()
 
     def text(self) -> DataConfig:
@@ -154,7 +172,12 @@ class BpeTokenizer(TokenizerConfig):
     vocab_size: int = 1024
 
     def __post_init__(self) -> None:
-        require(257 <= self.vocab_size <= 2**20, "tokenizer.vocab_size", self.vocab_size, "from 257 (all bytes and end of text) to 1048576")
+        require(
+            257 <= self.vocab_size <= 2**20,
+            "tokenizer.vocab_size",
+            self.vocab_size,
+            "from 257 (all bytes and end of text) to 1048576",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

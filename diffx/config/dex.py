@@ -29,7 +29,13 @@ class Variant(str, Enum):
     @property
     def branches(self) -> bool:
         """Whether the model gets W_D."""
-        return self in (Variant.dex, Variant.dex_plus, Variant.adapter_only, Variant.fixed_lambda, Variant.dex_mirror)
+        return self in (
+            Variant.dex,
+            Variant.dex_plus,
+            Variant.adapter_only,
+            Variant.fixed_lambda,
+            Variant.dex_mirror,
+        )
 
     @property
     def anneals(self) -> bool:
@@ -82,13 +88,20 @@ class DexConfig:
         for key in ("k", "lora_rank"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"dex.{key}", value, "a positive whole number")
-        require(self.anneal_steps is None or self.anneal_steps >= 0, "dex.anneal_steps", self.anneal_steps, "zero or more")
+        require(
+            self.anneal_steps is None or self.anneal_steps >= 0,
+            "dex.anneal_steps",
+            self.anneal_steps,
+            "zero or more",
+        )
         if self.heads not in CRITERIA and not self.heads.endswith(".json"):
             raise UserError(
                 f"dex.heads={self.heads} cannot be used: it must be one of {', '.join(CRITERIA)}, or a heads.json of another run"
             )
         if self.k is not None and (self.heads == "all" or self.heads not in CRITERIA):
-            raise UserError(f"dex.k={self.k} cannot be used with dex.heads={self.heads}, which says itself which heads; leave it out")
+            raise UserError(
+                f"dex.k={self.k} cannot be used with dex.heads={self.heads}, which says itself which heads; leave it out"
+            )
         if self.variant is Variant.fixed_lambda:
             self.init = Init.zeros
         if self.anneal_steps == 0 and self.variant.anneals and self.init is Init.zeros:
@@ -99,7 +112,15 @@ class DexConfig:
 
 
 def _recipe() -> TrainConfig:
-    return TrainConfig(lr=1e-4, schedule=Schedule.cosine, seq_len=512, batch_tokens=4096, log_every=5, save_every=50, sample_tokens=0)
+    return TrainConfig(
+        lr=1e-4,
+        schedule=Schedule.cosine,
+        seq_len=512,
+        batch_tokens=4096,
+        log_every=5,
+        save_every=50,
+        sample_tokens=0,
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -135,13 +156,21 @@ class AdaptJob:
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
         if self.train.init_from is not None:
-            raise UserError(f"train.init_from={self.train.init_from} cannot be used: an adaptation starts from base=")
+            raise UserError(
+                f"train.init_from={self.train.init_from} cannot be used: an adaptation starts from base="
+            )
         if self.train.mask_documents:
-            raise UserError("train.mask_documents=true cannot be used: a pretrained model reads its text without document masks")
+            raise UserError(
+                "train.mask_documents=true cannot be used: a pretrained model reads its text without document masks"
+            )
         if self.train.fused_attention:
-            raise UserError("train.fused_attention=true cannot be used: a pretrained model has an attention of its own")
+            raise UserError(
+                "train.fused_attention=true cannot be used: a pretrained model has an attention of its own"
+            )
         if self.train.sample_tokens:
-            raise UserError(f"train.sample_tokens={self.train.sample_tokens} cannot be used: `diffx generate` draws samples afterwards")
+            raise UserError(
+                f"train.sample_tokens={self.train.sample_tokens} cannot be used: `diffx generate` draws samples afterwards"
+            )
         if self.train.steps is None and self.train.tokens is None:
             self.train.tokens = _TOKENS
         if self.dex.anneal_steps is None:

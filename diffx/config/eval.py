@@ -53,13 +53,27 @@ class EndpointJudge(JudgeConfig):
 
     def __post_init__(self) -> None:
         if "@" in self.base_url or "?" in self.base_url:
-            raise UserError("judge.base_url cannot be used: it holds a password or a query; it must be bare, the key in OPENAI_API_KEY")
+            raise UserError(
+                "judge.base_url cannot be used: it holds a password or a query; it must be bare, the key in OPENAI_API_KEY"
+            )
         good = _is_address(self.base_url)
-        require(good, "judge.base_url", self.base_url, "an http or https address such as http://localhost:8000/v1")
-        require(self.concurrency >= 1, "judge.concurrency", self.concurrency, "a positive whole number")
+        require(
+            good,
+            "judge.base_url",
+            self.base_url,
+            "an http or https address such as http://localhost:8000/v1",
+        )
+        require(
+            self.concurrency >= 1, "judge.concurrency", self.concurrency, "a positive whole number"
+        )
         require(self.retries >= 0, "judge.retries", self.retries, "zero or more")
         require(self.timeout > 0, "judge.timeout", self.timeout, "positive")
-        require(self.temperature is None or self.temperature >= 0, "judge.temperature", self.temperature, "zero or more, or null")
+        require(
+            self.temperature is None or self.temperature >= 0,
+            "judge.temperature",
+            self.temperature,
+            "zero or more, or null",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,7 +131,9 @@ class EvalJob:
     kind: str = "eval"
     checkpoint: str = MISSING
     suite: SuiteConfig = field(default_factory=SuiteConfig)
-    data: Any = None  # a DataConfig; OmegaConf cannot merge one with its unions into an optional node
+    data: Any = (
+        None  # a DataConfig; OmegaConf cannot merge one with its unions into an optional node
+    )
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     device: Device = Device.auto
@@ -136,10 +152,17 @@ class EvalJob:
             self.batch = count("batch", self.batch)
         limit = self.limit or 0
         good = self.limit is None or 0 < limit < 1 or (isinstance(limit, int) and limit >= 1)
-        require(good, "limit", self.limit, "a positive whole number, a share between 0 and 1, or null for all")
+        require(
+            good,
+            "limit",
+            self.limit,
+            "a positive whole number, a share between 0 and 1, or null for all",
+        )
         check_seed("seed", self.seed)
         if self.judge.kind != "none" and self.suite.kind != "hallucination":
-            raise UserError(f"judge={self.judge.kind} cannot be used with suite={self.suite.name}: only suite=hallucination is judged")
+            raise UserError(
+                f"judge={self.judge.kind} cannot be used with suite={self.suite.name}: only suite=hallucination is judged"
+            )
 
 
 def _is_address(url: str) -> bool:
@@ -149,7 +172,13 @@ def _is_address(url: str) -> bool:
     except ValueError:  # an unfinished IPv6 address, or a port that is none
         return False
     named = re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+", host) is not None
-    return parts.scheme in ("http", "https") and named and url.isascii() and url.isprintable() and " " not in url
+    return (
+        parts.scheme in ("http", "https")
+        and named
+        and url.isascii()
+        and url.isprintable()
+        and " " not in url
+    )
 
 
 JUDGE_CONFIGS: dict[str, type[JudgeConfig]] = {"none": JudgeConfig, "endpoint": EndpointJudge}

@@ -21,7 +21,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.bridge import JOBS, literal, to_typed
 from diffx.config.checks import new_path
-from diffx.config.composition import CONFIGS, UserConfigsFirst, compose_config, composer, config_groups
+from diffx.config.composition import (
+    CONFIGS,
+    UserConfigsFirst,
+    compose_config,
+    composer,
+    config_groups,
+)
 from diffx.config.meanings import commented, explained
 from diffx.config.messages import explain, keys, unknown
 from diffx.config.sweep import BEST, job_label, show_sweep
@@ -180,7 +186,9 @@ def _suites(name: str, words: list[str]) -> list[list[str]]:
         return []
     suites = [suite.strip() for suite in lists[-1][len("suite=[") : -1].split(",")]
     if not all(suites):
-        raise UserError(f"{lists[-1]} cannot be used: it must be a suite, or a list such as [retrieval,outliers]")
+        raise UserError(
+            f"{lists[-1]} cannot be used: it must be a suite, or a list such as [retrieval,outliers]"
+        )
     others = [word for word in words if not word.startswith("suite=")]
     return [[f"suite={suite}", *others] for suite in suites]
 
@@ -214,9 +222,14 @@ def launch(
     """
     suites = _suites(name, words)
     if suites and not multirun:
-        return cast(int, work([_compose_of_several(name, suite, config_dir) for suite in suites], words))
+        return cast(
+            int, work([_compose_of_several(name, suite, config_dir) for suite in suites], words)
+        )
     if suites:
-        words = [*suites[0][1:], "suite=" + ",".join(suite[0].removeprefix("suite=") for suite in suites)]
+        words = [
+            *suites[0][1:],
+            "suite=" + ",".join(suite[0].removeprefix("suite=") for suite in suites),
+        ]
     words = [_plain_text(word) for word in words]
     with composer(config_dir) as app, _one_line(app, name, words):
         cfg = _composition(app, name, words, several=multirun)
@@ -259,11 +272,16 @@ def launch(
         if failed:
             jobs = ", ".join(job_label(entry["job"], entry["overrides"], words) for entry in failed)
             count = f"{len(failed)} jobs" if len(failed) > 1 else "1 job"
-            print(f"error: {count} of the sweep failed: {jobs}; the reasons are in {sweep / _FAILED}", file=sys.stderr)
+            print(
+                f"error: {count} of the sweep failed: {jobs}; the reasons are in {sweep / _FAILED}",
+                file=sys.stderr,
+            )
         entries = sorted([*done.values(), *failed], key=lambda entry: entry["job"])
         if entries and os.environ.get("RANK", "0") == "0":
             show_sweep(sweep, entries, words)
-        if [path.name for path in sweep.glob("*")] == ["multirun.yaml"]:  # refused before its first job
+        if [path.name for path in sweep.glob("*")] == [
+            "multirun.yaml"
+        ]:  # refused before its first job
             (sweep / "multirun.yaml").unlink()
             with suppress(OSError):
                 for folder in made:
@@ -319,8 +337,17 @@ def _one_line(app: Any, name: str, words: list[str]) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        if isinstance(error, TypeError) and not any("[" in word for word in words):  # Hydra raises it for a group that is given a list
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        ValueError,
+        TypeError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:
+        if isinstance(error, TypeError) and not any(
+            "[" in word for word in words
+        ):  # Hydra raises it for a group that is given a list
             raise
         if misplaced := _misplaced(app, name, words):
             raise UserError(misplaced) from error
@@ -334,16 +361,26 @@ def _one_line(app: Any, name: str, words: list[str]) -> Iterator[None]:
 def _misplaced(app: Any, name: str, words: list[str]) -> str | None:
     """Name a user's file that lacks its package line, or the command that an experiment is for."""
     options = [word.partition("=")[::2] for word in words]
-    for group, choice in ((group, choice) for group, value in options for choice in value.split(",")):
+    for group, choice in (
+        (group, choice) for group, value in options for choice in value.split(",")
+    ):
         if group not in _PACKAGES:
             continue
         file = (UserConfigsFirst.folder or CONFIGS) / group / f"{choice}.yaml"
-        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "# @package"
+        text = (
+            file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "# @package"
+        )
         if not re.search(r"^#\s*@package\b", text, re.M):
             return f"{file} cannot be used: its first line must be `# @package {_PACKAGES[group]}`"
-        fitting = [command for config, command in _COMMANDS.items() if _composes(app, config, f"{group}={choice}")]
+        fitting = [
+            command
+            for config, command in _COMMANDS.items()
+            if _composes(app, config, f"{group}={choice}")
+        ]
         if group == "experiment" and fitting and _COMMANDS.get(name) not in fitting:
-            return f"experiment={choice} cannot be used here: it is for `diffx {' or '.join(fitting)}`"
+            return (
+                f"experiment={choice} cannot be used here: it is for `diffx {' or '.join(fitting)}`"
+            )
     return None
 
 
@@ -354,6 +391,13 @@ def _composes(app: Any, name: str, word: str) -> bool:
         swept = cfg.hydra.sweeper.get("params") or {}
         first = [f"{key}={str(values).partition(',')[0]}" for key, values in swept.items()]
         compose_config(app, name, [word, *first], several=True)
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError, RecursionError, yaml.YAMLError):
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        ValueError,
+        TypeError,
+        RecursionError,
+        yaml.YAMLError,
+    ):
         return False
     return True

@@ -27,20 +27,31 @@ def explained(cfg: DictConfig, job: type, key: str) -> str:
     Raises:
         UserError: there is no such key.
     """
-    rows = [row for row in _walk(cfg, job) if key == "all" or row[0] == key or row[0].startswith(f"{key}.")]
+    rows = [
+        row
+        for row in _walk(cfg, job)
+        if key == "all" or row[0] == key or row[0].startswith(f"{key}.")
+    ]
     if not rows:
         raise UserError(unknown(key, [row[0] for row in _walk(cfg, job)]))
     texts = []
     for name, value, meaning, hint in rows:
         choices = names_of(hint)
-        texts.append(f"{name}={value}\n    {meaning}" + (f"\n    one of: {', '.join(choices)}" if choices else ""))
+        texts.append(
+            f"{name}={value}\n    {meaning}"
+            + (f"\n    one of: {', '.join(choices)}" if choices else "")
+        )
     return "\n".join(texts)
 
 
 def commented(cfg: DictConfig, job: type, package: str | None = None, resolve: bool = False) -> str:
     """The YAML of a job's config, or of the part ``package`` of it, with the meaning of each key behind it, and an experiment's sweep."""
     means = {name: meaning for name, _, meaning, _ in _walk(cfg, job)}
-    part = OmegaConf.select(cfg, package) if package else OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name != "hydra"])
+    part = (
+        OmegaConf.select(cfg, package)
+        if package
+        else OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name != "hydra"])
+    )
     if not OmegaConf.is_config(part):
         return f"{part}"
     lines = [f"# @package {package}"] if package else []
@@ -73,5 +84,18 @@ def _walk(cfg: DictConfig, kind: type, prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(node, DictConfig) and inner is not None and inner is not dict:
             yield from _walk(node, inner, f"{prefix}{name}.")
         elif name in means:
-            value = "" if missing else "null" if node is None else str(node).lower() if isinstance(node, bool) else node
-            yield f"{prefix}{name}", str(getattr(value, "value", value)), means[name], hints.get(name)
+            value = (
+                ""
+                if missing
+                else "null"
+                if node is None
+                else str(node).lower()
+                if isinstance(node, bool)
+                else node
+            )
+            yield (
+                f"{prefix}{name}",
+                str(getattr(value, "value", value)),
+                means[name],
+                hints.get(name),
+            )

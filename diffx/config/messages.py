@@ -19,7 +19,14 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null", list: "a list"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+    list: "a list",
+}
 
 
 _HINTS = {
@@ -28,7 +35,11 @@ _HINTS = {
 }
 
 
-def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, list[str]] = MappingProxyType({})) -> str:
+def explain(
+    error: Exception,
+    words: Sequence[str] = (),
+    groups: Mapping[str, list[str]] = MappingProxyType({}),
+) -> str:
     """Say in one line what is wrong with the words or the YAML behind a composition error.
 
     Args:
@@ -38,9 +49,13 @@ def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, li
     """
     if isinstance(error, RecursionError):
         return "the words or a config file cannot be read: they are nested too deeply, or refer to themselves"
-    if isinstance(error, TypeError) or str(error).startswith("Config group override"):  # Hydra meets a list, a number, null
+    if isinstance(error, TypeError) or str(error).startswith(
+        "Config group override"
+    ):  # Hydra meets a list, a number, null
         return _no_option(words, groups)
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    cause = (
+        error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    )
     origin = re.match(r"In '(?!hydra/)\S+/\S+': ", str(error))  # a file of a group, not the words
     where = origin[0] if origin else ""
     if isinstance(error, yaml.YAMLError | UnicodeDecodeError):
@@ -68,13 +83,23 @@ def explain(error: Exception, words: Sequence[str] = (), groups: Mapping[str, li
         return f"{missing[1]} is missing: give it as {missing[1]}=..., one of {', '.join(groups.get(missing[1], []))}"
     if "--multirun" in str(error):
         word = str(error).split("'")[1]
-        return f"{word} has several values: add -m to run each of them, or write a list as key=[a,b]"
-    return _first_line(error) + (f": {_first_line(cause)}" if isinstance(cause, OmegaConfBaseException) and cause is not error else "")
+        return (
+            f"{word} has several values: add -m to run each of them, or write a list as key=[a,b]"
+        )
+    return _first_line(error) + (
+        f": {_first_line(cause)}"
+        if isinstance(cause, OmegaConfBaseException) and cause is not error
+        else ""
+    )
 
 
 def _no_option(words: Sequence[str], groups: Mapping[str, list[str]]) -> str:
     """The line for a group that is given something else than the name of an option."""
-    chosen = [word for word in words if (key := word.partition("=")[0].lstrip("+~")) in ("", *groups) or key.startswith("hydra/")]
+    chosen = [
+        word
+        for word in words
+        if (key := word.partition("=")[0].lstrip("+~")) in ("", *groups) or key.startswith("hydra/")
+    ]
     odd = [word for word in chosen if word.partition("=")[2][:1] in ("[", "{")] or chosen
     return f"{' '.join(odd)} cannot be used: a group takes the name of one of its options, as model=diff_v1 does"
 
@@ -86,7 +111,10 @@ def unknown(key: str, names: list[str]) -> str:
 
 def _unknown_choice(missing_file: str, options: list[str], groups: Mapping[str, list[str]]) -> str:
     """``model/ablation/foo`` is no option of the group ``model``, or of ``hydra/launcher`` and the like."""
-    group = next((group for group in groups if missing_file.startswith(f"{group}/")), missing_file.rpartition("/")[0])
+    group = next(
+        (group for group in groups if missing_file.startswith(f"{group}/")),
+        missing_file.rpartition("/")[0],
+    )
     choice = missing_file[len(group) + 1 :]
     options = groups.get(group, options)
     if not group or not options:
@@ -124,13 +152,21 @@ def _accepted(hint: Any, value: Any) -> str:
         return f"one of {', '.join(names)}{_nearest(str(value), names)}"
     if get_origin(hint) is list:
         (part,) = get_args(hint)
-        return f"a list such as [{value}]" if type(value) is part else f"a list, each part of it {_accepted(part, value)}"
+        return (
+            f"a list such as [{value}]"
+            if type(value) is part
+            else f"a list, each part of it {_accepted(part, value)}"
+        )
     return _TYPE_NAMES.get(hint, "a group of keys, set one by one")
 
 
 def names_of(hint: Any) -> list[str]:
     """The names of an enum; none for any other type."""
-    return [member.name for member in hint] if isinstance(hint, type) and issubclass(hint, Enum) else []
+    return (
+        [member.name for member in hint]
+        if isinstance(hint, type) and issubclass(hint, Enum)
+        else []
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -70,14 +70,24 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key, most in _MOST.items():
             value = getattr(self, key)
-            require(value is None or 1 <= value <= most, f"model.{key}", value, f"a positive whole number, {most} at most")
+            require(
+                value is None or 1 <= value <= most,
+                f"model.{key}",
+                value,
+                f"a positive whole number, {most} at most",
+            )
         require(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "positive")
         require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "positive")
-        require(self.init_std is None or self.init_std > 0, "model.init_std", self.init_std, "positive")
+        require(
+            self.init_std is None or self.init_std > 0, "model.init_std", self.init_std, "positive"
+        )
         shape = f"a divisor of model.hidden_size={self.hidden_size}"
         require(self.hidden_size % self.num_heads == 0, "model.num_heads", self.num_heads, shape)
         require(
-            self.head_dim % 2 == 0, "model.num_heads", self.num_heads, f"{shape} that leaves an even head dimension (RoPE rotates pairs)"
+            self.head_dim % 2 == 0,
+            "model.num_heads",
+            self.num_heads,
+            f"{shape} that leaves an even head dimension (RoPE rotates pairs)",
         )
         self._check_heads()
 
@@ -108,7 +118,12 @@ class ModelConfig:
 def _require_even(config: ModelConfig, keys: tuple[str, ...]) -> None:
     for key in keys:
         value = getattr(config, key)
-        require(value % 2 == 0, f"model.{key}", value, f"even for model={config.kind}, which pairs heads")
+        require(
+            value % 2 == 0,
+            f"model.{key}",
+            value,
+            f"even for model={config.kind}, which pairs heads",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -145,7 +160,12 @@ class Transformer1p5hConfig(ModelConfig):
     def _check_heads(self) -> None:
         _require_even(self, ("num_heads",))
         heads = 3 * self.num_heads // 2
-        require(heads % self.num_kv_heads == 0, "model.num_kv_heads", self.num_kv_heads, f"a divisor of 1.5·num_heads={heads}")
+        require(
+            heads % self.num_kv_heads == 0,
+            "model.num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of 1.5·num_heads={heads}",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -179,7 +199,12 @@ class DiffV1Config(ModelConfig):
                 "such that the head dimension is a multiple of 4 with model.halve=head_dim",
             )
         number = self.lambda_init if not isinstance(self.lambda_init, str) else -1.0
-        require(self.lambda_init == "depth" or 0 <= number < 1, "model.lambda_init", self.lambda_init, "'depth' or a number in [0, 1)")
+        require(
+            self.lambda_init == "depth" or 0 <= number < 1,
+            "model.lambda_init",
+            self.lambda_init,
+            "'depth' or a number in [0, 1)",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

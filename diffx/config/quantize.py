@@ -86,9 +86,16 @@ class Weights(MethodConfig):
     skip: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        require(self.group_size is None or self.group_size >= 1, "method.group_size", self.group_size, "1 or more, or null")
+        require(
+            self.group_size is None or self.group_size >= 1,
+            "method.group_size",
+            self.group_size,
+            "1 or more, or null",
+        )
         if self.group_size is not None and self.scheme is not Scheme.weight_only:
-            raise UserError(f"method.group_size cannot be used with method.scheme={self.scheme.value}: only weight_only has groups")
+            raise UserError(
+                f"method.group_size cannot be used with method.scheme={self.scheme.value}: only weight_only has groups"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -111,21 +118,37 @@ class QuantizeJob(EvalJob):
         for bits in self.bits:
             require(2 <= bits <= EXACT, "bits", bits, f"from 2 to {EXACT}")
         if isinstance(self.method, Weights):
-            widths = (*range(2, 9), EXACT) if self.method.scheme is Scheme.weight_only else (8, EXACT)
+            widths = (
+                (*range(2, 9), EXACT) if self.method.scheme is Scheme.weight_only else (8, EXACT)
+            )
             for bits in self.bits:
-                require(bits in widths, "bits", bits, f"{', '.join(map(str, widths))} with method.scheme={self.method.scheme.value}")
+                require(
+                    bits in widths,
+                    "bits",
+                    bits,
+                    f"{', '.join(map(str, widths))} with method.scheme={self.method.scheme.value}",
+                )
             return
         if self.suite.kind == "speed":
-            raise UserError("suite=speed cannot be used: a simulated quantization says nothing about speed")
+            raise UserError(
+                "suite=speed cannot be used: a simulated quantization says nothing about speed"
+            )
         if self.suite.kind in _SEES_ATTENTION:
             raise UserError(
                 f"suite={self.suite.name} cannot be used: it looks at the attention of the model as it is; choose one that reads or answers"
             )
 
 
-METHOD_CONFIGS: dict[str, type[MethodConfig]] = {"attention_logits": AttentionLogits, "activations": Activations, "weights": Weights}
+METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
+    "attention_logits": AttentionLogits,
+    "activations": Activations,
+    "weights": Weights,
+}
 
 
 def change_settings(method: MethodConfig, bits: int) -> dict[str, Any]:
     """What decides the figures besides the suite's own settings, JSON-able."""
-    return {"bits": bits, **{key: getattr(value, "value", value) for key, value in asdict(method).items()}}
+    return {
+        "bits": bits,
+        **{key: getattr(value, "value", value) for key, value in asdict(method).items()},
+    }

@@ -60,14 +60,26 @@ class HarnessSuite(SuiteConfig):
     def __post_init__(self) -> None:
         self.gen_kwargs = self.gen_kwargs or {}
         good = isinstance(self.gen_kwargs, dict)
-        require(good, "suite.gen_kwargs", self.gen_kwargs, "names and values, such as {temperature: 0.7, do_sample: true}")
+        require(
+            good,
+            "suite.gen_kwargs",
+            self.gen_kwargs,
+            "names and values, such as {temperature: 0.7, do_sample: true}",
+        )
         if self.fewshot_as_multiturn is None:
             self.fewshot_as_multiturn = self.chat_template
         if self.fewshot_as_multiturn and not self.chat_template:
-            raise UserError("suite.fewshot_as_multiturn=true cannot be used without suite.chat_template=true")
+            raise UserError(
+                "suite.fewshot_as_multiturn=true cannot be used without suite.chat_template=true"
+            )
         self.tasks = _texts("suite.tasks", self.tasks)
         self.shots = None if self.shots is None else _counts("suite.shots", self.shots, least=0)
-        require(self.max_tokens is None or self.max_tokens >= 1, "suite.max_tokens", self.max_tokens, "a positive whole number")
+        require(
+            self.max_tokens is None or self.max_tokens >= 1,
+            "suite.max_tokens",
+            self.max_tokens,
+            "a positive whole number",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,7 +108,9 @@ class RetrievalSuite(SuiteConfig):
 
     def __post_init__(self) -> None:
         self.cases = _cases(self.cases)
-        self.lengths = None if self.lengths is None else _counts("suite.lengths", self.lengths, least=1)
+        self.lengths = (
+            None if self.lengths is None else _counts("suite.lengths", self.lengths, least=1)
+        )
         self.depths = _shares("suite.depths", self.depths)
         _number("suite.samples", self.samples)
         require(1 <= self.digits <= 18, "suite.digits", self.digits, "from 1 to 18")
@@ -196,13 +210,20 @@ class IclOrderSuite(SuiteConfig):
         self.tasks = _texts("suite.tasks", self.tasks)
         self.arrangements = _texts("suite.arrangements", self.arrangements)
         for name in self.arrangements:
-            require(name in ("random", "alternating"), "suite.arrangements", name, "random or alternating")
+            require(
+                name in ("random", "alternating"),
+                "suite.arrangements",
+                name,
+                "random or alternating",
+            )
         self.seeds = _counts("suite.seeds", self.seeds, least=0)
         for seed in self.seeds:
             check_seed("suite.seeds", seed)
         for key in ("orders", "queries"):
             _number(f"suite.{key}", getattr(self, key))
-        require(self.orders >= 2, "suite.orders", self.orders, "2 or more: a spread needs two orders")
+        require(
+            self.orders >= 2, "suite.orders", self.orders, "2 or more: a spread needs two orders"
+        )
         require(self.shots is None or self.shots >= 2, "suite.shots", self.shots, "2 or more")
         require(2 <= self.labels <= 100, "suite.labels", self.labels, "from 2 to 100")
         _template(self.template)
@@ -229,7 +250,12 @@ class LongContextSuite(SuiteConfig):
         self.length = None if self.length is None else count("suite.length", self.length)
         for key in ("texts", "chunk", "frequent"):
             _number(f"suite.{key}", getattr(self, key))
-        require(self.length is None or int(self.length) >= 2, "suite.length", self.length, "2 tokens or more")
+        require(
+            self.length is None or int(self.length) >= 2,
+            "suite.length",
+            self.length,
+            "2 tokens or more",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -328,35 +354,58 @@ def _texts(key: str, value: Any) -> list[str]:
 
 
 def _number(key: str, value: int) -> None:
-    require(1 <= value <= 10**6, key, value, "a whole number from 1 to 1,000,000")  # each is an example in memory
+    require(
+        1 <= value <= 10**6, key, value, "a whole number from 1 to 1,000,000"
+    )  # each is an example in memory
 
 
 def _counts(key: str, value: Any, least: int) -> list[int]:
     items = [0 if item == 0 else count(key, item) for item in _listed(key, value)]
-    require(min(items) >= least and len(set(items)) == len(items), key, value, f"different whole numbers of {least} or more")
+    require(
+        min(items) >= least and len(set(items)) == len(items),
+        key,
+        value,
+        f"different whole numbers of {least} or more",
+    )
     return items
 
 
 def _shares(key: str, value: Any) -> list[float]:
     items = _listed(key, value)
-    good = all(isinstance(item, int | float) and 0 <= item <= 1 for item in items) and len(set(items)) == len(items)
+    good = all(isinstance(item, int | float) and 0 <= item <= 1 for item in items) and len(
+        set(items)
+    ) == len(items)
     require(good, key, value, "different numbers from 0 to 1")
     return [float(item) for item in items]
 
 
 def _cases(value: Any) -> list[list[int]]:
     def good(case: Any) -> bool:
-        return isinstance(case, list | tuple) and len(case) == 2 and all(isinstance(n, int) for n in case) and 1 <= case[1] <= case[0] <= 64
+        return (
+            isinstance(case, list | tuple)
+            and len(case) == 2
+            and all(isinstance(n, int) for n in case)
+            and 1 <= case[1] <= case[0] <= 64
+        )
 
     if not isinstance(value, list | tuple) or not value or not all(map(good, value)):
-        raise UserError(f"suite.cases={value} cannot be used: it must be pairs [N, R], 1 <= R <= N <= 64, such as [[1,1],[4,2]]")
+        raise UserError(
+            f"suite.cases={value} cannot be used: it must be pairs [N, R], 1 <= R <= N <= 64, such as [[1,1],[4,2]]"
+        )
     return [list(case) for case in value]
 
 
 def _template(template: str) -> None:
-    good = "{text}" in template and template.count("{label}") == 1 and template.index("{text}") < template.index("{label}")
+    good = (
+        "{text}" in template
+        and template.count("{label}") == 1
+        and template.index("{text}") < template.index("{label}")
+    )
     require(
-        good and not template.rpartition("{label}")[2].strip(), "suite.template", template, "a text with {text}, then {label} at its end"
+        good and not template.rpartition("{label}")[2].strip(),
+        "suite.template",
+        template,
+        "a text with {text}, then {label} at its end",
     )
 
 

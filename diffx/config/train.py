@@ -114,7 +114,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.tokens is not None:
-            raise UserError(f"train.steps={self.steps} with train.tokens={self.tokens} cannot be used: give one of the two")
+            raise UserError(
+                f"train.steps={self.steps} with train.tokens={self.tokens} cannot be used: give one of the two"
+            )
         if self.compile and self.mask_documents:
             raise UserError(
                 "train.mask_documents=true cannot be used with train.compile=true: every batch cuts other documents and would compile anew"
@@ -124,11 +126,21 @@ class TrainConfig:
             self.steps = count("train.steps", self.steps)
         if self.tokens is not None:
             self.tokens = count("train.tokens", self.tokens)
-        for key in ("seq_len", "micro_batch_size", "log_every", "eval_every", "save_every", "keep_last"):
+        for key in (
+            "seq_len",
+            "micro_batch_size",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep_last",
+        ):
             value = getattr(self, key)
             require(value is None or value >= 1, f"train.{key}", value, "a positive whole number")
         require(
-            self.batch_tokens % self.seq_len == 0, "train.batch_tokens", self.batch_tokens, f"a multiple of train.seq_len={self.seq_len}"
+            self.batch_tokens % self.seq_len == 0,
+            "train.batch_tokens",
+            self.batch_tokens,
+            f"a multiple of train.seq_len={self.seq_len}",
         )
         for key in ("lr", "eps"):
             require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "positive")
@@ -138,7 +150,12 @@ class TrainConfig:
             require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "in [0, 1)")
         require(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         require(0 < self.decay_ratio <= 1, "train.decay_ratio", self.decay_ratio, "in (0, 1]")
-        require(self.warmup <= self.num_steps, "train.warmup", self.warmup, f"at most the run's {self.num_steps} steps")
+        require(
+            self.warmup <= self.num_steps,
+            "train.warmup",
+            self.warmup,
+            f"at most the run's {self.num_steps} steps",
+        )
 
     @property
     def eval_steps(self) -> int:
@@ -251,9 +268,13 @@ class PrepareJob:
         self.shard_tokens = count("shard_tokens", self.shard_tokens)
         new_path("out", self.out)
         if self.data.kind == "shards":
-            raise UserError("data=shards cannot be prepared: it is what `diffx data prepare` writes; choose data=text, hub or stdlib")
+            raise UserError(
+                "data=shards cannot be prepared: it is what `diffx data prepare` writes; choose data=text, hub or stdlib"
+            )
         if self.data.kind == "retrieval":
-            raise UserError("data=retrieval cannot be prepared: its samples are made as they are needed; choose data=text, hub or stdlib")
+            raise UserError(
+                "data=retrieval cannot be prepared: its samples are made as they are needed; choose data=text, hub or stdlib"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -293,4 +314,6 @@ class GenerateJob:
         require(self.top_k >= 0, "top_k", self.top_k, "zero (all) or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         if self.prompt and self.prompt_file:
-            raise UserError(f"prompt={self.prompt!r} with prompt_file={self.prompt_file} cannot be used: give one of the two")
+            raise UserError(
+                f"prompt={self.prompt!r} with prompt_file={self.prompt_file} cannot be used: give one of the two"
+            )
