@@ -17,15 +17,18 @@ _INTERVAL = "[95% interval]"
 def compare_runs(paths: list[Path], out: Path | None = None) -> None:
     """Print a table over runs, and draw their loss curves.
 
-    Runs that differ only in their seed form a group. Beside the picture a JSON file of its name holds every figure.
+    Runs that differ only in their seed form a group. Beside the picture a JSON file of its name
+    holds every figure.
 
     Args:
-        paths: run folders of ``diffx train`` or of ``diffx adapt-dex``; a sweep folder stands for the job folders in it.
+        paths: run folders of ``diffx train`` or of ``diffx adapt-dex``; a sweep folder stands for
+            the job folders in it.
         out: the picture; None is ``compare.png`` in the sweep folder if one alone was given, and
             no picture otherwise.
 
     Raises:
-        UserError: a folder is no run, a file in it is damaged, none of the runs has a validation, or ``out`` is no picture's name.
+        UserError: a folder is no run, a file in it is damaged, none of the runs has a validation,
+            or ``out`` is no picture's name.
         RunError: the picture cannot be written.
     """
     if out is None and len(paths) == 1 and sweep_jobs(paths[0]):
@@ -58,7 +61,10 @@ def compare_runs(paths: list[Path], out: Path | None = None) -> None:
 
 
 def _row(group: dict[str, Any]) -> dict[str, str]:
-    """Cells of a group by column; an adaptation has what it trains in the place of its size, and its difference to the base."""
+    """Cells of a group by column.
+
+    An adaptation has the parameters that it trains, and its difference to the base.
+    """
     count, equal, loss = group["parameters"] or {}, group["tokens_at_equal_loss"], group["val/loss"]
     cells = {"runs": group["label"], "seeds": " ".join(map(str, group["seeds"]))}
     if group["adapted"]:

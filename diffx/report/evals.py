@@ -35,8 +35,7 @@ def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
     specs = list(dict.fromkeys(word for word in words if not word.startswith("suite=")))
     if len(suites) > 1:
         raise UserError(
-            f"suite={suites[1]} cannot be used beside suite={suites[0]}: one suite is compared at a "
-            "time"
+            f"suite={suites[1]} cannot be used beside suite={suites[0]}: give one suite at a time"
         )
     suite = suites[0]
     if out is not None:

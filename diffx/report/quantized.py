@@ -107,7 +107,12 @@ def _cost(
     """
     sign = 1 if main["better"] == "lower" else -1
 
+    averages = [table.average.metrics for table in declaration.tables if table.average]
+    stand_ins = {name for metrics in averages for name in (metrics or {}).get(main["metric"], ())}
+    metrics = {main["metric"], *stand_ins}
+
     def change(exact: pd.DataFrame, quantized: pd.DataFrame) -> Row:
+        exact, quantized = (f[f["metric"].isin(metrics)] for f in (exact, quantized))
         rows = compare(exact, quantized, declaration)
         keys = ("label", "metric")
         return next(row for row in rows if all(row[key] == main[key] for key in keys))

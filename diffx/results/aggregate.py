@@ -37,8 +37,8 @@ def aggregate(frame: pd.DataFrame, declaration: Declaration) -> list[Row]:
 
     Returns:
         A dict each: ``label``, ``metric``, ``unit``, ``better``, ``aggregate``, the columns of
-        ``BY`` that apply, ``value``, ``stderr``, ``low``, ``high`` and ``n``. Figures that the suite
-        gave itself stand behind the table whose columns they have.
+        ``BY`` that apply, ``value``, ``stderr``, ``low``, ``high`` and ``n``. Figures that the
+        suite gave itself stand behind the table whose columns they have.
     """
     examples = frame[frame["aggregate"] == EXAMPLE]
     given = [dict(row) for row in frame[frame["aggregate"] != EXAMPLE].to_dict("records")]
@@ -83,7 +83,7 @@ def _shows(table: Table, metric: str) -> bool:
 
 
 def per_example(values: pd.DataFrame) -> pd.DataFrame:
-    """One row an example, (n, [value, weight]): an example that was asked several times counts once, with its mean."""
+    """One row an example, (n, [value, weight]); of repeated examples the mean."""
     columns = values[["example", "value", "weight"]].dropna(subset=["value"])
     if columns["example"].is_unique:
         return columns.set_index("example").astype(float)

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def tokens_to_reach(tokens: np.ndarray, losses: np.ndarray, target: float) -> float | None:
-    """Tokens at which a curve first gets down to ``target``, linear between its points; None if it never does.
+    """Tokens at which a curve first reaches ``target``, linear between points; None if never.
 
     Args:
         tokens: (n,) rising.
@@ -28,7 +28,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # tokens (n,) and losses (n,) in nats
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EqualLoss:
-    """Tokens that a group and the baseline needed for the same loss: the higher of the two final losses.
+    """Tokens that a group and the baseline needed for the higher of their two final losses.
 
     Attributes:
         loss: that loss, in nats.

@@ -126,7 +126,7 @@ def bars(
     series: Mapping[str, Mapping[str, Mapping[str, Any]]],
     references: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Bars side by side at each place, with intervals and their values; references are hollow markers.
+    """Bars side by side at each place, with intervals and values; references are hollow markers.
 
     Args:
         axes: the panel.
@@ -185,7 +185,7 @@ def heat(
     label: str,
     limits: Sequence[float | None] | None = None,
 ) -> None:
-    """A heat map of grid (rows, columns), with a colour bar and, where there is room, the figures."""
+    """A heat map of grid (rows, columns), with a colour bar and, in a small grid, its figures."""
     low, high = limits or (None, None)
     low = min(0.0, float(np.nanmin(grid))) if low is None else low
     high = float(np.nanmax(grid)) if high is None else high
@@ -214,7 +214,7 @@ def intervals(
     references: Mapping[str, Mapping[str, float]] | None = None,
     zero: float | None = None,
 ) -> None:
-    """Points with their intervals, a line for each place, the first on top; hollow without an interval."""
+    """Points with intervals, a line for each place, the first on top; hollow without interval."""
     step = 0.7 / max(1, len(series))
     for number, (name, rows) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]

@@ -40,5 +40,5 @@ def published(suite: str) -> list[Reference]:
 
 
 def source(suite: str) -> str:
-    """The paper, section and settings of a suite's published figures; empty where there are none."""
+    """The paper, section and settings of a suite's published figures; empty without any."""
     return _read().get(suite, {}).get("source", "")

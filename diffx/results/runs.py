@@ -1,7 +1,8 @@
 """Run folders as plain objects, and the groups of runs that differ in nothing but their seed."""
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -18,38 +19,15 @@ from diffx.config.train import TrainJob
 from diffx.files import read_json
 from diffx.tracking import read_metrics
 
-SHAPE_KEYS = tuple(
-    f"model.{name}"
-    for name in (
-        "hidden_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "intermediate_size",
-        "vocab_size",
-    )
-)
-
-# Where a run was kept, how often it was looked at and where it ran do not make it another experiment.
-_BOOKKEEPING = {"seed", "device", "train.tokens"} | {
-    f"train.{name}"
-    for name in (
-        "resume",
-        "log_every",
-        "eval_every",
-        "save_every",
-        "keep_last",
-        "sample_prompt",
-        "sample_tokens",
-    )
-}
+_SHAPE = "hidden_size num_layers num_heads num_kv_heads intermediate_size vocab_size"
+SHAPE_KEYS = tuple(f"model.{name}" for name in _SHAPE.split())
+# Keys that do not make a run another experiment.
+_CADENCE = "tokens resume log_every eval_every save_every keep_last sample_prompt sample_tokens"
+_BOOKKEEPING = {"seed", "device", *(f"train.{name}" for name in _CADENCE.split())}
 _BASE_MODEL_KEYS = {f"model.{f.name}" for f in fields(ModelConfig)} - {"model.kind"}
 CONTROL = "attn_only"
 BASE = "base"  # the kind of a pretrained model, beside the variants adapted from it
-_KINDS = (
-    "model.kind",
-    "dex.variant",
-)  # what is compared: architectures, or variants of an adaptation
+_KINDS = ("model.kind", "dex.variant")  # what is compared: architectures, or variants
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,44 +50,39 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """The run went to its last step, which a later resumption may have moved on."""
-        return (
-            bool(self.summary.get("finished")) and self.summary["step"] >= self.job.train.num_steps
-        )
+        """The run reached its last step, which a later resumption may have moved on."""
+        done = bool(self.summary.get("finished"))
+        return done and self.summary["step"] >= self.job.train.num_steps
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens seen and the metric's values, both (n,), for the lines that carry the metric; one value a token count."""
+        """Tokens seen and the metric's values, both (n,): one value for each count of tokens."""
         values = {line["tokens"]: line[name] for line in self.metrics if _is_figure(line.get(name))}
         tokens = sorted(values)
         return np.array(tokens, dtype=float), np.array([values[t] for t in tokens], dtype=float)
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a run folder; one that is still going, or was killed, reads as far as it got.
+    """Read a run folder; an unfinished run reads as far as it got.
 
     Raises:
-        UserError: it is no run folder of ``diffx train`` or ``diffx adapt-dex``, or one of its files is damaged.
+        UserError: it is no run folder, or one of its files is damaged.
     """
     path = Path(path)
+    accepted = "give run folders of `diffx train` or `diffx adapt-dex`"
     if not (path / "config.yaml").is_file():
         reason = "it has no config.yaml" if path.is_dir() else "there is no such folder"
-        raise UserError(
-            f"RUN={path} cannot be used: {reason}; give run folders of `diffx train` or `diffx adapt-dex`, or a sweep folder that holds "
-            "numbered ones"
-        )
+        sweep = "or a sweep folder that holds numbered ones"
+        raise UserError(f"RUN={path} cannot be used: {reason}; {accepted}, {sweep}")
     job = load_config(path / "config.yaml")
     if not isinstance(job, TrainJob | AdaptJob):
-        raise UserError(
-            f"RUN={path} cannot be used: its config.yaml is of another command; give run folders of `diffx train` or `adapt-dex`"
-        )
+        reason = "its config.yaml is of another command"
+        raise UserError(f"RUN={path} cannot be used: {reason}; {accepted}")
+    parts = ("trained",) if isinstance(job, AdaptJob) else ("embedding", "rest")
     return Run(
         path=path,
         job=job,
         metrics=read_metrics(path / "metrics.jsonl"),
-        summary=_read_summary(
-            path / "summary.json",
-            ("trained",) if isinstance(job, AdaptJob) else ("embedding", "rest"),
-        ),
+        summary=_read_summary(path / "summary.json", parts),
         data=read_json(path / "data.json") if (path / "data.json").exists() else {},
     )
 
@@ -132,21 +105,18 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     Raises:
         UserError: as ``read_run``; or trained and adapted runs are mixed.
     """
-    found: dict[Path, Path] = {}  # a run named twice counts once
-    for path in map(Path, paths):
-        for folder in sweep_jobs(path) or [path]:
-            found.setdefault(folder.resolve(), folder)
-    runs = [read_run(folder) for folder in found.values()]
-    other = next((run for run in runs if run.job.kind != runs[0].job.kind), None)
-    if other:
-        raise UserError(
-            f"RUN={other.path} cannot be compared with {runs[0].path}: one was trained from nothing, the other is an adaptation"
-        )
+    folders = [folder for path in map(Path, paths) for folder in sweep_jobs(path) or [path]]
+    unique = {folder.resolve(): folder for folder in reversed(folders)}  # the first name counts
+    runs = [read_run(folder) for folder in reversed(unique.values())]
+    for run in runs:
+        if run.job.kind != runs[0].job.kind:
+            reason = "one was trained from scratch, the other is an adaptation"
+            raise UserError(f"RUN={run.path} cannot be compared with {runs[0].path}: {reason}")
     return runs
 
 
 def sweep_jobs(path: Path) -> list[Path]:
-    """The job folders of a sweep folder, by number; empty if ``path`` is a run folder or something else."""
+    """The job folders of a sweep folder, by number; empty for another path."""
     if not path.is_dir() or (path / "config.yaml").exists():
         return []
     jobs = [p for p in path.iterdir() if p.name.isdecimal() and (p / "config.yaml").is_file()]
@@ -158,7 +128,7 @@ class Group:
     """Runs that differ in nothing but their seed.
 
     Attributes:
-        label: the architecture or the variant, and the settings in which the compared groups differ.
+        label: the architecture or the variant, and the settings in which the groups differ.
         settings: the config that the runs share, flat: ``model.hidden_size`` and so on.
         runs: at least one, each with a validation.
     """
@@ -175,14 +145,13 @@ class Group:
     @property
     def common(self) -> dict[str, Any]:
         """Shape and recipe: the settings that every architecture or variant has."""
-        return {key: value for key, value in self.settings.items() if not _is_own(key)}
+        return {key: value for key, value in self.settings.items() if not _is_option(key)}
 
     @property
     def parameters(self) -> dict[str, int] | None:
-        """Parameter counts (embedding, rest, total), or None while no run of the group has a summary."""
-        return next(
-            (run.summary["parameters"] for run in self.runs if "parameters" in run.summary), None
-        )
+        """Parameter counts (embedding, rest, total); None while no run of the group has a summary."""
+        counts = (run.summary.get("parameters") for run in self.runs)
+        return next((count for count in counts if count), None)
 
     def final(self, name: str) -> dict[int, float]:
         """The metric's last value for each seed (the mean if a seed was run twice)."""
@@ -197,118 +166,106 @@ class Group:
         """Validation loss on one grid of tokens.
 
         Returns:
-            tokens (n,) up to the shortest run's last validation, and losses (runs, n), linearly interpolated where a run has no
-            validation at a grid point.
+            tokens (n,) up to the shortest run's last validation, and losses (runs, n), linearly
+            interpolated where a run has no validation at a grid point.
         """
-        each = [run.curve("val/loss") for run in self.runs]
-        first, last = max(tokens[0] for tokens, _ in each), min(tokens[-1] for tokens, _ in each)
-        grid = np.unique(np.concatenate([tokens for tokens, _ in each]))
+        curves = [run.curve("val/loss") for run in self.runs]
+        first, last = (
+            max(tokens[0] for tokens, _ in curves),
+            min(tokens[-1] for tokens, _ in curves),
+        )
+        grid = np.unique(np.concatenate([tokens for tokens, _ in curves]))
         grid = grid[(grid >= first) & (grid <= last)]
-        return grid, np.stack([np.interp(grid, tokens, losses) for tokens, losses in each])
-
-
-def _kind(settings: dict[str, Any]) -> str:
-    return next(settings[key] for key in _KINDS if key in settings)
-
-
-def _is_own(key: str) -> bool:
-    return key.startswith("dex.") or (key.startswith("model.") and key not in _BASE_MODEL_KEYS)
+        return grid, np.stack([np.interp(grid, tokens, losses) for tokens, losses in curves])
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """Gather runs that differ only in their seed, in the order given, and label each group by what sets it apart."""
+    """Group the runs that differ only in their seed, and label each group by its differences."""
     members: dict[str, list[Run]] = {}
     for run in runs:
         members.setdefault(json.dumps(_settings(run.job), sort_keys=True), []).append(run)
     settings = [_settings(group[0].job) for group in members.values()]
-    labels = _labels(settings)
-    return [
-        Group(label=label, settings=s, runs=group)
-        for label, s, group in zip(labels, settings, members.values(), strict=True)
-    ]
+    groups = zip(_labels(settings), settings, members.values(), strict=True)
+    return [Group(label=label, settings=s, runs=group) for label, s, group in groups]
 
 
 def base_groups(groups: list[Group]) -> dict[str, Group]:
-    """The pretrained model of each group of adaptations as a group of its own, by the adaptations' label; of trained groups there is none.
+    """The pretrained model of each group of adaptations as a group, by the adaptations' label.
 
-    Its curve is flat: the loss at step 0 of the runs that started from it and measured it on the same text at the same context length.
+    Its curve is flat: the loss at step 0 of the runs that started from it and measured it on the
+    same text at the same context length. Trained groups have none.
     """
     members: dict[str, list[Group]] = {}
-    for group in groups:
-        if "dex.variant" in group.settings:
-            same = {
-                k: v
-                for k, v in group.settings.items()
-                if k in ("base", "revision", "train.seq_len") or k.startswith("data.")
-            }
-            members.setdefault(json.dumps(same, sort_keys=True), []).append(group)
-    settings = [{"dex.variant": BASE, **json.loads(same)} for same in members]
-    made: dict[str, Group] = {}
-    for s, label, adapted in zip(settings, _labels(settings), members.values(), strict=True):
-        runs = {
-            run.job.seed: replace(run, metrics=_flat(run), summary={})
-            for group in adapted
-            for run in group.runs
+    for group in (group for group in groups if "dex.variant" in group.settings):
+        shared = {
+            key: value
+            for key, value in group.settings.items()
+            if key in ("base", "revision", "train.seq_len") or key.startswith("data.")
         }
-        made |= dict.fromkeys(
-            (group.label for group in adapted),
-            Group(label=label, settings=s, runs=list(runs.values())),
-        )
-    return made
+        members.setdefault(json.dumps(shared, sort_keys=True), []).append(group)
+    settings = [{"dex.variant": BASE, **json.loads(shared)} for shared in members]
+    bases: dict[str, Group] = {}
+    for s, label, adapted in zip(settings, _labels(settings), members.values(), strict=True):
+        started = {run.job.seed: run for group in adapted for run in group.runs}
+        runs = [replace(run, metrics=_flat_curve(run), summary={}) for run in started.values()]
+        base = Group(label=label, settings=s, runs=runs)
+        bases |= dict.fromkeys((group.label for group in adapted), base)
+    return bases
 
 
-def _flat(run: Run) -> list[dict[str, Any]]:
+def _flat_curve(run: Run) -> list[dict[str, Any]]:
     return [{**run.metrics[0], "tokens": tokens} for tokens in run.curve("val/loss")[0]]
 
 
+def dotted(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of nested dicts, joined by dots, with their values."""
+    if not isinstance(value, dict) or not value:
+        yield prefix, value
+        return
+    for key, item in value.items():
+        yield from dotted(item, f"{prefix}.{key}" if prefix else key)
+
+
+def as_word(value: Any) -> str:
+    """Write a value as the command line takes it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _settings(job: TrainJob | AdaptJob) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, item)
-        elif not prefix.startswith(("run.", "wandb.")) and prefix not in _BOOKKEEPING:
-            flat[prefix] = value.value if isinstance(value, Enum) else value
-
-    walk("", asdict(job))
-    flat["train.steps"] = job.train.num_steps  # however the length was given
-    if isinstance(job, AdaptJob):
-        for key in _unread(job.dex.variant):
-            del flat[key]
-    return flat
+    unread = _BOOKKEEPING | ({*_unread(job.dex.variant)} if isinstance(job, AdaptJob) else set())
+    settings = {
+        key: value.value if isinstance(value, Enum) else value
+        for key, value in dotted(asdict(job))
+        if key not in unread and not key.startswith(("run.", "wandb."))
+    }
+    return settings | {"train.steps": job.train.num_steps}  # however the length was given
 
 
-def _unread(variant: Variant) -> list[str]:
-    """Options that do not matter to a variant, or that it sets itself: they do not make it another experiment."""
-    names = [] if variant is Variant.lora else ["lora_rank"]
+def _unread(variant: Variant) -> Iterator[str]:
+    """Options that a variant does not read, or that it sets itself."""
+    if variant is not Variant.lora:
+        yield "dex.lora_rank"
     if not variant.branches:
-        names += ["heads", "k", "share", "init", "anneal_steps", "calibration_tokens"]
-    elif not variant.anneals:
-        names += ["init", "anneal_steps"]
-    return [f"dex.{name}" for name in names]
+        yield from (f"dex.{name}" for name in ("heads", "k", "share", "calibration_tokens"))
+    if not variant.anneals:
+        yield from ("dex.init", "dex.anneal_steps")
 
 
 def _labels(settings: list[dict[str, Any]]) -> list[str]:
     """The architecture or variant, then ``key=value`` for each key in which groups differ.
 
-    Two things keep labels short: an own option is left out where it has its default, and of the keys of the shape, which a
-    size sets all at once, only those are named that tell apart what the ones before do not.
+    An option of one architecture is left out where it has its default. A size sets all keys of the
+    shape at once: only those that tell more groups apart are named.
     """
     labels = [_kind(s) for s in settings]
     for key in dict.fromkeys(key for s in settings for key in s if key not in _KINDS):
         if len({repr(s[key]) for s in settings if key in s}) < 2:
             continue
-        name = (
-            key.removeprefix("model.")
-            .removeprefix("dex.")
-            .removeprefix("train.")
-            .removesuffix(".kind")
-        )
+        name = re.sub(r"^(model|dex|train)\.|\.kind$", "", key)
         named = [
-            f"{label} {name}={as_word(s[key])}"
-            if key in s and not _is_default(_kind(s), key, s[key])
-            else label
+            label if key not in s or _is_default(s, key) else f"{label} {name}={as_word(s[key])}"
             for label, s in zip(labels, settings, strict=True)
         ]
         if key not in SHAPE_KEYS or len(set(named)) > len(set(labels)):
@@ -316,18 +273,18 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
     return labels
 
 
-def as_word(value: Any) -> str:
-    """Write a value as the command line takes it."""
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+def _kind(settings: dict[str, Any]) -> str:
+    return next(settings[key] for key in _KINDS if key in settings)
 
 
-def _is_default(kind: str, key: str, value: Any) -> bool:
-    if not _is_own(key):
+def _is_option(key: str) -> bool:
+    """Whether only one architecture, or only adaptations, have a key."""
+    return key.startswith("dex.") or (key.startswith("model.") and key not in _BASE_MODEL_KEYS)
+
+
+def _is_default(settings: dict[str, Any], key: str) -> bool:
+    if not _is_option(key):
         return False
-    option = key.removeprefix("model.").removeprefix("dex.")
-    return any(
-        f.name == option and f.default == value
-        for f in fields(DexConfig if key.startswith("dex.") else MODEL_CONFIGS[kind])
-    )
+    group, _, option = key.partition(".")
+    config = DexConfig if group == "dex" else MODEL_CONFIGS[_kind(settings)]
+    return any(f.name == option and f.default == settings[key] for f in fields(config))
