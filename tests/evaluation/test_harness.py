@@ -9,7 +9,6 @@ import types
 from functools import partial
 
 import lm_eval
-import numpy as np
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -316,9 +315,7 @@ def test_groups_and_averages(run, context, llama, hf_folder, folder):
     assert len(records) == 14
     whole = run(context(tasks=["local_group"]))[1]["local_group (0-shot)", "acc"]
     assert whole["value"] == pytest.approx(again["groups"]["local_group"]["acc,none"]) and whole["n"] == 40 and whole["stderr"] > 0
-    average = metrics["average (0-shot)", "acc_norm"]
-    assert average["value"] == metrics["local_choice (0-shot)", "acc_norm"]["value"]  # one of the two is the group of the other
-    assert average["low"] <= average["value"] <= average["high"]
+    assert ("average (0-shot)", "acc_norm") not in metrics  # one of the two is part of the other
 
 
 def test_the_papers_figures_stand_beside_the_average(run, context, monkeypatch):
