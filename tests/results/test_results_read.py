@@ -25,7 +25,7 @@ def test_curves_and_evaluations_are_one_frame(monkeypatch):
 
 
 def test_what_is_no_run_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="config.yaml") as error:
+    with pytest.raises(UserError, match=r"config\.yaml") as error:
         read_results([tmp_path])
     assert "\n" not in str(error.value)
 
