@@ -9,7 +9,9 @@ import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # the kernels run on the CPU; said before Triton is imported
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # the kernels run on the CPU; said before Triton is imported
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,8 +21,12 @@ def quick():
 
     from diffx.train import throughput
 
-    throughput.SIDES["cpu"] = 128  # the ceiling of matrix products takes a second where bf16 is slow
-    ConfigStore.__deepcopy__ = lambda store, memo: store  # Hydra copies every schema each time that it composes
+    throughput.SIDES["cpu"] = (
+        128  # the ceiling of matrix products takes a second where bf16 is slow
+    )
+    ConfigStore.__deepcopy__ = lambda store, memo: (
+        store
+    )  # Hydra copies every schema each time that it composes
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +70,19 @@ def make_run(tmp_path):
     from diffx.config.model import MODEL_CONFIGS
     from diffx.config.train import TrainConfig, TrainJob
 
-    def make(name, kind="transformer", *, curve, seed=0, steps=100, train=None, finished=True, parameters=1000, sha256="aa", **model):
+    def make(
+        name,
+        kind="transformer",
+        *,
+        curve,
+        seed=0,
+        steps=100,
+        train=None,
+        finished=True,
+        parameters=1000,
+        sha256="aa",
+        **model,
+    ):
         """`curve` is a list of (tokens, loss); `model` and `train` are settings of the config."""
         folder = tmp_path / name
         folder.mkdir(parents=True)
@@ -77,14 +95,23 @@ def make_run(tmp_path):
         )
         save_config(job, folder / "config.yaml")
         lines = [
-            {"step": i, "tokens": t, "time": float(i), "val/loss": loss, "val/bpb": loss / 2, "train/tokens_per_second": 1000.0 + i}
+            {
+                "step": i,
+                "tokens": t,
+                "time": float(i),
+                "val/loss": loss,
+                "val/bpb": loss / 2,
+                "train/tokens_per_second": 1000.0 + i,
+            }
             for i, (t, loss) in enumerate(curve)
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "data.json").write_text(json.dumps({"sha256": sha256}))
         if finished:
             counts = {"embedding": 500, "rest": parameters, "total": 500 + parameters}
-            (folder / "summary.json").write_text(json.dumps({"finished": True, "step": steps, "parameters": counts}))
+            (folder / "summary.json").write_text(
+                json.dumps({"finished": True, "step": steps, "parameters": counts})
+            )
         return folder
 
     return make

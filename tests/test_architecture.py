@@ -45,7 +45,12 @@ def package_of(path):
 def imports(path):
     """Every module that a file imports, with whether it does so when it is itself imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    late = {inner for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for inner in ast.walk(node)}
+    late = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(node)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node not in late) for alias in node.names)
@@ -58,7 +63,9 @@ def imports(path):
 
 def test_only_the_program_imports_the_package_itself():
     importers = {package_of(path) for path in FILES for name, _ in imports(path) if name == "diffx"}
-    assert importers <= {"cli", "__main__"}, "diffx/__init__.py has what users call, and stands on top"
+    assert importers <= {"cli", "__main__"}, (
+        "diffx/__init__.py has what users call, and stands on top"
+    )
 
 
 def test_every_package_is_in_the_list():
@@ -76,10 +83,16 @@ def test_imports_go_down(path):
         assert LEVEL[other] > LEVEL[package], f"{package} imports {module}, which is not below it"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if package_of(path) in WITHOUT_TORCH], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if package_of(path) in WITHOUT_TORCH],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_packages_without_torch(path):
     at_once = {module for module, at_once in imports(path) if at_once}
-    assert not {module for module in at_once if module.partition(".")[0] in ("torch", "transformers")}
+    assert not {
+        module for module in at_once if module.partition(".")[0] in ("torch", "transformers")
+    }
     if package_of(path) == "cli":  # no package before a command runs
         own = {"diffx", "diffx.__version__", "diffx.errors", "diffx.files", "diffx.cli.bench"}
         assert {module for module in at_once if module.startswith("diffx")} <= own
@@ -91,4 +104,6 @@ def test_files_stay_short(path):
 
 
 def test_the_library_stays_small():
-    assert sum(len(path.read_text(encoding="utf-8")) for path in FILES) <= 915_000  # characters, whatever the line length
+    assert (
+        sum(len(path.read_text(encoding="utf-8")) for path in FILES) <= 915_000
+    )  # characters, whatever the line length

@@ -22,7 +22,10 @@ from diffx.errors import UserError, one_line
 # The words that each job cannot do without; several entries of a job choose other groups.
 JOB_WORDS = [
     ("train", []),
-    ("train", ["model=transformer", "data=text", "data.path=x", "tokenizer=hf", "tokenizer.name=x"]),
+    (
+        "train",
+        ["model=transformer", "data=text", "data.path=x", "tokenizer=hf", "tokenizer.name=x"],
+    ),
     ("train", ["model=transformer_wide_head", "data=hub", "data.name=x", "tokenizer=tiktoken"]),
     ("train", ["data=retrieval", "tokenizer=bytes"]),
     ("adapt", ["base=x"]),
@@ -31,19 +34,105 @@ JOB_WORDS = [
     ("export", ["checkpoint=x", "out=x"]),
     ("quantize", ["checkpoint=x", "method=weights", "bits=[8]"]),
     ("quantize", ["checkpoint=x", "method=activations"]),
-    ("eval", ["checkpoint=x", "suite=hallucination", "judge=endpoint", "judge.base_url=http://x", "judge.model=x", "data=stdlib"]),
-    *(("eval", ["checkpoint=x", f"suite={suite}"]) for suite in ("icl", "icl_order", "retrieval", "attention_allocation")),
-    *(("eval", ["checkpoint=x", f"suite={suite}"]) for suite in ("math", "long_context", "outliers", "speed")),
+    (
+        "eval",
+        [
+            "checkpoint=x",
+            "suite=hallucination",
+            "judge=endpoint",
+            "judge.base_url=http://x",
+            "judge.model=x",
+            "data=stdlib",
+        ],
+    ),
+    *(
+        ("eval", ["checkpoint=x", f"suite={suite}"])
+        for suite in ("icl", "icl_order", "retrieval", "attention_allocation")
+    ),
+    *(
+        ("eval", ["checkpoint=x", f"suite={suite}"])
+        for suite in ("math", "long_context", "outliers", "speed")
+    ),
 ]
 SAVED = ("train", "adapt")  # jobs that a run folder keeps
-ODD = [None, True, "", " ", "null", "???", "a\nb", "{", "}}", "{label}{", "{text}{label}", "${", "${seed}", "${nowhere}", "${train.lr}"]
-ODD += ["inf", "-1K", "1e999", "1e-5", "½", "٣", "\0", "\udcff", "x" * 5000, "../x", "/", "http://[", "=", "a,b", "@", "~", "T"]
-ODD += [0, -1, 2**31, 2**63 - 1, 2**63, -(2**64), 10**400, 0.0, -0.0, 1e-300, 1e308, float("inf"), float("-inf"), float("nan")]
-ODD += [[], {}, [[]], [None], {"a": 1}, [float("nan")], [10**30], [[1, 2], [3]], ["a", 1], [{}], {"kind": "text"}]
-SCALARS = st.one_of(st.sampled_from(ODD), st.integers(), st.floats(), st.text(max_size=30), st.booleans(), st.none())
-NESTED = st.recursive(SCALARS, lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=5), part, max_size=2))
+ODD = [
+    None,
+    True,
+    "",
+    " ",
+    "null",
+    "???",
+    "a\nb",
+    "{",
+    "}}",
+    "{label}{",
+    "{text}{label}",
+    "${",
+    "${seed}",
+    "${nowhere}",
+    "${train.lr}",
+]
+ODD += [
+    "inf",
+    "-1K",
+    "1e999",
+    "1e-5",
+    "½",
+    "٣",
+    "\0",
+    "\udcff",
+    "x" * 5000,
+    "../x",
+    "/",
+    "http://[",
+    "=",
+    "a,b",
+    "@",
+    "~",
+    "T",
+]
+ODD += [
+    0,
+    -1,
+    2**31,
+    2**63 - 1,
+    2**63,
+    -(2**64),
+    10**400,
+    0.0,
+    -0.0,
+    1e-300,
+    1e308,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+]
+ODD += [
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": 1},
+    [float("nan")],
+    [10**30],
+    [[1, 2], [3]],
+    ["a", 1],
+    [{}],
+    {"kind": "text"},
+]
+SCALARS = st.one_of(
+    st.sampled_from(ODD), st.integers(), st.floats(), st.text(max_size=30), st.booleans(), st.none()
+)
+NESTED = st.recursive(
+    SCALARS,
+    lambda part: (
+        st.lists(part, max_size=3) | st.dictionaries(st.text(max_size=5), part, max_size=2)
+    ),
+)
 VALUES = st.one_of(SCALARS, NESTED)
-QUICK = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(
+    derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +142,9 @@ def composed():
     for name, words in JOB_WORDS:
         cfg = OmegaConf.structured(compose(name, words))
         own = list(keys(cfg))
-        made.append((name, cfg, sorted({*own, *(key.rpartition(".")[0] for key in own if "." in key)})))
+        made.append(
+            (name, cfg, sorted({*own, *(key.rpartition(".")[0] for key in own if "." in key)}))
+        )
     return made
 
 
@@ -95,8 +186,24 @@ def test_many_values(composed, tmp_path_factory, place, picked, value):
 
 
 SIGNS = st.sampled_from(["", "", "", "+", "++", "~"])
-NAMES = st.sampled_from(["model", "size", "data", "experiment", "hydra/launcher", "hydra.sweep.dir", "train", "train.lr", "seed", "", "x"])
-WORDS = st.tuples(SIGNS, NAMES, st.just("="), VALUES.map(str) | st.text(max_size=20)).map("".join) | st.text(max_size=20)
+NAMES = st.sampled_from(
+    [
+        "model",
+        "size",
+        "data",
+        "experiment",
+        "hydra/launcher",
+        "hydra.sweep.dir",
+        "train",
+        "train.lr",
+        "seed",
+        "",
+        "x",
+    ]
+)
+WORDS = st.tuples(SIGNS, NAMES, st.just("="), VALUES.map(str) | st.text(max_size=20)).map(
+    "".join
+) | st.text(max_size=20)
 
 
 def check_word(word):
@@ -126,30 +233,69 @@ TINY = (
     "data=text data.path=text.jsonl tokenizer=bytes model.hidden_size=16 model.num_layers=1 model.num_heads=2 model.num_kv_heads=2 "
     "train.steps=2 train.seq_len=128 train.batch_tokens=128 train.sample_tokens=0 wandb.mode=disabled device=cpu data.val_tokens=300"
 )
-EVAL = "eval checkpoint=run suite=icl suite.shots=[1] suite.queries=2 wandb.mode=disabled device=cpu"
+EVAL = (
+    "eval checkpoint=run suite=icl suite.shots=[1] suite.queries=2 wandb.mode=disabled device=cpu"
+)
 COMMANDS = {
     "compare run": ("config.yaml", "metrics.jsonl", "summary.json", "data.json"),
     "compare run copy suite=icl": ("results.json", "rows.parquet", "settings.json"),
-    "generate checkpoint=run max_tokens=2": ("config.yaml", "state.json", "model.safetensors", "tokenizer.json", "diffx_tokenizer.json"),
+    "generate checkpoint=run max_tokens=2": (
+        "config.yaml",
+        "state.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "diffx_tokenizer.json",
+    ),
     EVAL: ("results.json", "settings.json", "config.yaml", "state.json", "tokenizer_config.json"),
     f"train {TINY} train.resume=run": (
-        *("config.yaml", "environment.json", "metrics.jsonl", "state.json", "optimizer.safetensors", "diffx_tokenizer.json"),
+        *(
+            "config.yaml",
+            "environment.json",
+            "metrics.jsonl",
+            "state.json",
+            "optimizer.safetensors",
+            "diffx_tokenizer.json",
+        ),
     ),
-    "export checkpoint=run out=exported": ("config.yaml", "state.json", "model.safetensors", "tokenizer.json"),
+    "export checkpoint=run out=exported": (
+        "config.yaml",
+        "state.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ),
 }
-SHORT = (
-    "data=text data.path=text.jsonl train.steps=2 train.seq_len=32 train.batch_tokens=64 data.val_tokens=100 wandb.mode=disabled device=cpu"
-)
+SHORT = "data=text data.path=text.jsonl train.steps=2 train.seq_len=32 train.batch_tokens=64 data.val_tokens=100 wandb.mode=disabled device=cpu"
 OTHERS = {  # of an export, and of a run that was adapted from it
-    EVAL.replace("=run", "=hub"): ("config.json", "diffx.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    EVAL.replace("=run", "=hub"): (
+        "config.json",
+        "diffx.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ),
     EVAL.replace("=run", "=hub") + " force=true": ("model.safetensors",),
-    "generate checkpoint=adapted max_tokens=2": ("config.yaml", "base.json", "heads.json", "state.json", "model.safetensors"),
-    f"adapt-dex base=hub {SHORT} train.resume=adapted": ("heads.json", "base.json", "metrics.jsonl", "state.json"),
+    "generate checkpoint=adapted max_tokens=2": (
+        "config.yaml",
+        "base.json",
+        "heads.json",
+        "state.json",
+        "model.safetensors",
+    ),
+    f"adapt-dex base=hub {SHORT} train.resume=adapted": (
+        "heads.json",
+        "base.json",
+        "metrics.jsonl",
+        "state.json",
+    ),
     "export checkpoint=adapted out=exported": ("heads.json",),
     "compare adapted copied": ("summary.json", "heads.json"),
 }
 PAIRS = [(command, "run", name) for command, names in COMMANDS.items() for name in names]
-MORE = [(command, "hub" if "checkpoint=hub" in command else "adapted", name) for command, names in OTHERS.items() for name in names]
+MORE = [
+    (command, "hub" if "checkpoint=hub" in command else "adapted", name)
+    for command, names in OTHERS.items()
+    for name in names
+]
 
 
 @pytest.fixture(scope="module")
@@ -195,12 +341,16 @@ def state_of(folder):
 def damage(content, how, where, text):
     """Change a file's content; ``None`` deletes it."""
     at = where % max(len(content), 1)
-    if how == "value" and (found := _a_value(content, where)):  # JSON that holds something else at one place
+    if how == "value" and (
+        found := _a_value(content, where)
+    ):  # JSON that holds something else at one place
         return found[0] + text.encode() + found[1]
     return {
         "delete": None,
         "cut": content[:at],
-        "flip": content[:at] + bytes([content[at] ^ (1 << where % 8)]) + content[at + 1 :] if content else b"",
+        "flip": content[:at] + bytes([content[at] ^ (1 << where % 8)]) + content[at + 1 :]
+        if content
+        else b"",
         "nested": b"[" * 100_000 if where % 2 else b'{"a":' * 100_000,
     }.get(how, text.encode())
 
@@ -228,7 +378,25 @@ def _a_value(content, where):
 
 
 HOW = st.sampled_from(["delete", "cut", "flip", "nested", "value", "value", "value", "replace"])
-TEXTS = ["null", "1", "-1", "1.5", "NaN", "1e400", "9" * 400, '"x"', "[]", "{}", "[1]", '{"a": 1}', "true", "", "\0", "a: [b", "- 1"]
+TEXTS = [
+    "null",
+    "1",
+    "-1",
+    "1.5",
+    "NaN",
+    "1e400",
+    "9" * 400,
+    '"x"',
+    "[]",
+    "{}",
+    "[1]",
+    '{"a": 1}',
+    "true",
+    "",
+    "\0",
+    "a: [b",
+    "- 1",
+]
 JSON_TEXTS = st.sampled_from(TEXTS)
 
 
@@ -258,7 +426,12 @@ def test_a_damaged_file_is_one_line(trained, pair, how, where, text):
 
 @pytest.mark.parametrize(
     "pair",
-    [pytest.param(pair, marks=() if pair[0].startswith(("generate", "eval")) else pytest.mark.slow) for pair in PAIRS],
+    [
+        pytest.param(
+            pair, marks=() if pair[0].startswith(("generate", "eval")) else pytest.mark.slow
+        )
+        for pair in PAIRS
+    ],
     ids=lambda pair: f"{pair[2]}-{pair[0].split()[0]}",
 )
 def test_deep_nesting_is_one_line(trained, pair):

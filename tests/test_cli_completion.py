@@ -11,8 +11,14 @@ from diffx.config.completion import complete
 
 def bash(*words):
     """The completions of the last word."""
-    env = os.environ | {"COMP_WORDS": " ".join(["diffx", *words]), "COMP_CWORD": str(len(words)), "_DIFFX_COMPLETE": "complete_bash"}
-    done = subprocess.run([sys.executable, "-m", "diffx"], capture_output=True, text=True, env=env, timeout=60)
+    env = os.environ | {
+        "COMP_WORDS": " ".join(["diffx", *words]),
+        "COMP_CWORD": str(len(words)),
+        "_DIFFX_COMPLETE": "complete_bash",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "diffx"], capture_output=True, text=True, env=env, timeout=60
+    )
     assert done.stderr == ""
     return done.stdout.split()
 
@@ -35,7 +41,11 @@ def test_bash_completes_groups():
         (["model", "=", "transformer", "data", "="], "te", ["text"]),
         ([], "model=diff_v1,diff_v", ["model=diff_v1,diff_v1", "model=diff_v1,diff_v2"]),
         ([], "tokeniz", ["tokenizer=", "tokenizer.vocab_size="]),
-        ([], "train.sched", [f"train.schedule={name}" for name in ("linear", "cosine", "wsd", "constant")]),
+        (
+            [],
+            "train.sched",
+            [f"train.schedule={name}" for name in ("linear", "cosine", "wsd", "constant")],
+        ),
         ([], "train.compile=", ["train.compile=true", "train.compile=false"]),
         ([], "train.lr", ["train.lr=", "train.lr=0.005"]),
         ([], "model.lambda_i", ["model.lambda_init=", "model.lambda_init=depth"]),

@@ -30,7 +30,9 @@ def run(*words, code="from diffx.cli import main; sys.exit(main())"):
     """Run diffx in a process of its own; returns it, with the modules it imported and the processor time it took."""
     report = "import atexit, sys, json; atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr)); "
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", report + code, *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", report + code, *words], capture_output=True, text=True, timeout=120
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     done.seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     done.modules = {name.partition(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}
@@ -59,8 +61,12 @@ def test_printing_a_config_needs_no_torch():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_shows_three_real_examples(command, capsys):
     assert main([*command.split(), "--help"]) == 0
-    lines = [line.strip() for line in capsys.readouterr().out.partition("Examples:")[2].splitlines()]
-    examples = [shlex.split(line.rpartition("| ")[2]) for line in lines if f"diffx {command}" in line]
+    lines = [
+        line.strip() for line in capsys.readouterr().out.partition("Examples:")[2].splitlines()
+    ]
+    examples = [
+        shlex.split(line.rpartition("| ")[2]) for line in lines if f"diffx {command}" in line
+    ]
     assert len(examples) >= 3
     if command not in (
         "compare",
@@ -94,5 +100,11 @@ def test_a_part_of_the_config(capsys):
 
 
 def test_the_module_is_the_program():
-    done = subprocess.run([sys.executable, "-m", "diffx", "--version"], capture_output=True, text=True, env=os.environ, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "diffx", "--version"],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout) == (0, f"diffx {__version__}\n")

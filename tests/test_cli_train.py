@@ -18,7 +18,10 @@ WORDS = [*DATA, *TINY.split()]
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, tmp_path_factory, monkeypatch):
-    rows = ({"text": f"Document {n} says that {n} times {n} is {n * n}, no more. " * 3} for n in range(60))
+    rows = (
+        {"text": f"Document {n} says that {n} times {n} is {n * n}, no more. " * 3}
+        for n in range(60)
+    )
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -43,15 +46,35 @@ def test_train_then_generate_and_compare(here, capfd):
 
 def test_a_sweep_in_two_processes(here):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    sweep = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=s", "model=transformer,diff_v1", "train.lr=1e-3,-1"]
-    done = subprocess.run([sys.executable, "-m", "diffx", "train", *WORDS, *sweep], capture_output=True, text=True, timeout=240)
+    sweep = [
+        "-m",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "hydra.sweep.dir=s",
+        "model=transformer,diff_v1",
+        "train.lr=1e-3,-1",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "diffx", "train", *WORDS, *sweep],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 2, done.stderr
     failed = [json.loads(line) for line in (here / "s" / "failed.jsonl").read_text().splitlines()]
     assert sorted(entry["job"] for entry in failed) == [1, 3]
     for number, model in ((1, "transformer"), (3, "diff_v1")):
-        assert done.stderr.count(f"error: job {number} (model={model} train.lr=-1): train.lr=-1.0 cannot be used") == 1
+        assert (
+            done.stderr.count(
+                f"error: job {number} (model={model} train.lr=-1): train.lr=-1.0 cannot be used"
+            )
+            == 1
+        )
     both = "1 (model=transformer train.lr=-1), 3 (model=diff_v1 train.lr=-1)"
-    assert done.stderr.splitlines()[-1] == f"error: 2 jobs of the sweep failed: {both}; the reasons are in s/failed.jsonl"
+    assert (
+        done.stderr.splitlines()[-1]
+        == f"error: 2 jobs of the sweep failed: {both}; the reasons are in s/failed.jsonl"
+    )
     for number in ("0", "2"):
         assert json.loads((here / "s" / number / "summary.json").read_text())["finished"]
     assert not (here / "s" / "1").exists()

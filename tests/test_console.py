@@ -54,7 +54,13 @@ def test_quiet_prints_nothing(capsys):
 
 
 def test_figures_are_short():
-    assert [figure(n) for n in (12, 1234, 2_600_000, 1.41e9, 3e12)] == ["12", "1.23K", "2.6M", "1.41B", "3T"]
+    assert [figure(n) for n in (12, 1234, 2_600_000, 1.41e9, 3e12)] == [
+        "12",
+        "1.23K",
+        "2.6M",
+        "1.41B",
+        "3T",
+    ]
     assert [duration(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
 
 
@@ -66,11 +72,18 @@ def test_bars_are_whole_at_80_columns(steps):
         bar.at(steps // 3, note)
         with one.progress("val", 65536) as inner:
             inner.at(1024)
-            screen = Console(file=io.StringIO(), width=80, color_system="truecolor", force_terminal=True)
+            screen = Console(
+                file=io.StringIO(), width=80, color_system="truecolor", force_terminal=True
+            )
             screen.print(one._bars.get_renderable())
     outer, validation, _ = Text.from_ansi(screen.file.getvalue()).plain.split("\n")
-    for line, parts in ((outer, ["step", f"{steps // 3}/{steps}", note]), (validation, ["val ", "1024/65536"])):
-        assert cell_len(line) <= 80 and all(part in line for part in [*parts, "ETA -:--:--", "━━━"]), line
+    for line, parts in (
+        (outer, ["step", f"{steps // 3}/{steps}", note]),
+        (validation, ["val ", "1024/65536"]),
+    ):
+        assert cell_len(line) <= 80 and all(
+            part in line for part in [*parts, "ETA -:--:--", "━━━"]
+        ), line
 
 
 def test_what_a_bar_shows_reaches_the_log(tmp_path, monkeypatch):
@@ -78,7 +91,9 @@ def test_what_a_bar_shows_reaches_the_log(tmp_path, monkeypatch):
     monkeypatch.setattr("diffx.console.time.monotonic", lambda: next(clock))
     one, _ = reporter(True)
     one.open_log(tmp_path / "train.log")
-    one._bars = bars = types.SimpleNamespace(add_task=lambda *_, **__: 0, update=lambda *_, **__: None, remove_task=lambda _: None)
+    one._bars = bars = types.SimpleNamespace(
+        add_task=lambda *_, **__: 0, update=lambda *_, **__: None, remove_task=lambda _: None
+    )
     with one.progress("step", 9) as bar:
         for step in range(1, 5):
             bar.at(step, f"loss {step}.5")

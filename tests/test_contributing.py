@@ -80,12 +80,21 @@ def declare(context):
 VARIANT = {
     "diffx/config/model.py": [
         ("MODEL_CONFIGS: dict", CONFIG),
-        ('    "diff_v2": DiffV2Config,', '    "diff_v2": DiffV2Config,\n    "diff_toy": ToyConfig,'),
+        (
+            '    "diff_v2": DiffV2Config,',
+            '    "diff_v2": DiffV2Config,\n    "diff_toy": ToyConfig,',
+        ),
     ],
     "diffx/models/diff_toy.py": MODULE,
     "diffx/models/decoder.py": [
-        ("from diffx.models.diff_v2", "from diffx.models.diff_toy import ToyAttention\nfrom diffx.models.diff_v2"),
-        ('    "diff_v2": DiffV2Attention,', '    "diff_v2": DiffV2Attention,\n    "diff_toy": ToyAttention,'),
+        (
+            "from diffx.models.diff_v2",
+            "from diffx.models.diff_toy import ToyAttention\nfrom diffx.models.diff_v2",
+        ),
+        (
+            '    "diff_v2": DiffV2Attention,',
+            '    "diff_v2": DiffV2Attention,\n    "diff_toy": ToyAttention,',
+        ),
     ],
 }
 NEW_SUITE = {
@@ -153,9 +162,15 @@ def test_a_variant_and_a_suite_by_the_words_of_the_guide(tmp_path):
     change(tmp_path, NEW_SUITE)
     assert sum(touched(ROOT / name, tmp_path / name) for name in ("diffx", "conf")) == 3 + 2
 
-    rows = ({"text": f"Note {n}. The square of {n} is {n * n}. Nothing else is known of it. " * 3} for n in range(200))
+    rows = (
+        {"text": f"Note {n}. The square of {n} is {n * n}. Nothing else is known of it. " * 3}
+        for n in range(200)
+    )
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    boxes = ({"context": f"Box {n} is red.", "question": f"Which colour is box {n}?", "answers": ["red"]} for n in range(3))
+    boxes = (
+        {"context": f"Box {n} is red.", "question": f"Which colour is box {n}?", "answers": ["red"]}
+        for n in range(3)
+    )
     (tmp_path / "boxes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in boxes))
     (tmp_path / "squares.yaml").write_text(TASK)
     evals = [f"eval checkpoint=run suite={suite} limit=2" for suite in SUITES]
@@ -167,8 +182,15 @@ def test_a_variant_and_a_suite_by_the_words_of_the_guide(tmp_path):
         "export checkpoint=run out=out",
     ]
     script = "import sys; from diffx.cli import main\nfor line in sys.argv[1:]:\n    assert main(line.split()) == 0, line"
-    words = [f"{command} wandb.mode=disabled" if command.split()[0] in ("train", "eval", "quantize") else command for command in commands]
-    done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
+    words = [
+        f"{command} wandb.mode=disabled"
+        if command.split()[0] in ("train", "eval", "quantize")
+        else command
+        for command in commands
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
     logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])

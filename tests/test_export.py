@@ -44,7 +44,11 @@ RUNS = {
     "diff_v2": "model=diff_v2",
 }
 BRANCHES = ("dex", "dex_plus", "fixed_lambda", "fused")
-CLASSES = {"transformer": "LlamaForCausalLM", "diff_v1": "DiffLlamaForCausalLM", "fused": "GPT2LMHeadModel"}
+CLASSES = {
+    "transformer": "LlamaForCausalLM",
+    "diff_v1": "DiffLlamaForCausalLM",
+    "fused": "GPT2LMHeadModel",
+}
 CLASSES |= {"diff_v1_heads": "DiffxForCausalLM", "diff_v2": "DiffxForCausalLM"}
 PROMPT = "Document 7 says"
 
@@ -53,12 +57,25 @@ PROMPT = "Document 7 says"
 def place(tmp_path_factory, hf_folder, tokenizer):
     """A folder with a text, and a GPT-2: Conv1D, fused queries, tied embeddings."""
     folder = tmp_path_factory.mktemp("export")
-    rows = ({"text": f"Document {n} says that {n} times {n} is {n * n}, and no more. " * 2} for n in range(120))
+    rows = (
+        {"text": f"Document {n} says that {n} times {n} is {n * n}, and no more. " * 2}
+        for n in range(120)
+    )
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "other.jsonl").write_text(json.dumps({"text": "What was never read before, a few hundred times over. " * 20}) + "\n")
+    (folder / "other.jsonl").write_text(
+        json.dumps({"text": "What was never read before, a few hundred times over. " * 20}) + "\n"
+    )
     torch.manual_seed(0)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eot_id}
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, vocab_size=tokenizer.vocab_size, initializer_range=0.2, **ends)
+    config = GPT2Config(
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        vocab_size=tokenizer.vocab_size,
+        initializer_range=0.2,
+        **ends,
+    )
     GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
     tokenizer.save(folder / "gpt2")
     (folder / "gpt2" / "README.md").write_text("---\nlicense: mit\n---\n\nA model.\n")
@@ -76,8 +93,22 @@ def run(place, hf_folder):
         folder = place / "runs" / name
         if not folder.exists():
             adapts = "dex." in RUNS[name]
-            kind = ["adapt-dex", f"base={place / 'gpt2' if name == 'fused' else hf_folder}", *DEX.split()] if adapts else ["train"]
-            words = [*kind, *([] if adapts else OURS.split()), *COMMON.split(), f"data.path={place / 'text.jsonl'}", *RUNS[name].split()]
+            kind = (
+                [
+                    "adapt-dex",
+                    f"base={place / 'gpt2' if name == 'fused' else hf_folder}",
+                    *DEX.split(),
+                ]
+                if adapts
+                else ["train"]
+            )
+            words = [
+                *kind,
+                *([] if adapts else OURS.split()),
+                *COMMON.split(),
+                f"data.path={place / 'text.jsonl'}",
+                *RUNS[name].split(),
+            ]
             assert main([*words, f"run.dir={folder}"]) == 0
         return folder
 
@@ -91,7 +122,18 @@ def export(place, run):
     def export(name, fold=True, dtype="auto"):
         out = place / "out" / f"{name}-{fold}-{dtype}"
         if not out.exists():
-            assert main(["export", f"checkpoint={run(name)}", f"out={out}", f"fold={fold}", f"dtype={dtype}"]) == 0
+            assert (
+                main(
+                    [
+                        "export",
+                        f"checkpoint={run(name)}",
+                        f"out={out}",
+                        f"fold={fold}",
+                        f"dtype={dtype}",
+                    ]
+                )
+                == 0
+            )
         return out
 
     return export
@@ -112,7 +154,9 @@ def assert_same(exported, run, tolerance):
     ours = read(loaded.model, ids)
     assert ours.std() > 0.1
     torch.testing.assert_close(read(theirs, ids), ours, rtol=tolerance, atol=tolerance)
-    drawn = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    drawn = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
     assert theirs.generation_config.eos_token_id == sorted(loaded.ends)
     tokens = [token for token in drawn[0, ids.shape[1] :].tolist() if token not in loaded.ends]
     assert tokens == LanguageModel(loaded).generate([ids[0].tolist()], 12)[0]
@@ -123,7 +167,12 @@ SELDOM = ("attn_only", "full")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SELDOM else ()) for name, words in RUNS.items() if "dex." in words]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SELDOM else ())
+        for name, words in RUNS.items()
+        if "dex." in words
+    ],
 )
 def test_an_adapted_run_becomes_a_model_of_its_bases_class(name, run, export):
     model = assert_same(export(name), run(name), 1e-4)
@@ -136,7 +185,9 @@ def test_an_adapted_run_becomes_a_model_of_its_bases_class(name, run, export):
 def test_the_branch_is_kept_where_that_is_asked_for(name, run, export):
     model = assert_same(export(name, fold=False), run(name), 1e-6)
     saved = load_file(export(name, fold=False) / "model.safetensors")
-    assert type(model).__name__ == "DexForCausalLM" and sum(key.endswith("w_d") for key in saved) == 2
+    assert (
+        type(model).__name__ == "DexForCausalLM" and sum(key.endswith("w_d") for key in saved) == 2
+    )
     again = export(name, fold=False) / "again"
     model.save_pretrained(again)
     ids = torch.tensor([[5, 6, 7]])
@@ -153,17 +204,24 @@ def test_an_earlier_checkpoint(run, place):
     out = place / "early"
     assert main(["export", f"checkpoint={run('dex')}@2", f"out={out}"]) == 0
     ids = torch.tensor([[5, 6, 7]])
-    theirs, ours = AutoModelForCausalLM.from_pretrained(out), load(f"{run('dex')}@2", Device.cpu).model
+    theirs, ours = (
+        AutoModelForCausalLM.from_pretrained(out),
+        load(f"{run('dex')}@2", Device.cpu).model,
+    )
     torch.testing.assert_close(read(theirs, ids), read(ours, ids), rtol=1e-4, atol=1e-4)
     card = ModelCard.load(out / "README.md")
-    assert "| steps | 2 |" in card.text and "held-out loss" not in card.text  # the summary is of step 4
+    assert (
+        "| steps | 2 |" in card.text and "held-out loss" not in card.text
+    )  # the summary is of step 4
 
 
 # The model card.
 
 
 @pytest.mark.parametrize("name", ["fused", "dex", "diff_v1", "diff_v2"])
-def test_the_card_says_what_the_model_is_and_how_it_is_loaded(name, run, export, place, hf_folder, monkeypatch):
+def test_the_card_says_what_the_model_is_and_how_it_is_loaded(
+    name, run, export, place, hf_folder, monkeypatch
+):
     adapted, registered = name in BRANCHES, name == "diff_v2"
     card = ModelCard.load(export(name) / "README.md")
     assert card.data.library_name == ("diffx" if registered else "transformers")
@@ -171,11 +229,20 @@ def test_the_card_says_what_the_model_is_and_how_it_is_loaded(name, run, export,
     assert card.data.license == ("mit" if name == "fused" else None)  # the base's
     assert {"diffx", "dex" if adapted else name} <= set(card.data.tags)
     rows = dict(
-        line.strip("| ").split(" | ") for line in card.text.splitlines() if line.count("|") == 3 and "---" not in line and line != "| | |"
+        line.strip("| ").split(" | ")
+        for line in card.text.splitlines()
+        if line.count("|") == 3 and "---" not in line and line != "| | |"
     )
     summary = json.loads((run(name) / "summary.json").read_text())
-    assert rows["held-out loss, nats a token"] == f"{summary['val/loss']:.4f}" and rows["steps"] == "4" and rows["tokens"] == "256"
-    assert rows["training text"] == "text text.jsonl" and ("held-out loss of the base" in rows) is adapted
+    assert (
+        rows["held-out loss, nats a token"] == f"{summary['val/loss']:.4f}"
+        and rows["steps"] == "4"
+        and rows["tokens"] == "256"
+    )
+    assert (
+        rows["training text"] == "text text.jsonl"
+        and ("held-out loss of the base" in rows) is adapted
+    )
     assert ("hidden_size 32" in rows["architecture"]) is not adapted
     assert "None" not in card.text
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
@@ -183,7 +250,10 @@ def test_the_card_says_what_the_model_is_and_how_it_is_loaded(name, run, export,
     monkeypatch.chdir(export(name).parent)
     exec(code, loaded)
     assert type(loaded["model"]).__name__ == CLASSES.get(name, "LlamaForCausalLM")
-    assert rows["parameters"] == f"{loaded['model'].num_parameters():,}" and loaded["tokenizer"]("x")["input_ids"]
+    assert (
+        rows["parameters"] == f"{loaded['model'].num_parameters():,}"
+        and loaded["tokenizer"]("x")["input_ids"]
+    )
     for folder in (place, hf_folder, Path.home(), Path.cwd()):
         assert str(folder) not in card.content
 
@@ -192,7 +262,10 @@ def test_the_card_of_an_adapter(run, place, hf_folder):
     card = ModelCard.load(run("dex") / "adapter" / "README.md")
     assert (card.data.library_name, card.data.base_model) == ("diffx", "tiny-llama")
     summary = json.loads((run("dex") / "summary.json").read_text())
-    assert f"{summary['val/loss']:.4f}" in card.text and f"| {summary['parameters']['trained']:,} |" in card.text
+    assert (
+        f"{summary['val/loss']:.4f}" in card.text
+        and f"| {summary['parameters']['trained']:,} |" in card.text
+    )
     assert str(place) not in card.content and str(hf_folder) not in card.content
 
 
@@ -216,12 +289,23 @@ save_file(logits, sys.argv[1])
 @pytest.mark.slow
 @pytest.mark.parametrize("with_diffx", [False, True])
 def test_a_process_of_its_own_gets_the_same_logits(with_diffx, export, run, place, tmp_path):
-    names = {"dex": False, "diff_v2": True, "diff_v1_heads": True} if with_diffx else {"dex": True, "transformer": True, "diff_v1": True}
+    names = (
+        {"dex": False, "diff_v2": True, "diff_v1_heads": True}
+        if with_diffx
+        else {"dex": True, "transformer": True, "diff_v1": True}
+    )
     folders = {name: str(export(name, fold=fold)) for name, fold in names.items()}
-    script = "import diffx\n" + LOAD if with_diffx else LOAD + "\nassert 'diffx' not in sys.modules\n"
+    script = (
+        "import diffx\n" + LOAD if with_diffx else LOAD + "\nassert 'diffx' not in sys.modules\n"
+    )
     out = tmp_path / "logits.safetensors"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", script, out, *folders.values()], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", script, out, *folders.values()],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = load_file(out)
     for name, folder in folders.items():
@@ -236,19 +320,32 @@ def test_a_process_of_its_own_gets_the_same_logits(with_diffx, export, run, plac
 def test_in_bf16_the_branch_stays_fp32(export, run):
     folder = export("dex", fold=False, dtype="bf16")
     saved = load_file(folder / "model.safetensors")
-    kinds = {name.rpartition(".")[2] in ("w_d", "lambda_learn", "schedule", "chosen"): value.dtype for name, value in saved.items()}
+    kinds = {
+        name.rpartition(".")[2] in ("w_d", "lambda_learn", "schedule", "chosen"): value.dtype
+        for name, value in saved.items()
+    }
     assert kinds == {True: torch.float32, False: torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype is torch.bfloat16
-    branch, ours = model.base.model.layers[1].self_attn.o_proj, load(str(run("dex")), Device.cpu).adapted.branches[1]
+    branch, ours = (
+        model.base.model.layers[1].self_attn.o_proj,
+        load(str(run("dex")), Device.cpu).adapted.branches[1],
+    )
     assert branch.w_d.dtype is branch.lambda_learn.dtype is torch.float32
-    assert torch.equal(branch.w_d, ours.w_d) and torch.equal(branch.lambda_value(), ours.lambda_value())
+    assert torch.equal(branch.w_d, ours.w_d) and torch.equal(
+        branch.lambda_value(), ours.lambda_value()
+    )
     narrow = load(str(run("dex")), Device.cpu, Dtype.bf16)
     ids = torch.tensor([narrow.tokenizer.encode(PROMPT)])
     torch.testing.assert_close(read(model, ids), read(narrow.model, ids), rtol=0, atol=0)
     folded = AutoModelForCausalLM.from_pretrained(export("dex", dtype="bf16"))
     assert {parameter.dtype for parameter in folded.parameters()} == {torch.bfloat16}
-    torch.testing.assert_close(read(folded, ids).float(), read(load(str(run("dex")), Device.cpu).model, ids), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        read(folded, ids).float(),
+        read(load(str(run("dex")), Device.cpu).model, ids),
+        rtol=0.1,
+        atol=0.1,
+    )
 
 
 # What comes after: evaluation takes the run, folded or not, with equal results.
@@ -296,7 +393,9 @@ generation_kwargs: {{max_gen_toks: 4, until: ["."]}}
     "suite",
     [
         "harness suite.tasks=[squares]",
-        pytest.param("icl suite.shots=[1,2] suite.queries=6 suite.labels=3", marks=pytest.mark.slow),
+        pytest.param(
+            "icl suite.shots=[1,2] suite.queries=6 suite.labels=3", marks=pytest.mark.slow
+        ),
         pytest.param("outliers suite.tokens=256", marks=pytest.mark.slow),
     ],
 )
@@ -305,45 +404,98 @@ def test_evaluations_are_equal(suite, run, export, place):
     tasks = place / "tasks"
     tasks.mkdir(exist_ok=True)
     (tasks / "squares.yaml").write_text(TASK.format(path=place / "other.jsonl"))
-    for name, spec in (("run", run("dex")), ("folded", export("dex")), ("unfolded", export("dex", fold=False))):
+    for name, spec in (
+        ("run", run("dex")),
+        ("folded", export("dex")),
+        ("unfolded", export("dex", fold=False)),
+    ):
         name_of, *options = suite.split()
-        words = ["eval", f"checkpoint={spec}", f"suite={name_of}", *options, "limit=4", "wandb.mode=disabled", "device=cpu"]
-        words += ["data=text", f"data.path={place / 'other.jsonl'}"] if name_of == "outliers" else []
+        words = [
+            "eval",
+            f"checkpoint={spec}",
+            f"suite={name_of}",
+            *options,
+            "limit=4",
+            "wandb.mode=disabled",
+            "device=cpu",
+        ]
+        words += (
+            ["data=text", f"data.path={place / 'other.jsonl'}"] if name_of == "outliers" else []
+        )
         words += [f"suite.include_path={tasks}"] if name_of == "harness" else []
         before = set(place.rglob("results.json"))
         assert main(words) == 0
         (path,) = set(place.rglob("results.json")) - before
-        found[name] = [(metric["label"], metric["metric"], metric["value"]) for metric in json.loads(path.read_text())["metrics"]]
+        found[name] = [
+            (metric["label"], metric["metric"], metric["value"])
+            for metric in json.loads(path.read_text())["metrics"]
+        ]
     assert len(found["run"]) > 0
     for name in ("folded", "unfolded"):
         assert [row[:2] for row in found[name]] == [row[:2] for row in found["run"]]
-        assert [row[2] for row in found[name]] == pytest.approx([row[2] for row in found["run"]], rel=1e-4)
+        assert [row[2] for row in found[name]] == pytest.approx(
+            [row[2] for row in found["run"]], rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["transformer", pytest.param("diff_v2", marks=pytest.mark.slow)])
 def test_lm_evals_own_figures_of_an_export_are_the_runs(name, run, export, place):
     """Likelihoods of choices, of whole texts (longer than the context) and generated answers, through lm-eval's class for transformers."""
     (place / "more").mkdir(exist_ok=True)
-    rows = ({"text": f"Of the number {n} little is known, but that it comes before {n + 1}. " * (n + 1)} for n in range(3))
+    rows = (
+        {"text": f"Of the number {n} little is known, but that it comes before {n + 1}. " * (n + 1)}
+        for n in range(3)
+    )
     (place / "more" / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = {"choices": TASK.replace("squares", "choices"), "rolling": ROLLING, "answers": ANSWERS}
     for task, text in tasks.items():
-        (place / "more" / f"{task}.yaml").write_text(text.format(path=place / "more" / "numbers.jsonl"))
-    words = ["suite=harness", "suite.tasks=[choices,rolling,answers]", "limit=3", "wandb.mode=disabled", "device=cpu", "force=true"]
+        (place / "more" / f"{task}.yaml").write_text(
+            text.format(path=place / "more" / "numbers.jsonl")
+        )
+    words = [
+        "suite=harness",
+        "suite.tasks=[choices,rolling,answers]",
+        "limit=3",
+        "wandb.mode=disabled",
+        "device=cpu",
+        "force=true",
+    ]
     found = {}
     for label, spec in (("run", run(name)), ("export", export(name))):
         before = {path: path.stat().st_mtime_ns for path in place.rglob("results.json")}
-        assert main(["eval", f"checkpoint={spec}", *words, f"suite.include_path={place / 'more'}"]) == 0
-        (path,) = (path for path in place.rglob("results.json") if before.get(path) != path.stat().st_mtime_ns)
-        found[label] = {(row["label"].split()[0], row["metric"]): row["value"] for row in json.loads(path.read_text())["metrics"]}
+        assert (
+            main(["eval", f"checkpoint={spec}", *words, f"suite.include_path={place / 'more'}"])
+            == 0
+        )
+        (path,) = (
+            path
+            for path in place.rglob("results.json")
+            if before.get(path) != path.stat().st_mtime_ns
+        )
+        found[label] = {
+            (row["label"].split()[0], row["metric"]): row["value"]
+            for row in json.loads(path.read_text())["metrics"]
+        }
     assert found["export"] == pytest.approx(found["run"], rel=1e-4)
     manager = TaskManager(include_path=str(place / "more"))
     model = HFLM(pretrained=str(export(name)), device="cpu", batch_size=2)
-    theirs = simple_evaluate(model, tasks=list(tasks), limit=3, task_manager=manager, bootstrap_iters=0)
+    theirs = simple_evaluate(
+        model, tasks=list(tasks), limit=3, task_manager=manager, bootstrap_iters=0
+    )
     for task, figures in theirs["results"].items():
-        own = {key.partition(",")[0]: value for key, value in figures.items() if key.endswith(",none") and "stderr" not in key}
-        assert own and own == pytest.approx({metric: found["run"][task, metric] for metric in own}, rel=1e-4)
-    assert model.max_length == json.loads((export(name) / "config.json").read_text())["max_position_embeddings"] == 32
+        own = {
+            key.partition(",")[0]: value
+            for key, value in figures.items()
+            if key.endswith(",none") and "stderr" not in key
+        }
+        assert own and own == pytest.approx(
+            {metric: found["run"][task, metric] for metric in own}, rel=1e-4
+        )
+    assert (
+        model.max_length
+        == json.loads((export(name) / "config.json").read_text())["max_position_embeddings"]
+        == 32
+    )
 
 
 # What is refused.
@@ -358,12 +510,24 @@ def error_of(capfd, words, code=2):
 
 def test_refusals(run, export, place, hf_folder, capfd):
     out = place / "refused"
-    assert "fold=false cannot be used" in error_of(capfd, ["export", f"checkpoint={run('transformer')}", f"out={out}", "fold=false"])
-    assert "is not a run folder" in error_of(capfd, ["export", f"checkpoint={hf_folder}", f"out={out}"])
-    assert "it exists" in error_of(capfd, ["export", f"checkpoint={run('dex')}", f"out={export('dex')}"])
-    assert "has no checkpoint '9'" in error_of(capfd, ["export", f"checkpoint={run('dex')}@9", f"out={out}"])
-    assert "format=gguf" in error_of(capfd, ["export", f"checkpoint={run('dex')}", f"out={out}", "format=gguf"])
-    adapted = error_of(capfd, ["adapt-dex", f"base={export('dex', fold=False)}", "wandb.mode=disabled"])
+    assert "fold=false cannot be used" in error_of(
+        capfd, ["export", f"checkpoint={run('transformer')}", f"out={out}", "fold=false"]
+    )
+    assert "is not a run folder" in error_of(
+        capfd, ["export", f"checkpoint={hf_folder}", f"out={out}"]
+    )
+    assert "it exists" in error_of(
+        capfd, ["export", f"checkpoint={run('dex')}", f"out={export('dex')}"]
+    )
+    assert "has no checkpoint '9'" in error_of(
+        capfd, ["export", f"checkpoint={run('dex')}@9", f"out={out}"]
+    )
+    assert "format=gguf" in error_of(
+        capfd, ["export", f"checkpoint={run('dex')}", f"out={out}", "format=gguf"]
+    )
+    adapted = error_of(
+        capfd, ["adapt-dex", f"base={export('dex', fold=False)}", "wandb.mode=disabled"]
+    )
     assert "it is adapted already and keeps its branch" in adapted
     assert not out.exists()
 
@@ -390,12 +554,37 @@ def test_an_export_is_measured_as_its_run_is(tmp_path, monkeypatch):
     Path("text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = "tokenizer=bytes size=pico train.steps=2 train.seq_len=48 train.batch_tokens=96 train.sample_tokens=0 data.val_fraction=0.2"
     off = ["wandb.mode=disabled", "device=cpu"]
-    assert main(["train", *keys.split(), "data.val_tokens=2000", "data=text", "data.path=text.jsonl", "run.dir=run", *off]) == 0
+    assert (
+        main(
+            [
+                "train",
+                *keys.split(),
+                "data.val_tokens=2000",
+                "data=text",
+                "data.path=text.jsonl",
+                "run.dir=run",
+                *off,
+            ]
+        )
+        == 0
+    )
     assert main(["export", "checkpoint=run", "out=model"]) == 0
     for more in ([], ["data=text", "data.path=text.jsonl"]):
         losses = []
         for spec, where in (("run", "run/evals"), ("model", "runs/hub/model@*/evals")):
-            assert main(["eval", f"checkpoint={spec}", "suite=long_context", "suite.texts=4", *more, *off]) == 0
+            assert (
+                main(
+                    [
+                        "eval",
+                        f"checkpoint={spec}",
+                        "suite=long_context",
+                        "suite.texts=4",
+                        *more,
+                        *off,
+                    ]
+                )
+                == 0
+            )
             (newest,) = Path().glob(f"{where}/*/long_context/*/results.json")
             losses.append([metric["value"] for metric in json.loads(newest.read_text())["metrics"]])
             shutil.rmtree(newest.parent)

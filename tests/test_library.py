@@ -17,7 +17,9 @@ TINY = "size=pico tokenizer=bytes train.seq_len=32 train.batch_tokens=64 train.s
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("library")
-    (folder / "text.jsonl").write_text("".join(f'{{"text": "Note {n}. The square is {n * n}."}}\n' for n in range(100)))
+    (folder / "text.jsonl").write_text(
+        "".join(f'{{"text": "Note {n}. The square is {n * n}."}}\n' for n in range(100))
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFX_CACHE", str(folder / "cache"))
         patch.chdir(folder)
@@ -37,7 +39,19 @@ def adapt(folder, hf_folder):
     """Adapt a base into a run folder."""
 
     def adapt(run, base):
-        assert main(["adapt-dex", f"base={base}", f"run.dir={run}", "wandb.mode=disabled", "device=cpu", *KEYS.split()]) == 0
+        assert (
+            main(
+                [
+                    "adapt-dex",
+                    f"base={base}",
+                    f"run.dir={run}",
+                    "wandb.mode=disabled",
+                    "device=cpu",
+                    *KEYS.split(),
+                ]
+            )
+            == 0
+        )
 
     return adapt
 
@@ -46,7 +60,11 @@ def test_the_lines_of_the_readme(words, adapt, hf_folder, monkeypatch, capsys):
     shutil.copytree(hf_folder, "models/smollm2")
     adapt("runs/y", "models/smollm2")
     shutil.copytree("runs/y", "runs/z")
-    (code,) = re.findall(r"```python\n(import torch, diffx.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(import torch, diffx.*?)```",
+        (Path(__file__).parents[1] / "README.md").read_text(),
+        re.DOTALL,
+    )
     train = diffx.train_run
     monkeypatch.setattr(diffx, "train_run", lambda *own: train(*own, *words))
     found = {}
@@ -57,13 +75,19 @@ def test_the_lines_of_the_readme(words, adapt, hf_folder, monkeypatch, capsys):
     for maps, lam in zip(found["maps"], found["lambdas"], strict=True):
         torch.testing.assert_close(maps.sum(-1), (1 - lam).expand(maps.shape[:3]))
     assert capsys.readouterr().out.strip()
-    assert found["adapters"].names == ["default", "z"] and found["adapters"].active == "z" and not found["adapters"].folded
+    assert (
+        found["adapters"].names == ["default", "z"]
+        and found["adapters"].active == "z"
+        and not found["adapters"].folded
+    )
 
 
 def test_a_model_of_the_hub(hf_folder):
     model, ids = diffx.load(str(hf_folder), device="cpu"), torch.tensor([[5, 6, 7, 8]])
     theirs = AutoModelForCausalLM.from_pretrained(hf_folder, attn_implementation="eager")
-    for ours, expected in zip(model.attention_maps(ids), theirs(ids, output_attentions=True).attentions, strict=True):
+    for ours, expected in zip(
+        model.attention_maps(ids), theirs(ids, output_attentions=True).attentions, strict=True
+    ):
         torch.testing.assert_close(ours, expected)
     assert model.lambdas(ids) == [None, None]
 

@@ -23,7 +23,13 @@ def test_a_folder_as_the_hubs(hf_folder):
     ids = torch.tensor([AutoTokenizer.from_pretrained(hf_folder)("Hello there")["input_ids"]])
     assert loaded.tokenizer.encode("Hello there") == ids[0].tolist()
     torch.testing.assert_close(loaded.model(ids).logits, theirs(ids).logits, rtol=0, atol=0)
-    assert (loaded.name, loaded.step, loaded.context, loaded.limit, loaded.job) == ("tiny-llama", 0, 256, 256, None)
+    assert (loaded.name, loaded.step, loaded.context, loaded.limit, loaded.job) == (
+        "tiny-llama",
+        0,
+        256,
+        256,
+        None,
+    )
     assert loaded.prefix == [] and loaded.ends == {loaded.tokenizer.eot_id}
     assert loaded.folder.as_posix() == f"runs/hub/tiny-llama@{loaded.fingerprint[:12]}"
     assert load(str(hf_folder), Device.cpu, Dtype.bf16).model.dtype is torch.bfloat16
@@ -112,5 +118,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(hf_folder, tmp_path):
     (cached / "refs" / "main").write_text(commit)
     script = "from diffx.loading import load; found = load('org/tiny'); print(found.fingerprint, found.folder)"
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
     assert done.stdout.split() == [commit, f"runs/hub/org--tiny@{commit[:12]}"], done.stderr

@@ -22,7 +22,9 @@ def commands(text):
                 yield line.partition("  #")[0].strip()
 
 
-COMMANDS = sorted({command for page in PAGES for command in commands(page.read_text(encoding="utf-8"))})
+COMMANDS = sorted(
+    {command for page in PAGES for command in commands(page.read_text(encoding="utf-8"))}
+)
 
 
 def test_it_is_short():
@@ -49,5 +51,8 @@ def test_a_command_can_be_used(command, capsys):
         assert several or "," not in word or "[" in word, "a sweep needs -m"
     name = NAMES.get(name, name)
     for chosen in _suites(name, words) or [words]:
-        job = compose(name, [word if "[" in word or not several else word.partition(",")[0] for word in chosen])
+        job = compose(
+            name,
+            [word if "[" in word or not several else word.partition(",")[0] for word in chosen],
+        )
         assert job.kind == name

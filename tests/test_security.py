@@ -14,7 +14,14 @@ from diffx.data.tokenizers import load_tokenizer
 from diffx.files import json_checksum
 from diffx.loading import load
 
-TINY = ["train.steps=2", "train.seq_len=16", "train.batch_tokens=32", "wandb.mode=disabled", "device=cpu", "data.val_tokens=500"]
+TINY = [
+    "train.steps=2",
+    "train.seq_len=16",
+    "train.batch_tokens=32",
+    "wandb.mode=disabled",
+    "device=cpu",
+    "data.val_tokens=500",
+]
 SECRET = "sk-of-a-test-0123456789"
 CODE = """
 from pathlib import Path
@@ -36,7 +43,10 @@ class Tokenizer(PreTrainedTokenizerFast):
 def place(tmp_path_factory, hf_folder):
     """A folder with text, a trained run, an adapted run and its base."""
     folder, before = tmp_path_factory.mktemp("place"), os.getcwd()
-    rows = [{"text": f"Document {n} says that {n} times {n} is {n * n}, no more. " * 3} for n in range(120)]
+    rows = [
+        {"text": f"Document {n} says that {n} times {n} is {n * n}, no more. " * 3}
+        for n in range(120)
+    ]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(hf_folder, folder / "base")
     patch = pytest.MonkeyPatch()
@@ -46,7 +56,13 @@ def place(tmp_path_factory, hf_folder):
     try:
         text = ["data=text", "data.path=text.jsonl", *TINY]
         assert main(["adapt-dex", "base=base", "run.dir=adapted", *text]) == 0
-        shape = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=4", "model.num_kv_heads=2", "train.sample_tokens=0"]
+        shape = [
+            "model.hidden_size=32",
+            "model.num_layers=1",
+            "model.num_heads=4",
+            "model.num_kv_heads=2",
+            "train.sample_tokens=0",
+        ]
         assert main(["train", "tokenizer=bytes", "run.dir=trained", *shape, *text]) == 0
         yield folder
     finally:
@@ -60,14 +76,18 @@ def here(place, tmp_path, monkeypatch):
     folder = tmp_path / "here"
     shutil.copytree(place, folder)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     monkeypatch.setattr("builtins.input", lambda text: pytest.fail("it asks"))
     return folder, tmp_path / "marker"
 
 
 def change(path, **values):
     """Set keys of a JSON or YAML file."""
-    content = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    content = (
+        json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    )
     content |= values
     path.write_text(json.dumps(content) if path.suffix == ".json" else yaml.safe_dump(content))
 
@@ -80,8 +100,24 @@ def with_code(base, marker):
 
 COMMANDS = {
     "generate": ["generate", "checkpoint=adapted", "prompt=Document", "max_tokens=3", "device=cpu"],
-    "eval": ["eval", "checkpoint=adapted", "suite=long_context", "suite.texts=1", "suite.length=16", "device=cpu", "wandb.mode=disabled"],
-    "quantize": ["quantize", "checkpoint=adapted", "suite=long_context", "suite.texts=1", "suite.length=16", "device=cpu", "bits=[8]"],
+    "eval": [
+        "eval",
+        "checkpoint=adapted",
+        "suite=long_context",
+        "suite.texts=1",
+        "suite.length=16",
+        "device=cpu",
+        "wandb.mode=disabled",
+    ],
+    "quantize": [
+        "quantize",
+        "checkpoint=adapted",
+        "suite=long_context",
+        "suite.texts=1",
+        "suite.length=16",
+        "device=cpu",
+        "bits=[8]",
+    ],
     "export": ["export", "checkpoint=adapted", "out=out"],
     "resume": ["adapt-dex", "base=base", "train.resume=adapted", "train.steps=3", "device=cpu"],
 }
@@ -119,7 +155,11 @@ def test_an_exported_folder_and_a_tokenizer_run_no_code(here):
     tokenizer = folder / "base" / "tokenizer_config.json"
     for name in ("Tokenizer", "PreTrainedTokenizerFast"):
         (folder / "base" / "code.py").write_text(CODE.format(marker=str(marker)))
-        change(tokenizer, tokenizer_class=name, auto_map={"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]})
+        change(
+            tokenizer,
+            tokenizer_class=name,
+            auto_map={"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]},
+        )
         for read in (load_tokenizer, lambda path: load(str(path))):
             try:
                 read(folder / "base")
@@ -132,7 +172,10 @@ def test_an_exported_folder_and_a_tokenizer_run_no_code(here):
 
 
 @pytest.mark.parametrize("run", ["trained", "adapted"])
-@pytest.mark.parametrize(("group", "key"), [("wandb", "project"), ("train", "sample_prompt"), ("run", "name"), ("data", "text_key")])
+@pytest.mark.parametrize(
+    ("group", "key"),
+    [("wandb", "project"), ("train", "sample_prompt"), ("run", "name"), ("data", "text_key")],
+)
 def test_a_saved_interpolation_is_not_resolved(here, capfd, monkeypatch, run, group, key):
     folder, _ = here
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
@@ -143,12 +186,20 @@ def test_a_saved_interpolation_is_not_resolved(here, capfd, monkeypatch, run, gr
     before = path.read_text()
     capfd.readouterr()
     words = ["adapt-dex", "base=base"] if run == "adapted" else ["train"]
-    for command in ([*words, f"train.resume={run}", "train.steps=3"], ["generate", f"checkpoint={run}"]):
+    for command in (
+        [*words, f"train.resume={run}", "train.steps=3"],
+        ["generate", f"checkpoint={run}"],
+    ):
         assert main(command) == 2
         out = capfd.readouterr()
-        assert f"{group}.{key}=${{oc.env:WANDB_API_KEY}} has an interpolation" in out.err and len(out.err.splitlines()) == 1
+        assert (
+            f"{group}.{key}=${{oc.env:WANDB_API_KEY}} has an interpolation" in out.err
+            and len(out.err.splitlines()) == 1
+        )
     assert path.read_text() == before
-    assert not any(SECRET.encode() in file.read_bytes() for file in folder.rglob("*") if file.is_file())
+    assert not any(
+        SECRET.encode() in file.read_bytes() for file in folder.rglob("*") if file.is_file()
+    )
 
 
 @pytest.mark.slow
@@ -156,13 +207,29 @@ def test_a_prompt_that_looks_like_an_interpolation_is_text_in_every_file(here, m
     folder, _ = here
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     prompt = "key ${oc.env:WANDB_API_KEY} \\${x} ${"
-    shape = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=4", "model.num_kv_heads=2", "train.sample_tokens=2"]
-    words = ["data=text", "data.path=text.jsonl", "tokenizer=bytes", *shape, *TINY, f"train.sample_prompt={prompt}", "wandb.mode=offline"]
+    shape = [
+        "model.hidden_size=32",
+        "model.num_layers=1",
+        "model.num_heads=4",
+        "model.num_kv_heads=2",
+        "train.sample_tokens=2",
+    ]
+    words = [
+        "data=text",
+        "data.path=text.jsonl",
+        "tokenizer=bytes",
+        *shape,
+        *TINY,
+        f"train.sample_prompt={prompt}",
+        "wandb.mode=offline",
+    ]
     assert main(["train", "run.dir=new", *words]) == 0
     assert main(["train", "train.resume=new", "train.steps=3"]) == 0
     assert load("new").job.train.sample_prompt == prompt
     assert main(["export", "checkpoint=new", "out=out"]) == 0
-    assert not any(SECRET.encode() in file.read_bytes() for file in folder.rglob("*") if file.is_file())
+    assert not any(
+        SECRET.encode() in file.read_bytes() for file in folder.rglob("*") if file.is_file()
+    )
 
 
 def test_an_interpolation_of_an_exported_folder_is_not_resolved(here, monkeypatch):
@@ -179,7 +246,20 @@ def test_an_interpolation_of_an_exported_folder_is_not_resolved(here, monkeypatc
 
 def test_shards_map_numbers_of_their_own_folder_alone(here):
     folder, _ = here
-    assert main(["data", "prepare", "data=text", "data.path=text.jsonl", "tokenizer=bytes", "out=shards", "workers=1"]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "prepare",
+                "data=text",
+                "data.path=text.jsonl",
+                "tokenizer=bytes",
+                "out=shards",
+                "workers=1",
+            ]
+        )
+        == 0
+    )
     (folder / "secret.bin").write_bytes(b"abcd")
     path = folder / "shards" / "meta.json"
     meta = json.loads(path.read_text())
@@ -192,7 +272,9 @@ def test_shards_map_numbers_of_their_own_folder_alone(here):
         ({"files": meta["files"] | {str(folder / "secret.bin"): there}}, "no name of a file"),
     ):
         changed = meta | changed
-        path.write_text(json.dumps(changed | {"checksum": json_checksum(changed)}))  # which anyone can compute
+        path.write_text(
+            json.dumps(changed | {"checksum": json_checksum(changed)})
+        )  # which anyone can compute
         with pytest.raises(UserError, match=message):
             Shards(folder / "shards")
     path.write_text(json.dumps(meta))

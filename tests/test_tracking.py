@@ -29,7 +29,10 @@ def test_one_object_a_line(tmp_path):
 
 def test_a_resumed_run_cuts_back_to_its_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step, "tokens": 0}) + "\n" for step in (0, 10, 20, 30)) + '{"step": 4')
+    path.write_text(
+        "".join(json.dumps({"step": step, "tokens": 0}) + "\n" for step in (0, 10, 20, 30))
+        + '{"step": 4'
+    )
     with run(tmp_path, [], resume_step=20, seconds=100.0) as track:
         track.log(30, 0, {})
         assert track.seconds >= 100
@@ -92,7 +95,17 @@ ROWS = [["N=1 R=1", "greedy", 0.5], ["N=2 R=2", "greedy", 0.25]]
 def evaluation(folder, said, mode):
     Figure(figsize=(1, 1)).savefig(picture := folder / "retrieval.png")
     figures, columns = {"accuracy of all": 0.5}, ["group", "metric", "value"]
-    show_evaluation(folder, WandbConfig(mode=mode), "x", {"suite": "retrieval"}, columns, ROWS, figures, picture, said.append)
+    show_evaluation(
+        folder,
+        WandbConfig(mode=mode),
+        "x",
+        {"suite": "retrieval"},
+        columns,
+        ROWS,
+        figures,
+        picture,
+        said.append,
+    )
 
 
 def test_an_evaluation_is_a_run_with_a_table_a_picture_and_figures(tmp_path):
@@ -100,7 +113,9 @@ def test_an_evaluation_is_a_run_with_a_table_a_picture_and_figures(tmp_path):
         evaluation(tmp_path, said := [], WandbMode.offline)
         assert said == []
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert {run.name.split("-")[3] for run in runs} == {(tmp_path / "wandb_id.txt").read_text().strip()}
+    assert {run.name.split("-")[3] for run in runs} == {
+        (tmp_path / "wandb_id.txt").read_text().strip()
+    }
     for run in runs:
         (table,) = run.glob("files/media/table/*.json")
         content = json.loads(table.read_text())
@@ -130,7 +145,9 @@ def test_wandb_is_told_the_axis_the_tags_and_the_lines(tmp_path, monkeypatch):
         define_metric=lambda name, step_metric=None: calls.append((name, step_metric)),
         finish=lambda **_: None,
     )
-    stub = types.SimpleNamespace(init=lambda **more: given.update(more) or wandb_run, Settings=lambda **_: None)
+    stub = types.SimpleNamespace(
+        init=lambda **more: given.update(more) or wandb_run, Settings=lambda **_: None
+    )
     monkeypatch.setitem(sys.modules, "wandb", stub)
     with run(tmp_path, said := [], WandbMode.offline, tags=["a", "b"]) as track:
         track.constants = {"baselines/unigram/nats": 3.5}

@@ -1,7 +1,7 @@
 """Finished evaluations, and which of several checkpoints' evaluations can be compared."""
 
 import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -25,7 +25,11 @@ def test_figures_and_table(hf_folder, tmp_path, capsys, monkeypatch):
         assert list(case["seconds"]) == ["ours", "HFLM, batch 1", "HFLM, batch 2"] and all(
             len(times) == 2 for times in case["seconds"].values()
         )
-        assert case["to"] in case["seconds"] and case["target"] == target and case["met"] == (case["ratio"]["median"] >= target)
+        assert (
+            case["to"] in case["seconds"]
+            and case["target"] == target
+            and case["met"] == (case["ratio"]["median"] >= target)
+        )
         assert case["largest_difference"] < 1e-2  # the answers are the same ones
         median = sum(case["seconds"]["ours"]) / 2
         assert case["requests_per_second"]["ours"] == pytest.approx(case["number"] / median)
@@ -37,14 +41,20 @@ def test_requests_share_their_prompts():
     alone, letters, choices, *_ = bench._requests(3)
     assert len({request.args[0] for request in alone}) == 3
     for requests in (letters, choices):
-        assert len({request.args[0] for request in requests}) == 3 and len({request.args for request in requests}) == 12
+        assert (
+            len({request.args[0] for request in requests}) == 3
+            and len({request.args for request in requests}) == 12
+        )
     assert bench._requests(3)[2][5].args == choices[5].args
 
 
 def test_input_that_cannot_be_used(hf_folder, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"out=.* cannot be used: it must be the name"):
         bench.bench_eval(tmp_path, str(hf_folder), 1, 1, "cpu")
-    for options, message in (({}, "must be a Llama"), ({"attention_bias": True}, "attention_bias=True")):
+    for options, message in (
+        ({}, "must be a Llama"),
+        ({"attention_bias": True}, "attention_bias=True"),
+    ):
         folder = tmp_path / f"other{len(options)}"
         config = AutoConfig.for_model(
             "llama" if options else "mistral", vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1,

@@ -7,7 +7,14 @@ from diffx.bench.profile import PARTS, bench_profile
 from diffx.cli import main
 from diffx.train.loop import token_losses
 
-WORDS = ["tokenizer=bytes", "size=pico", "train.seq_len=32", "train.batch_tokens=64", "device=cpu", "data=text"]
+WORDS = [
+    "tokenizer=bytes",
+    "size=pico",
+    "train.seq_len=32",
+    "train.batch_tokens=64",
+    "device=cpu",
+    "data=text",
+]
 
 
 @pytest.fixture
@@ -32,17 +39,34 @@ def test_parts_operators_and_a_trace(text, tmp_path, capsys):
 @pytest.mark.slow
 def test_micro_batches_and_documents_are_those_of_the_loop(text, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(profile, "token_losses", lambda model, *args: (seen.append(args), token_losses(model, *args))[1])
-    words = [*WORDS, text, "data.val_tokens=2000", "train.micro_batch_size=1", "train.mask_documents=true"]
+    monkeypatch.setattr(
+        profile,
+        "token_losses",
+        lambda model, *args: (seen.append(args), token_losses(model, *args))[1],
+    )
+    words = [
+        *WORDS,
+        text,
+        "data.val_tokens=2000",
+        "train.micro_batch_size=1",
+        "train.mask_documents=true",
+    ]
     report = bench_profile(words, tmp_path / "trace.json", steps=1)
-    assert {inputs.shape for inputs, _, _ in seen} == {(1, 32)} and len(seen) == 2 * (profile._WARM + 1 + profile.TRACED)
+    assert {inputs.shape for inputs, _, _ in seen} == {(1, 32)} and len(seen) == 2 * (
+        profile._WARM + 1 + profile.TRACED
+    )
     assert all(boundaries[0] == 0 and boundaries[-1] == 32 for _, _, boundaries in seen)
     assert min(report["seconds"].values()) > 0
 
 
 @pytest.mark.parametrize(
     ("more", "part"),
-    [("model=magic", "magic"), ("train.lr=-1", "train.lr"), ("--trace no/x.json", "no/x.json"), ("--trace x", ".json")],
+    [
+        ("model=magic", "magic"),
+        ("train.lr=-1", "train.lr"),
+        ("--trace no/x.json", "no/x.json"),
+        ("--trace x", ".json"),
+    ],
 )
 def test_what_cannot_be_used_is_one_line(text, more, part, capsys):
     assert main(["bench", "profile", *WORDS, text, *more.split()]) == 2

@@ -31,15 +31,23 @@ def test_figures_and_table(hf_folder, tmp_path, capsys):
     whole = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
     rows = 2 * (2 * 32 + 2 * 16 + 2 * 64 + 32)
     saved = 3 * whole - 4 * rows
-    assert 0 < size["int8"] - (size["original"] - saved) < 14 * 1000  # a file has a header, of less than 1000 bytes for each matrix
+    assert (
+        0 < size["int8"] - (size["original"] - saved) < 14 * 1000
+    )  # a file has a header, of less than 1000 bytes for each matrix
     assert 0 < memory["int8"] < 2 * memory["original"]
     printed = " ".join(capsys.readouterr().out.split())
-    assert "int8 / original" in printed and "scope map / reference" in printed and "at most 2.50" in printed
+    assert (
+        "int8 / original" in printed
+        and "scope map / reference" in printed
+        and "at most 2.50" in printed
+    )
     with pytest.raises(UserError, match="seq_len=300"):
         bench.bench_quantize(None, str(hf_folder), seq_len=300, batch=1, rounds=1, device="cpu")
 
 
-@pytest.mark.parametrize("words", [["--checkpoint", "missing"], ["--checkpoint", "{hub}", "--out", "no/folder/x.json"]])
+@pytest.mark.parametrize(
+    "words", [["--checkpoint", "missing"], ["--checkpoint", "{hub}", "--out", "no/folder/x.json"]]
+)
 def test_what_cannot_be_used_is_one_line(words, hf_folder, capsys):
     assert main(["bench", "quantize", *(word.format(hub=hf_folder) for word in words)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

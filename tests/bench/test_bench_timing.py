@@ -17,10 +17,14 @@ def test_contestants_take_turns_and_every_second_round_is_reversed(monkeypatch):
 
 def test_a_turn_repeats_a_short_call_and_gives_seconds_a_call(monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) / 10)  # each turn seems to last a tenth of a second
+    monkeypatch.setattr(
+        timing.time, "perf_counter", lambda: next(clock) / 10
+    )  # each turn seems to last a tenth of a second
     monkeypatch.setattr(timing, "ROUND_SECONDS", 0.5)
     calls = []
-    assert time_in_turns({"a": lambda: calls.append(1)}, 2, CPU) == {"a": [pytest.approx(0.1 / 5)] * 2}
+    assert time_in_turns({"a": lambda: calls.append(1)}, 2, CPU) == {
+        "a": [pytest.approx(0.1 / 5)] * 2
+    }
     assert len(calls) == 2 + 2 * 5
 
 

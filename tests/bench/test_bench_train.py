@@ -18,7 +18,9 @@ def tiny(monkeypatch):
 
     def compose(name, words):
         kind = words[0].removeprefix("model=")
-        return TrainJob(model=MODEL_CONFIGS[kind](**SHAPE), data=StdlibData(), tokenizer=BpeTokenizer())
+        return TrainJob(
+            model=MODEL_CONFIGS[kind](**SHAPE), data=StdlibData(), tokenizer=BpeTokenizer()
+        )
 
     monkeypatch.setattr(train, "compose", compose)
     monkeypatch.setattr(timing, "ROUND_SECONDS", 0)
@@ -33,15 +35,23 @@ def test_figures_and_table(tiny, tmp_path, capsys):
     names = [*MODEL_CONFIGS, "Llama", "DiffLlama"]
     for key in ("parameters", "peak_memory_bytes", "seconds_per_step", "tokens_per_second"):
         assert list(case[key]) == names
-    assert case["batch_size"] == 4 and all(len(times) == 2 for times in case["seconds_per_step"].values())
+    assert case["batch_size"] == 4 and all(
+        len(times) == 2 for times in case["seconds_per_step"].values()
+    )
     median = sum(case["seconds_per_step"]["diff_v1"]) / 2
     assert case["tokens_per_second"]["diff_v1"] == pytest.approx(2048 / median)
     by_pair = {(ratio["of"], ratio["to"]): ratio for ratio in case["ratios"]}
     assert by_pair["diff_v1", "transformer"]["target"] == 0.8
-    assert all(ratio["met"] == (ratio["target"] and ratio["median"] >= ratio["target"]) for ratio in case["ratios"])
+    assert all(
+        ratio["met"] == (ratio["target"] and ratio["median"] >= ratio["target"])
+        for ratio in case["ratios"]
+    )
     # The same shape: DIFF V1 alone has a gain of 2d a layer on its norm.
     parameters, d = case["parameters"], 32 // 4
-    assert parameters["Llama"] == parameters["transformer"] and parameters["DiffLlama"] == parameters["diff_v1"] - 2 * 2 * d
+    assert (
+        parameters["Llama"] == parameters["transformer"]
+        and parameters["DiffLlama"] == parameters["diff_v1"] - 2 * 2 * d
+    )
     assert report["machine"]["threads"] == torch.get_num_threads()
     printed = capsys.readouterr().out
     assert "diff_v1 / DiffLlama" in printed and "1.25" in printed and "MiB" in printed
@@ -50,7 +60,11 @@ def test_figures_and_table(tiny, tmp_path, capsys):
 def test_targets():
     assert train.target("transformer", "Llama", "nano", 2048) == 1.0
     assert train.target("diff_v1", "DiffLlama", "25m", 512) == 1.25
-    assert [train.target(kind, "transformer", "25m", t) for t in (512, 2048) for kind in ("diff_v1", "diff_v2")] == [0.8, 0.75, 0.65, 0.65]
+    assert [
+        train.target(kind, "transformer", "25m", t)
+        for t in (512, 2048)
+        for kind in ("diff_v1", "diff_v2")
+    ] == [0.8, 0.75, 0.65, 0.65]
     assert train.target("diff_v1", "transformer", "nano", 512) is None
 
 

@@ -64,7 +64,9 @@ def test_what_another_version_or_a_slip_wrote_is_named(saved, key, value, messag
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("key", ["seed", "train.lr", "train.fused_attention", "model.lambda_init", "wandb"])
+@pytest.mark.parametrize(
+    "key", ["seed", "train.lr", "train.fused_attention", "model.lambda_init", "wandb"]
+)
 def test_a_key_that_an_older_version_did_not_write_takes_its_default(saved, key):
     job, path = saved
     config = yaml.safe_load(path.read_text())
@@ -86,7 +88,16 @@ def test_a_missing_key_without_a_default_is_named(saved):
 
 
 @pytest.mark.parametrize(
-    "content", [b"train: [", b"\xff\xfe", b"", b"- 1\n- 2\n", b"kind: !!python/object:os.system {}\n", b"[" * 2000, b"a: &a [1]\nb: *a\n"]
+    "content",
+    [
+        b"train: [",
+        b"\xff\xfe",
+        b"",
+        b"- 1\n- 2\n",
+        b"kind: !!python/object:os.system {}\n",
+        b"[" * 2000,
+        b"a: &a [1]\nb: *a\n",
+    ],
 )
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "config.yaml"
@@ -148,7 +159,9 @@ def test_an_interpolation_in_a_file_is_refused(saved, monkeypatch, key, value):
     monkeypatch.setenv("SECRET_OF_TEST", "0.123456")
     _, path = saved
     config = yaml.safe_load(path.read_text())
-    groups, name = (key.split(".", 1)[:1], key.split(".", 1)[1]) if key[0] != "$" and "." in key else ([], key)
+    groups, name = (
+        (key.split(".", 1)[:1], key.split(".", 1)[1]) if key[0] != "$" and "." in key else ([], key)
+    )
     (config[groups[0]] if groups else config)[name] = value
     path.write_text(yaml.safe_dump(config))
     with pytest.raises(UserError) as refused:

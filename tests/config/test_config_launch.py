@@ -45,10 +45,21 @@ def here(tmp_path, monkeypatch):
 def test_words_reach_the_job_as_written(here, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["diffx", "train", "as typed"])
     work = Work()
-    words = ["train.lr=1e-4", "train.sample_prompt='a, b = c'", "data=text", "data.path=[a,'b c']", "run.name=${model.kind}"]
+    words = [
+        "train.lr=1e-4",
+        "train.sample_prompt='a, b = c'",
+        "data=text",
+        "data.path=[a,'b c']",
+        "run.name=${model.kind}",
+    ]
     assert launch("train", work, words) == 0
     (job,) = work.jobs
-    assert (job.train.lr, job.train.sample_prompt, job.data.path, job.run.name) == (1e-4, "a, b = c", ["a", "b c"], "diff_v1")
+    assert (job.train.lr, job.train.sample_prompt, job.data.path, job.run.name) == (
+        1e-4,
+        "a, b = c",
+        ["a", "b c"],
+        "diff_v1",
+    )
     assert work.words == [words]
     assert work.argv == [["diffx", "train", "as typed"]] and sys.argv == work.argv[0]
     assert list(here.iterdir()) == [], "Hydra wrote something"
@@ -85,7 +96,11 @@ def test_a_users_own_configs_come_first(here):
     launch("train", work, ["model=small", "experiment=quick"], config_dir=Path("mine"))
     launch("train", work, [])
     with_mine, without = work.jobs
-    assert (with_mine.model.kind, with_mine.model.hidden_size, with_mine.train.steps) == ("diff_v2", 64, 5)
+    assert (with_mine.model.kind, with_mine.model.hidden_size, with_mine.train.steps) == (
+        "diff_v2",
+        64,
+        5,
+    )
     assert without.model.hidden_size == 96, "the folder outlived its command"
 
 
@@ -117,18 +132,31 @@ def test_a_sweep_gives_each_job_its_folder_and_one_group(here):
     work = Work()
     assert launch("train", work, ["model=transformer,diff_v1", "seed=3,4"], multirun=True) == 0
     (sweep,) = (here / "runs").iterdir()
-    assert [(job.model.kind, job.seed) for job in work.jobs] == [(m, s) for m in ("transformer", "diff_v1") for s in (3, 4)]
-    assert [job.run.dir for job in work.jobs] == [f"runs/{sweep.name}/{number}" for number in range(4)]
+    assert [(job.model.kind, job.seed) for job in work.jobs] == [
+        (m, s) for m in ("transformer", "diff_v1") for s in (3, 4)
+    ]
+    assert [job.run.dir for job in work.jobs] == [
+        f"runs/{sweep.name}/{number}" for number in range(4)
+    ]
     assert {job.wandb.group for job in work.jobs} == {sweep.name}
     assert not set("=,") & set(sweep.name)
     assert work.words[1] == ["model=transformer", "seed=4"]
-    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "2", "3", "jobs.jsonl", "multirun.yaml"]
+    assert sorted(path.name for path in sweep.iterdir()) == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "jobs.jsonl",
+        "multirun.yaml",
+    ]
 
 
 def test_a_sweep_names_its_jobs_and_ends_with_a_table(here, capfd):
     def best(job, words):
         if job.seed == 2:  # as Hydra's sweeper for optuna writes it, at its end
-            Path("s/optimization_results.yaml").write_text("name: optuna\nbest_params:\n  seed: 1\nbest_value: 2.5\n")
+            Path("s/optimization_results.yaml").write_text(
+                "name: optuna\nbest_params:\n  seed: 1\nbest_value: 2.5\n"
+            )
         return work(job, words)
 
     work = Work({2: UserError("bad input")}, {0: 2.75, 1: 2.5})
@@ -136,8 +164,14 @@ def test_a_sweep_names_its_jobs_and_ends_with_a_table(here, capfd):
     assert launch("train", best, words, multirun=True) == 2
     told = capfd.readouterr().out.splitlines()
     assert told[:3] == ["job 0 (seed=0): hello", "job 1 (seed=1): hello", "Sweep"]
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told if line.startswith("│")]
-    assert cells == [["0", "seed=0", "2.7500", "s/0"], ["1", "seed=1", "2.5000", "s/1"], ["2", "seed=2", "failed: bad input", ""]]
+    cells = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in told if line.startswith("│")
+    ]
+    assert cells == [
+        ["0", "seed=0", "2.7500", "s/0"],
+        ["1", "seed=1", "2.5000", "s/1"],
+        ["2", "seed=2", "failed: bad input", ""],
+    ]
     assert told[-2:] == ["best trial of optuna: job 1 (seed=1), 2.5000", "diffx compare s"]
     for number in (0, 1):
         Path(f"s/{number}").rmdir()
@@ -147,30 +181,48 @@ def test_a_sweep_names_its_jobs_and_ends_with_a_table(here, capfd):
 
 def test_the_table_shows_where_results_are(capfd):
     def work(job, words):
-        return {8: "runs/x/quantized/8", 4: "runs/x/quantized/4"} if job.limit == 1 else "runs/x/evals/y"
+        return (
+            {8: "runs/x/quantized/8", 4: "runs/x/quantized/4"}
+            if job.limit == 1
+            else "runs/x/evals/y"
+        )
 
     launch("quantize", work, ["checkpoint=x", "limit=1,2", "hydra.sweep.dir=s"], multirun=True)
     told = capfd.readouterr().out
-    assert [line.split("│")[-2].strip() for line in told.splitlines() if line.startswith("│")] == ["runs/x/quantized", "runs/x/evals/y"]
+    assert [line.split("│")[-2].strip() for line in told.splitlines() if line.startswith("│")] == [
+        "runs/x/quantized",
+        "runs/x/evals/y",
+    ]
     assert "compare" not in told
 
 
 @pytest.mark.parametrize(
     ("group", "package", "word"),
-    [("experiment", "_global_", "experiment=odd"), ("size", "model", "size=odd"), ("experiment", "_global_", "experiment=odd,odd")],
+    [
+        ("experiment", "_global_", "experiment=odd"),
+        ("size", "model", "size=odd"),
+        ("experiment", "_global_", "experiment=odd,odd"),
+    ],
 )
 def test_a_config_without_its_package_line_says_so(here, group, package, word):
     file = here / "mine" / group / "odd.yaml"
     file.parent.mkdir(parents=True)
-    file.write_text("# My own.\ntrain:\n  steps: 5\n" if group == "experiment" else "hidden_size: 64\n")
-    with pytest.raises(UserError, match=rf"{file} cannot be used: its first line must be `# @package {package}`"):
+    file.write_text(
+        "# My own.\ntrain:\n  steps: 5\n" if group == "experiment" else "hidden_size: 64\n"
+    )
+    with pytest.raises(
+        UserError, match=rf"{file} cannot be used: its first line must be `# @package {package}`"
+    ):
         launch("train", Work(), [word], config_dir=here / "mine", multirun="," in word)
 
 
 def test_a_group_of_ones_own_is_kept():
     work = Work()
     launch("train", work, ["seed=0,1", "wandb.group=mine", "hydra.sweep.dir=s"], multirun=True)
-    assert [(job.wandb.group, job.run.dir) for job in work.jobs] == [("mine", "s/0"), ("mine", "s/1")]
+    assert [(job.wandb.group, job.run.dir) for job in work.jobs] == [
+        ("mine", "s/0"),
+        ("mine", "s/1"),
+    ]
 
 
 def test_an_experiment_with_a_sweep_needs_no_flag(here):
@@ -190,7 +242,10 @@ def test_an_experiment_with_a_sweep_needs_no_flag(here):
 )
 def test_a_failed_job_is_recorded_and_the_others_go_on(here, capfd, failures, code):
     work = Work(failures)
-    assert launch("train", work, ["train.steps=5", "seed=0,1,2,3", "hydra.sweep.dir=s"], multirun=True) == code
+    assert (
+        launch("train", work, ["train.steps=5", "seed=0,1,2,3", "hydra.sweep.dir=s"], multirun=True)
+        == code
+    )
     assert [job.seed for job in work.jobs] == [0, 1, 2, 3]
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     expected = [
@@ -200,14 +255,24 @@ def test_a_failed_job_is_recorded_and_the_others_go_on(here, capfd, failures, co
     assert told[:-1] == expected, "each is told once, when it happens"
     count = "1 job" if len(failures) == 1 else f"{len(failures)} jobs"
     which = ", ".join(f"{seed} (seed={seed})" for seed in failures)
-    assert told[-1] == f"error: {count} of the sweep failed: {which}; the reasons are in s/failed.jsonl"
+    assert (
+        told[-1]
+        == f"error: {count} of the sweep failed: {which}; the reasons are in s/failed.jsonl"
+    )
     records = [json.loads(line) for line in (here / "s" / "failed.jsonl").read_text().splitlines()]
-    assert [(record["job"], record["overrides"]) for record in records] == [(seed, ["train.steps=5", f"seed={seed}"]) for seed in failures]
+    assert [(record["job"], record["overrides"]) for record in records] == [
+        (seed, ["train.steps=5", f"seed={seed}"]) for seed in failures
+    ]
     # The same sweep again, the failures mended: its record is a new one.
     for number in (0, 1, 2, 3):
         if number not in failures:
             (here / "s" / str(number)).rmdir()
-    assert launch("train", Work(), ["train.steps=5", "seed=0,1,2,3", "hydra.sweep.dir=s"], multirun=True) == 0
+    assert (
+        launch(
+            "train", Work(), ["train.steps=5", "seed=0,1,2,3", "hydra.sweep.dir=s"], multirun=True
+        )
+        == 0
+    )
     assert not (here / "s" / "failed.jsonl").exists()
 
 
@@ -215,10 +280,15 @@ def test_a_check_that_fails_in_one_job_is_that_jobs_failure(here, capfd):
     work = Work()
     assert launch("train", work, ["model.num_heads=8,7", "hydra.sweep.dir=s"], multirun=True) == 2
     assert len(work.jobs) == 1
-    assert "error: job 1 (model.num_heads=7): model.num_heads=7 cannot be used" in capfd.readouterr().err
+    assert (
+        "error: job 1 (model.num_heads=7): model.num_heads=7 cannot be used"
+        in capfd.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("word", ["model=diff_v1,diff_v9", "train.stepz=1,2", "train.lr=1,fast", "run.dir=x"])
+@pytest.mark.parametrize(
+    "word", ["model=diff_v1,diff_v9", "train.stepz=1,2", "train.lr=1,fast", "run.dir=x"]
+)
 def test_a_sweep_that_cannot_be_composed_leaves_nothing(here, word):
     work = Work()
     with pytest.raises(UserError):
@@ -270,7 +340,12 @@ def test_a_second_composition_takes_hydra_no_time(monkeypatch):
     first = compose("train", words)
     monkeypatch.setattr(Hydra, "compose_config", None)  # the groups are composed already
     again = compose("train", [*words, "seed=3", "data.val_fraction=0.1"])
-    assert (again.seed, again.data.val_fraction, again.train, again.model) == (3, 0.1, first.train, first.model)
+    assert (again.seed, again.data.val_fraction, again.train, again.model) == (
+        3,
+        0.1,
+        first.train,
+        first.model,
+    )
     assert compose("train", words) == first, "the words of one composition reached another"
 
 
@@ -298,7 +373,9 @@ def test_a_composition_is_what_hydra_composes(words):
 def test_a_single_job_is_composed_once_and_called(monkeypatch):
     calls = []
     compose_config = Hydra.compose_config
-    monkeypatch.setattr(Hydra, "compose_config", lambda *args, **kw: calls.append(1) or compose_config(*args, **kw))
+    monkeypatch.setattr(
+        Hydra, "compose_config", lambda *args, **kw: calls.append(1) or compose_config(*args, **kw)
+    )
     monkeypatch.setattr("hydra.main", None)
     monkeypatch.setattr("hydra.core.utils.run_job", None)
     work = Work()
@@ -307,10 +384,15 @@ def test_a_single_job_is_composed_once_and_called(monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("word", ["hydra.run.dir=x", "hydra.job.chdir=true", "hydra.output_subdir=x", "+hydra.job.env_set.A=b"])
+@pytest.mark.parametrize(
+    "word",
+    ["hydra.run.dir=x", "hydra.job.chdir=true", "hydra.output_subdir=x", "+hydra.job.env_set.A=b"],
+)
 def test_what_hydra_would_do_for_a_single_job_is_refused(here, word):
     work = Work()
-    with pytest.raises(UserError, match=re.escape(word.lstrip("+").partition(".A")[0].partition("=")[0])):
+    with pytest.raises(
+        UserError, match=re.escape(word.lstrip("+").partition(".A")[0].partition("=")[0])
+    ):
         launch("train", work, [word])
     assert work.jobs == list(here.iterdir()) == []
 

@@ -10,7 +10,9 @@ from diffx.config.launch import compose
 from diffx.config.meanings import meanings
 
 
-@pytest.mark.parametrize("kind", [*JOBS.values(), *(kind for kinds in GROUPS.values() for kind in kinds.values())])
+@pytest.mark.parametrize(
+    "kind", [*JOBS.values(), *(kind for kinds in GROUPS.values() for kind in kinds.values())]
+)
 def test_every_field_has_a_meaning(kind):
     assert kind.__dataclass_fields__.keys() - {"kind"} <= meanings(kind).keys()
 
@@ -19,7 +21,10 @@ def test_every_field_has_a_meaning(kind):
     ("key", "said"),
     [
         ("train.lr", ["train.lr=0.005", "peak learning rate of AdamW."]),
-        ("train.schedule", ["train.schedule=linear", "`wsd` (constant", "one of: linear, cosine, wsd, constant"]),
+        (
+            "train.schedule",
+            ["train.schedule=linear", "`wsd` (constant", "one of: linear, cosine, wsd, constant"],
+        ),
         ("model.halve", ["model.halve=head_count", "one of: head_count, head_dim"]),
         ("seed", ["seed=0", "of the initial weights"]),
         ("train.compile", ["train.compile=false", "`torch.compile` each block."]),
@@ -29,25 +34,41 @@ def test_every_field_has_a_meaning(kind):
 def test_a_key_or_a_group(key, said, capsys):
     assert main(["train", "--doc", key]) == 0
     printed = capsys.readouterr().out
-    assert all(part in printed for part in said) and all(line.startswith((key, "    ")) for line in printed.splitlines())
+    assert all(part in printed for part in said) and all(
+        line.startswith((key, "    ")) for line in printed.splitlines()
+    )
 
 
 def test_all_keys_of_the_words(capsys):
     assert main(["train", "model=transformer", "--doc", "all"]) == 0
     printed = capsys.readouterr().out
-    assert "model.hidden_size=96" in printed and "model.halve" not in printed and "train.lr=" in printed and "device=auto" in printed
+    assert (
+        "model.hidden_size=96" in printed
+        and "model.halve" not in printed
+        and "train.lr=" in printed
+        and "device=auto" in printed
+    )
 
 
-@pytest.mark.parametrize("words", ["train", "train data=text data.path=a", "adapt-dex base=x", "eval checkpoint=x suite=icl"])
+@pytest.mark.parametrize(
+    "words",
+    ["train", "train data=text data.path=a", "adapt-dex base=x", "eval checkpoint=x suite=icl"],
+)
 def test_a_printed_config_is_the_composed_one_with_comments(words, capsys):
     words = words.split()
     assert main([*words, "--cfg", "job"]) == 0
     printed = capsys.readouterr().out
     job = compose({"adapt-dex": "adapt"}.get(words[0], words[0]), words[1:])
     raw = yaml.safe_load(printed)
-    assert raw["kind"] == job.kind and raw["seed"] == job.seed and raw.keys() == to_plain(job).keys()
+    assert (
+        raw["kind"] == job.kind and raw["seed"] == job.seed and raw.keys() == to_plain(job).keys()
+    )
     assert "template" not in raw.get("suite", {}) or raw["suite"]["template"] == job.suite.template
-    shown = [line for line in printed.splitlines() if ": " in line and "kind:" not in line and "{" not in line]
+    shown = [
+        line
+        for line in printed.splitlines()
+        if ": " in line and "kind:" not in line and "{" not in line
+    ]
     assert all(" # " in line for line in shown) and len(shown) > 5
     assert main([*words, "--cfg", "job", "--package", "wandb"]) == 0
     part = capsys.readouterr().out
@@ -56,7 +77,10 @@ def test_a_printed_config_is_the_composed_one_with_comments(words, capsys):
 
 def test_an_experiment_shows_its_sweep(capsys):
     assert main(["train", "experiment=diff/default_run", "--cfg", "job"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "# a sweep over model=transformer,diff_v1 seed=0,1,2"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == "# a sweep over model=transformer,diff_v1 seed=0,1,2"
+    )
 
 
 def test_short_help(capsys):

@@ -12,7 +12,13 @@ from diffx.config.bridge import GROUPS, JOBS, load_config, save_config, to_typed
 from diffx.config.composition import CONFIGS, compose_config, composer, config_groups
 
 KINDS = list(GROUPS["model"])
-PAPER_SIZES = {"830m": (1536, 24, 8), "1.4b": (2048, 24, 8), "2.8b": (2560, 32, 10), "6.8b": (4096, 32, 16), "13.1b": (5120, 40, 20)}
+PAPER_SIZES = {
+    "830m": (1536, 24, 8),
+    "1.4b": (2048, 24, 8),
+    "2.8b": (2560, 32, 10),
+    "6.8b": (4096, 32, 16),
+    "13.1b": (5120, 40, 20),
+}
 PAPER_SIZES["3b"] = (3072, 28, 12)  # (D, layers, diff heads)
 ABLATIONS = {
     "diff_v1_no_norm": {"sublayer_norm": False},
@@ -21,7 +27,12 @@ ABLATIONS = {
     "diff_v1_half_head_dim": {"halve": "head_dim"},
     "transformer_wide_head_norm": {"sublayer_norm": True},
 }
-NEEDED = {"text": ["data.path=x"], "hub": ["data.name=x"], "shards": ["data.path=x"], "hf": ["tokenizer.name=x"]}
+NEEDED = {
+    "text": ["data.path=x"],
+    "hub": ["data.name=x"],
+    "shards": ["data.path=x"],
+    "hf": ["tokenizer.name=x"],
+}
 EXPERIMENTS = {  # and the jobs of each
     "diff/default_run": 6,
     "diff/architectures": 15,
@@ -39,7 +50,10 @@ EXPERIMENTS = {  # and the jobs of each
 
 
 def names(folder):
-    return {str(path.relative_to(CONFIGS / folder).with_suffix("")) for path in (CONFIGS / folder).rglob("*.yaml")}
+    return {
+        str(path.relative_to(CONFIGS / folder).with_suffix(""))
+        for path in (CONFIGS / folder).rglob("*.yaml")
+    }
 
 
 SIZES = sorted(names("size"))
@@ -60,7 +74,9 @@ def check_round_trip(job, folder):
     save_config(job, folder / "config.yaml")
     assert load_config(folder / "config.yaml") == job
     assert "!!" not in (folder / "config.yaml").read_text(), "YAML with Python tags"
-    assert [path.name for path in folder.iterdir()] == ["config.yaml"], "something else was left behind"
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"], (
+        "something else was left behind"
+    )
 
 
 def test_each_group_offers_what_the_dataclasses_define():
@@ -84,7 +100,9 @@ def test_a_glob_over_models_is_the_five_architectures():
 @pytest.mark.parametrize("kind", KINDS)
 def test_models(kind, tmp_path):
     job = job_of("train", f"model={kind}")
-    assert job.model == GROUPS["model"][kind](), "a model's YAML names its dataclass, whose defaults stand"
+    assert job.model == GROUPS["model"][kind](), (
+        "a model's YAML names its dataclass, whose defaults stand"
+    )
     check_round_trip(job, tmp_path)
 
 
@@ -92,7 +110,9 @@ def test_models(kind, tmp_path):
 def test_ablations_change_one_thing(name, tmp_path):
     job = job_of("train", f"model=ablation/{name}")
     plain = dataclasses.asdict(GROUPS["model"][job.model.kind]())
-    assert {key: value for key, value in dataclasses.asdict(job.model).items() if value != plain[key]} == ABLATIONS[name]
+    assert {
+        key: value for key, value in dataclasses.asdict(job.model).items() if value != plain[key]
+    } == ABLATIONS[name]
     check_round_trip(job, tmp_path)
 
 
@@ -102,8 +122,12 @@ def test_sizes_suit_every_architecture(size, tmp_path):
     check_round_trip(job, tmp_path)
     shape = {key: value for key, value in dataclasses.asdict(job.model).items() if key != "kind"}
     for kind, cls in GROUPS["model"].items():
-        if size in PAPER_SIZES and kind == "transformer_1p5h":  # the papers' H_kv = H does not divide 1.5 H
-            with pytest.raises(UserError, match=r"model\.num_kv_heads=\d+ cannot be used: .* 1\.5·num_heads"):
+        if (
+            size in PAPER_SIZES and kind == "transformer_1p5h"
+        ):  # the papers' H_kv = H does not divide 1.5 H
+            with pytest.raises(
+                UserError, match=r"model\.num_kv_heads=\d+ cannot be used: .* 1\.5·num_heads"
+            ):
                 cls(**shape)
         else:
             assert cls(**shape).kind == kind
@@ -115,7 +139,9 @@ def test_sizes_suit_every_architecture(size, tmp_path):
         assert model.ffn_size == 8192 if size == "3b" else model.ffn_size % 256 == 0
 
 
-@pytest.mark.parametrize(("group", "kind"), [(group, kind) for group in ("data", "tokenizer") for kind in GROUPS[group]])
+@pytest.mark.parametrize(
+    ("group", "kind"), [(group, kind) for group in ("data", "tokenizer") for kind in GROUPS[group]]
+)
 @pytest.mark.parametrize("name", ["train", "prepare"])
 def test_data_and_tokenizers(name, group, kind, tmp_path):
     words = [f"{group}={kind}", *NEEDED.get(kind, []), *(["out=x"] if name == "prepare" else [])]
@@ -133,7 +159,11 @@ def test_generate(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "experiment", [pytest.param(name, marks=pytest.mark.slow if jobs > 6 else ()) for name, jobs in EXPERIMENTS.items()]
+    "experiment",
+    [
+        pytest.param(name, marks=pytest.mark.slow if jobs > 6 else ())
+        for name, jobs in EXPERIMENTS.items()
+    ],
 )
 def test_every_job_of_every_experiment(experiment, tmp_path):
     name, *own = ("adapt", "base=x") if experiment.startswith("dex/") else ("train",)
@@ -141,8 +171,13 @@ def test_every_job_of_every_experiment(experiment, tmp_path):
         name, own = "quantize", ["checkpoint=x"]
     cfg, hydra = compose(name, f"experiment={experiment}", several=True)
     given = [f"experiment={experiment}", *own, *NEEDED.get(cfg.data.kind if cfg.data else "", [])]
-    parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()])
-    axes = [[f"{word.get_key_element()}={value}" for value in word.sweep_string_iterator()] for word in parsed]
+    parsed = OverridesParser.create().parse_overrides(
+        [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
+    )
+    axes = [
+        [f"{word.get_key_element()}={value}" for value in word.sweep_string_iterator()]
+        for word in parsed
+    ]
     jobs = [job_of(name, *given, *words) for words in itertools.product(*axes)]
     assert len({str(job) for job in jobs}) == len(jobs) == EXPERIMENTS[experiment]
     for job in jobs:
@@ -152,7 +187,11 @@ def test_every_job_of_every_experiment(experiment, tmp_path):
 
 @pytest.mark.parametrize(
     ("experiment", "steps", "warmup", "final_lr"),
-    [("scaling_paper", 40000, 375, 0.0), ("scaling_paper_large", 40000, 375, 0.0), ("stable_3b", 238419, 1000, 1.28e-5)],
+    [
+        ("scaling_paper", 40000, 375, 0.0),
+        ("scaling_paper_large", 40000, 375, 0.0),
+        ("stable_3b", 238419, 1000, 1.28e-5),
+    ],
 )
 def test_paper_recipes(experiment, steps, warmup, final_lr):
     train = job_of("train", f"experiment=diff/{experiment}", "data.path=x").train

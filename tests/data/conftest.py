@@ -18,8 +18,30 @@ def cache(tmp_path, monkeypatch):
 def rows():
     """120 small documents with prompts, some of them twice, with characters of one to four bytes."""
     choose = random.Random(0)
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "naïve", "東京", "🙂", "<|endoftext|>", "return", "x\n"]
-    made = [{"prompt": f"question {i}: ", "text": f"{i} " + " ".join(choose.choices(words, k=choose.randint(3, 40)))} for i in range(100)]
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "naïve",
+        "東京",
+        "🙂",
+        "<|endoftext|>",
+        "return",
+        "x\n",
+    ]
+    made = [
+        {
+            "prompt": f"question {i}: ",
+            "text": f"{i} " + " ".join(choose.choices(words, k=choose.randint(3, 40))),
+        }
+        for i in range(100)
+    ]
     return made + made[:20]
 
 
@@ -38,6 +60,9 @@ def texts_of():
         ids, _ = tokens.read(0, len(tokens))
         marks = np.flatnonzero(ids == tokenizer.eot_id)
         assert marks[0] == 0 and marks[-1] == len(ids) - 1
-        return [tokenizer.decode(ids[start + 1 : stop].tolist()) for start, stop in itertools.pairwise(marks)]
+        return [
+            tokenizer.decode(ids[start + 1 : stop].tolist())
+            for start, stop in itertools.pairwise(marks)
+        ]
 
     return split

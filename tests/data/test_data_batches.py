@@ -28,7 +28,11 @@ def corpus(request, jsonl, rows):
 
 
 def same(one, two):
-    return torch.equal(one.inputs, two.inputs) and torch.equal(one.targets, two.targets) and one.position == two.position
+    return (
+        torch.equal(one.inputs, two.inputs)
+        and torch.equal(one.targets, two.targets)
+        and one.position == two.position
+    )
 
 
 def test_shapes_and_shift(corpus):
@@ -56,7 +60,9 @@ def test_resumes_exactly_within_and_across_epochs(corpus):
     for _ in range(900):
         states.append(json.dumps(batches.state_dict()))
         made.append(next(batches))
-    assert any("epoch 3" in batch.position for batch in made), "the test must pass the ends of epochs"
+    assert any("epoch 3" in batch.position for batch in made), (
+        "the test must pass the ends of epochs"
+    )
     assert max(map(len, states)) < 2000
     for start in (0, 1, 150, 301, 555, 870):
         resumed = corpus.batches(T, B, seed=1)
@@ -72,7 +78,9 @@ def test_ranks_share_the_same_batch(corpus):
     for _ in range(30):
         batch, parts = next(whole), [next(rank) for rank in ranks]
         for rank, part in enumerate(parts):
-            assert torch.equal(part.inputs, batch.inputs[rank::2]) and torch.equal(part.targets, batch.targets[rank::2])
+            assert torch.equal(part.inputs, batch.inputs[rank::2]) and torch.equal(
+                part.targets, batch.targets[rank::2]
+            )
     with pytest.raises(UserError, match=r"train.batch_tokens=64 .*3 processes"):
         corpus.batches(T, B, seed=2, rank=0, world_size=3)
 
@@ -84,9 +92,17 @@ def test_no_held_out_document_is_trained_on(corpus, texts_of, rows):
     held_out = set(texts_of(corpus.val, corpus.tokenizer))
     assert held_out and held_out < documents
     batches = corpus.batches(T, B, seed=0)
-    stream = b"".join(corpus.tokenizer.decode(row).encode() for _ in range(300) for row in next(batches).inputs.tolist())
+    stream = b"".join(
+        corpus.tokenizer.decode(row).encode()
+        for _ in range(300)
+        for row in next(batches).inputs.tolist()
+    )
     rest = "\n".join(documents - held_out)
-    starts = [document[:12] for document in held_out if document[:12] not in rest and document[:12].isascii()]
+    starts = [
+        document[:12]
+        for document in held_out
+        if document[:12] not in rest and document[:12].isascii()
+    ]
     assert starts and not [start for start in starts if start.encode() in stream]
 
 
@@ -106,9 +122,13 @@ def test_an_epoch_takes_every_window_once():
         rows = torch.cat([next(batches).inputs for _ in range(2)])  # 102 targets make 10 windows
         starts = rows[:, 0].tolist()
         assert torch.equal(rows, torch.tensor(starts)[:, None] + torch.arange(10))
-        assert sorted(starts) == list(range(min(starts), min(starts) + 100, 10)), "windows do not overlap"
+        assert sorted(starts) == list(range(min(starts), min(starts) + 100, 10)), (
+            "windows do not overlap"
+        )
         orders.append(starts)
-    assert {min(starts) for starts in orders} == {0, 1, 2}, "the tokens left over differ between epochs"
+    assert {min(starts) for starts in orders} == {0, 1, 2}, (
+        "the tokens left over differ between epochs"
+    )
     assert len({tuple(start - min(starts) for start in starts) for starts in orders}) == 20
 
 
@@ -130,8 +150,13 @@ def test_text_shorter_than_a_sequence_is_refused(jsonl):
 @pytest.mark.parametrize("seq_len", [1, 7, 16, 10**4])
 def test_val_batches_predict_every_token_once(corpus, seq_len, world_size):
     batch_size = 6
-    ranks = [list(corpus.val_batches(seq_len, batch_size, rank, world_size)) for rank in range(world_size)]
-    assert len({tuple(batch.inputs.shape for batch in batches) for batches in ranks}) == 1, "processes keep step"
+    ranks = [
+        list(corpus.val_batches(seq_len, batch_size, rank, world_size))
+        for rank in range(world_size)
+    ]
+    assert len({tuple(batch.inputs.shape for batch in batches) for batches in ranks}) == 1, (
+        "processes keep step"
+    )
     inputs, targets = [], []
     for step in range(len(ranks[0])):
         for row in range(len(ranks[0][step].inputs)):
@@ -143,7 +168,9 @@ def test_val_batches_predict_every_token_once(corpus, seq_len, world_size):
     expected = torch.from_numpy(tokens[1:].astype(np.int64))
     if mask is not None:
         expected[torch.from_numpy(mask[1:] == 0)] = -100
-    assert torch.equal(targets[: len(expected)], expected) and (targets[len(expected) :] == -100).all()
+    assert (
+        torch.equal(targets[: len(expected)], expected) and (targets[len(expected) :] == -100).all()
+    )
     assert torch.equal(inputs[: len(expected)], torch.from_numpy(tokens[:-1].astype(np.int64)))
     assert int((targets != -100).sum()) == corpus.val.n_tokens
     assert int(inputs.min()) >= 0 and int(inputs.max()) < corpus.tokenizer.vocab_size
@@ -152,15 +179,25 @@ def test_val_batches_predict_every_token_once(corpus, seq_len, world_size):
 def test_held_out_text_is_the_same_for_every_seed(corpus):
     again = open_data(corpus.data, BytesTokenizer())
     next(again.batches(T, B, seed=7))
-    assert all(same(one, two) for one, two in zip(corpus.val_batches(T, B), again.val_batches(T, B), strict=True))
+    assert all(
+        same(one, two)
+        for one, two in zip(corpus.val_batches(T, B), again.val_batches(T, B), strict=True)
+    )
 
 
 def test_an_unshuffled_stream_keeps_its_order(jsonl, rows, texts_of):
-    corpus = open_data(HubData(name=str(jsonl.parent), shuffle_buffer=0, val_fraction=0.2), BytesTokenizer())
+    corpus = open_data(
+        HubData(name=str(jsonl.parent), shuffle_buffer=0, val_fraction=0.2), BytesTokenizer()
+    )
     batches = corpus.batches(T, B, seed=0)
     tokens = np.concatenate([next(batches).inputs.flatten().numpy() for _ in range(40)])
     held_out = texts_of(corpus.val, corpus.tokenizer)
-    expected = [token for row in rows if row["text"] not in held_out for token in [256, *corpus.tokenizer.encode(row["text"])]]
+    expected = [
+        token
+        for row in rows
+        if row["text"] not in held_out
+        for token in [256, *corpus.tokenizer.encode(row["text"])]
+    ]
     assert tokens.tolist() == expected[: len(tokens)]
 
 

@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 from diffx.config import RunError, UserError
-from diffx.config.data import BpeTokenizer, BytesTokenizer, HubData, ShardsData, StdlibData, TextData
+from diffx.config.data import (
+    BpeTokenizer,
+    BytesTokenizer,
+    HubData,
+    ShardsData,
+    StdlibData,
+    TextData,
+)
 from diffx.config.train import PrepareJob
 from diffx.data import open_data
 from diffx.data import prepare as preparation
@@ -31,14 +38,25 @@ def text(path, **options):
 
 def job(path, out, tokenizer=BPE, **options):
     return PrepareJob(
-        data=text(path, prompt_key="prompt"), tokenizer=tokenizer, out=str(out), **{"workers": 1, "shard_tokens": 500} | options
+        data=text(path, prompt_key="prompt"),
+        tokenizer=tokenizer,
+        out=str(out),
+        **{"workers": 1, "shard_tokens": 500} | options,
     )
 
 
 def contents(folder):
     """Every byte that a prepared folder holds, by name."""
-    assert not [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}.") and path.is_dir()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert not [
+        path
+        for path in folder.parent.iterdir()
+        if path.name.startswith(f".{folder.name}.") and path.is_dir()
+    ]
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_token_array_reads_across_parts():
@@ -48,7 +66,9 @@ def test_token_array_reads_across_parts():
     for start in range(11):
         for stop in range(start, 11):
             tokens, mask = array.read(start, stop)
-            assert tokens.tolist() == list(range(start, stop)) and mask.tolist() == [i % 2 for i in range(start, stop)]
+            assert tokens.tolist() == list(range(start, stop)) and mask.tolist() == [
+                i % 2 for i in range(start, stop)
+            ]
     assert TokenArray(parts).read(0, 3)[1] is None
 
 
@@ -64,7 +84,11 @@ def test_splits_hold_every_document_once_and_share_none(jsonl, rows, texts_of):
         assert corpus.info[split]["documents"] == len(held)
         assert corpus.info[split]["bytes"] == sum(len(document.encode()) for document in held)
     assert corpus.info["train"]["tokens"] == len(corpus.train)
-    assert corpus.info["val"]["measured"] == {"documents": len(val), "tokens": corpus.val.n_tokens, "bytes": corpus.val.n_bytes}
+    assert corpus.info["val"]["measured"] == {
+        "documents": len(val),
+        "tokens": corpus.val.n_tokens,
+        "bytes": corpus.val.n_bytes,
+    }
     assert corpus.info["files"][0]["bytes"] == jsonl.stat().st_size
 
 
@@ -73,8 +97,13 @@ def test_bpe_sees_training_text_alone(tmp_path, texts_of):
         (tmp_path / f"{i}.txt").write_text(f"document number {i} {chr(0x4E00 + i) * 50}")
     corpus = open_data(text(tmp_path), BpeTokenizer(vocab_size=2000))
     held_out = texts_of(corpus.val, corpus.tokenizer)
-    assert held_out and all(len(corpus.tokenizer.encode(document[-50:])) > 50 for document in held_out)
-    assert all(len(corpus.tokenizer.encode(document[-50:])) <= 50 for document in texts_of(corpus.train, corpus.tokenizer))
+    assert held_out and all(
+        len(corpus.tokenizer.encode(document[-50:])) > 50 for document in held_out
+    )
+    assert all(
+        len(corpus.tokenizer.encode(document[-50:])) <= 50
+        for document in texts_of(corpus.train, corpus.tokenizer)
+    )
 
 
 def test_prompts_carry_no_loss(jsonl, rows, texts_of):
@@ -85,8 +114,14 @@ def test_prompts_carry_no_loss(jsonl, rows, texts_of):
     assert corpus.val.n_bytes == sum(len(whole[document].encode()) for document in val)
     for array in (corpus.train, corpus.val):
         tokens, mask = array.read(0, len(array))
-        scored = [token for token, scores in zip(tokens.tolist(), mask, strict=True) if scores and token != corpus.tokenizer.eot_id]
-        assert corpus.tokenizer.decode(scored) == "".join(whole[document] for document in texts_of(array, corpus.tokenizer))
+        scored = [
+            token
+            for token, scores in zip(tokens.tolist(), mask, strict=True)
+            if scores and token != corpus.tokenizer.eot_id
+        ]
+        assert corpus.tokenizer.decode(scored) == "".join(
+            whole[document] for document in texts_of(array, corpus.tokenizer)
+        )
         assert mask[tokens == corpus.tokenizer.eot_id].all()
     assert corpus.val.n_tokens == int(corpus.val.read(1, len(corpus.val))[1].sum())
 
@@ -99,7 +134,11 @@ def test_a_long_document_is_measured_in_part(tmp_path):
     for cap in (100, 101, 102):
         val = open_data(dataclasses.replace(data, val_tokens=cap), BytesTokenizer()).val
         whole = bytes_tokenizer.decode(val.read(1, len(val) - 1)[0].tolist())
-        assert cap - 2 <= val.n_tokens <= cap and val.n_bytes == len(whole.encode()) and whole.startswith("Büchér")
+        assert (
+            cap - 2 <= val.n_tokens <= cap
+            and val.n_bytes == len(whole.encode())
+            and whole.startswith("Büchér")
+        )
     other = open_data(data, BPE).shards.held_out(like=val)
     assert other.n_bytes == val.n_bytes and other.n_tokens < val.n_tokens and other.keys == val.keys
 
@@ -130,12 +169,17 @@ def test_the_fraction_is_met_with_four_books(tmp_path, texts_of, form, fraction)
     books = {name: "".join(f"{name} {line} of the book.\n" + "\n" * (line % 5 == 0) for line in range(length))
              for name, length in (("a", 2000), ("b", 1500), ("c", 2500), ("d", 40))}  # fmt: skip
     for name, book in books.items():
-        (tmp_path / f"{name}.{form}").write_text(book if form == "txt" else json.dumps({"text": book}))
+        (tmp_path / f"{name}.{form}").write_text(
+            book if form == "txt" else json.dumps({"text": book})
+        )
     corpus = open_data(text(tmp_path, val_fraction=fraction), BytesTokenizer())
     val, train = (texts_of(tokens, corpus.tokenizer) for tokens in (corpus.val, corpus.train))
     total = sum(map(len, books.values()))
     assert abs(sum(map(len, val)) - fraction * total) <= 0.02 * total / 2 + 30
-    assert sorted("".join(val + train)) == sorted("".join(books.values())) and books["d"] in val + train
+    assert (
+        sorted("".join(val + train)) == sorted("".join(books.values()))
+        and books["d"] in val + train
+    )
     assert sorted(read_texts(corpus.data, held_out=True)[0]) == sorted(val)
     assert not set("".join(val).splitlines()) & set("".join(train).splitlines()) - {""}
 
@@ -144,7 +188,9 @@ def test_a_prompts_text_is_not_cut(tmp_path, texts_of):
     rows = [{"text": f"{name} says.\n" * 500, "prompt": "Who?"} for name in "abc"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     corpus = open_data(text(tmp_path, prompt_key="prompt"), BytesTokenizer())
-    assert len(texts_of(corpus.val, corpus.tokenizer) + texts_of(corpus.train, corpus.tokenizer)) == 3
+    assert (
+        len(texts_of(corpus.val, corpus.tokenizer) + texts_of(corpus.train, corpus.tokenizer)) == 3
+    )
 
 
 def test_wide_vocabularies_take_32_bits(jsonl):
@@ -160,7 +206,9 @@ def test_wide_vocabularies_take_32_bits(jsonl):
 
 def test_cache_is_used_keyed_by_contents_and_rebuilt_when_damaged(jsonl, cache, caplog):
     stages = []
-    first = open_data(text(jsonl), BPE, progress=lambda stage, done, total: stages.append((stage, done, total)))
+    first = open_data(
+        text(jsonl), BPE, progress=lambda stage, done, total: stages.append((stage, done, total))
+    )
     assert {stage for stage, _, _ in stages} == {"training the tokenizer", "tokenizing"}
     assert stages[-1] == ("tokenizing", jsonl.stat().st_size, jsonl.stat().st_size)
     folder = first.shards.folder
@@ -174,8 +222,16 @@ def test_cache_is_used_keyed_by_contents_and_rebuilt_when_damaged(jsonl, cache, 
     assert reopened(val_tokens=50).shards.folder == folder
     assert reopened(val_fraction=0.3).shards.folder != folder and stages
 
-    for damage in (lambda path: path.write_bytes(path.read_bytes()[:-2]), lambda path: path.unlink()):
-        for name in ("train-00000.bin", "val-00000.docs.bin", "meta.json", "tokenizer/tokenizer.json"):
+    for damage in (
+        lambda path: path.write_bytes(path.read_bytes()[:-2]),
+        lambda path: path.unlink(),
+    ):
+        for name in (
+            "train-00000.bin",
+            "val-00000.docs.bin",
+            "meta.json",
+            "tokenizer/tokenizer.json",
+        ):
             damage(folder / name)
             caplog.clear()
             reopened()
@@ -189,7 +245,12 @@ def test_cache_is_used_keyed_by_contents_and_rebuilt_when_damaged(jsonl, cache, 
 def test_processes_that_start_together_build_once(jsonl):
     stages = []
     with ThreadPoolExecutor(4) as pool:
-        opened = list(pool.map(lambda _: open_data(text(jsonl), BPE, progress=lambda *stage: stages.append(stage)), range(4)))
+        opened = list(
+            pool.map(
+                lambda _: open_data(text(jsonl), BPE, progress=lambda *stage: stages.append(stage)),
+                range(4),
+            )
+        )
     assert len({corpus.shards.folder for corpus in opened}) == 1
     assert len([stage for stage in stages if stage[0] == "tokenizing"]) == 1
 
@@ -213,7 +274,9 @@ def test_shards_equal_direct(jsonl, tmp_path):
         for one, two in zip(ours.read(0, len(ours)), theirs.read(0, len(theirs)), strict=True):
             assert np.array_equal(one, two)
     assert shards.val.n_bytes == direct.val.n_bytes
-    assert {key: shards.info[key] for key in ("sha256", "train", "val")} == {key: direct.info[key] for key in ("sha256", "train", "val")}
+    assert {key: shards.info[key] for key in ("sha256", "train", "val")} == {
+        key: direct.info[key] for key in ("sha256", "train", "val")
+    }
     one, two = (corpus.batches(16, 4, seed=3) for corpus in (shards, direct))
     assert all(next(one).targets.equal(next(two).targets) for _ in range(20))
 
@@ -260,7 +323,10 @@ def test_a_killed_prepare_goes_on(jsonl, tmp_path):
     )
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", script, str(jsonl), str(out)], env=os.environ)
-    while not (out / "meta.json").exists() or json.loads((out / "meta.json").read_text())["shards"] < 2:
+    while (
+        not (out / "meta.json").exists()
+        or json.loads((out / "meta.json").read_text())["shards"] < 2
+    ):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -306,7 +372,9 @@ def test_failing_leaves_nothing_behind(tmp_path):
 
 def test_prepare_reads_the_hub(jsonl, tmp_path, rows):
     data = HubData(name=str(jsonl.parent), val_fraction=0.2)
-    out = prepare(PrepareJob(data=data, tokenizer=BytesTokenizer(), out=str(tmp_path / "out"), workers=1))
+    out = prepare(
+        PrepareJob(data=data, tokenizer=BytesTokenizer(), out=str(tmp_path / "out"), workers=1)
+    )
     meta = json.loads((out / "meta.json").read_text())
     assert meta["train"]["documents"] + meta["val"]["documents"] == len(rows)
 

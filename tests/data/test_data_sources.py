@@ -14,13 +14,22 @@ from diffx.data.sources import documents, file_hashes, source_files
 
 
 def texts(path, **options):
-    return [document.text for document in documents(TextData(path=path if isinstance(path, list) else str(path), **options))]
+    return [
+        document.text
+        for document in documents(
+            TextData(path=path if isinstance(path, list) else str(path), **options)
+        )
+    ]
 
 
 def test_stdlib_is_source_without_tests():
     files = source_files(StdlibData())
     assert {"os.py", "json/decoder.py", "asyncio/tasks.py"} <= set(files)
-    assert not [name for name in files if {"test", "tests", "site-packages"} & set(name.split("/")) or not name.endswith(".py")]
+    assert not [
+        name
+        for name in files
+        if {"test", "tests", "site-packages"} & set(name.split("/")) or not name.endswith(".py")
+    ]
     assert list(files.values()) == sorted(files.values())
     found = {document.name: document for document in documents(StdlibData())}
     assert found["os.py"].text == files["os.py"].read_text(encoding="utf-8")
@@ -32,7 +41,9 @@ def test_every_format_gives_the_same_documents(tmp_path, rows, jsonl):
     lines = jsonl.read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     half = len(lines) // 2
-    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines[:half]) + zstandard.compress(lines[half:]))  # two frames
+    (tmp_path / "a.jsonl.zst").write_bytes(
+        zstandard.compress(lines[:half]) + zstandard.compress(lines[half:])
+    )  # two frames
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=50)
     expected = [row["text"] for row in rows]
     for path in (jsonl, tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl.zst", tmp_path / "a.parquet"):
@@ -45,13 +56,24 @@ def test_every_format_gives_the_same_documents(tmp_path, rows, jsonl):
 
 
 def test_paths(tmp_path):
-    for name in ("b/two.md", "b/one.txt", "b/deep/three.txt", "b/.hidden/no.txt", "b/image.png", "c.txt"):
+    for name in (
+        "b/two.md",
+        "b/one.txt",
+        "b/deep/three.txt",
+        "b/.hidden/no.txt",
+        "b/image.png",
+        "c.txt",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"text of {name}\r\n", newline="")
-    assert texts(tmp_path / "b") == [f"text of b/{name}\r\n" for name in ("deep/three.txt", "one.txt", "two.md")]
+    assert texts(tmp_path / "b") == [
+        f"text of b/{name}\r\n" for name in ("deep/three.txt", "one.txt", "two.md")
+    ]
     assert texts(tmp_path / "b/*.txt") == ["text of b/one.txt\r\n"]
     assert texts(tmp_path / "**/one.*") == ["text of b/one.txt\r\n"]
-    assert texts([str(tmp_path / "c.txt"), str(tmp_path / "b/one.txt"), str(tmp_path / "*.txt")]) == [
+    assert texts(
+        [str(tmp_path / "c.txt"), str(tmp_path / "b/one.txt"), str(tmp_path / "*.txt")]
+    ) == [
         "text of c.txt\r\n",
         "text of b/one.txt\r\n",
     ]
@@ -86,14 +108,24 @@ def test_hashes_are_of_the_bytes(tmp_path):
         ("a.txt", b"too small to share", {}, ["a.txt", "one document"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, ["a.jsonl", "line 2 is not JSON"]),
         ("a.jsonl", b'{"text": "a"}\n\n[1]\n', {}, ["a.jsonl", "line 3 is not a JSON object"]),
-        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', {}, ["a.jsonl", "line 2", "'text'", "data.text_key", "'body'"]),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"body": "b"}\n',
+            {},
+            ["a.jsonl", "line 2", "'text'", "data.text_key", "'body'"],
+        ),
         ("a.jsonl", b'{"text": "a"}\n', {"prompt_key": "q"}, ["line 1", "'q'", "data.prompt_key"]),
         ("a.jsonl", b'{"text": 1}\n', {}, ["line 1", "not text but int"]),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', {}, ["a.jsonl", "not UTF-8 at byte 24"]),
         ("a.jsonl", b'{"text": "\\ud800"}\n', {}, ["line 1", "surrogate"]),
         ("a.jsonl", b'{"text": "same"}\n{"text": "same"}\n', {}, ["a.jsonl", "one document"]),
         ("a.jsonl.gz", b"not compressed", {}, ["a.jsonl.gz", "Not a gzipped file"]),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], {}, ["a.jsonl.gz", "ended before"]),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9],
+            {},
+            ["a.jsonl.gz", "ended before"],
+        ),
         ("a.jsonl.zst", b"not compressed", {}, ["a.jsonl.zst", "cannot be read"]),
         ("a.parquet", b"not parquet", {}, ["a.parquet", "parquet"]),
     ],
@@ -118,7 +150,9 @@ def test_parquet_without_the_column(tmp_path):
 
 def test_hub_reads_local_folders_and_says_what_is_wrong(tmp_path, jsonl, rows):
     folder = str(jsonl.parent)
-    assert [document.text for document in documents(HubData(name=folder))] == [row["text"] for row in rows]
+    assert [document.text for document in documents(HubData(name=folder))] == [
+        row["text"] for row in rows
+    ]
     for data, words in (
         (HubData(name=folder, split="nope"), ["nope", "train"]),
         (HubData(name=folder, text_key="body"), ["'body'", "'prompt'", "'text'"]),
@@ -127,11 +161,21 @@ def test_hub_reads_local_folders_and_says_what_is_wrong(tmp_path, jsonl, rows):
     ):
         with pytest.raises(UserError) as caught:
             list(documents(data))
-        assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+        assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), (
+            caught.value
+        )
 
 
 def test_a_document_is_known_by_prompt_and_text(tmp_path):
-    lines = [{"p": "a", "text": "b"}, {"p": "a", "text": "c"}, {"p": None, "text": "b"}, {"p": "a", "text": "b"}]
+    lines = [
+        {"p": "a", "text": "b"},
+        {"p": "a", "text": "c"},
+        {"p": None, "text": "b"},
+        {"p": "a", "text": "b"},
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    one, two, three, four = (document.key for document in documents(TextData(path=str(tmp_path / "a.jsonl"), prompt_key="p")))
+    one, two, three, four = (
+        document.key
+        for document in documents(TextData(path=str(tmp_path / "a.jsonl"), prompt_key="p"))
+    )
     assert one == four and len({one, two, three}) == 3

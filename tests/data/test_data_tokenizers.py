@@ -10,12 +10,24 @@ from diffx.config import UserError
 from diffx.config.data import BpeTokenizer, BytesTokenizer, HfTokenizer, TiktokenTokenizer
 from diffx.data.tokenizers import TiktokenEncoding, load_tokenizer, make_tokenizer
 
-TEXTS = ["", " ", "plain text\n\tdef f(x):\r\n", "naïve 東京 🙂 e\u0301 \u200b\x00", "a<|endoftext|>b", "the theme " * 30]
+TEXTS = [
+    "",
+    " ",
+    "plain text\n\tdef f(x):\r\n",
+    "naïve 東京 🙂 e\u0301 \u200b\x00",
+    "a<|endoftext|>b",
+    "the theme " * 30,
+]
 
 
 def encoding(special=("<|endoftext|>",)):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256, b"the": 257}
-    return tiktoken.Encoding("tiny", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens=dict.fromkeys(special, 258))
+    return tiktoken.Encoding(
+        "tiny",
+        pat_str=r"\w+|\W+",
+        mergeable_ranks=ranks,
+        special_tokens=dict.fromkeys(special, 258),
+    )
 
 
 KINDS = ["bpe", "bytes", "hf", "tiktoken"]
@@ -43,12 +55,17 @@ def test_round_trip(tokenizer):
     assert batch == [tokenizer.encode(text) for text in TEXTS]
     assert [tokenizer.decode(ids) for ids in batch] == TEXTS
     assert all(0 <= token < tokenizer.vocab_size for ids in batch for token in ids)
-    assert tokenizer.eot_id not in batch[4], "an end of text that is spelt in a text is no end of text"
+    assert tokenizer.eot_id not in batch[4], (
+        "an end of text that is spelt in a text is no end of text"
+    )
     assert tokenizer.decode([tokenizer.eot_id]) == "<|endoftext|>"
 
 
 def test_sizes(tokenizer):
-    assert tokenizer.vocab_size == {"bytes": 257, "bpe": 263, "hf": 263, "tiktoken": 259}[tokenizer.kind]
+    assert (
+        tokenizer.vocab_size
+        == {"bytes": 257, "bpe": 263, "hf": 263, "tiktoken": 259}[tokenizer.kind]
+    )
     assert (tokenizer.kind == "bytes") == (len(tokenizer.encode("the theme 東")) == 13)
 
 
@@ -58,15 +75,36 @@ def test_all_reload_in_another_process(tmp_path):
     for kind in KINDS:
         tokenizer = make(kind, tmp_path)
         tokenizer.save(tmp_path / kind)
-        expected.append([kind, tokenizer.fingerprint, tokenizer.eot_id, tokenizer.vocab_size, tokenizer.encode_batch(TEXTS)])
-        assert not [path for path in (tmp_path / kind).rglob("*") if path.suffix not in (".json", ".tiktoken")]
+        expected.append(
+            [
+                kind,
+                tokenizer.fingerprint,
+                tokenizer.eot_id,
+                tokenizer.vocab_size,
+                tokenizer.encode_batch(TEXTS),
+            ]
+        )
+        assert not [
+            path
+            for path in (tmp_path / kind).rglob("*")
+            if path.suffix not in (".json", ".tiktoken")
+        ]
     script = (
         "import sys, json; from diffx.data import load_tokenizer; texts = json.loads(sys.argv.pop());"
         "found = map(load_tokenizer, sys.argv[1:]);"
         "print(json.dumps([[t.kind, t.fingerprint, t.eot_id, t.vocab_size, t.encode_batch(texts)] for t in found]))"
     )
-    command = [sys.executable, "-c", script, *(str(tmp_path / kind) for kind in KINDS), json.dumps(TEXTS)]
-    assert json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) == expected
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        *(str(tmp_path / kind) for kind in KINDS),
+        json.dumps(TEXTS),
+    ]
+    assert (
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        == expected
+    )
 
 
 def test_transformers_reads_the_folder(tokenizer, tmp_path):
@@ -82,7 +120,9 @@ def test_transformers_reads_the_folder(tokenizer, tmp_path):
 def test_a_saved_tokenizer_used_through_hf_is_the_same_one(tmp_path):
     bpe = make_tokenizer(BpeTokenizer(vocab_size=263), TEXTS)
     bpe.save(tmp_path / "saved")
-    assert make_tokenizer(HfTokenizer(name=str(tmp_path / "saved")), ()).fingerprint == bpe.fingerprint
+    assert (
+        make_tokenizer(HfTokenizer(name=str(tmp_path / "saved")), ()).fingerprint == bpe.fingerprint
+    )
 
 
 def test_bpe_is_deterministic_and_says_what_size_it_reached(caplog):
@@ -96,7 +136,9 @@ def test_errors(tmp_path, monkeypatch):
     def fails(config, *words):
         with pytest.raises(UserError) as caught:
             make_tokenizer(config, ())
-        assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+        assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), (
+            caught.value
+        )
 
     fails(HfTokenizer(name="some/model"), "some/model", "hub")
     fails(HfTokenizer(name=str(tmp_path)), str(tmp_path))
@@ -121,7 +163,11 @@ def test_a_damaged_folder_is_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="cannot be used as a tokenizer"):
         load_tokenizer(tmp_path / "nothing")
     tokenizer.save(tmp_path / "saved")
-    file = tmp_path / "saved" / ("ranks.tiktoken" if tokenizer.kind == "tiktoken" else "tokenizer.json")
+    file = (
+        tmp_path
+        / "saved"
+        / ("ranks.tiktoken" if tokenizer.kind == "tiktoken" else "tokenizer.json")
+    )
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match="cannot be used as a tokenizer"):
         load_tokenizer(tmp_path / "saved")

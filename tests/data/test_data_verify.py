@@ -23,7 +23,9 @@ BPE = BpeTokenizer(vocab_size=280)
 
 def job(jsonl, out, **options):
     data = TextData(path=str(jsonl), val_fraction=0.2, prompt_key="prompt")
-    return PrepareJob(data=data, out=str(out), **{"tokenizer": BPE, "workers": 1, "shard_tokens": 2000} | options)
+    return PrepareJob(
+        data=data, out=str(out), **{"tokenizer": BPE, "workers": 1, "shard_tokens": 2000} | options
+    )
 
 
 @pytest.fixture
@@ -57,7 +59,9 @@ def rewrite(folder, checksum=True, **values):
 
 
 @pytest.mark.parametrize("verified_before", [False, True])
-@pytest.mark.parametrize("name", ["train-00001.bin", "train-00000.mask.bin", "val-00000.bin", "val-00000.docs.bin"])
+@pytest.mark.parametrize(
+    "name", ["train-00001.bin", "train-00000.mask.bin", "val-00000.bin", "val-00000.docs.bin"]
+)
 def test_an_altered_file_of_the_same_size_and_time_is_refused(folder, name, verified_before):
     if verified_before:
         opened(folder)
@@ -70,12 +74,17 @@ def test_an_altered_file_of_the_same_size_and_time_is_refused(folder, name, veri
 def test_what_was_verified_is_not_hashed_again(folder, monkeypatch):
     hashed = []
     sha256 = shards_module.sha256
-    monkeypatch.setattr(shards_module, "_hash", lambda path: hashed.append(path.name) or sha256(path))
+    monkeypatch.setattr(
+        shards_module, "_hash", lambda path: hashed.append(path.name) or sha256(path)
+    )
     stages = []
     opened(folder, progress=lambda *stage: stages.append(stage))
     names = {path.name for path in folder.glob("*.bin")}
     assert len(names) >= 5 and set(hashed) == names and len(hashed) == len(names)
-    assert stages[-1] == ("verifying", *[sum(path.stat().st_size for path in folder.glob("*.bin"))] * 2)
+    assert stages[-1] == (
+        "verifying",
+        *[sum(path.stat().st_size for path in folder.glob("*.bin"))] * 2,
+    )
     hashed.clear()
     opened(folder)
     assert not hashed
@@ -98,7 +107,9 @@ def test_a_damaged_stamp_is_as_none(folder, cache, damage):
     assert stamp.read_text() == whole
 
 
-def test_without_a_cache_everything_is_verified_each_time(folder, cache, tmp_path, monkeypatch, caplog):
+def test_without_a_cache_everything_is_verified_each_time(
+    folder, cache, tmp_path, monkeypatch, caplog
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DIFFX_CACHE", str(tmp_path / "file"))
     for _ in range(2):
@@ -144,7 +155,10 @@ def test_values_that_cannot_be_are_refused_though_the_checksum_is_right(folder, 
 def test_names_of_files_are_those_of_shards(folder):
     files = json.loads((folder / "meta.json").read_text())["files"]
     for name in ("../../secret", "/etc/passwd", "train-00099.bin"):
-        rewrite(folder, files={name if key == "train-00000.bin" else key: file for key, file in files.items()})
+        rewrite(
+            folder,
+            files={name if key == "train-00000.bin" else key: file for key, file in files.items()},
+        )
         with pytest.raises(UserError, match=r"meta\.json is damaged: .* is no name of a file"):
             opened(folder)
     for entry in (None, {}, {"bytes": "8", "sha256": ""}, {"bytes": 8, "sha256": 5}):
@@ -181,7 +195,14 @@ def test_another_tokenizer_is_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", '{"kind": "bpe", "eot": "<|endoftext|>"}', "[" * 100_000, '{"kind": "bpe", "fingerprint": ""}']
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"kind": "bpe", "eot": "<|endoftext|>"}',
+        "[" * 100_000,
+        '{"kind": "bpe", "fingerprint": ""}',
+    ],
 )
 def test_a_damaged_tokenizer_is_refused(folder, text):
     (folder / "tokenizer" / "diffx_tokenizer.json").write_text(text)

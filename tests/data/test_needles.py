@@ -8,13 +8,17 @@ from diffx.config.data import BpeTokenizer, BytesTokenizer
 from diffx.data.needles import CITIES, Haystack, draw_needles, question_of
 from diffx.data.tokenizers import make_tokenizer
 
-TEXTS = [" ".join(f"Sentence {i} of {j} has a few words in it." for i in range(60)) for j in range(3)] + ["no stop " * 100]
+TEXTS = [
+    " ".join(f"Sentence {i} of {j} has a few words in it." for i in range(60)) for j in range(3)
+] + ["no stop " * 100]
 NEEDLE = re.compile(r"The magic number of (\w+) is (\d+)\.")
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe"])
 def tokenizer(request):
-    return make_tokenizer(BytesTokenizer() if request.param == "bytes" else BpeTokenizer(vocab_size=400), TEXTS)
+    return make_tokenizer(
+        BytesTokenizer() if request.param == "bytes" else BpeTokenizer(vocab_size=400), TEXTS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +48,16 @@ def test_the_first_needle_stands_at_the_depth(haystack, depth):
         needles = draw_needles(f"{number}", 6, 2, depth, 4)
         sample = haystack.hide(needles, 2000)
         start, stop = sample.span
-        assert sample.context[start:stop].strip() == f"The magic number of {needles.cities[0]} is {needles.numbers[0]}."
+        assert (
+            sample.context[start:stop].strip()
+            == f"The magic number of {needles.cities[0]} is {needles.numbers[0]}."
+        )
         others = NEEDLE.sub("", sample.context)
         before = NEEDLE.sub("", sample.context[:start])
         assert len(before) / len(others) == pytest.approx(depth, abs=0.05)
-        assert start == 0 if depth == 0 else stop == len(sample.context) if depth == 1 else start > 0
+        assert (
+            start == 0 if depth == 0 else stop == len(sample.context) if depth == 1 else start > 0
+        )
 
 
 def test_every_needle_is_in_the_text_once(haystack):
@@ -60,12 +69,22 @@ def test_every_needle_is_in_the_text_once(haystack):
 
 
 def test_draws_depend_on_the_seed_alone():
-    assert draw_needles("a", 3, 2, 0.5, 4) == draw_needles("a", 3, 2, 0.5, 4) != draw_needles("b", 3, 2, 0.5, 4)
+    assert (
+        draw_needles("a", 3, 2, 0.5, 4)
+        == draw_needles("a", 3, 2, 0.5, 4)
+        != draw_needles("b", 3, 2, 0.5, 4)
+    )
 
 
 def test_other_needles_stand_anywhere(haystack):
-    places = [place for seed in range(200) for place in draw_needles(str(seed), 2, 1, 0.5, 4).places[1:]]
-    assert min(places) < 0.05 and max(places) > 0.95 and sum(places) / len(places) == pytest.approx(0.5, abs=0.06)
+    places = [
+        place for seed in range(200) for place in draw_needles(str(seed), 2, 1, 0.5, 4).places[1:]
+    ]
+    assert (
+        min(places) < 0.05
+        and max(places) > 0.95
+        and sum(places) / len(places) == pytest.approx(0.5, abs=0.06)
+    )
 
 
 def test_questions():
@@ -73,14 +92,19 @@ def test_questions():
     needles = draw_needles("x", 4, 3, 0.0, 2)
     one, two, three = needles.cities[:3]
     cities = f"{one}, {two} and {three}"
-    assert needles.question == f" What are the magic numbers of {cities}? The magic numbers of {cities} are"
+    assert (
+        needles.question
+        == f" What are the magic numbers of {cities}? The magic numbers of {cities} are"
+    )
     assert needles.answer == " {}, {} and {}.".format(*needles.numbers)
 
 
 def test_too_short(haystack):
     needles = draw_needles("x", 4, 1, 0.5, 4)
     least = haystack.least(needles)
-    assert NEEDLE.sub("", haystack.hide(needles, least).context).strip() == "", "the least leaves no room for text"
+    assert NEEDLE.sub("", haystack.hide(needles, least).context).strip() == "", (
+        "the least leaves no room for text"
+    )
     with pytest.raises(ValueError, match="do not hold"):
         haystack.hide(needles, least - 1)
     with pytest.raises(ValueError, match="the text has only"):

@@ -10,7 +10,13 @@ from diffx.dex.attach import attach
 from diffx.dex.layout import find_layers
 
 V = 48
-ROTARY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": V}
+ROTARY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": V,
+}
 GROUPED = ROTARY | {"num_key_value_heads": 2}
 ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 DENSE = {"first_k_dense_replace": 2, "n_group": 1, "topk_group": 1}
@@ -25,35 +31,74 @@ FAMILIES = {
     "gemma3": lambda: t.Gemma3TextConfig(**WIDE, sliding_window=4),
     "phi": lambda: t.PhiConfig(**ROTARY),
     "phi3": lambda: t.Phi3Config(**GROUPED, **ENDS),
-    "gpt2": lambda: t.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=V, **ENDS),
+    "gpt2": lambda: t.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=V, **ENDS
+    ),
     "gpt_neox": lambda: t.GPTNeoXConfig(**ROTARY),
     "opt": lambda: t.OPTConfig(
-        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=V, word_embed_proj_dim=32, pad_token_id=0
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=V,
+        word_embed_proj_dim=32,
+        pad_token_id=0,
     ),
     "olmo2": lambda: t.Olmo2Config(**GROUPED, **ENDS),
     "starcoder2": lambda: t.Starcoder2Config(**GROUPED),
     "stablelm": lambda: t.StableLmConfig(**GROUPED),
-    "gpt_bigcode": lambda: t.GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=V, **ENDS),
+    "gpt_bigcode": lambda: t.GPTBigCodeConfig(
+        n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=V, **ENDS
+    ),
     "deepseek_v3": lambda: t.DeepseekV3Config(
-        **ROTARY, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6, **DENSE
+        **ROTARY,
+        num_key_value_heads=4,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+        **DENSE,
     ),
     "qwen3_moe": lambda: t.Qwen3MoeConfig(
-        **WIDE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, experts_implementation="eager"
+        **WIDE,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        experts_implementation="eager",
     ),
 }
 OTHERS = {
     "bert": lambda: t.BertConfig(**ROTARY),
     "vit": lambda: t.ViTConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
     ),
 }
 IDS = torch.randint(1, V, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
-QUICK = ("llama", "phi3", "gemma2", "gpt2", "gpt_neox", "opt", "deepseek_v3", "qwen3_moe")  # one of each kind; the others are slow
+QUICK = (
+    "llama",
+    "phi3",
+    "gemma2",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "deepseek_v3",
+    "qwen3_moe",
+)  # one of each kind; the others are slow
 
 
-@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
+@pytest.fixture(
+    params=[
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
+    ]
+)
 def family(request):
     return request.param
 
@@ -83,7 +128,11 @@ def inputs_of():
 
     def inputs(model):
         if model.config.model_type == "vit":
-            return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(7)).to(model.dtype)}
+            return {
+                "pixel_values": torch.randn(
+                    2, 3, 16, 16, generator=torch.Generator().manual_seed(7)
+                ).to(model.dtype)
+            }
         return {"input_ids": IDS}
 
     return inputs

@@ -24,7 +24,12 @@ KEYS = (
     "dex.calibration_tokens=128 dex.lora_rank=2"
 )
 SELDOM = ("dex_plus", "adapter_only", "attn_only", "full")
-VARIANTS = ["dex", "lora", "fused", *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)]
+VARIANTS = [
+    "dex",
+    "lora",
+    "fused",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM),
+]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 70, 71]])
 
 
@@ -172,7 +177,12 @@ def test_push_to_hub(run, hf_folder, place, tmp_path, monkeypatch):
     adapters = load_adapter(base_model(hf_folder), source)
     url = adapters.push_to_hub("x", token="hf_secret", commit_message="one")
     assert url == "https://hub/me/x" and Hub.call == ("me/x", "hf_secret", "one")
-    assert Hub.pushed.keys() == {"adapter.json", "branch.safetensors", "tuned.safetensors", "README.md"}
+    assert Hub.pushed.keys() == {
+        "adapter.json",
+        "branch.safetensors",
+        "tuned.safetensors",
+        "README.md",
+    }
     for name in ("adapter.json", "README.md"):
         text = Hub.pushed[name].decode()
         assert str(place) not in text and str(hf_folder) not in text and "hf_secret" not in text

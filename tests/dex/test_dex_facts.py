@@ -24,14 +24,18 @@ class Entering:
     """What enters a module, by forward pre-hook."""
 
     def __init__(self, module):
-        module.register_forward_pre_hook(lambda _, args: setattr(self, "value", args[0].detach().clone()))
+        module.register_forward_pre_hook(
+            lambda _, args: setattr(self, "value", args[0].detach().clone())
+        )
 
 
 # 1. Identity.
 
 
 @pytest.mark.parametrize("variant", EVERY)
-def test_at_step_0_the_model_is_the_pretrained_one_bit_for_bit(family, variant, make_model, put, read):
+def test_at_step_0_the_model_is_the_pretrained_one_bit_for_bit(
+    family, variant, make_model, put, read
+):
     model = make_model(family)
     before = read(model)
     put(model, variant)
@@ -55,7 +59,9 @@ def test_an_encoder_and_a_vision_transformer_too(kind, variant, make_model, put,
 
 
 @pytest.mark.parametrize("share", Share)
-def test_heads_that_are_not_chosen_stay_bit_for_bit_and_the_others_are_as_equation_3_says(family, share, make_model, put, read):
+def test_heads_that_are_not_chosen_stay_bit_for_bit_and_the_others_are_as_equation_3_says(
+    family, share, make_model, put, read
+):
     model = make_model(family)
     adapted = put(model, share=share)
     first = adapted.branches[0]
@@ -77,7 +83,9 @@ def test_heads_that_are_not_chosen_stay_bit_for_bit_and_the_others_are_as_equati
             expected[..., head, :] -= lambda_of(first) * o[..., head, :].double() @ w_d
         torch.testing.assert_close(new.double(), expected, rtol=1e-5, atol=1e-5)
         weight, bias = first.proj.weight.double(), first.proj.bias
-        out = expected.flatten(-2) @ (weight if isinstance(first.proj, Conv1D) else weight.T) + (0 if bias is None else bias.double())
+        out = expected.flatten(-2) @ (weight if isinstance(first.proj, Conv1D) else weight.T) + (
+            0 if bias is None else bias.double()
+        )
         torch.testing.assert_close(projected[-1].double(), out, rtol=1e-4, atol=1e-4)
         assert step == 0 or (new - o)[..., first.heads, :].abs().max() > 1e-4
 
@@ -87,7 +95,9 @@ def test_heads_that_are_not_chosen_stay_bit_for_bit_and_the_others_are_as_equati
 
 def test_the_dead_point_is_refused(make_model, put):
     for variant in ("dex", "dex_plus", "adapter_only"):
-        with pytest.raises(UserError, match=r"dex\.anneal_steps=0 cannot be used with dex\.init=zeros") as caught:
+        with pytest.raises(
+            UserError, match=r"dex\.anneal_steps=0 cannot be used with dex\.init=zeros"
+        ) as caught:
             DexConfig(variant=Variant(variant), anneal_steps=0, init=Init.zeros)
         assert "\n" not in str(caught.value)
         DexConfig(variant=Variant(variant), anneal_steps=0, init=Init.linear)
@@ -95,7 +105,10 @@ def test_the_dead_point_is_refused(make_model, put):
         DexConfig(variant=Variant(variant), anneal_steps=0, init=Init.zeros)
 
 
-@pytest.mark.parametrize(("init", "anneal_steps", "w_d", "lam"), [("zeros", 0, 0, 0), ("linear", 0, 0, 1), ("zeros", 8, 1, 0)])
+@pytest.mark.parametrize(
+    ("init", "anneal_steps", "w_d", "lam"),
+    [("zeros", 0, 0, 0), ("linear", 0, 0, 1), ("zeros", 8, 1, 0)],
+)
 def test_why_it_is_one(init, anneal_steps, w_d, lam, make_model, put, inputs_of):
     model = make_model("llama")
     adapted = put(model, "adapter_only", anneal_steps=anneal_steps, init=Init(init))
@@ -123,7 +136,9 @@ def test_the_fold_is_exact(family, variant, make_model, put, read, shake):
     folded = fold(adapted)
     torch.testing.assert_close(read(folded), exact, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(read(folded.float()), changed, rtol=1e-4, atol=1e-4)
-    assert [name for name, _ in folded.named_parameters()] == names and type(folded) is type(make_model(family))
+    assert [name for name, _ in folded.named_parameters()] == names and type(folded) is type(
+        make_model(family)
+    )
 
 
 # 4. Lambda.
@@ -151,7 +166,9 @@ def test_fixed_lambda_is_lambda_init_at_every_step(make_model, put):
     adapted = put(make_model("llama"), "fixed_lambda")
     for step in (0, 3, 100):
         adapted.set_step(step)
-        assert [lambda_of(branch) for branch in adapted.branches] == pytest.approx([0.2, 0.8 - 0.6 * math.exp(-0.3)])
+        assert [lambda_of(branch) for branch in adapted.branches] == pytest.approx(
+            [0.2, 0.8 - 0.6 * math.exp(-0.3)]
+        )
     assert all(branch.lambda_learn is None for branch in adapted.branches)
 
 
@@ -159,7 +176,9 @@ def test_the_forward_pass_never_waits_for_the_device(make_model, put, inputs_of,
     model = make_model("llama")
     put(model).set_step(STEP)
     for name in ("item", "tolist", "cpu", "__float__", "__bool__"):
-        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} in the branch"))
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} in the branch")
+        )
     branch = model.model.layers[0].self_attn.o_proj
     branch(torch.zeros(1, 3, 32))
 
@@ -176,13 +195,17 @@ def test_dex_and_dex_plus_from_the_negated_w_d_are_mirror_images(make_model, put
             with torch.no_grad():
                 for branch in adapted.branches:
                     branch.w_d.neg_()
-        optimizer = torch.optim.AdamW(adapted.trained().values(), lr=1e-2, weight_decay=0.1, fused=True)
+        optimizer = torch.optim.AdamW(
+            adapted.trained().values(), lr=1e-2, weight_decay=0.1, fused=True
+        )
         outputs = []
         for step in range(6):
             adapted.set_step(step)
             logits = model(**inputs_of(model)).logits
             outputs.append(logits.detach())
-            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs_of(model)["input_ids"][:, 1:].flatten()).backward()
+            torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), inputs_of(model)["input_ids"][:, 1:].flatten()
+            ).backward()
             optimizer.step()
             optimizer.zero_grad()
         pair.append((adapted, outputs))
@@ -190,7 +213,9 @@ def test_dex_and_dex_plus_from_the_negated_w_d_are_mirror_images(make_model, put
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0], first[-1])
     for name, value in minus.trained().items():
-        assert torch.equal(value, -plus.trained()[name] if name.endswith("w_d") else plus.trained()[name]), name
+        assert torch.equal(
+            value, -plus.trained()[name] if name.endswith("w_d") else plus.trained()[name]
+        ), name
 
 
 # 6. Types.
@@ -207,7 +232,10 @@ def test_under_a_bf16_base_what_is_trained_is_fp32(variant, make_model, put, inp
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(**inputs_of(model)).logits
     logits.float().logsumexp(-1).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.dtype is torch.float32 for parameter in adapted.trained().values())
+    assert all(
+        parameter.grad is not None and parameter.grad.dtype is torch.float32
+        for parameter in adapted.trained().values()
+    )
 
 
 def test_w_d_and_lambda_stay_fp32_when_the_model_is_made_bf16(make_model, put, read, shake):
@@ -217,7 +245,9 @@ def test_w_d_and_lambda_stay_fp32_when_the_model_is_made_bf16(make_model, put, r
     adapted.set_step(STEP)
     lam, w_d = adapted.branches[1].lambda_value().clone(), adapted.branches[1].w_d.clone()
     model.to(torch.bfloat16)
-    assert torch.equal(adapted.branches[1].lambda_value(), lam) and torch.equal(adapted.branches[1].w_d, w_d)
+    assert torch.equal(adapted.branches[1].lambda_value(), lam) and torch.equal(
+        adapted.branches[1].w_d, w_d
+    )
     assert read(model).dtype is torch.bfloat16
 
 
@@ -225,7 +255,9 @@ def test_w_d_and_lambda_stay_fp32_when_the_model_is_made_bf16(make_model, put, r
 
 
 @pytest.mark.parametrize("variant", ["dex", "attn_only"])
-def test_greedy_generation_with_a_cache_equals_without(family, variant, make_model, put, shake, inputs_of):
+def test_greedy_generation_with_a_cache_equals_without(
+    family, variant, make_model, put, shake, inputs_of
+):
     model = make_model(family)
     adapted = put(model, variant)
     shake(adapted)

@@ -37,19 +37,29 @@ def names_of(family):
 
 
 def run_steps(model, adapted, ids, steps=4, decay=0.5):
-    optimizer = torch.optim.AdamW(adapted.trained().values(), lr=1e-2, weight_decay=decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        adapted.trained().values(), lr=1e-2, weight_decay=decay, fused=True
+    )
     for step in range(steps):
         adapted.set_step(step + 1)
         logits = model(input_ids=ids).logits
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        ).backward()
         if step + 1 < steps:
             optimizer.step()
             optimizer.zero_grad()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("variant", TRAINED)
-def test_gradients_reach_what_the_table_says_and_nothing_else(family, variant, make_model, put, inputs_of):
+def test_gradients_reach_what_the_table_says_and_nothing_else(
+    family, variant, make_model, put, inputs_of
+):
     model = make_model(family)
     adapted = put(model, variant)
     ids = inputs_of(model)["input_ids"]
@@ -68,14 +78,20 @@ def test_gradients_reach_what_the_table_says_and_nothing_else(family, variant, m
             expected.add(name.replace("weight", "rows"))  # the rows of the keys that are rotated
         if f"{output}.weight" in name:
             stem = name.removesuffix("weight")
-            expected |= {f"{stem}{'proj.' if 'w_d' in wanted else ''}weight"} if "output" in wanted else set()
+            expected |= (
+                {f"{stem}{'proj.' if 'w_d' in wanted else ''}weight"}
+                if "output" in wanted
+                else set()
+            )
             expected |= {f"{stem}w_d"} if "w_d" in wanted else set()
             expected |= {f"{stem}lambda_learn"} if "lambda" in wanted else set()
     assert gradients.keys() == expected
 
 
 @pytest.mark.parametrize("variant", ["dex", "attn_only", "lora"])
-def test_what_is_frozen_stays_bit_for_bit_under_weight_decay(family, variant, make_model, put, inputs_of):
+def test_what_is_frozen_stays_bit_for_bit_under_weight_decay(
+    family, variant, make_model, put, inputs_of
+):
     before = {name: value.clone() for name, value in make_model(family).named_parameters()}
     model = make_model(family)
     adapted = put(model, variant)
@@ -91,14 +107,22 @@ def test_what_is_frozen_stays_bit_for_bit_under_weight_decay(family, variant, ma
             if f"{key}.weight" in name:
                 dim = 1 if family == "gpt2" else 0
                 rows = torch.tensor(list(QUERY_ROWS[family]))
-                assert torch.equal(after[name].index_select(dim, rows), before[name].index_select(dim, rows))
-                others = torch.tensor([i for i in range(before[name].shape[dim]) if i not in set(QUERY_ROWS[family])])
-                changed = after[name].index_select(dim, others) != before[name].index_select(dim, others)
+                assert torch.equal(
+                    after[name].index_select(dim, rows), before[name].index_select(dim, rows)
+                )
+                others = torch.tensor(
+                    [i for i in range(before[name].shape[dim]) if i not in set(QUERY_ROWS[family])]
+                )
+                changed = after[name].index_select(dim, others) != before[name].index_select(
+                    dim, others
+                )
                 assert changed.all(1 - dim).all(), "some row of keys or values was not trained"
 
 
 def test_the_conv1d_of_gpt2_is_one(make_model):
-    assert isinstance(make_model("gpt2").transformer.h[0].attn.c_attn, Conv1D)  # else the tests above mean less than they say
+    assert isinstance(
+        make_model("gpt2").transformer.h[0].attn.c_attn, Conv1D
+    )  # else the tests above mean less than they say
 
 
 def test_full_trains_everything(make_model, put, inputs_of):
@@ -114,7 +138,9 @@ def test_lora_trains_its_adapters_on_all_four_projections(make_model, put, input
     adapted = put(model, "lora", lora_rank=4)
     gradients = run_steps(model, adapted, inputs_of(model)["input_ids"])
     kinds = {name.split(".")[-4] + "." + name.split(".")[-3] for name in gradients}
-    assert kinds == {f"{p}.lora_{side}" for p in ("q_proj", "k_proj", "v_proj", "o_proj") for side in "AB"}
+    assert kinds == {
+        f"{p}.lora_{side}" for p in ("q_proj", "k_proj", "v_proj", "o_proj") for side in "AB"
+    }
     assert len(gradients) == 16 and all(4 in gradient.shape for gradient in gradients.values())
 
 
@@ -122,7 +148,9 @@ def test_one_w_d_a_head_moves_only_in_the_chosen_heads(make_model, put, inputs_o
     model = make_model("llama")
     adapted = put(model, share=Share.head, heads=[[1], [0, 2]])
     gradients = run_steps(model, adapted, inputs_of(model)["input_ids"], decay=0.0)
-    for branch, name in zip(adapted.branches, [name for name in gradients if name.endswith("w_d")], strict=True):
+    for branch, name in zip(
+        adapted.branches, [name for name in gradients if name.endswith("w_d")], strict=True
+    ):
         assert gradients[name].abs().amax((1, 2)).nonzero().flatten().tolist() == branch.heads
 
 
@@ -138,7 +166,11 @@ def test_gradients_are_those_of_finite_differences(make_model, put, shake, input
 
     loss().backward()
     branch = adapted.branches[0]
-    for parameter, place in ((branch.w_d, (2, 5)), (branch.lambda_learn, (0,)), (branch.proj.weight, (7, 3))):
+    for parameter, place in (
+        (branch.w_d, (2, 5)),
+        (branch.lambda_learn, (0,)),
+        (branch.proj.weight, (7, 3)),
+    ):
         slope = float(parameter.grad[place])
         with torch.no_grad():
             ends = []
@@ -163,4 +195,8 @@ def test_counts(make_model, put):
     fused = make_model("phi3")
     base = sum(parameter.numel() for parameter in fused.parameters())
     counts = parameter_counts(put(fused, "attn_only"))
-    assert counts["total"] == base and counts["others"] == others and counts["W_D"] == counts["lambda"] == 0
+    assert (
+        counts["total"] == base
+        and counts["others"] == others
+        and counts["W_D"] == counts["lambda"] == 0
+    )

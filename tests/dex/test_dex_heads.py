@@ -49,7 +49,9 @@ def test_a_map_is_never_whole(llama, monkeypatch):
     at_once = entropies(*llama, [TEXT])
     monkeypatch.setattr(AttentionView, "head_map", head_map)
     monkeypatch.setattr(module, "_ROWS", 7)
-    torch.testing.assert_close(torch.tensor(entropies(*llama, [TEXT])), torch.tensor(at_once), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(entropies(*llama, [TEXT])), torch.tensor(at_once), rtol=1e-6, atol=0
+    )
     assert set(rows) == {7, 6} and len(rows) == 3 * 4 * 2  # of 20 rows, a head of a layer at a time
 
 
@@ -84,12 +86,24 @@ def test_importances_are_slopes_of_the_loss(kind, make_model):
                     ends.append(loss(row))
                 expected[number, head] += abs(ends[0] - ends[1]) / 2e-5 / len(TEXT)
     gate.clear()
-    torch.testing.assert_close(torch.tensor(importances(model, layers, BATCHES), dtype=torch.float64), expected, rtol=1e-4, atol=1e-7)
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    torch.testing.assert_close(
+        torch.tensor(importances(model, layers, BATCHES), dtype=torch.float64),
+        expected,
+        rtol=1e-4,
+        atol=1e-7,
+    )
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize(
-    ("criterion", "best"), [("entropy_high", lambda s: sorted(s)[-2:]), ("entropy_low", lambda s: sorted(s)[:2]), ("importance_low", None)]
+    ("criterion", "best"),
+    [
+        ("entropy_high", lambda s: sorted(s)[-2:]),
+        ("entropy_low", lambda s: sorted(s)[:2]),
+        ("importance_low", None),
+    ],
 )
 def test_half_of_the_heads_are_chosen_by_their_score(llama, criterion, best):
     plan = choose(llama, heads=criterion)
@@ -110,7 +124,9 @@ def test_random_heads_follow_the_seed_and_all_are_all(llama):
     assert first.heads == choose(llama, heads="random").heads
     assert len({str(choose(llama, seed=seed, heads="random").heads) for seed in range(6)}) > 2
     assert (
-        first.heads[0] != first.heads[1] or choose(llama, seed=1, heads="random").heads[0] != choose(llama, seed=1, heads="random").heads[1]
+        first.heads[0] != first.heads[1]
+        or choose(llama, seed=1, heads="random").heads[0]
+        != choose(llama, seed=1, heads="random").heads[1]
     )
     assert first.scores == [] and first.settings["tokens"] == 0
     assert choose(llama, heads="all").heads == [[0, 1, 2, 3]] * 2
@@ -121,7 +137,14 @@ def test_a_plan_is_read_back_verbatim(llama, tmp_path):
     plan = choose(llama)
     plan.save(path)
     assert load_plan(path, "base", llama[1]) == plan
-    assert set(json.loads(path.read_text())) == {"base", "criterion", "settings", "num_heads", "scores", "heads"}
+    assert set(json.loads(path.read_text())) == {
+        "base",
+        "criterion",
+        "settings",
+        "num_heads",
+        "scores",
+        "heads",
+    }
 
 
 @pytest.mark.parametrize(
@@ -142,7 +165,9 @@ def test_a_plan_that_does_not_fit_is_refused(llama, tmp_path, change, reason):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=reason) as caught:
         load_plan(path, "base", llama[1])
-    assert str(caught.value).startswith(f"dex.heads={path} cannot be used: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"dex.heads={path} cannot be used: ") and "\n" not in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]"])
@@ -182,7 +207,9 @@ def test_a_model_that_does_not_show_its_maps(make_model):
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     sinks = model, find_layers(model, {"input_ids": TEXT[:1, :2]})
-    with pytest.raises(UserError, match=r"dex\.heads=entropy_high cannot be used: .*importance_low, random, all"):
+    with pytest.raises(
+        UserError, match=r"dex\.heads=entropy_high cannot be used: .*importance_low, random, all"
+    ):
         choose(sinks)
     assert len(choose(sinks, heads="importance_low").heads[0]) == 2
 

@@ -25,5 +25,10 @@ def test_the_mirrored_pair_trains_alike(make_model, put, inputs_of):
     assert first == second and first[-1] < first[0]
     for one, other in zip(pair[0].branches, pair[1].branches, strict=True):
         assert one.sign == -other.sign and one.w_d.abs().max() > 0
-        assert torch.equal(one.w_d, -other.w_d) and torch.equal(one.lambda_learn, other.lambda_learn)
-    assert train(put(make_model("llama"), "dex_plus", anneal_steps=3), inputs_of(pair[0].model)) != first  # from the same W_D it does not
+        assert torch.equal(one.w_d, -other.w_d) and torch.equal(
+            one.lambda_learn, other.lambda_learn
+        )
+    assert (
+        train(put(make_model("llama"), "dex_plus", anneal_steps=3), inputs_of(pair[0].model))
+        != first
+    )  # from the same W_D it does not

@@ -39,7 +39,9 @@ def trainer(model, folder, steps=6, callbacks=(), **options):
         lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, save_steps=3,
         **options,
     )  # fmt: skip
-    return Trainer(model=model, args=arguments, train_dataset=texts, callbacks=[DexCallback(), *callbacks])
+    return Trainer(
+        model=model, args=arguments, train_dataset=texts, callbacks=[DexCallback(), *callbacks]
+    )
 
 
 class Lambdas(DexCallback):
@@ -89,7 +91,12 @@ def test_the_loss_falls_with_activation_checkpointing_as_without(tmp_path):
     losses = []
     for checkpointing in (False, True):
         model = dex_model(step=0)
-        run = trainer(model, tmp_path / str(checkpointing), save_strategy="no", activation_checkpointing=checkpointing)
+        run = trainer(
+            model,
+            tmp_path / str(checkpointing),
+            save_strategy="no",
+            activation_checkpointing=checkpointing,
+        )
         run.train()
         assert model.is_activation_checkpointing is checkpointing
         losses.append([row["loss"] for row in run.state.log_history if "loss" in row])
@@ -105,7 +112,9 @@ def test_gradients_with_activation_checkpointing():
     for model in (plain, checkpointed):
         model.train()(IDS, labels=IDS).loss.backward()
     assert len(calls) == 2, "a layer is computed again in the backward pass"
-    got = {name: value.grad for name, value in checkpointed.named_parameters() if value.requires_grad}
+    got = {
+        name: value.grad for name, value in checkpointed.named_parameters() if value.requires_grad
+    }
     for name, value in plain.named_parameters():
         if value.requires_grad:
             torch.testing.assert_close(got[name], value.grad, rtol=1e-5, atol=1e-7)
@@ -137,7 +146,9 @@ def test_output_attentions(tmp_path):
     assert torch.equal(loaded(IDS, output_attentions=True).attentions[1], got[1])
 
 
-@pytest.mark.parametrize("config", [LlamaConfig(**LLAMA), LlamaConfig(**LLAMA, tie_word_embeddings=True), GPT2])
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(**LLAMA), LlamaConfig(**LLAMA, tie_word_embeddings=True), GPT2]
+)
 def test_resize_token_embeddings(config, tmp_path):
     model = dex_model(base=base_model(config), variant=Variant.adapter_only)
     with torch.no_grad():

@@ -8,7 +8,14 @@ from diffx.evaluation.model import LanguageModel
 from diffx.loading import Loaded
 from diffx.models import build_model, init_weights
 
-SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 64, "init_std": 0.2}
+SHAPE = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 64,
+    "init_std": 0.2,
+}
 
 
 @pytest.fixture
@@ -17,7 +24,9 @@ def wrap(tokenizer, tmp_path):
 
     def make(model, limit=None):
         eot = tokenizer.eot_id
-        loaded = Loaded(model.eval(), tokenizer, "tiny", "f" * 64, tmp_path / "run", 0, 256, limit, [eot], {eot})
+        loaded = Loaded(
+            model.eval(), tokenizer, "tiny", "f" * 64, tmp_path / "run", 0, 256, limit, [eot], {eot}
+        )
         return LanguageModel(loaded)
 
     return make
@@ -54,7 +63,10 @@ def chat_folder(hf_folder, tmp_path_factory):
 def documents(tmp_path_factory):
     """A file of short documents that differ."""
     path = tmp_path_factory.mktemp("documents") / "documents.jsonl"
-    rows = ({"text": f"Note {n}. The square of {n} is {n * n}. Nothing else is known of it. " * 3} for n in range(100))
+    rows = (
+        {"text": f"Note {n}. The square of {n} is {n * n}. Nothing else is known of it. " * 3}
+        for n in range(100)
+    )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -68,7 +80,10 @@ def summarize():
 
     def make(module, context, records, path=None):
         declaration = module.declare(context)
-        assert type(declaration).from_json(json.loads(json.dumps(declaration.as_json()))) == declaration
+        assert (
+            type(declaration).from_json(json.loads(json.dumps(declaration.as_json())))
+            == declaration
+        )
         frame = _make_frame(module, context, records, declaration)
         rows = aggregate(frame, declaration)
         for row in rows:

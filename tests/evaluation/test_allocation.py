@@ -22,8 +22,19 @@ from diffx.loading import load
 @pytest.fixture
 def context(tiny, tmp_path, documents):
     def make(lm=None, limit=None, **options):
-        given = {"case": [2, 1], "length": 250, "depths": [0.0, 0.5, 1.0], "samples": 2, "digits": 3} | options
-        job = EvalJob(checkpoint="x", suite=AllocationSuite(name="allocation", **given), data=TextData(path=str(documents)), limit=limit)
+        given = {
+            "case": [2, 1],
+            "length": 250,
+            "depths": [0.0, 0.5, 1.0],
+            "samples": 2,
+            "digits": 3,
+        } | options
+        job = EvalJob(
+            checkpoint="x",
+            suite=AllocationSuite(name="allocation", **given),
+            data=TextData(path=str(documents)),
+            limit=limit,
+        )
         return Context(job, lm or tiny(), tmp_path, Reporter())
 
     return make
@@ -54,7 +65,9 @@ class Rows:
         self.rows, self.num_heads = rows, len(rows)
 
     def head_map(self, head, start, stop):
-        assert (start, stop) == (self.rows.shape[1] - 1, self.rows.shape[1]), "only the last row is needed"
+        assert (start, stop) == (self.rows.shape[1] - 1, self.rows.shape[1]), (
+            "only the last row is needed"
+        )
         return self.rows[head][None, None]
 
 
@@ -65,7 +78,10 @@ def test_a_row_is_split_as_it_says(context, tiny, monkeypatch):
         places = torch.arange(ids.shape[1], dtype=torch.float32)
         alternating = torch.where(places % 2 == 0, 2.0, -1.0)
         for layer in (1, 0):
-            attention(layer, Rows(torch.stack([torch.ones(ids.shape[1]), alternating, places]) * (layer + 1)))
+            attention(
+                layer,
+                Rows(torch.stack([torch.ones(ids.shape[1]), alternating, places]) * (layer + 1)),
+            )
 
     monkeypatch.setattr(lm, "observe", observe)
     for record in measure(context(lm)):
@@ -90,11 +106,20 @@ def test_shares_of_a_llama_are_those_of_its_own_maps(context, hf_folder):
     model = AutoModelForCausalLM.from_pretrained(hf_folder, attn_implementation="eager")
     for record in measure(context(lm, samples=1)):
         with torch.no_grad():
-            maps = model(torch.tensor([lm.encode(record["prompt"])]), output_attentions=True).attentions
+            maps = model(
+                torch.tensor([lm.encode(record["prompt"])]), output_attentions=True
+            ).attentions
         answer, noise = parts(record, prefix=0)
-        for name, part in (("answer", answer), ("noise", noise), ("|answer|", answer), ("|noise|", noise)):
+        for name, part in (
+            ("answer", answer),
+            ("noise", noise),
+            ("|answer|", answer),
+            ("|noise|", noise),
+        ):
             expected = torch.stack([layer[0, :, -1, part].sum(-1) for layer in maps])
-            torch.testing.assert_close(torch.tensor(record["heads"][name]), expected, atol=2e-5, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor(record["heads"][name]), expected, atol=2e-5, rtol=0
+            )
 
 
 @pytest.mark.parametrize("kind", ["diff_v1", "diff_v2"])
@@ -125,23 +150,40 @@ def test_the_average_over_depths_takes_them_as_independent(context, summarize):
     random = np.random.default_rng(0).normal(size=20)
     heads = {name: [[0.0]] for name in ("answer", "noise", "|answer|", "|noise|")}
     records = [
-        {"id": f"{depth}/{number}", "by": {"depth": depth}, "scores": {"answer": sign * score}, "heads": heads}
+        {
+            "id": f"{depth}/{number}",
+            "by": {"depth": depth},
+            "scores": {"answer": sign * score},
+            "heads": heads,
+        }
         for depth, sign in ((0.0, 1), (1.0, -1))
         for number, score in enumerate(random)
     ]
     average = summarize(allocation, made, records)["average", "answer"]
     half = random.std(ddof=1) / np.sqrt(20)  # a depth's standard error
     assert average["stderr"] == pytest.approx(half / np.sqrt(2))
-    assert (average["high"] - average["low"]) / average["stderr"] == pytest.approx(2 * 1.96, rel=0.1)
+    assert (average["high"] - average["low"]) / average["stderr"] == pytest.approx(
+        2 * 1.96, rel=0.1
+    )
 
 
 def test_refusals(context, wrap, tiny):
-    with pytest.raises(UserError, match=r"suite\.length=60 cannot be used: 2 needles, question and answer take \d+ tokens"):
+    with pytest.raises(
+        UserError,
+        match=r"suite\.length=60 cannot be used: 2 needles, question and answer take \d+ tokens",
+    ):
         allocation.plan(context(length=60))
-    with pytest.raises(UserError, match=r"suite\.length=600 cannot be used with tiny: it reads 512 tokens at most"):
+    with pytest.raises(
+        UserError, match=r"suite\.length=600 cannot be used with tiny: it reads 512 tokens at most"
+    ):
         allocation.plan(context(wrap(tiny().model, limit=512), length=600))
-    assert {example.data["length"] for example in allocation.plan(context(length=None))} == {256}, "the model's context"
+    assert {example.data["length"] for example in allocation.plan(context(length=None))} == {256}, (
+        "the model's context"
+    )
     lm = tiny()
     lm.context = 64
-    with pytest.raises(UserError, match=r"suite\.length=null cannot be used with tiny: .+ is 64; .+ suite\.case, .+ suite\.length$"):
+    with pytest.raises(
+        UserError,
+        match=r"suite\.length=null cannot be used with tiny: .+ is 64; .+ suite\.case, .+ suite\.length$",
+    ):
         allocation.plan(context(lm, length=None))

@@ -15,7 +15,10 @@ from diffx.evaluation.adapter import with_chat_template
 from diffx.evaluation.model import LanguageModel
 from diffx.loading import load
 
-QUESTIONS = [{"context": f"Note {n} is {n * n}.", "question": f"What is note {n}?", "answers": [str(n * n)]} for n in range(3)]
+QUESTIONS = [
+    {"context": f"Note {n} is {n * n}.", "question": f"What is note {n}?", "answers": [str(n * n)]}
+    for n in range(3)
+]
 SUITES = {
     "retrieval": "suite.cases=[[1,1],[2,2]] suite.lengths=[250] suite.depths=[0.5] suite.samples=2",
     "icl": "suite.shots=[2] suite.queries=3",
@@ -45,8 +48,16 @@ def asked(monkeypatch):
 
     for module in (retrieval, hallucination):
         spy(module, "generations", lambda prompts, *rest: [(prompt, []) for prompt in prompts])
-    spy(retrieval, "loglikelihoods", lambda pairs, batch: [(prompt, [answer]) for prompt, answer in pairs])
-    spy(icl_prompts, "likeliest", lambda shared, queries, labels, batch: [(shared + query, labels) for query in queries])
+    spy(
+        retrieval,
+        "loglikelihoods",
+        lambda pairs, batch: [(prompt, [answer]) for prompt, answer in pairs],
+    )
+    spy(
+        icl_prompts,
+        "likeliest",
+        lambda shared, queries, labels, batch: [(shared + query, labels) for query in queries],
+    )
     return sent
 
 
@@ -60,19 +71,29 @@ def test_prompts_are_a_users_turn(suite, chat_folder, documents, asked, tmp_path
     for tokens, answers in asked:
         text = tokenizer.decode(tokens)
         user, _, start = text.removeprefix("<user>").rpartition("<|endoftext|><assistant>")
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": user}], tokenize=True, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": user}], tokenize=True, add_generation_prompt=True
+        )
         assert tokens[: len(rendered["input_ids"])] == rendered["input_ids"]
         if suite == "retrieval":
-            assert user.endswith("?") and (start or tokenizer.decode(answers[0])).startswith("The magic number")
+            assert user.endswith("?") and (start or tokenizer.decode(answers[0])).startswith(
+                "The magic number"
+            )
         elif suite == "hallucination":
             assert user.endswith("Answer in a few words:") and not start
         else:
             assert user.endswith("Label:") and user.count("Label:") == 3 and not start
-            assert all(answer[-1] == tokenizer.eos_token_id and not tokenizer.decode(answer).startswith(" ") for answer in answers)
+            assert all(
+                answer[-1] == tokenizer.eos_token_id
+                and not tokenizer.decode(answer).startswith(" ")
+                for answer in answers
+            )
     asked.clear()
     assert run(suite, chat_folder, documents) == 0 and asked
     assert not any("<assistant>" in tokenizer.decode(tokens) for tokens, _ in asked)
-    assert len(list(tmp_path.glob(f"runs/hub/*/evals/0/{suite}/*/results.json"))) == 2  # another settings hash
+    assert (
+        len(list(tmp_path.glob(f"runs/hub/*/evals/0/{suite}/*/results.json"))) == 2
+    )  # another settings hash
 
 
 def test_the_template_of_a_model(chat_folder):
@@ -80,16 +101,31 @@ def test_the_template_of_a_model(chat_folder):
     plain = LanguageModel(load(str(chat_folder)))
     chat = with_chat_template(plain, job)
     assert chat.decode(chat.prompt("Who?", " I am")) == "<user>Who?<|endoftext|><assistant>I am"
-    assert chat.closing == [plain.tokenizer.eot_id] and plain.decode(plain.prompt("Who?", " I")) == "Who? I"
+    assert (
+        chat.closing == [plain.tokenizer.eot_id]
+        and plain.decode(plain.prompt("Who?", " I")) == "Who? I"
+    )
 
 
 @pytest.mark.parametrize(
     ("template", "system", "message"),
     [
-        (None, None, r"suite.chat_template=true cannot be used: the tokenizer of \S+ has no chat template"),
-        ("{{ raise_exception('no') }}", None, r"suite.chat_template=true cannot be used: the template of \S+ fails: no"),
+        (
+            None,
+            None,
+            r"suite.chat_template=true cannot be used: the tokenizer of \S+ has no chat template",
+        ),
+        (
+            "{{ raise_exception('no') }}",
+            None,
+            r"suite.chat_template=true cannot be used: the template of \S+ fails: no",
+        ),
         ("{{ messages | length }}", None, r"suite.chat_template=true .* leaves out a turn's text"),
-        ("{{ messages[-1].content }}", "Be brief.", r"suite.system_instruction=Be brief. cannot be used: .* has no system role"),
+        (
+            "{{ messages[-1].content }}",
+            "Be brief.",
+            r"suite.system_instruction=Be brief. cannot be used: .* has no system role",
+        ),
         (
             "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}",
             "Be brief.",

@@ -32,7 +32,17 @@ def runs(documents, tmp_path_factory):
         patch.setenv("DIFFX_CACHE", str(folder / "cache"))
         for seed, kind in enumerate(["transformer", "diff_v1"]):
             assert (
-                main(["train", *TINY.split(), f"data.path={documents}", f"model={kind}", f"seed={seed}", f"run.dir={folder}/{kind}"]) == 0
+                main(
+                    [
+                        "train",
+                        *TINY.split(),
+                        f"data.path={documents}",
+                        f"model={kind}",
+                        f"seed={seed}",
+                        f"run.dir={folder}/{kind}",
+                    ]
+                )
+                == 0
             )
     return folder
 
@@ -67,16 +77,24 @@ def test_the_folder(measure, runs):
     ]
     found, records = results(folder), read_records(folder)
     assert found["examples"] == len(records) == 12 and found["settings_hash"] == folder.name
-    assert [record["id"] for record in records] == [f"synthetic/{shots}/{query}" for shots in (1, 2) for query in range(6)]
+    assert [record["id"] for record in records] == [
+        f"synthetic/{shots}/{query}" for shots in (1, 2) for query in range(6)
+    ]
     (metric,) = [metric for metric in found["metrics"] if metric["label"] == "synthetic 2 shots"]
     scores = [record["scores"]["accuracy"] for record in records if record["by"]["shots"] == 2]
-    assert metric["value"] == pytest.approx(sum(scores) / 6) and metric["n"] == 6 and metric["low"] <= metric["value"] <= metric["high"]
+    assert (
+        metric["value"] == pytest.approx(sum(scores) / 6)
+        and metric["n"] == 6
+        and metric["low"] <= metric["value"] <= metric["high"]
+    )
     assert found["checkpoint"]["step"] == 4 and len(found["checkpoint"]["fingerprint"]) == 64
     assert (folder / "icl.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_settings_and_checkpoints_have_folders_of_their_own(measure):
-    folders = {measure(*words) for words in ([], ["limit=2"], ["seed=1"], ["batch=1"], ["suite.queries=5"])}
+    folders = {
+        measure(*words) for words in ([], ["limit=2"], ["seed=1"], ["batch=1"], ["suite.queries=5"])
+    }
     assert len(folders) == 4  # how many at once is no setting
     assert measure(spec="transformer@2").parent.parent.name == "2"
 
@@ -90,7 +108,10 @@ def test_several_suites_load_the_model_once(measure, runs, monkeypatch, capsys):
     words = [f"checkpoint={runs}/diff_v1", *SEVERAL.split()[1:]]
     together = {}
     assert main(["eval", *words, "suite=[icl,icl_order]"]) == 0 and len(loads) == 1
-    assert "synthetic 2 shots" in (shown := capsys.readouterr().out) and "alternating max - min" in shown
+    assert (
+        "synthetic 2 shots" in (shown := capsys.readouterr().out)
+        and "alternating max - min" in shown
+    )
     for name in ("icl", "icl_order"):
         (folder,) = (runs / "diff_v1" / "evals" / "4" / name).iterdir()
         together[folder] = without_time(folder)
@@ -117,11 +138,21 @@ def test_a_suite_that_fails_does_not_stop_the_others(runs, monkeypatch, capsys):
 def test_a_list_of_suites_in_a_sweep(runs, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     checkpoints = f"checkpoint={runs}/transformer@2,{runs}/diff_v1@2"
-    words = [checkpoints, "suite=[icl,outliers]", "limit=1", "wandb.mode=disabled", "device=cpu", "seed=5"]
+    words = [
+        checkpoints,
+        "suite=[icl,outliers]",
+        "limit=1",
+        "wandb.mode=disabled",
+        "device=cpu",
+        "seed=5",
+    ]
     assert main(["eval", "-m", *words]) == 0
     for kind in ("transformer", "diff_v1"):
         for name in ("icl", "outliers"):
-            settings = [results(path.parent)["settings"] for path in (runs / kind / "evals" / "2" / name).glob("*/results.json")]
+            settings = [
+                results(path.parent)["settings"]
+                for path in (runs / kind / "evals" / "2" / name).glob("*/results.json")
+            ]
             assert any(found["seed"] == 5 for found in settings)
 
 
@@ -171,14 +202,24 @@ def test_an_interrupted_evaluation_goes_on(measure, monkeypatch):
         patch.setattr(icl, "answer", counted)
         measure("seed=2")
     assert len(asked) == 7
-    assert [{**record, "log_probability": 0} for record in read_records(whole)] == [{**record, "log_probability": 0} for record in records]
+    assert [{**record, "log_probability": 0} for record in read_records(whole)] == [
+        {**record, "log_probability": 0} for record in records
+    ]
     assert without_time(whole) == expected and not path.exists()
 
 
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on(runs):
-    words = [f"checkpoint={runs}/transformer", *SUITE.split(), "suite.queries=400", "seed=3", "batch=1"]
-    process = subprocess.Popen([sys.executable, "-m", "diffx", "eval", *words], stdout=subprocess.DEVNULL)
+    words = [
+        f"checkpoint={runs}/transformer",
+        *SUITE.split(),
+        "suite.queries=400",
+        "seed=3",
+        "batch=1",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffx", "eval", *words], stdout=subprocess.DEVNULL
+    )
     records = []
     for _ in range(1200):
         time.sleep(0.05)
@@ -190,14 +231,19 @@ def test_a_killed_evaluation_goes_on(runs):
     assert records and not (records[0].parent / "results.json").exists()
     folder = evaluate(compose("eval", words), [])
     assert folder == records[0].parent
-    killed, fresh = without_time(folder), without_time(evaluate(compose("eval", [*words, "force=true"]), []))
+    killed, fresh = (
+        without_time(folder),
+        without_time(evaluate(compose("eval", [*words, "force=true"]), [])),
+    )
     assert killed == fresh
 
 
 def test_other_weights_are_measured_again(measure, monkeypatch, capsys):
     folder = measure("seed=4")
     settings = json.loads((folder / "settings.json").read_text())
-    (folder / "settings.json").write_text(json.dumps(settings | {"fingerprint": "of other weights"}))
+    (folder / "settings.json").write_text(
+        json.dumps(settings | {"fingerprint": "of other weights"})
+    )
     measure("seed=4")
     assert "are not those that were measured before" in capsys.readouterr().out
     assert json.loads((folder / "settings.json").read_text()) == settings
@@ -211,8 +257,22 @@ def test_one_process_at_a_time(measure):
 
 def test_a_sweep_and_a_model_of_the_hub(runs, hf_folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert main(["eval", "-m", f"checkpoint={runs}/transformer,{runs}/diff_v1,{hf_folder}", *SUITE.split(), "seed=6"]) == 0
-    names = {results(path.parent)["checkpoint"]["name"] for path in tmp_path.glob("runs/hub/*/evals/0/icl/*/results.json")}
+    assert (
+        main(
+            [
+                "eval",
+                "-m",
+                f"checkpoint={runs}/transformer,{runs}/diff_v1,{hf_folder}",
+                *SUITE.split(),
+                "seed=6",
+            ]
+        )
+        == 0
+    )
+    names = {
+        results(path.parent)["checkpoint"]["name"]
+        for path in tmp_path.glob("runs/hub/*/evals/0/icl/*/results.json")
+    }
     assert names == {"tiny-llama"}
     assert len(list(runs.glob("diff_v1/evals/4/icl/*/results.json"))) == 1
 
@@ -220,7 +280,14 @@ def test_a_sweep_and_a_model_of_the_hub(runs, hf_folder, monkeypatch, tmp_path):
 def test_what_a_killed_process_has_left_goes_when_results_are_shown(measure):
     folder = measure("seed=7")
     kept = sorted(path.name for path in folder.iterdir())
-    for name in ("records.jsonl", "requests.jsonl", ".icl.png.tmp.png", ".results.json.tmp", ".records.jsonl.zst.tmp", "verdicts_a.jsonl"):
+    for name in (
+        "records.jsonl",
+        "requests.jsonl",
+        ".icl.png.tmp.png",
+        ".results.json.tmp",
+        ".records.jsonl.zst.tmp",
+        "verdicts_a.jsonl",
+    ):
         (folder / name).write_text("{")
     measure("seed=7")
     assert sorted(path.name for path in folder.iterdir()) == sorted([*kept, "verdicts_a.jsonl"])
@@ -275,7 +342,16 @@ METRIC = {"label": "a", "metric": "b", "value": 1.0}
 @pytest.mark.parametrize(
     "damaged",
     [
-        *("", "{", "[]", "[" * 100_000, "{}", '{"metrics": 5}', '{"metrics": [5]}', '{"metrics": [{"label": "a"}]}'),
+        *(
+            "",
+            "{",
+            "[]",
+            "[" * 100_000,
+            "{}",
+            '{"metrics": 5}',
+            '{"metrics": [5]}',
+            '{"metrics": [{"label": "a"}]}',
+        ),
         *(
             json.dumps({"metrics": [METRIC | {key: value}]})
             for key, value in (("value", "5"), ("label", 5), ("published", [1]), ("low", "x"))
@@ -293,7 +369,14 @@ def test_damaged_results_are_computed_again_from_the_records(measure, monkeypatc
     assert without_time(folder) == before
 
 
-@pytest.mark.parametrize("cut", [lambda content: content[:-20], lambda content: content[:40] + b"\0\0" + content[42:], lambda content: b""])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda content: content[:-20],
+        lambda content: content[:40] + b"\0\0" + content[42:],
+        lambda content: b"",
+    ],
+)
 def test_damaged_records_of_an_unfinished_evaluation_are_measured_again(measure, cut):
     folder = measure("seed=9")
     before = without_time(folder)

@@ -30,7 +30,24 @@ from diffx.results import plot
 from diffx.results.declare import Reference
 
 TASKS = ["local_choice", "local_rolling", "local_generate"]
-WORDS = ("the", "a", "cat", "dog", "tree", "stone", "river", "walks", "sees", "finds", "under", "with", "seven", "red", "blue", "small")
+WORDS = (
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "tree",
+    "stone",
+    "river",
+    "walks",
+    "sees",
+    "finds",
+    "under",
+    "with",
+    "seven",
+    "red",
+    "blue",
+    "small",
+)
 CHOICE = """
 task: local_choice
 dataset_path: json
@@ -123,7 +140,20 @@ def context(llama, hf_folder, tokenizer, folder, tmp_path):
     """Make a context of our decoder with the Llama's weights."""
 
     def make(**options):
-        lm = LanguageModel(Loaded(from_llama(llama), tokenizer, "tiny", "f" * 64, tmp_path, 0, 256, None, [], {tokenizer.eot_id}))
+        lm = LanguageModel(
+            Loaded(
+                from_llama(llama),
+                tokenizer,
+                "tiny",
+                "f" * 64,
+                tmp_path,
+                0,
+                256,
+                None,
+                [],
+                {tokenizer.eot_id},
+            )
+        )
         return Context(job(**{"folder": folder} | options), lm, tmp_path, Reporter(quiet=True))
 
     return make
@@ -149,7 +179,11 @@ def theirs(llama, hf_folder, folder, tasks, shots=None, **options):
 LM_EVAL_OPTIONS = [
     {"chat_template": True, "system_instruction": "Be brief.", "limit": 0.3},
     {"chat_template": True, "fewshot_as_multiturn": False, "limit": 3},
-    {"gen_kwargs": {"max_gen_toks": 5, "until": ["e"]}, "system_instruction": "Be brief.", "limit": 0.11},
+    {
+        "gen_kwargs": {"max_gen_toks": 5, "until": ["e"]},
+        "system_instruction": "Be brief.",
+        "limit": 0.11,
+    },
     {"gen_kwargs": {"do_sample": True, "temperature": 0.7, "top_k": 9}, "limit": 2},
 ]
 
@@ -176,18 +210,29 @@ def test_options_are_those_of_lm_eval(llama, chat_folder, folder, tmp_path, monk
         gen_kwargs=options.get("gen_kwargs"),
         limit=options["limit"],
     )
-    samples = [(task, sample) for task in tasks for sample in expected["samples"][task] if sample["filter"] in ("none", "whole")]
+    samples = [
+        (task, sample)
+        for task in tasks
+        for sample in expected["samples"][task]
+        if sample["filter"] in ("none", "whole")
+    ]
     assert len(by_id) == len(samples)
     for task, sample in samples:
         record = by_id[f"{task}/1/{sample['doc_id']}"]
-        assert record["prompts"] == list(dict.fromkeys(arguments[0] for arguments in sample["arguments"]))
+        assert record["prompts"] == list(
+            dict.fromkeys(arguments[0] for arguments in sample["arguments"])
+        )
         if task == "local_choice":
-            assert [answer[0] for answer in record["responses"]] == pytest.approx([given[0][0] for given in sample["resps"]], abs=1e-4)
+            assert [answer[0] for answer in record["responses"]] == pytest.approx(
+                [given[0][0] for given in sample["resps"]], abs=1e-4
+            )
         elif not options.get("gen_kwargs", {}).get("do_sample"):
             assert record["responses"] == sample["resps"][0]
 
 
-def test_the_harness_options_change_the_settings_hash(llama, chat_folder, folder, tmp_path, monkeypatch):
+def test_the_harness_options_change_the_settings_hash(
+    llama, chat_folder, folder, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     folders = []
     for options in [{}, *LM_EVAL_OPTIONS]:
@@ -201,12 +246,21 @@ def test_the_harness_options_change_the_settings_hash(llama, chat_folder, folder
     ("options", "message"),
     [
         ({"gen_kwargs": {"temprature": 1}}, "suite.gen_kwargs.temprature=1 cannot be used"),
-        ({"gen_kwargs": {"top_p": 0.5}}, r"suite.gen_kwargs.top_p=0.5 cannot be used: .* with a run"),
-        ({"gen_kwargs": {"max_gen_toks": "many"}}, "suite.gen_kwargs.max_gen_toks=many .* a positive whole number"),
+        (
+            {"gen_kwargs": {"top_p": 0.5}},
+            r"suite.gen_kwargs.top_p=0.5 cannot be used: .* with a run",
+        ),
+        (
+            {"gen_kwargs": {"max_gen_toks": "many"}},
+            "suite.gen_kwargs.max_gen_toks=many .* a positive whole number",
+        ),
         ({"gen_kwargs": {"until": 3}}, "suite.gen_kwargs.until=3 .* a text or a list of texts"),
         ({"gen_kwargs": {"temperature": -1}}, "suite.gen_kwargs.temperature=-1 .* zero or more"),
         ({"gen_kwargs": {"do_sample": "yes"}}, "suite.gen_kwargs.do_sample=yes .* true or false"),
-        ({"gen_kwargs": {"do_sample": True, "temperature": 1}}, "suite.gen_kwargs.do_sample=true cannot be used with a run"),
+        (
+            {"gen_kwargs": {"do_sample": True, "temperature": 1}},
+            "suite.gen_kwargs.do_sample=true cannot be used with a run",
+        ),
         ({"gen_kwargs": {"max_gen_toks": 300}}, "answers have up to 300 tokens"),
     ],
 )
@@ -218,7 +272,10 @@ def test_gen_kwargs_that_cannot_be_used(context, options, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("process_results: !function own.score", r"suite.tasks=own cannot be used: its metric exact_match \(score\) failed with KeyError"),
+        (
+            "process_results: !function own.score",
+            r"suite.tasks=own cannot be used: its metric exact_match \(score\) failed with KeyError",
+        ),
         (
             "metric_list: [{metric: !function own.metric, aggregation: mean, higher_is_better: true}]",
             "suite.tasks=own cannot be used: its metric metric failed with TypeError: bad metric$",
@@ -257,7 +314,11 @@ def test_figures_are_those_of_lm_eval(run, context, llama, hf_folder, folder):
     ):
         assert metrics[f"{task} (0-shot)", name]["value"] == expected["results"][task][key], key
     assert 0 < expected["results"]["local_choice"]["acc,none"] < 1
-    for task, name in (("local_choice", "brier_score"), ("local_rolling", "word_perplexity"), ("local_rolling", "bits_per_byte")):
+    for task, name in (
+        ("local_choice", "brier_score"),
+        ("local_rolling", "word_perplexity"),
+        ("local_rolling", "bits_per_byte"),
+    ):
         found = metrics[f"{task} (0-shot)", name]
         assert (
             found["value"] == pytest.approx(expected["results"][task][f"{name},none"], rel=1e-5)
@@ -271,12 +332,18 @@ def test_figures_are_those_of_lm_eval(run, context, llama, hf_folder, folder):
                 if task == "local_choice":
                     assert answer[0] == pytest.approx(given[0], abs=1e-4) and answer[1] == given[1]
                 else:
-                    assert answer == (given if task == "local_generate" else pytest.approx(given, abs=1e-4, rel=1e-6))
+                    assert answer == (
+                        given
+                        if task == "local_generate"
+                        else pytest.approx(given, abs=1e-4, rel=1e-6)
+                    )
 
 
 def test_what_a_record_holds(run, context, tokenizer):
     records, _ = run(context())
-    choice, rolling, generated = (next(record for record in records if record["by"]["task"] == task) for task in TASKS)
+    choice, rolling, generated = (
+        next(record for record in records if record["by"]["task"] == task) for task in TASKS
+    )
     assert (
         choice["id"] == "local_choice/0/0"
         and choice["by"] == {"task": "local_choice", "shots": 0, "variant": "local_choice"}
@@ -295,15 +362,28 @@ def test_what_a_record_holds(run, context, tokenizer):
 def test_demonstrations_are_those_of_lm_eval(run, context, llama, hf_folder, folder):
     records, metrics = run(context(tasks=["local_choice", "local_again"], shots=[0, 2]))
     expected = theirs(llama, hf_folder, folder, ["local_choice"], shots=2)
-    assert metrics["local_choice (2-shot)", "acc"]["value"] == expected["results"]["local_choice"]["acc,none"]
-    prompts = [record["prompts"][0] for record in records if record["by"]["task"] == "local_choice" and record["by"]["shots"] == 2]
-    assert prompts == [sample["arguments"][0][0] for sample in expected["samples"]["local_choice"]] and prompts[0].count("\n\n") == 2
+    assert (
+        metrics["local_choice (2-shot)", "acc"]["value"]
+        == expected["results"]["local_choice"]["acc,none"]
+    )
+    prompts = [
+        record["prompts"][0]
+        for record in records
+        if record["by"]["task"] == "local_choice" and record["by"]["shots"] == 2
+    ]
+    assert (
+        prompts == [sample["arguments"][0][0] for sample in expected["samples"]["local_choice"]]
+        and prompts[0].count("\n\n") == 2
+    )
     assert {(record["by"]["task"], record["by"]["shots"]) for record in records} == {
         ("local_choice", 0),
         ("local_choice", 2),
         ("local_again", 0),
     }
-    assert ("average (0-shot)", "acc") in metrics and ("average (2-shot)", "acc") not in metrics  # a task that shows none never does
+    assert ("average (0-shot)", "acc") in metrics and (
+        "average (2-shot)",
+        "acc",
+    ) not in metrics  # a task that shows none never does
     other = context(tasks=["local_choice"], shots=[2])
     other.job.seed = 1
     assert [record["prompts"][0] for record in run(other)[0]] != prompts
@@ -314,15 +394,23 @@ def test_groups_and_averages(run, context, llama, hf_folder, folder):
     again = theirs(llama, hf_folder, folder, ["local_group"])
     assert len(records) == 14
     whole = run(context(tasks=["local_group"]))[1]["local_group (0-shot)", "acc"]
-    assert whole["value"] == pytest.approx(again["groups"]["local_group"]["acc,none"]) and whole["n"] == 40 and whole["stderr"] > 0
+    assert (
+        whole["value"] == pytest.approx(again["groups"]["local_group"]["acc,none"])
+        and whole["n"] == 40
+        and whole["stderr"] > 0
+    )
     assert ("average (0-shot)", "acc_norm") not in metrics  # one of the two is part of the other
 
 
 def test_the_papers_figures_stand_beside_the_average(run, context, monkeypatch):
-    reference = Reference(label="them (paper)", metric="acc", value=0.5, by={"shots": 0}, average=True)
+    reference = Reference(
+        label="them (paper)", metric="acc", value=0.5, by={"shots": 0}, average=True
+    )
     monkeypatch.setattr(harness, "published", lambda suite: [reference])
     _, metrics = run(context(tasks=["local_choice", "local_again"], shots=[0]))
-    assert [key for key, metric in metrics.items() if metric["published"]] == [("average (0-shot)", "acc")]
+    assert [key for key, metric in metrics.items() if metric["published"]] == [
+        ("average (0-shot)", "acc")
+    ]
 
 
 def test_a_stopped_evaluation_goes_on(run, context, monkeypatch):
@@ -344,9 +432,13 @@ def test_a_stopped_evaluation_goes_on(run, context, monkeypatch):
         list(harness.answer(context, examples))
     assert len((context.folder / "requests.jsonl").read_text().splitlines()) == 30
     resumed = list(harness.answer(context, examples))
-    assert resumed == whole and len(calls) == 4 + 3 + 2  # 60 requests of choices in chunks of 10, and 20 texts
+    assert (
+        resumed == whole and len(calls) == 4 + 3 + 2
+    )  # 60 requests of choices in chunks of 10, and 20 texts
     left = [example for example in examples if example.id.endswith("/3")]
-    assert list(harness.answer(context, left)) == [record for record in whole if record["id"].endswith("/3")]
+    assert list(harness.answer(context, left)) == [
+        record for record in whole if record["id"].endswith("/3")
+    ]
 
 
 def test_a_model_of_the_hub_through_the_runner(hf_folder, folder, tmp_path, monkeypatch, capsys):
@@ -355,9 +447,17 @@ def test_a_model_of_the_hub_through_the_runner(hf_folder, folder, tmp_path, monk
     asked.checkpoint, asked.wandb.mode = str(hf_folder), "disabled"
     results = evaluate(asked, [])
     figures = json.loads((results / "results.json").read_text())
-    assert len(read_records(results)) == 24 and (results / "harness.png").read_bytes()[:4] == b"\x89PNG"
-    assert {metric["label"] for metric in figures["metrics"]} >= {"local_choice (0-shot)", "local_generate (1-shot)"}
-    assert "local_choice (1-shot)" in capsys.readouterr().out and figures["settings"]["sources"].keys() == {
+    assert (
+        len(read_records(results)) == 24
+        and (results / "harness.png").read_bytes()[:4] == b"\x89PNG"
+    )
+    assert {metric["label"] for metric in figures["metrics"]} >= {
+        "local_choice (0-shot)",
+        "local_generate (1-shot)",
+    }
+    assert "local_choice (1-shot)" in capsys.readouterr().out and figures["settings"][
+        "sources"
+    ].keys() == {
         "local_choice",
         "local_generate",
     }
@@ -372,7 +472,9 @@ def test_settings_change_with_the_task(context, folder, tmp_path):
     assert before.sources == after.sources
     changed = tmp_path / "changed"
     changed.mkdir()
-    (changed / "choice.yaml").write_text(CHOICE.format(folder=folder).replace("{{query}}", "{{query}}?"))
+    (changed / "choice.yaml").write_text(
+        CHOICE.format(folder=folder).replace("{{query}}", "{{query}}?")
+    )
     after = context(tasks=["local_choice"], folder=changed)
     harness.plan(after)
     assert before.sources != after.sources
@@ -384,7 +486,10 @@ def test_data_from_a_local_folder(context, folder, tmp_path):
     lines = (folder / "test.jsonl").read_text().splitlines(keepends=True)
     (data / "test.jsonl").write_text("".join(lines[:3]))
     asked = {"tasks": ["local_choice"], "data_dir": str(tmp_path / "data")}
-    with pytest.raises(UserError, match=r"suite.data_dir=\S+data cannot be used: \S+local_choice has no train.jsonl or .parquet$"):
+    with pytest.raises(
+        UserError,
+        match=r"suite.data_dir=\S+data cannot be used: \S+local_choice has no train.jsonl or .parquet$",
+    ):
         harness.plan(context(**asked))
     (data / "train.jsonl").write_text("".join(lines[3:]))
     assert len(harness.plan(context(**asked))) == 3
@@ -399,10 +504,19 @@ def test_data_from_a_local_folder(context, folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": ["local_choise"]}, r"suite.tasks=local_choise cannot be used: there is no such task; did you mean local_choice"),
-        ({"include_path": "nowhere"}, "suite.include_path=nowhere cannot be used: there is no such folder"),
+        (
+            {"tasks": ["local_choise"]},
+            r"suite.tasks=local_choise cannot be used: there is no such task; did you mean local_choice",
+        ),
+        (
+            {"include_path": "nowhere"},
+            "suite.include_path=nowhere cannot be used: there is no such folder",
+        ),
         ({"data_dir": "nowhere"}, "suite.data_dir=nowhere cannot be used: there is no such folder"),
-        ({"chat_template": True}, "suite.chat_template=true cannot be used: a run has no chat template"),
+        (
+            {"chat_template": True},
+            "suite.chat_template=true cannot be used: a run has no chat template",
+        ),
         (
             {"tasks": ["local_generate"], "max_tokens": 256},
             "answers have up to 256 tokens, and the model's context is 256; set suite.max_tokens",
@@ -417,7 +531,10 @@ def test_data_from_a_local_folder(context, folder, tmp_path):
         ),
         ({"tasks": ["sampled"]}, "suite.tasks=sampled cannot be used: it samples its answers"),
         ({"tasks": ["broken"]}, "suite.tasks=broken cannot be used: building it failed with"),
-        ({"tasks": ["needs_math"]}, r"math_verify is not installed; run pip install 'diffx\[math\]'$"),
+        (
+            {"tasks": ["needs_math"]},
+            r"math_verify is not installed; run pip install 'diffx\[math\]'$",
+        ),
         (
             {"tasks": ["needs_antlr"]},
             r"suite.tasks=needs_antlr cannot be used: .* needs antlr4-python3-runtime 4.11, and Hydra 4.9; diffx_math",
@@ -425,7 +542,9 @@ def test_data_from_a_local_folder(context, folder, tmp_path):
     ],
 )
 def test_what_cannot_be_used(context, folder, tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr(harness_tasks, "TaskManager", partial(TaskManager, include_defaults=False))  # lm-eval's own take seconds to find
+    monkeypatch.setattr(
+        harness_tasks, "TaskManager", partial(TaskManager, include_defaults=False)
+    )  # lm-eval's own take seconds to find
     more = tmp_path / "more"
     more.mkdir()
     (more / "choice.yaml").write_text(CHOICE.format(folder=folder))
@@ -433,16 +552,29 @@ def test_what_cannot_be_used(context, folder, tmp_path, monkeypatch, options, me
     (more / "absent.yaml").write_text(
         "task: absent\ndataset_path: nobody/nothing\ndataset_name: some\nvalidation_split: dev\noutput_type: loglikelihood_rolling\n"
     )
-    sampled = GENERATE.replace("do_sample: false", "do_sample: true, temperature: 0.7").replace("local_generate", "sampled")
+    sampled = GENERATE.replace("do_sample: false", "do_sample: true, temperature: 0.7").replace(
+        "local_generate", "sampled"
+    )
     (more / "sampled.yaml").write_text(sampled.format(folder=folder))
     (more / "broken.yaml").write_text(
-        CHOICE.format(folder=folder).replace("local_choice", "broken").replace("test_split: test", "test_split: none")
+        CHOICE.format(folder=folder)
+        .replace("local_choice", "broken")
+        .replace("test_split: test", "test_split: none")
     )
-    (more / "needs_math.yaml").write_text("task: needs_math\ninclude: choice.yaml\nprocess_results: !function utils.score\n")
-    (more / "needs_antlr.yaml").write_text("task: needs_antlr\ninclude: choice.yaml\nprocess_results: !function antlr.score\n")
+    (more / "needs_math.yaml").write_text(
+        "task: needs_math\ninclude: choice.yaml\nprocess_results: !function utils.score\n"
+    )
+    (more / "needs_antlr.yaml").write_text(
+        "task: needs_antlr\ninclude: choice.yaml\nprocess_results: !function antlr.score\n"
+    )
     (more / "utils.py").write_text("raise ModuleNotFoundError(\"No module named 'math_verify'\")\n")
-    (more / "antlr.py").write_text("raise AssertionError('`sympy`, `math_verify` and `antlr4-python3-runtime==4.11` are required')\n")
-    made = context(**{"folder": more, "tasks": ["local_choice"]} | {key: value for key, value in options.items() if key != "include_path"})
+    (more / "antlr.py").write_text(
+        "raise AssertionError('`sympy`, `math_verify` and `antlr4-python3-runtime==4.11` are required')\n"
+    )
+    made = context(
+        **{"folder": more, "tasks": ["local_choice"]}
+        | {key: value for key, value in options.items() if key != "include_path"}
+    )
     made.suite.include_path = options.get("include_path", made.suite.include_path)
     with pytest.raises(UserError, match=message) as raised:
         harness.plan(made)
@@ -467,19 +599,33 @@ def test_scripts_are_read_from_their_parquet_conversion(context, tmp_path, monke
         "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
     )
     assert len(harness.plan(context(tasks=["old"], folder=tmp_path))) == 1
-    assert asked[1:] == [("some/old", None, {"data_dir": "part", "revision": "refs/convert/parquet"})]
+    assert asked[1:] == [
+        ("some/old", None, {"data_dir": "part", "revision": "refs/convert/parquet"})
+    ]
 
 
 @pytest.mark.parametrize(
     ("row", "question"),
     [
-        ({"Body": "I have 2 pens", "Question": "How many?", "Answer": 2.0, "Equation": "2"}, "I have 2 pens. How many?"),
+        (
+            {"Body": "I have 2 pens", "Question": "How many?", "Answer": 2.0, "Equation": "2"},
+            "I have 2 pens. How many?",
+        ),
         ({"input": " How many? ", "target": 2.0}, "How many?"),
         ({"content": "How many?", "answer": "2", "steps": ["..."]}, "How many?"),
         ({"question": "How many?", "answer": "2"}, "How many?"),
-        ({"problem": "How many?", "solution": "One and one make $\\boxed{2}$ of \\emph{them}."}, "How many?"),
         (
-            {"table": "a | 1\nb | 2", "table_title": "Pens", "question": "Which is more?", "choices": ["a", "b"], "answer": "2"},
+            {"problem": "How many?", "solution": "One and one make $\\boxed{2}$ of \\emph{them}."},
+            "How many?",
+        ),
+        (
+            {
+                "table": "a | 1\nb | 2",
+                "table_title": "Pens",
+                "question": "Which is more?",
+                "choices": ["a", "b"],
+                "answer": "2",
+            },
             'Read the following table regarding "Pens" and answer a question.\na | 1\nb | 2\nWhich is more? Choose from: a, b.',
         ),
     ],
@@ -488,7 +634,11 @@ def test_rows_of_our_mathematics_tasks(row, question):
     from datasets import Dataset
 
     (found,) = rows(Dataset.from_list([row]))
-    assert found["question"] == question and float(found["answer"]) == 2 and found.keys() == {"question", "answer"}
+    assert (
+        found["question"] == question
+        and float(found["answer"]) == 2
+        and found.keys() == {"question", "answer"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -575,7 +725,12 @@ def test_a_number_is_not_left_to_math_verify(monkeypatch):
     monkeypatch.delitem(sys.modules, "diffx.evaluation.expressions", raising=False)
     score = importlib.import_module("diffx.evaluation.expressions").score
     monkeypatch.delitem(sys.modules, "diffx.evaluation.expressions")
-    for gold, response, right in (("100000", "100009", 0), ("3/4", "0.5", 0), ("3/4", "0.75", 1), ("x+1", "1+x", 1)):
+    for gold, response, right in (
+        ("100000", "100009", 0),
+        ("3/4", "0.5", 0),
+        ("3/4", "0.75", 1),
+        ("x+1", "1+x", 1),
+    ):
         assert score({"answer": gold}, [f" The answer is {response}."]) == {"exact_match": right}
 
 
@@ -587,12 +742,17 @@ def test_our_mathematics_tasks_by_generation(run, context, tmp_path):
         data = tmp_path / f"diffx_{task}"
         data.mkdir()
         (data / "test.jsonl").write_text(json.dumps(row) + "\n")
-    made = context(tasks=["diffx_svamp", "diffx_mawps"], data_dir=str(tmp_path), shots=None, max_tokens=8)
-    records, metrics = run(made)
-    assert records[0]["prompts"][0].count("The answer is") == 4 and records[0]["prompts"][0].endswith(
-        "Question: I have 2 pens. How many?\nAnswer:"
+    made = context(
+        tasks=["diffx_svamp", "diffx_mawps"], data_dir=str(tmp_path), shots=None, max_tokens=8
     )
-    assert (records[0]["by"]["task"], records[0]["by"]["shots"]) == ("diffx_svamp", 4) and 0 < records[0]["scores"]["answer_tokens"] <= 24
+    records, metrics = run(made)
+    assert records[0]["prompts"][0].count("The answer is") == 4 and records[0]["prompts"][
+        0
+    ].endswith("Question: I have 2 pens. How many?\nAnswer:")
+    assert (records[0]["by"]["task"], records[0]["by"]["shots"]) == (
+        "diffx_svamp",
+        4,
+    ) and 0 < records[0]["scores"]["answer_tokens"] <= 24
     assert {name for group, name in metrics if group == "average"} == {"accuracy", "answer_tokens"}
 
 
@@ -600,7 +760,22 @@ def test_the_picture_shows_every_panel(context, summarize, tmp_path, monkeypatch
     drawn = []
     monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure))
     made = context(tasks=TASKS)
-    summarize(harness, made, list(harness.answer(made, harness.plan(made))), tmp_path / "picture.png")
-    panels = {axes.get_title("left").split(" (")[0]: axes for axes in drawn[0].axes if axes.get_title("left")}
-    assert panels.keys() >= {"share", "tokens", "brier_score", "word_perplexity", "bits_per_byte", "nats"}
-    assert {"acc", "acc_norm"} <= {text.get_text() for text in panels["share"].get_legend().get_texts()}
+    summarize(
+        harness, made, list(harness.answer(made, harness.plan(made))), tmp_path / "picture.png"
+    )
+    panels = {
+        axes.get_title("left").split(" (")[0]: axes
+        for axes in drawn[0].axes
+        if axes.get_title("left")
+    }
+    assert panels.keys() >= {
+        "share",
+        "tokens",
+        "brier_score",
+        "word_perplexity",
+        "bits_per_byte",
+        "nats",
+    }
+    assert {"acc", "acc_norm"} <= {
+        text.get_text() for text in panels["share"].get_legend().get_texts()
+    }

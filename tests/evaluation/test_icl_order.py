@@ -16,8 +16,15 @@ from diffx.evaluation.suite import Context
 @pytest.fixture
 def context(tiny, tmp_path):
     def make(limit=None, seed=0, **options):
-        suite = IclOrderSuite(name="icl_order", **{"template": "{text}:{label}\n", "labels": 3} | options)
-        return Context(EvalJob(checkpoint="x", suite=suite, limit=limit, seed=seed), tiny(), tmp_path, Reporter())
+        suite = IclOrderSuite(
+            name="icl_order", **{"template": "{text}:{label}\n", "labels": 3} | options
+        )
+        return Context(
+            EvalJob(checkpoint="x", suite=suite, limit=limit, seed=seed),
+            tiny(),
+            tmp_path,
+            Reporter(),
+        )
 
     return make
 
@@ -28,7 +35,9 @@ def test_orders_are_permutations_of_one_set_a_seed(context):
     prompts = {e.id.rpartition("/")[0]: e.data["demonstrations"] for e in examples}
     queries = {}
     for example in examples:
-        queries.setdefault(example.id.rpartition("/")[0], []).append((example.data["text"], example.data["label"]))
+        queries.setdefault(example.id.rpartition("/")[0], []).append(
+            (example.data["text"], example.data["label"])
+        )
     for seed in (0, 5):
         own = {key: rows for key, rows in prompts.items() if key.split("/")[3] == str(seed)}
         assert len({tuple(sorted(rows)) for rows in own.values()}) == 1  # the same demonstrations
@@ -40,8 +49,13 @@ def test_orders_are_permutations_of_one_set_a_seed(context):
             if "alternating" in key:
                 assert all(len(turn) == 3 for turn in turns)
     assert queries["synthetic/random/9/0/0"] != queries["synthetic/random/9/5/0"]
-    assert prompts == {e.id.rpartition("/")[0]: e.data["demonstrations"] for e in icl_order.plan(context(shots=9, orders=4, seeds=[0, 5]))}
-    assert len(icl_order.plan(context(shots=9, orders=4, seeds=[0], limit=2))) == 2 * 4 * 2  # 2 queries an order
+    assert prompts == {
+        e.id.rpartition("/")[0]: e.data["demonstrations"]
+        for e in icl_order.plan(context(shots=9, orders=4, seeds=[0, 5]))
+    }
+    assert (
+        len(icl_order.plan(context(shots=9, orders=4, seeds=[0], limit=2))) == 2 * 4 * 2
+    )  # 2 queries an order
 
 
 def test_null_fills_half_of_the_context(context):
@@ -51,7 +65,10 @@ def test_null_fills_half_of_the_context(context):
     line = len("babebi:bobu\n")
     longest = 1 + len("babebi:") + len("bobu\n")
     assert shots == (128 - longest) // line and f"/{shots}/" in examples[0].id
-    with pytest.raises(UserError, match=r"^suite\.shots=30 cannot be used: synthetic has \d+ demonstrations that fit into the model's 256"):
+    with pytest.raises(
+        UserError,
+        match=r"^suite\.shots=30 cannot be used: synthetic has \d+ demonstrations that fit into the model's 256",
+    ):
         icl_order.plan(context(shots=30))
     with pytest.raises(UserError, match=r"^suite\.shots=null cannot be used"):
         icl_order.plan(context(template="{text}" * 20 + "{label}\n"))
@@ -83,12 +100,20 @@ def test_spread_over_orders_by_seed(context, summarize, tmp_path):
     spread = metrics["trec random", "max - min"]
     assert spread["value"] == pytest.approx((0.2 + 0.8 + 0.0) / 3) and spread["n"] == 3
     assert spread["published"] == {"Transformer-3B (paper)": 0.19, "DIFF-3B (paper)": 0.04}
-    assert spread["stderr"] == pytest.approx(sem([0.2, 0.8, 0.0])) and spread["low"] == 0.0  # seeds are drawn
+    assert (
+        spread["stderr"] == pytest.approx(sem([0.2, 0.8, 0.0])) and spread["low"] == 0.0
+    )  # seeds are drawn
     accuracy = metrics["trec random", "accuracy"]
-    assert (accuracy["value"], accuracy["n"]) == (pytest.approx(table.mean()), 300), "a query in many orders is one example"
+    assert (accuracy["value"], accuracy["n"]) == (pytest.approx(table.mean()), 300), (
+        "a query in many orders is one example"
+    )
     assert metrics["trec random", "std"]["value"] == pytest.approx(table.std(axis=1, ddof=1).mean())
     alone = metrics["mine alternating", "max - min"]
-    assert alone["value"] == pytest.approx(0.2) and alone["stderr"] is None and alone["published"] == {}
+    assert (
+        alone["value"] == pytest.approx(0.2)
+        and alone["stderr"] is None
+        and alone["published"] == {}
+    )
     assert imread(path).std() > 0.05
 
 
@@ -98,6 +123,8 @@ def test_end_to_end(context, summarize):
     records = list(icl_order.answer(made, examples))
     json.dumps(records)
     assert {r["id"] for r in records} == {e.id for e in examples}
-    assert {(r["by"]["variant"], r["seed"], r["order"]) for r in records} == {(a, 0, o) for a in ("random", "alternating") for o in (0, 1)}
+    assert {(r["by"]["variant"], r["seed"], r["order"]) for r in records} == {
+        (a, 0, o) for a in ("random", "alternating") for o in (0, 1)
+    }
     names = {("synthetic random", "accuracy"), ("synthetic alternating", "std")}
     assert summarize(icl_order, made, records).keys() >= names

@@ -8,11 +8,24 @@ from diffx.config import RunError
 from diffx.config.model import MODEL_CONFIGS
 from diffx.evaluation.scoring import cut, generations, in_batches, loglikelihoods
 
-SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 THEIRS = {
     "llama": LlamaConfig(**SIZE, initializer_range=0.2),
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2),
-    "opt": OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, init_std=0.2),
+    "opt": OPTConfig(
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        init_std=0.2,
+    ),
     "mistral": MistralConfig(**SIZE, sliding_window=5, initializer_range=0.2),
 }
 
@@ -61,17 +74,23 @@ def test_loglikelihoods(lm):
     """Shared contexts, single ones and repeated requests, in any batches, equal one text at a time."""
     contexts = ["The number is", "A", "The number is", "Something quite different, and longer:"]
     continuations = [" one", " twenty-two", " x"]
-    requests = [(lm.encode(a), lm.encode(b)) for a in contexts for b in continuations] + [(lm.encode("alone"), lm.encode(" again"))]
+    requests = [(lm.encode(a), lm.encode(b)) for a in contexts for b in continuations] + [
+        (lm.encode("alone"), lm.encode(" again"))
+    ]
     expected = []
     for context, continuation in requests:
         logs = plain(lm, context + continuation).log_softmax(-1)[len(context) - 1 : -1]
         target = torch.tensor(continuation)
-        expected.append((logs.gather(1, target[:, None]).sum().item(), bool((logs.argmax(-1) == target).all())))
+        expected.append(
+            (logs.gather(1, target[:, None]).sum().item(), bool((logs.argmax(-1) == target).all()))
+        )
     counts = []
     for batch in ("auto", 1, 3):
         found = loglikelihoods(lm, requests, batch, progress=counts.append)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-        assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+        assert [score for score, _ in found] == pytest.approx(
+            [score for score, _ in expected], abs=1e-4
+        )
         assert counts[-1] == len(requests)
 
 
@@ -102,7 +121,10 @@ def test_ends_at_the_end_of_the_text(tiny):
     (drawn,) = lm.generate([lm.encode("Hello")], 5)
     lm.ends = {drawn[2]}
     assert lm.generate([lm.encode("Hello")], 5) == [drawn[: drawn.index(drawn[2])]]
-    assert list(lm.sample(lm.encode("Hello"), 5, temperature=0, top_k=0, top_p=1, seed=0)) == drawn[: drawn.index(drawn[2])]
+    assert (
+        list(lm.sample(lm.encode("Hello"), 5, temperature=0, top_k=0, top_p=1, seed=0))
+        == drawn[: drawn.index(drawn[2])]
+    )
 
 
 def test_memory_that_ends_halves_the_batch():
@@ -115,7 +137,9 @@ def test_memory_that_ends_halves_the_batch():
         return len(items)
 
     with pytest.warns(UserWarning, match="do not fit"):
-        results = list(in_batches([3, 1, 5, 4, 2], lambda item: item, "auto", torch.device("cpu"), work))
+        results = list(
+            in_batches([3, 1, 5, 4, 2], lambda item: item, "auto", torch.device("cpu"), work)
+        )
     assert seen == [[5, 4], [3, 2], [1]] and [taken for taken, _ in results] == seen
 
     def never(items):
@@ -127,5 +151,7 @@ def test_memory_that_ends_halves_the_batch():
 
 def test_batches_hold_a_budget_of_tokens():
     lengths = [2000, 100, 1000, 1000, 30]
-    batches = [taken for taken, _ in in_batches(lengths, lambda n: n, "auto", torch.device("cpu"), len)]
+    batches = [
+        taken for taken, _ in in_batches(lengths, lambda n: n, "auto", torch.device("cpu"), len)
+    ]
     assert batches == [[2000], [1000, 1000], [100, 30]]

@@ -21,7 +21,10 @@ from diffx.evaluation.suite import Context
 @pytest.fixture
 def context(tiny, tmp_path, documents):
     def make(lm=None, limit=None, **options):
-        suite = LongContextSuite(name="long_context", **{"length": 100, "texts": 4, "chunk": 16, "frequent": 20} | options)
+        suite = LongContextSuite(
+            name="long_context",
+            **{"length": 100, "texts": 4, "chunk": 16, "frequent": 20} | options,
+        )
         job = EvalJob(checkpoint="x", suite=suite, data=TextData(path=str(documents)), limit=limit)
         return Context(job, lm or tiny(), tmp_path, Reporter())
 
@@ -61,7 +64,9 @@ def test_repeats_and_counts(monkeypatch):
         monkeypatch.setattr(long_context, "_BLOCK", block)
         counts = long_context.count_pairs(parts, wanted)
         pairs = [(int(key) >> 32, int(key) & 0xFFFFFFFF) for key in wanted]
-        assert counts.tolist() == [sum(pair == other for other in itertools.pairwise(training)) for pair in pairs]
+        assert counts.tolist() == [
+            sum(pair == other for other in itertools.pairwise(training)) for pair in pairs
+        ]
     assert long_context.repeated(array).tolist() == slow_hits(row, [], 0)
     assert long_context.repeated(np.array([5, 5, 5, 5])).tolist() == [False, True, True]
     assert long_context.count_pairs(parts, wanted[:0]).tolist() == []
@@ -86,7 +91,9 @@ def test_records_match_slow_computations(context, summarize, tmp_path):
         assert 0 < hit.sum() == record["ar_hits"] < 100
         rows = {row["metric"]: row for row in record["rows"] if "position" not in row}
         for name, part in (("nll", loss), ("nll/ar_hit", loss[hit]), ("nll/others", loss[~hit])):
-            assert rows[name]["value"] == pytest.approx(part.mean(), abs=1e-4) and rows[name]["weight"] == len(part)
+            assert rows[name]["value"] == pytest.approx(part.mean(), abs=1e-4) and rows[name][
+                "weight"
+            ] == len(part)
         cumulative = {row["position"]: row["value"] for row in record["rows"] if "position" in row}
         assert list(cumulative) == [1, 2, 4, 8, 16, 32, 64, 100]
         for position, nll in cumulative.items():
@@ -98,7 +105,9 @@ def test_records_match_slow_computations(context, summarize, tmp_path):
     parts = "100 tokens"
     every, hit = np.concatenate(losses), np.concatenate(hits)
     assert metrics["100 tokens", "nll"]["value"] == pytest.approx(every.mean(), abs=1e-4)
-    assert metrics[parts, "nll/ar_hit"]["value"] == pytest.approx(every[hit].mean(), abs=1e-4)  # each token counts the same
+    assert metrics[parts, "nll/ar_hit"]["value"] == pytest.approx(
+        every[hit].mean(), abs=1e-4
+    )  # each token counts the same
     assert metrics[parts, "nll/others"]["value"] == pytest.approx(every[~hit].mean(), abs=1e-4)
     assert metrics[parts, "ar_hit share"]["value"] == pytest.approx(hit.mean())
     first = metrics["first 4 tokens", "cumulative nll"]
@@ -117,10 +126,16 @@ def test_texts_without_hits_or_others(context, summarize, tmp_path):
     assert [name for _, name in metrics] == names
 
 
-def test_a_runs_own_training_tokens_decide_what_is_frequent(context, tiny, tmp_path, monkeypatch, capsys):
+def test_a_runs_own_training_tokens_decide_what_is_frequent(
+    context, tiny, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("DIFFX_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps({"text": f"{n} squared is what? The square of"}) + "\n" for n in range(60)))
+    path.write_text(
+        "".join(
+            json.dumps({"text": f"{n} squared is what? The square of"}) + "\n" for n in range(60)
+        )
+    )
     lm = tiny()
     lm.loaded.data = TextData(path=str(path))
     made = context(lm)
@@ -130,21 +145,31 @@ def test_a_runs_own_training_tokens_decide_what_is_frequent(context, tiny, tmp_p
     training = train.read(0, len(train))[0].tolist()
     for example, record in zip(examples, records, strict=True):
         row = example.data["tokens"].tolist()
-        assert record["ar_hits"] == sum(slow_hits(row, training, 20)) != sum(slow_hits(row, examples[0].data["corpus"].tolist(), 20))
+        assert (
+            record["ar_hits"]
+            == sum(slow_hits(row, training, 20))
+            != sum(slow_hits(row, examples[0].data["corpus"].tolist(), 20))
+        )
         assert record["frequent"] == "over 20 times in the training tokens"
     path.unlink()
     records = list(long_context.answer(made, examples))
-    assert records[0]["frequent"] == "over 20 times in the evaluated corpus" and "the training text is not here" in capsys.readouterr().out
+    assert (
+        records[0]["frequent"] == "over 20 times in the evaluated corpus"
+        and "the training text is not here" in capsys.readouterr().out
+    )
 
 
 def test_too_little_text_or_context_is_one_line(context, wrap, tiny):
     total = len(long_context.plan(context())[0].data["corpus"])
     with pytest.raises(
-        UserError, match=rf"^suite\.texts=4 cannot be used: data\.path=.* has {total} tokens, and each text takes {total}; "
+        UserError,
+        match=rf"^suite\.texts=4 cannot be used: data\.path=.* has {total} tokens, and each text takes {total}; ",
     ):
         long_context.plan(context(length=total))
     assert len(long_context.plan(context(length=total, limit=1))) == 1
     assert len(long_context.plan(context(length=None))[0].data["tokens"]) == 257
     limited = wrap(tiny().model, limit=64)
-    with pytest.raises(UserError, match=r"^suite\.length=100 cannot be used: the model reads 64 tokens at most$"):
+    with pytest.raises(
+        UserError, match=r"^suite\.length=100 cannot be used: the model reads 64 tokens at most$"
+    ):
         long_context.plan(context(limited))

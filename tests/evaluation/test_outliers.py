@@ -29,8 +29,15 @@ def context(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
 
     def make(lm, limit=None, **options):
-        suite = OutliersSuite(name="outliers", **{"tokens": 90, "length": 32, "top": RANKS} | options)
-        job = EvalJob(checkpoint="tiny", suite=suite, data=TextData(path=str(tmp_path / "text.txt")), limit=limit)
+        suite = OutliersSuite(
+            name="outliers", **{"tokens": 90, "length": 32, "top": RANKS} | options
+        )
+        job = EvalJob(
+            checkpoint="tiny",
+            suite=suite,
+            data=TextData(path=str(tmp_path / "text.txt")),
+            limit=limit,
+        )
         return Context(job, lm, tmp_path, Reporter())
 
     return make
@@ -40,7 +47,9 @@ def context(tmp_path):
 def measure(summarize):
     def run(context):
         records = list(outliers.answer(context, outliers.plan(context)))
-        return records, {name: row["value"] for name, row in summarize(outliers, context, records).items()}
+        return records, {
+            name: row["value"] for name, row in summarize(outliers, context, records).items()
+        }
 
     return run
 
@@ -55,7 +64,9 @@ def test_tally_ranks_exactly_and_finds_the_median(scale):
     assert tally.top == whole[:100].tolist()
     assert tally.counts.sum() == whole.size
     assert tally.figures(RANKS)["median"] == pytest.approx(np.median(whole), rel=1 / 64)
-    assert tally.figures(RANKS)["median"] == pytest.approx(np.median(whole), rel=2e-3)  # as close as that within the bin
+    assert tally.figures(RANKS)["median"] == pytest.approx(
+        np.median(whole), rel=2e-3
+    )  # as close as that within the bin
 
 
 def test_tallies_merge_to_the_tally_of_all():
@@ -74,7 +85,9 @@ def test_tiny_magnitudes_count_as_the_smallest_that_is_told_apart():
     tally, merged = Tally(1), Tally(1)
     tally.add(torch.tensor([0.0, 0.0, 1e-30, 5.0]))
     merged.merge(tally.record())
-    assert merged.top == [5.0] and merged.figures([1])["median"] == pytest.approx(2**-20, rel=1 / 64)
+    assert merged.top == [5.0] and merged.figures([1])["median"] == pytest.approx(
+        2**-20, rel=1 / 64
+    )
 
 
 @pytest.mark.parametrize("kind", ["transformer", "diff_v1", "diff_v2"])
@@ -86,7 +99,11 @@ def test_figures_are_those_of_the_whole_maps(kind, context, tiny, measure):
     def logits(module, args):
         q, k, _ = module.project(*args[:3])
         if kind == "diff_v1":  # head j reads the first or second key of its group
-            k = k.unflatten(2, (-1, 2)).repeat_interleave(q.shape[2] // k.shape[2], dim=2).flatten(2, 3)
+            k = (
+                k.unflatten(2, (-1, 2))
+                .repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+                .flatten(2, 3)
+            )
         else:
             k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
         maps = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[3])
@@ -94,15 +111,23 @@ def test_figures_are_those_of_the_whole_maps(kind, context, tiny, measure):
         seen[outliers.LOGITS][module.layer].append(maps[:, :, causal].abs().flatten())
 
     suite = context(lm)
-    windows = [example.data["tokens"] for example in outliers.plan(suite) if example.data["task"] == outliers.LOGITS]
-    assert [len(window) for window in windows] == [32, 32, 26] and all(window[:1] == lm.prefix for window in windows)
+    windows = [
+        example.data["tokens"]
+        for example in outliers.plan(suite)
+        if example.data["task"] == outliers.LOGITS
+    ]
+    assert [len(window) for window in windows] == [32, 32, 26] and all(
+        window[:1] == lm.prefix for window in windows
+    )
     assert "".join(lm.decode(window[1:]) for window in windows) == TEXT[: 90 - 3]
     records, figures = measure(suite)
     for module in model.modules():
         if isinstance(module, Attention):
             module.register_forward_pre_hook(logits)
     for layer, block in enumerate(model.layers):
-        block.register_forward_hook(lambda _, __, out, layer=layer: seen[outliers.STATES][layer].append(out.abs().flatten()))
+        block.register_forward_hook(
+            lambda _, __, out, layer=layer: seen[outliers.STATES][layer].append(out.abs().flatten())
+        )
     with torch.no_grad():
         for window in windows:
             model(torch.tensor([window]))
@@ -124,12 +149,19 @@ def test_figures_are_those_of_the_whole_maps(kind, context, tiny, measure):
 def test_states_of_transformers_are_counted_too(context, wrap, tokenizer, measure):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     suite = context(wrap(model), limit=1)
     records, _ = measure(suite)
-    assert [record["id"] for record in records] == [f"{outliers.LOGITS}/00000", f"{outliers.STATES}/00000"]
+    assert [record["id"] for record in records] == [
+        f"{outliers.LOGITS}/00000",
+        f"{outliers.STATES}/00000",
+    ]
     window = torch.tensor([outliers.plan(suite)[0].data["tokens"]])
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -141,9 +173,17 @@ def test_an_interrupted_evaluation_gives_the_same_figures(context, tiny, measure
     suite = context(tiny("diff_v1"))
     examples = outliers.plan(suite)
     records, figures = measure(suite)
-    resumed = [record for part in ([4], [1, 0], [5, 2, 3]) for record in outliers.answer(suite, [examples[i] for i in part])]
-    assert {record["id"]: record for record in resumed} == {record["id"]: record for record in records}
-    assert {name: row["value"] for name, row in summarize(outliers, suite, resumed).items()} == pytest.approx(figures)
+    resumed = [
+        record
+        for part in ([4], [1, 0], [5, 2, 3])
+        for record in outliers.answer(suite, [examples[i] for i in part])
+    ]
+    assert {record["id"]: record for record in resumed} == {
+        record["id"]: record for record in records
+    }
+    assert {
+        name: row["value"] for name, row in summarize(outliers, suite, resumed).items()
+    } == pytest.approx(figures)
 
 
 class Largest(TorchDispatchMode):
@@ -155,7 +195,9 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+                self.elements = max(
+                    self.elements, tensor.untyped_storage().nbytes() // tensor.element_size()
+                )
         return out
 
 
@@ -204,7 +246,14 @@ def test_the_picture_and_the_figures_by_layer(context, tiny, summarize, tmp_path
         assert whole["published"] and whole["low"] is None and windows["low"] < windows["high"]
         layers = [rows[f"{task}, layer {layer}", "top-1"] for layer in (0, 1)]
         assert max(row["value"] for row in layers) == whole["value"] and not layers[0]["published"]
-        windows = [record["scores"]["top-1, mean over windows"] for record in records if record["by"]["task"] == task]
+        windows = [
+            record["scores"]["top-1, mean over windows"]
+            for record in records
+            if record["by"]["task"] == task
+        ]
         assert whole["value"] == max(windows)
-    assert rows[outliers.LOGITS, "top-1"]["published"] == {"Transformer-3B (paper)": 318.0, "DIFF-3B (paper)": 38.8}
+    assert rows[outliers.LOGITS, "top-1"]["published"] == {
+        "Transformer-3B (paper)": 318.0,
+        "DIFF-3B (paper)": 38.8,
+    }
     assert imread(tmp_path / "outliers.png").std() > 0.05

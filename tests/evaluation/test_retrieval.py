@@ -43,9 +43,18 @@ def context(tiny, tmp_path, documents):
     def make(lm=None, limit=None, seed=0, **options):
         suite = RetrievalSuite(
             name="retrieval",
-            **{"cases": [[2, 1], [3, 2]], "lengths": [400, 500], "depths": [0.0, 1.0], "samples": 3, "digits": 3} | options,
+            **{
+                "cases": [[2, 1], [3, 2]],
+                "lengths": [400, 500],
+                "depths": [0.0, 1.0],
+                "samples": 3,
+                "digits": 3,
+            }
+            | options,
         )
-        job = EvalJob(checkpoint="x", suite=suite, data=TextData(path=str(documents)), limit=limit, seed=seed)
+        job = EvalJob(
+            checkpoint="x", suite=suite, data=TextData(path=str(documents)), limit=limit, seed=seed
+        )
         return Context(job, lm or tiny(), tmp_path, Reporter())
 
     return make
@@ -75,7 +84,11 @@ def oracle(monkeypatch):
                 yield -1.0 if number == like(needles, city) else -2.0, False
 
         monkeypatch.setattr(retrieval, "generations", generations)
-        monkeypatch.setattr(retrieval, "loglikelihoods", lambda *args, **kwargs: list(loglikelihoods(*args, **kwargs)))
+        monkeypatch.setattr(
+            retrieval,
+            "loglikelihoods",
+            lambda *args, **kwargs: list(loglikelihoods(*args, **kwargs)),
+        )
 
     return use
 
@@ -83,7 +96,9 @@ def oracle(monkeypatch):
 def scores(context):
     records = list(retrieval.answer(context, retrieval.plan(context)))
     tasks = dict.fromkeys(record["by"]["task"] for record in records)
-    return {task: [r["scores"] for r in records if r["by"]["task"] == task] for task in tasks}, records
+    return {
+        task: [r["scores"] for r in records if r["by"]["task"] == task] for task in tasks
+    }, records
 
 
 def test_prompts_are_as_planned(context):
@@ -92,14 +107,20 @@ def test_prompts_are_as_planned(context):
     assert len({example.id for example in examples}) == len(examples) == 2 * 2 * 2 * 3
     records = list(retrieval.answer(made, examples))
     assert {record["id"] for record in records} == {example.id for example in examples}
-    assert [record["by"]["length"] for record in records] == [500] * 12 + [400] * 12, "the longest first"
+    assert [record["by"]["length"] for record in records] == [500] * 12 + [400] * 12, (
+        "the longest first"
+    )
     for record in records:
         needles, cities = read(record["prompt"])
         assert needles == record["needles"] and len(needles) == int(record["by"]["task"][2])
-        assert [needles[city] for city in cities] == record["answers"] and len(cities) == int(record["by"]["task"][-1])
+        assert [needles[city] for city in cities] == record["answers"] and len(cities) == int(
+            record["by"]["task"][-1]
+        )
         place = record["prompt"].index(f"The magic number of {cities[0]} is")
         assert (
-            place == 0 if record["by"]["depth"] == 0 else record["prompt"][place:].startswith(QUESTION.split(record["prompt"])[0][place:])
+            place == 0
+            if record["by"]["depth"] == 0
+            else record["prompt"][place:].startswith(QUESTION.split(record["prompt"])[0][place:])
         )
         rest = len(" and ".join(record["answers"])) + 2
         assert record["tokens"] == 1 + len(record["prompt"].encode())
@@ -128,9 +149,14 @@ def test_constrained_numbers(context, oracle):
     oracle(lambda numbers: "", like=lambda needles, city: needles[city])
     found, _ = scores(context())
     assert {score["constrained"] for group in found.values() for score in group} == {1.0}
-    oracle(lambda numbers: "", like=lambda needles, city: min(needles.values()))  # the same number for every city
+    oracle(
+        lambda numbers: "", like=lambda needles, city: min(needles.values())
+    )  # the same number for every city
     found, records = scores(context())
-    right = [record["answers"].count(min(record["needles"].values())) / len(record["answers"]) for record in records]
+    right = [
+        record["answers"].count(min(record["needles"].values())) / len(record["answers"])
+        for record in records
+    ]
     assert [record["scores"]["constrained"] for record in records] == right
 
 
@@ -156,15 +182,25 @@ def test_examples_do_not_depend_on_the_model_but_on_the_seed(context, hf_folder)
     theirs = context(LanguageModel(load(str(hf_folder))), cases=[[1, 1]], lengths=[150])
     other = context(cases=[[1, 1]], lengths=[150], seed=1)
     plans = [retrieval.plan(made) for made in (ours, theirs, other)]
-    assert [example.id for example in plans[0]] == [example.id for example in plans[1]] == [example.id for example in plans[2]]
-    needles = [[retrieval.needles_of(made, example) for example in plan] for made, plan in zip((ours, theirs, other), plans, strict=True)]
+    assert (
+        [example.id for example in plans[0]]
+        == [example.id for example in plans[1]]
+        == [example.id for example in plans[2]]
+    )
+    needles = [
+        [retrieval.needles_of(made, example) for example in plan]
+        for made, plan in zip((ours, theirs, other), plans, strict=True)
+    ]
     assert needles[0] == needles[1] != needles[2]
     assert len(set(map(str, needles[0]))) == len(needles[0])
 
 
 def test_a_limit_is_that_of_each_cell(context):
     examples = retrieval.plan(context(limit=2))
-    cells = Counter((example.data["task"], example.data["length"], example.data["depth"]) for example in examples)
+    cells = Counter(
+        (example.data["task"], example.data["length"], example.data["depth"])
+        for example in examples
+    )
     assert cells == dict.fromkeys(product(("N=2 R=1", "N=3 R=2"), (400, 500), (0.0, 1.0)), 2)
     assert {example.data["number"] for example in examples} == {0, 1}
 
@@ -172,33 +208,56 @@ def test_a_limit_is_that_of_each_cell(context):
 def test_default_lengths_are_the_context_and_its_parts(context, tiny):
     lm = tiny()
     lm.context = 1000
-    assert sorted({example.data["length"] for example in retrieval.plan(context(lm, lengths=None, cases=[[1, 1]]))}) == [250, 500, 1000]
+    assert sorted(
+        {
+            example.data["length"]
+            for example in retrieval.plan(context(lm, lengths=None, cases=[[1, 1]]))
+        }
+    ) == [250, 500, 1000]
     lm.context = 65536
-    assert max(example.data["length"] for example in retrieval.plan(context(lm, lengths=None))) == 4096
+    assert (
+        max(example.data["length"] for example in retrieval.plan(context(lm, lengths=None))) == 4096
+    )
 
 
 def test_default_lengths_that_are_too_short_are_left_out(context, tiny, monkeypatch):
     lm, warnings = tiny(), []
     monkeypatch.setattr(Reporter, "warn", lambda self, text: warnings.append(text))
     lm.context = 400
-    assert {example.data["length"] for example in retrieval.plan(context(lm, lengths=None))} == {400}
+    assert {example.data["length"] for example in retrieval.plan(context(lm, lengths=None))} == {
+        400
+    }
     (warning,) = warnings
-    assert re.fullmatch(r"suite\.lengths=null leaves out 100 and 200: 3 needles, question and answer take 2\d\d tokens", warning)
+    assert re.fullmatch(
+        r"suite\.lengths=null leaves out 100 and 200: 3 needles, question and answer take 2\d\d tokens",
+        warning,
+    )
     lm.context = 64
-    with pytest.raises(UserError, match=r"suite\.lengths=null cannot be used with tiny: .+ is 64; .+ suite\.cases, .+ suite\.lengths$"):
+    with pytest.raises(
+        UserError,
+        match=r"suite\.lengths=null cannot be used with tiny: .+ is 64; .+ suite\.cases, .+ suite\.lengths$",
+    ):
         retrieval.plan(context(lm, lengths=None))
 
 
 def test_refusals(context, wrap, tiny):
-    with pytest.raises(UserError, match=r"suite\.lengths=200 cannot be used: 3 needles, question and answer take (\d+) tokens") as error:
+    with pytest.raises(
+        UserError,
+        match=r"suite\.lengths=200 cannot be used: 3 needles, question and answer take (\d+) tokens",
+    ) as error:
         retrieval.plan(context(lengths=[200, 500], samples=1))
     least = int(re.search(r"take (\d+)", str(error.value))[1])
     assert retrieval.plan(context(lengths=[least], samples=1))
     with pytest.raises(UserError, match=rf"suite\.lengths={least - 1} "):
         retrieval.plan(context(lengths=[least - 1], samples=1))
-    with pytest.raises(UserError, match=r"suite\.lengths=600 cannot be used with tiny: it reads 512 tokens at most"):
+    with pytest.raises(
+        UserError, match=r"suite\.lengths=600 cannot be used with tiny: it reads 512 tokens at most"
+    ):
         retrieval.plan(context(wrap(tiny().model, limit=512), lengths=[512, 600]))
-    with pytest.raises(UserError, match=r"suite\.lengths=100000 cannot be used: the text has only \d+ tokens; choose more text by data="):
+    with pytest.raises(
+        UserError,
+        match=r"suite\.lengths=100000 cannot be used: the text has only \d+ tokens; choose more text by data=",
+    ):
         retrieval.plan(context(lengths=[100000]))
     with pytest.raises(UserError, match=r"suite\.digits=1 cannot be used with 10 needles"):
         retrieval.plan(context(cases=[[10, 1]], digits=1, lengths=[4000]))
@@ -210,8 +269,12 @@ def test_summary_and_picture(context, oracle, summarize, tmp_path):
     records = list(retrieval.answer(made, retrieval.plan(made)))
     metrics = summarize(retrieval, made, records, tmp_path / "retrieval.png")
     whole = metrics["N=2 R=2", "greedy"]
-    assert (whole["value"], whole["n"], metrics["N=3 R=1", "greedy"]["value"]) == (0.5, 6, 1.0), "the same needles at both lengths are one"
-    assert set(whole["published"].values()) == {0.85, 0.92} and all("(paper)" in name for name in whole["published"])
+    assert (whole["value"], whole["n"], metrics["N=3 R=1", "greedy"]["value"]) == (0.5, 6, 1.0), (
+        "the same needles at both lengths are one"
+    )
+    assert set(whole["published"].values()) == {0.85, 0.92} and all(
+        "(paper)" in name for name in whole["published"]
+    )
     assert metrics["N=2 R=2", "constrained"]["published"] == {"guessing": 1 / 2}
     assert metrics["N=2 R=2 T=4096", "greedy"]["n"] == 6
     assert metrics["N=2 R=2 T=4096 depth 100%", "greedy"]["n"] == 3
@@ -228,13 +291,22 @@ def test_the_same_needles_at_another_length_are_no_more_evidence(context, summar
             key = example.data["task"], example.data["depth"], example.data["number"]
             score = right.setdefault(key, float(np.random.default_rng(len(right)).random() < 0.4))
             by = {name: example.data[name] for name in ("task", "length", "depth")}
-            records.append({"id": example.id, "example": example.data["example"], "by": by, "scores": {"greedy": score}})
+            records.append(
+                {
+                    "id": example.id,
+                    "example": example.data["example"],
+                    "by": by,
+                    "scores": {"greedy": score},
+                }
+            )
         return {label: row for (label, _), row in summarize(retrieval, made, records).items()}
 
     one, two = metrics([400]), metrics([400, 500])
     for group in ("N=2 R=1", "N=3 R=2", "average"):
         assert two[group] == one[group]
-        assert (one[group]["high"] - one[group]["low"]) / one[group]["stderr"] == pytest.approx(2 * 1.96, rel=0.1)
+        assert (one[group]["high"] - one[group]["low"]) / one[group]["stderr"] == pytest.approx(
+            2 * 1.96, rel=0.1
+        )
 
 
 def test_titles_of_a_single_length_stand_apart(context, oracle, summarize, tmp_path, monkeypatch):
@@ -242,11 +314,16 @@ def test_titles_of_a_single_length_stand_apart(context, oracle, summarize, tmp_p
     made = context(lengths=[400], cases=[[1, 1], [2, 2], [4, 2]], samples=1)
     records = list(retrieval.answer(made, retrieval.plan(made)))
     drawn = []
-    monkeypatch.setattr(plot, "Figure", lambda **settings: drawn.append(Figure(**settings)) or drawn[-1])
+    monkeypatch.setattr(
+        plot, "Figure", lambda **settings: drawn.append(Figure(**settings)) or drawn[-1]
+    )
     summarize(retrieval, made, records, tmp_path / "retrieval.png")
     drawn[0].draw_without_rendering()
     panels = [axes for axes in drawn[0].axes if axes.get_title("left")]
-    titles = [next(text for text in axes.findobj(Text) if text.get_text() == axes.get_title("left")) for axes in panels]
+    titles = [
+        next(text for text in axes.findobj(Text) if text.get_text() == axes.get_title("left"))
+        for axes in panels
+    ]
     boxes = [title.get_window_extent() for title in titles]
     assert len(boxes) == 6 and not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
@@ -255,5 +332,9 @@ def test_eight_needles_have_the_published_figures_of_their_length(context, oracl
     oracle(lambda numbers: f" {numbers[0]}.")
     made = context(cases=[[8, 1]], lengths=[1024, 8192], samples=1, depths=[0.5])
     metrics = summarize(retrieval, made, list(retrieval.answer(made, retrieval.plan(made))))
-    found = {label: set(row["published"].values()) for (label, name), row in metrics.items() if name == "greedy"}
+    found = {
+        label: set(row["published"].values())
+        for (label, name), row in metrics.items()
+        if name == "greedy"
+    }
     assert found["N=8 R=1 T=8192"] == {0.95, 1.0} and not found["N=8 R=1 T=1024"]

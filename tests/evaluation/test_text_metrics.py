@@ -22,9 +22,15 @@ def test_answers(answer, references, exact, f1):
 
 def test_summaries():
     # The example of rouge_score's documentation, where precision is 6/8 and recall 6/9 for ROUGE-1.
-    scores = summary_scores("The quick brown dog jumps on the log.", ["The quick brown fox jumps over the lazy dog"])
+    scores = summary_scores(
+        "The quick brown dog jumps on the log.", ["The quick brown fox jumps over the lazy dog"]
+    )
     assert scores == pytest.approx({"rouge1": 12 / 17, "rouge2": 4 / 15, "rougeL": 10 / 17})
-    assert summary_scores("the sky is blue", ["rain", "the sky is blue"]) == {"rouge1": 1, "rouge2": 1, "rougeL": 1}
+    assert summary_scores("the sky is blue", ["rain", "the sky is blue"]) == {
+        "rouge1": 1,
+        "rouge2": 1,
+        "rougeL": 1,
+    }
     assert summary_scores("", ["rain"]) == {"rouge1": 0, "rouge2": 0, "rougeL": 0}
 
 
@@ -36,7 +42,11 @@ def test_distinct_words():
 
 
 def test_self_bleu_is_that_of_nltk():
-    texts = ["the cat sat on the mat today", "the cat sat on the mat", "a dog and the cat sat on the mat"]
+    texts = [
+        "the cat sat on the mat today",
+        "the cat sat on the mat",
+        "a dog and the cat sat on the mat",
+    ]
     words = [text.split() for text in texts]
     each = [sentence_bleu(words[:i] + words[i + 1 :], own) for i, own in enumerate(words)]
     assert diversity(texts)["self_bleu"] == pytest.approx(sum(each) / 3)

@@ -18,7 +18,13 @@ VOCAB = 50
 def ours(kind, num_kv_heads=4, **options):
     torch.manual_seed(0)
     config = MODEL_CONFIGS[kind](
-        vocab_size=VOCAB, hidden_size=D, num_layers=2, num_heads=8, num_kv_heads=num_kv_heads, intermediate_size=48, **options
+        vocab_size=VOCAB,
+        hidden_size=D,
+        num_layers=2,
+        num_heads=8,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=48,
+        **options,
     )
     model = build_model(config)
     init_weights(model, seed=0)
@@ -41,7 +47,10 @@ def look(model, ids):
 
 def maps(view):
     """All head maps, put together from uneven blocks of rows: (B, heads, T, T)."""
-    blocks = [torch.cat([view.head_map(j, a, b) for a, b in ((0, 1), (1, 6), (6, T))], dim=1) for j in range(view.num_heads)]
+    blocks = [
+        torch.cat([view.head_map(j, a, b) for a, b in ((0, 1), (1, 6), (6, T))], dim=1)
+        for j in range(view.num_heads)
+    ]
     return torch.stack(blocks, dim=1)
 
 
@@ -53,7 +62,9 @@ def test_maps_of_our_models_weigh_values_as_the_reference_does(kind, num_kv_head
     inputs = {}
     for module in model.modules():
         if isinstance(module, Attention):
-            module.register_forward_pre_hook(lambda module, args: inputs.__setitem__(module.layer, (module, args[:3])))
+            module.register_forward_pre_hook(
+                lambda module, args: inputs.__setitem__(module.layer, (module, args[:3]))
+            )
     views, _, _ = look(model, ids)
     assert sorted(views) == [0, 1]
     for layer, (module, (x, cos, sin)) in inputs.items():
@@ -64,15 +75,21 @@ def test_maps_of_our_models_weigh_values_as_the_reference_does(kind, num_kv_head
         else:
             expected = reference.attention(q, k, v, True, None)  # (B, T, M, dv)
         if kind == "diff_v2":
-            expected = expected[:, :, 0::2] - module.lambda_value(x)[..., None] * expected[:, :, 1::2]
+            expected = (
+                expected[:, :, 0::2] - module.lambda_value(x)[..., None] * expected[:, :, 1::2]
+            )
         values = v.repeat_interleave(view.num_heads // v.shape[2], dim=2)
-        torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", maps(view), values), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.einsum("bhqk,bkhd->bqhd", maps(view), values), expected, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_lambda_for_each_head_reaches_its_head():
     view = look(ours("diff_v1", lambda_scope=LambdaScope.head), tokens())[0][0]
     assert view.lam.shape == (4,)
-    torch.testing.assert_close(maps(view).sum(-1), (1 - view.lam)[None, :, None].expand(B, 4, T), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        maps(view).sum(-1), (1 - view.lam)[None, :, None].expand(B, 4, T), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_logits_are_scaled_and_causal():
@@ -85,20 +102,35 @@ def test_logits_are_scaled_and_causal():
     assert torch.isneginf(logits[:, ~seen]).all()
 
 
-SHAPE = {"vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": D,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 GQA = SHAPE | {"num_key_value_heads": 2}
 THEIRS = {
     "llama": lambda: transformers.LlamaConfig(**GQA),
     "qwen2": lambda: transformers.Qwen2Config(**GQA),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=VOCAB, n_embd=D, n_layer=3, n_head=4, scale_attn_by_inverse_layer_idx=True),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=D, n_layer=3, n_head=4, scale_attn_by_inverse_layer_idx=True
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SHAPE),
     "mistral, a window of 4": lambda: transformers.MistralConfig(**GQA, sliding_window=4),
     "gemma2, softcap and windows": lambda: transformers.Gemma2Config(
         **GQA, head_dim=16, sliding_window=4, attn_logit_softcapping=0.5, query_pre_attn_scalar=7
     ),
-    "mixtral, experts": lambda: transformers.MixtralConfig(**GQA, num_local_experts=2, num_experts_per_tok=1),
+    "mixtral, experts": lambda: transformers.MixtralConfig(
+        **GQA, num_local_experts=2, num_experts_per_tok=1
+    ),
     "opt": lambda: transformers.OPTConfig(
-        vocab_size=VOCAB, hidden_size=D, num_hidden_layers=3, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=D
+        vocab_size=VOCAB,
+        hidden_size=D,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        ffn_dim=48,
+        word_embed_proj_dim=D,
     ),
     "gemma3, windows": lambda: transformers.Gemma3TextConfig(**GQA, head_dim=16, sliding_window=4),
 }
@@ -127,7 +159,9 @@ def test_maps_and_states_of_transformers_are_those_it_reports(name):
     for layer, attentions in enumerate(expected.attentions):
         torch.testing.assert_close(maps(views[layer]), attentions, rtol=1e-5, atol=1e-5)
     for layer in (0, 1):  # the last one reported is behind the final norm
-        torch.testing.assert_close(states[layer], expected.hidden_states[layer + 1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            states[layer], expected.hidden_states[layer + 1], rtol=1e-4, atol=1e-4
+        )
     assert states[2].shape == (B, T, D)
 
 
@@ -145,7 +179,9 @@ def test_an_exported_diff_shows_the_same_maps_as_ours():
     torch.testing.assert_close(exported[2], mine[2], rtol=1e-4, atol=1e-4)
     for layer in (0, 1):
         assert exported[0][layer].num_heads == 4 and exported[0][layer].num_maps == 8
-        torch.testing.assert_close(maps(exported[0][layer]), maps(mine[0][layer]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            maps(exported[0][layer]), maps(mine[0][layer]), rtol=1e-4, atol=1e-5
+        )
         torch.testing.assert_close(exported[1][layer], mine[1][layer], rtol=1e-4, atol=1e-4)
 
 
@@ -153,7 +189,9 @@ def test_one_call_a_layer_and_pass_and_none_after_it():
     for model in (ours("diff_v1"), to_diffllama(ours("diff_v1")), theirs(THEIRS["llama"]())):
         calls = []
         with torch.no_grad():
-            with observing(model, lambda layer, _: calls.append(layer), lambda layer, _: calls.append(layer)):  # noqa: B023 - used at once
+            with observing(
+                model, lambda layer, _: calls.append(layer), lambda layer, _: calls.append(layer)
+            ):  # noqa: B023 - used at once
                 model(tokens())
                 model(tokens())
             first = sorted(calls)
@@ -179,8 +217,16 @@ def test_an_error_leaves_the_model_as_it_was():
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=D, n_layer=2, n_head=4), "BloomForCausalLM"),
-        (lambda: transformers.GptOssConfig(**GQA, head_dim=16, num_local_experts=2, num_experts_per_tok=1), "GptOssForCausalLM"),
+        (
+            lambda: transformers.BloomConfig(vocab_size=VOCAB, hidden_size=D, n_layer=2, n_head=4),
+            "BloomForCausalLM",
+        ),
+        (
+            lambda: transformers.GptOssConfig(
+                **GQA, head_dim=16, num_local_experts=2, num_experts_per_tok=1
+            ),
+            "GptOssForCausalLM",
+        ),
     ],
 )
 def test_attention_that_cannot_be_seen_is_refused(config, named):
@@ -197,12 +243,23 @@ def test_a_model_of_neither_kind_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("keyword", "value"), [("s_aux", torch.zeros(4)), ("cu_seq_lens_q", torch.tensor([0, 13, 26])), ("unheard_of", 0.5)]
+    ("keyword", "value"),
+    [("s_aux", torch.zeros(4)), ("cu_seq_lens_q", torch.tensor([0, 13, 26])), ("unheard_of", 0.5)],
 )
-@pytest.mark.parametrize("look_on", [lambda model: observing(model, print), lambda model: quantizing_logits(model, QuantizedLogits(8))])
+@pytest.mark.parametrize(
+    "look_on",
+    [
+        lambda model: observing(model, print),
+        lambda model: quantizing_logits(model, QuantizedLogits(8)),
+    ],
+)
 def test_a_keyword_of_attention_that_is_not_known_is_refused_by_name(keyword, value, look_on):
     model = theirs(THEIRS["llama"]())
-    with torch.no_grad(), pytest.raises(UserError, match=f"{keyword} to its attention"), look_on(model):
+    with (
+        torch.no_grad(),
+        pytest.raises(UserError, match=f"{keyword} to its attention"),
+        look_on(model),
+    ):
         model(tokens(), **{keyword: value})  # Llama passes on what it does not know
 
 

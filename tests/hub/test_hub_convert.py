@@ -19,7 +19,13 @@ SHAPE = {
 }
 WAYS = {
     "llama": (TransformerConfig, to_llama, from_llama, LlamaConfig, LlamaForCausalLM),
-    "diffllama": (DiffV1Config, to_diffllama, from_diffllama, DiffLlamaConfig, DiffLlamaForCausalLM),
+    "diffllama": (
+        DiffV1Config,
+        to_diffllama,
+        from_diffllama,
+        DiffLlamaConfig,
+        DiffLlamaForCausalLM,
+    ),
 }
 IDS = torch.randint(50, (2, 33), generator=torch.Generator().manual_seed(3))
 each_shape = pytest.mark.parametrize(("kv_heads", "tied"), [(8, True), (4, True), (2, False)])
@@ -54,7 +60,9 @@ def test_ours_to_theirs(way, kv_heads, tied):
     assert_same_logits(back, theirs)
     state, returned = ours.state_dict(), back.state_dict()
     folded = ("o_proj.weight", "sublayer_norm.weight") if way == "diffllama" else ()
-    assert all(torch.equal(state[name], returned[name]) for name in state if not name.endswith(folded))
+    assert all(
+        torch.equal(state[name], returned[name]) for name in state if not name.endswith(folded)
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -79,7 +87,10 @@ def test_types_are_kept():
     theirs = to_diffllama(ours)
     assert theirs.dtype == torch.bfloat16
     back = from_diffllama(theirs)
-    assert back.embed_tokens.weight.dtype == torch.bfloat16 and back.layers[0].self_attn.lambda_q1.dtype == torch.float32
+    assert (
+        back.embed_tokens.weight.dtype == torch.bfloat16
+        and back.layers[0].self_attn.lambda_q1.dtype == torch.float32
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,6 +126,13 @@ def test_other_architectures_are_refused():
     ],
 )
 def test_llamas_that_we_are_not(options, message):
-    config = LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=8, intermediate_size=96, vocab_size=50, **options)
+    config = LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        intermediate_size=96,
+        vocab_size=50,
+        **options,
+    )
     with pytest.raises(ValueError, match=message):
         from_llama(LlamaForCausalLM(config))

@@ -27,7 +27,14 @@ from diffx.ops import QuantizedLogits, reference
 from diffx.ops.quantized import SCOPES
 
 IDS = torch.randint(50, (2, 33), generator=torch.Generator().manual_seed(3))
-SHAPE = {"vocab_size": 50, "hidden_size": 64, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 48, "init_std": 0.2}
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "intermediate_size": 48,
+    "init_std": 0.2,
+}
 
 
 def ours(kind):
@@ -47,7 +54,10 @@ def logits(model, quantized=None):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize(("kind", "export"), [("transformer", to_llama), ("diff_v1", to_diffllama), ("diff_v2", to_diffx)])
+@pytest.mark.parametrize(
+    ("kind", "export"),
+    [("transformer", to_llama), ("diff_v1", to_diffllama), ("diff_v2", to_diffx)],
+)
 def test_an_exported_model_is_quantized_as_the_original_is(kind, export, scope):
     model = ours(kind)
     theirs = export(model).eval().double()
@@ -57,7 +67,9 @@ def test_an_exported_model_is_quantized_as_the_original_is(kind, export, scope):
 
 
 THEIRS = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=64, n_layer=2, n_head=4, n_positions=64)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    ),
     "mistral": lambda: MistralForCausalLM(
         MistralConfig(
             vocab_size=50,
@@ -92,9 +104,15 @@ def test_two_models_in_one_process_attend_each_in_its_way(kind):
         first, second = to_diffx(first), to_diffx(copy.deepcopy(first))
     else:
         first = to_llama(first).double().eval()
-        second = LlamaForCausalLM(first.config).double().eval() if kind.endswith("config") else copy.deepcopy(first)
+        second = (
+            LlamaForCausalLM(first.config).double().eval()
+            if kind.endswith("config")
+            else copy.deepcopy(first)
+        )
         second.load_state_dict(first.state_dict())
-    exact, coarse, fine = (logits(first, quantized) for quantized in (None, QuantizedLogits(3), QuantizedLogits(6)))
+    exact, coarse, fine = (
+        logits(first, quantized) for quantized in (None, QuantizedLogits(3), QuantizedLogits(6))
+    )
     assert len({float(out.sum()) for out in (exact, coarse, fine)}) == 3
     with ExitStack() as coarsely, ExitStack() as finely:
         coarsely.enter_context(quantizing_logits(first, QuantizedLogits(3)))
@@ -118,13 +136,20 @@ def test_an_implementation_is_a_property_of_the_module():
         calls.append(args)
         return reference.differential_attention(*args, **options)
 
-    attention_modules(model)[1].implementation = SimpleNamespace(differential_attention=differential_attention)
+    attention_modules(model)[1].implementation = SimpleNamespace(
+        differential_attention=differential_attention
+    )
     for each in (model, other, model):
         torch.testing.assert_close(logits(each), logits(other))
     assert len(calls) == 2  # of one layer, in the two passes of the first model
 
 
 def test_an_attention_that_cannot_be_quantized_is_named():
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4))
-    with pytest.raises(UserError, match="T5ForConditionalGeneration"), quantizing_logits(t5, QuantizedLogits(4)):
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    )
+    with (
+        pytest.raises(UserError, match="T5ForConditionalGeneration"),
+        quantizing_logits(t5, QuantizedLogits(4)),
+    ):
         t5(IDS, decoder_input_ids=IDS)

@@ -21,17 +21,29 @@ from diffx.config.model import (
 from diffx.models import KVCache, build_model, decoder, init_weights
 from diffx.models.layers import apply_rope, rope_tables
 
-SHAPE = {"hidden_size": 64, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 96, "vocab_size": 50, "init_std": 0.15}
+SHAPE = {
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 50,
+    "init_std": 0.15,
+}
 VARIANTS = {
     **{kind: cls(**SHAPE) for kind, cls in MODEL_CONFIGS.items()},
     "wide_head_norm": TransformerWideHeadConfig(**SHAPE, sublayer_norm=True),
     "diff_v1_head_dim": DiffV1Config(**SHAPE, halve=Halve.head_dim),
-    "diff_v1_lambda_per_head": DiffV1Config(**SHAPE, lambda_scope=LambdaScope.head, lambda_init=0.5),
+    "diff_v1_lambda_per_head": DiffV1Config(
+        **SHAPE, lambda_scope=LambdaScope.head, lambda_init=0.5
+    ),
     "diff_v1_no_norm": DiffV1Config(**SHAPE, sublayer_norm=False),
     "diff_v1_no_gain": DiffV1Config(**SHAPE, sublayer_norm_gain=False),
     "untied": TransformerConfig(**SHAPE, tie_embeddings=False),
 }
-pytestmark = pytest.mark.filterwarnings("error:Mismatch dtype")  # of a norm's input and gain, which takes it off its fused kernel
+pytestmark = pytest.mark.filterwarnings(
+    "error:Mismatch dtype"
+)  # of a norm's input and gain, which takes it off its fused kernel
 each_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -73,7 +85,9 @@ def test_cache_equals_full_forward(config):
     model, ids = make(config), tokens(2, 20)
     cache = KVCache(config, 2, 20, dtype=torch.float64)
     with torch.no_grad():
-        parts = [model(ids[:, start:end], cache=cache) for start, end in pairwise([0, 9, 10, 11, 16, 20])]
+        parts = [
+            model(ids[:, start:end], cache=cache) for start, end in pairwise([0, 9, 10, 11, 16, 20])
+        ]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), rtol=1e-10, atol=1e-10)
         assert cache.length == 20
         with pytest.raises(ValueError, match="20 tokens cannot hold 21"):
@@ -103,18 +117,25 @@ def test_document_boundaries_are_checked():
 
 def test_parameter_counts():
     def rest(kind, **options):
-        return build_model(MODEL_CONFIGS[kind](**SHAPE, **options), device="meta").num_parameters()["rest"]
+        return build_model(MODEL_CONFIGS[kind](**SHAPE, **options), device="meta").num_parameters()[
+            "rest"
+        ]
 
     layers, width, heads, d = SHAPE["num_layers"], SHAPE["hidden_size"], SHAPE["num_heads"], 8
     baseline = rest("transformer")
     projections = 2 * width * width + 2 * width * SHAPE["num_kv_heads"] * d
-    assert baseline == layers * (projections + 3 * width * SHAPE["intermediate_size"] + 2 * width) + width
+    assert (
+        baseline
+        == layers * (projections + 3 * width * SHAPE["intermediate_size"] + 2 * width) + width
+    )
     assert rest("transformer_wide_head") == baseline
     assert rest("transformer_wide_head", sublayer_norm=True) == baseline + layers * 2 * d
     assert rest("transformer_1p5h") == baseline + layers * width**2
     assert rest("diff_v1") == baseline + layers * 6 * d
     assert rest("diff_v1", sublayer_norm_gain=False) == baseline + layers * 4 * d
-    assert rest("diff_v1", lambda_scope=LambdaScope.head) == baseline + layers * (4 * d * heads // 2 + 2 * d)
+    assert rest("diff_v1", lambda_scope=LambdaScope.head) == baseline + layers * (
+        4 * d * heads // 2 + 2 * d
+    )
     assert rest("diff_v1", halve=Halve.head_dim) == baseline + layers * (4 * d // 2 + d)
     assert rest("diff_v2") == baseline + layers * (width**2 + width * heads)
 
@@ -134,13 +155,21 @@ def test_published_sizes(width, layers, diff_heads, ffn, billions):
     """The published shapes on the meta device; their counts take a feed-forward width of 8/3·D, which we round up to be whole."""
     heads = 2 * diff_heads
     config = DiffV1Config(
-        hidden_size=width, num_layers=layers, num_heads=heads, num_kv_heads=heads, intermediate_size=ffn, vocab_size=100288
+        hidden_size=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        intermediate_size=ffn,
+        vocab_size=100288,
     )
     with torch.device("meta"):
         model = build_model(config)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     count = model.num_parameters()
-    assert count["embedding"] == 100288 * width and count["embedding"] + count["rest"] == count["total"]
+    assert (
+        count["embedding"] == 100288 * width
+        and count["embedding"] + count["rest"] == count["total"]
+    )
     rounding = layers * 3 * width * (config.ffn_size - (ffn or 8 * width / 3))
     assert 0 <= rounding < 0.02 * count["total"]
     assert round((count["total"] - rounding) / 1e9, 1 if billions > 10 else 2) == billions
@@ -149,8 +178,15 @@ def test_published_sizes(width, layers, diff_heads, ffn, billions):
 def test_tied_embeddings_are_held_once():
     tied, untied = build_model(VARIANTS["transformer"]), build_model(VARIANTS["untied"])
     assert "lm_head.weight" not in tied.state_dict() and "lm_head.weight" in untied.state_dict()
-    assert tied.output_weight is tied.embed_tokens.weight and untied.output_weight is untied.lm_head.weight
-    assert untied.num_parameters()["embedding"] == 2 * tied.num_parameters()["embedding"] == 2 * 50 * 64
+    assert (
+        tied.output_weight is tied.embed_tokens.weight
+        and untied.output_weight is untied.lm_head.weight
+    )
+    assert (
+        untied.num_parameters()["embedding"]
+        == 2 * tied.num_parameters()["embedding"]
+        == 2 * 50 * 64
+    )
     assert untied.num_parameters()["rest"] == tied.num_parameters()["rest"]
 
 
@@ -161,11 +197,21 @@ def test_vocabulary_must_be_known():
 
 @pytest.mark.parametrize(
     ("kind", "attention"),  # multiply-adds of a layer for each query-key pair, in units of D
-    [("transformer", 2), ("transformer_wide_head", 2), ("transformer_1p5h", 3), ("diff_v1", 3), ("diff_v2", 4)],
+    [
+        ("transformer", 2),
+        ("transformer_wide_head", 2),
+        ("transformer_1p5h", 3),
+        ("diff_v1", 3),
+        ("diff_v2", 4),
+    ],
 )
 def test_flops(kind, attention):
     model = build_model(MODEL_CONFIGS[kind](**SHAPE), device="meta")
-    counted = sum(p.numel() for name, p in model.named_parameters() if name.endswith("proj.weight") or name.startswith("embed"))
+    counted = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if name.endswith("proj.weight") or name.startswith("embed")
+    )
     expected = 6 * counted + 6 * SHAPE["num_layers"] * attention * 64 * 128 / 2
     assert model.flops_per_token(128) == expected
 
@@ -178,12 +224,19 @@ def test_lambda_of_v1(scope, lambda_init):
     for layer, block in enumerate(model.layers):
         attn = block.self_attn
         start = published[layer] if lambda_init == "depth" else 0.5
-        vectors = [getattr(attn, f"lambda_{name}").detach().reshape(-1, 8).tolist() for name in ("q1", "k1", "q2", "k2")]
+        vectors = [
+            getattr(attn, f"lambda_{name}").detach().reshape(-1, 8).tolist()
+            for name in ("q1", "k1", "q2", "k2")
+        ]
         expected = [
-            math.exp(sum(map(mul, q1, k1))) - math.exp(sum(map(mul, q2, k2))) + start for q1, k1, q2, k2 in zip(*vectors, strict=True)
+            math.exp(sum(map(mul, q1, k1))) - math.exp(sum(map(mul, q2, k2))) + start
+            for q1, k1, q2, k2 in zip(*vectors, strict=True)
         ]
         value = attn.lambda_value()
-        assert value.shape == ((4,) if scope is LambdaScope.head else ()) and value.dtype == torch.float32
+        assert (
+            value.shape == ((4,) if scope is LambdaScope.head else ())
+            and value.dtype == torch.float32
+        )
         torch.testing.assert_close(value.reshape(-1), torch.tensor(expected), rtol=0, atol=5e-5)
         assert abs(value - start).max() > 1e-4  # the vectors count
 
@@ -202,7 +255,9 @@ def test_lambda_stays_in_fp32():
     attn = model.layers[1].self_attn
     vector, value = attn.lambda_q1.detach().clone(), attn.lambda_value()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(attn.lambda_value(), value) and attn.lambda_value().dtype == torch.float32
+        assert (
+            torch.equal(attn.lambda_value(), value) and attn.lambda_value().dtype == torch.float32
+        )
         logits = model(tokens(1, 8))
     assert logits.dtype == torch.bfloat16
     for cast in (model.bfloat16, model.half, lambda: model.to(torch.bfloat16)):
@@ -231,8 +286,12 @@ def test_rope_has_one_meaning(monkeypatch):
     eager = apply_rope(x, cos, sin)
     angle = 6 * 100 ** (-4 / 8)  # position 2 + 4, pair 2
     even, odd = x[1, 4, 2, 4].item(), x[1, 4, 2, 5].item()
-    assert eager[1, 4, 2, 4].item() == pytest.approx(even * math.cos(angle) - odd * math.sin(angle), abs=1e-6)
-    assert eager[1, 4, 2, 5].item() == pytest.approx(even * math.sin(angle) + odd * math.cos(angle), abs=1e-6)
+    assert eager[1, 4, 2, 4].item() == pytest.approx(
+        even * math.cos(angle) - odd * math.sin(angle), abs=1e-6
+    )
+    assert eager[1, 4, 2, 5].item() == pytest.approx(
+        even * math.sin(angle) + odd * math.cos(angle), abs=1e-6
+    )
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(apply_rope(x, cos, sin), eager, rtol=1e-12, atol=1e-12)
     assert apply_rope(x.bfloat16(), cos, sin).dtype == torch.bfloat16
@@ -256,7 +315,9 @@ def test_cache_of_rows_that_differ_in_length(kind):
         for row, (source, kept, drop) in enumerate(zip(chosen, [7, 5, 5], [0, 1, 3], strict=True)):
             alone = torch.cat([ids[source, :kept], more[row, : 4 - drop], ids[row, 13:16]])[None]
             expected = model(alone)[0]
-            torch.testing.assert_close(first[row, : 4 - drop], expected[kept : kept + 4 - drop], rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(
+                first[row, : 4 - drop], expected[kept : kept + 4 - drop], rtol=1e-9, atol=1e-10
+            )
             torch.testing.assert_close(second[row], expected[-3:], rtol=1e-9, atol=1e-10)
 
 
@@ -280,16 +341,24 @@ def test_a_loss_in_chunks_is_the_loss(tied, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     ids, targets = torch.randint(50, (2, 2, 11), generator=generator)
     targets[0, :4] = -100
-    expected = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    expected = F.cross_entropy(
+        model(ids).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
     gradients, whole = torch.autograd.grad(expected, list(model.parameters())), decoder._loss
     for rows, chunks in ((22, 1), (21, 2), (5, 5), (1, 22)):
         monkeypatch.setattr(decoder, "LOGITS", 50 * rows)
         calls = []
-        monkeypatch.setattr(decoder, "_loss", lambda *args, whole=whole, calls=calls: (calls.append(1), whole(*args))[1])
+        monkeypatch.setattr(
+            decoder,
+            "_loss",
+            lambda *args, whole=whole, calls=calls: (calls.append(1), whole(*args))[1],
+        )
         loss = model(ids, targets=targets)
         assert len(calls) == chunks  # backward calls them again
         torch.testing.assert_close(loss, expected)
-        for one, other in zip(torch.autograd.grad(loss, list(model.parameters())), gradients, strict=True):
+        for one, other in zip(
+            torch.autograd.grad(loss, list(model.parameters())), gradients, strict=True
+        ):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-6)
 
 
@@ -305,7 +374,9 @@ def test_a_loss_holds_no_more_logits_than_a_chunk(monkeypatch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            largest = max([largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+            largest = max(
+                [largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))]
+            )
             return out
 
     with Watch():

@@ -12,7 +12,15 @@ PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 
 def make(kind="diff_v1"):
     model = build_model(
-        MODEL_CONFIGS[kind](hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64, vocab_size=40, init_std=0.3)
+        MODEL_CONFIGS[kind](
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            intermediate_size=64,
+            vocab_size=40,
+            init_std=0.3,
+        )
     )
     init_weights(model, 0)
     return model
@@ -53,13 +61,22 @@ def test_stops_at_end_of_text():
     model = make()
     tokens = list(generate(model, PROMPT, max_tokens=12, temperature=0))
     stop = tokens.index(tokens[7])
-    assert list(generate(model, PROMPT, max_tokens=12, temperature=0, eot_id=tokens[7])) == tokens[:stop]
+    assert (
+        list(generate(model, PROMPT, max_tokens=12, temperature=0, eot_id=tokens[7]))
+        == tokens[:stop]
+    )
 
 
 def frequencies(logits, n=4000, **settings):
     options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
     draws = generator()
-    return torch.bincount(torch.tensor([sample(logits, generator=draws, **options) for _ in range(n)]), minlength=len(logits)) / n
+    return (
+        torch.bincount(
+            torch.tensor([sample(logits, generator=draws, **options) for _ in range(n)]),
+            minlength=len(logits),
+        )
+        / n
+    )
 
 
 def test_distribution():
@@ -69,13 +86,19 @@ def test_distribution():
         assert (frequencies(logits, temperature=temperature) - expected).abs().max() < 0.03
     top_2 = torch.tensor([0, 4 / 7, 0, 3 / 7])
     assert (frequencies(logits, top_k=2) - top_2).abs().max() < 0.03
-    assert (frequencies(logits, top_p=0.65) - top_2).abs().max() < 0.03  # 0.4 + 0.3 reach it, 0.4 does not
+    assert (
+        frequencies(logits, top_p=0.65) - top_2
+    ).abs().max() < 0.03  # 0.4 + 0.3 reach it, 0.4 does not
     assert frequencies(logits, top_p=0.75)[0] == 0 < frequencies(logits, top_p=0.75)[2]
     # after top_k the probabilities are 4/7 and 3/7, so that the first alone reaches 0.5
     assert frequencies(logits, n=50, top_k=2, top_p=0.5)[1] == 1
 
 
 def test_prompt_is_checked():
-    for prompt in (torch.zeros(1, 0, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long), torch.zeros(3, dtype=torch.long)):
+    for prompt in (
+        torch.zeros(1, 0, dtype=torch.long),
+        torch.zeros(2, 3, dtype=torch.long),
+        torch.zeros(3, dtype=torch.long),
+    ):
         with pytest.raises(ValueError, match="must be \\(1, T\\)"):
             next(generate(make(), prompt, max_tokens=1))

@@ -8,7 +8,14 @@ import torch
 from diffx.config.model import MODEL_CONFIGS, DiffV1Config
 from diffx.models import build_model, init_weights
 
-SHAPE = {"hidden_size": 128, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 256, "vocab_size": 300}
+SHAPE = {
+    "hidden_size": 128,
+    "num_layers": 2,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "intermediate_size": 256,
+    "vocab_size": 300,
+}
 
 
 def make(kind, seed=0, **options):
@@ -32,7 +39,9 @@ def test_standard_deviations(kind, scaled):
         if layer.startswith("lambda_") and layer != "lambda_proj":
             std = 0.1
         else:
-            std = 0.03 / 2 if scaled and layer in ("o_proj", "down_proj") else 0.03  # sqrt(2 · 2 layers) = 2
+            std = (
+                0.03 / 2 if scaled and layer in ("o_proj", "down_proj") else 0.03
+            )  # sqrt(2 · 2 layers) = 2
         bound = 4 / parameter.numel() ** 0.5  # four standard errors
         assert abs(parameter.mean()) < bound * std, name
         assert abs(parameter.std() / std - 1) < bound, name
@@ -70,5 +79,9 @@ def test_global_generator_and_type_do_not_matter():
 def test_common_tensors_are_equal_across_architectures(kind):
     baseline, state = make("transformer").state_dict(), make(kind).state_dict()
     common = [name for name in baseline if state[name].shape == baseline[name].shape]
-    assert {"embed_tokens.weight", "layers.1.mlp.up_proj.weight", "layers.0.self_attn.k_proj.weight"} <= set(common)
+    assert {
+        "embed_tokens.weight",
+        "layers.1.mlp.up_proj.weight",
+        "layers.0.self_attn.k_proj.weight",
+    } <= set(common)
     assert all(torch.equal(state[name], baseline[name]) for name in common)

@@ -14,7 +14,14 @@ from diffx.ops import attention, attention_maps, differential_attention, differe
 
 FAST = ["sdpa", "blocks"]
 # (B, Tq, Tk, H, H_kv, d): grouped and not, cached, decoding one token, more rows than a block, odd sizes
-SHAPES = [(2, 9, 9, 4, 4, 8), (1, 70, 70, 8, 4, 4), (2, 131, 131, 4, 2, 6), (2, 5, 17, 8, 2, 4), (1, 1, 33, 4, 2, 8), (1, 1, 1, 2, 2, 2)]
+SHAPES = [
+    (2, 9, 9, 4, 4, 8),
+    (1, 70, 70, 8, 4, 4),
+    (2, 131, 131, 4, 2, 6),
+    (2, 5, 17, 8, 2, 4),
+    (1, 1, 33, 4, 2, 8),
+    (1, 1, 1, 2, 2, 2),
+]
 
 
 def tensors(shape, differential, dtype=torch.float64):
@@ -22,7 +29,9 @@ def tensors(shape, differential, dtype=torch.float64):
     generator = torch.Generator().manual_seed(sum(shape))
 
     def draw(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        return (
+            torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        )
 
     v = draw(batch, tk, kv_heads // 2, 2 * d) if differential else draw(batch, tk, kv_heads, d)
     return draw(batch, tq, heads, d), draw(batch, tk, kv_heads, d), v
@@ -30,7 +39,9 @@ def tensors(shape, differential, dtype=torch.float64):
 
 def outputs_and_gradients(op, *inputs):
     out = op(*inputs)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    weights = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(out.dtype)
     return [out, *torch.autograd.grad(out, inputs, weights)]
 
 
@@ -50,7 +61,10 @@ def test_reference_is_the_definition(causal):
     q, k, v, out = (t.detach() for t in (q, k, v, out))
 
     def row(query, keys, position):  # one row of a softmax map, with plain sums
-        weights = [math.exp(float(query @ key) / 2.0) if not causal or j <= position else 0.0 for j, key in enumerate(keys)]
+        weights = [
+            math.exp(float(query @ key) / 2.0) if not causal or j <= position else 0.0
+            for j, key in enumerate(keys)
+        ]
         return torch.tensor(weights, dtype=torch.float64) / sum(weights)
 
     for b in range(2):
@@ -81,13 +95,21 @@ def test_matches_reference(impl, shape, causal, scale):
     inputs = tensors(shape, differential=False)
     options = {"causal": causal, "scale": scale}
     actual = outputs_and_gradients(partial(attention, impl=impl, **options), *inputs)
-    assert_same(actual, outputs_and_gradients(partial(attention, impl="reference", **options), *inputs), 1e-10)
+    assert_same(
+        actual,
+        outputs_and_gradients(partial(attention, impl="reference", **options), *inputs),
+        1e-10,
+    )
 
     inputs = tensors(shape, differential=True)
     for lam in (torch.tensor(0.3), torch.linspace(-0.2, 0.9, shape[3] // 2)):
         lam = lam.double().requires_grad_()
-        actual = outputs_and_gradients(partial(differential_attention, impl=impl, **options), *inputs, lam)
-        expected = outputs_and_gradients(partial(differential_attention, impl="reference", **options), *inputs, lam)
+        actual = outputs_and_gradients(
+            partial(differential_attention, impl=impl, **options), *inputs, lam
+        )
+        expected = outputs_and_gradients(
+            partial(differential_attention, impl="reference", **options), *inputs, lam
+        )
         assert_same(actual, expected, 1e-10)
 
 
@@ -108,13 +130,17 @@ def test_gradcheck(impl):
     q, k, v = tensors((1, 4, 6, 4, 2, 2), differential=True)
     lam = torch.tensor([0.2, 0.6], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(partial(differential_attention, impl=impl), (q, k, v, lam))
-    assert torch.autograd.gradcheck(partial(attention, impl=impl), tensors((1, 4, 4, 4, 2, 2), differential=False))
+    assert torch.autograd.gradcheck(
+        partial(attention, impl=impl), tensors((1, 4, 4, 4, 2, 2), differential=False)
+    )
 
 
 def test_value_narrower_or_wider_than_key():
     q, k, _ = tensors((2, 6, 6, 4, 2, 4), differential=False)
     for width in (2, 10):
-        v = torch.randn(2, 6, 2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        v = torch.randn(
+            2, 6, 2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
         expected = attention(q, k, v, impl="reference")
         assert expected.shape == (2, 6, 4, width)
         for impl in FAST:
@@ -130,7 +156,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        self.elements = max(
+            [self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))]
+        )
         return out
 
 
@@ -138,10 +166,14 @@ class Largest(TorchDispatchMode):
 def test_memory_is_linear(impl):
     heads, d = 2, 4
     for length in (1024, 2048, 4096, 8192):
-        inputs = tensors((1, length, length, heads, heads, d), differential=True, dtype=torch.float32)
+        inputs = tensors(
+            (1, length, length, heads, heads, d), differential=True, dtype=torch.float32
+        )
         with Largest() as largest:
             differential_attention(*inputs, 0.3, impl=impl).sum().backward()
-        rows = {"sdpa": 2 * d, "blocks": 64 * heads}[impl]  # elements for each token: a padded query, or a block of both maps
+        rows = {"sdpa": 2 * d, "blocks": 64 * heads}[
+            impl
+        ]  # elements for each token: a padded query, or a block of both maps
         assert largest.elements <= max(rows, heads * 2 * d) * length
         with torch.no_grad(), Largest() as largest:  # one token against a cache
             differential_attention(inputs[0][:, -1:], *inputs[1:], 0.3, impl=impl)
@@ -156,7 +188,11 @@ def test_measured_memory_is_linear(impl):
         inputs = tensors((1, length, length, 2, 2, 4), differential=True, dtype=torch.float32)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             differential_attention(*inputs, 0.3, impl=impl).sum().backward()
-        allocations = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        allocations = [
+            event.nbytes()
+            for event in profiled.profiler.kineto_results.events()
+            if event.name() == "[memory]"
+        ]
         peaks.append(max(accumulate(allocations)))
     assert all(longer < 2.2 * shorter for shorter, longer in pairwise(peaks)), peaks
     assert peaks[-1] < 8192 * 8192  # bytes; one map would be four times that
@@ -168,7 +204,9 @@ def test_picks_a_fast_implementation_and_refuses_unknown_ones():
         differential_attention(q, k, v, 0.3)
         attention(q, k, k)
     assert largest.elements < 512 * 512
-    with pytest.raises(ValueError, match="impl='flash' is unknown: choose one of reference, sdpa, blocks"):
+    with pytest.raises(
+        ValueError, match="impl='flash' is unknown: choose one of reference, sdpa, blocks"
+    ):
         attention(q, k, k, impl="flash")
 
 

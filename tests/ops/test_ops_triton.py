@@ -20,7 +20,11 @@ from diffx.ops import differential_attention
 from diffx.ops import triton_attention as ours
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RELATIVE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of the norm of each output and gradient
+RELATIVE = {
+    torch.float32: 2e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 2e-2,
+}  # of the norm of each output and gradient
 
 
 def draw(shape, dtype=torch.float32, seed=0):
@@ -31,7 +35,11 @@ def draw(shape, dtype=torch.float32, seed=0):
     def tensor(*size):
         return torch.randn(size, generator=generator).to(DEVICE, dtype).requires_grad_()
 
-    q, k, v = tensor(batch, tq, 2 * heads, d), tensor(batch, tk, 2 * groups, d), tensor(batch, tk, groups, 2 * d)
+    q, k, v = (
+        tensor(batch, tq, 2 * heads, d),
+        tensor(batch, tk, 2 * groups, d),
+        tensor(batch, tk, groups, 2 * d),
+    )
     lam = torch.linspace(0.2, 0.9, heads, device=DEVICE).requires_grad_()
     return q, k, v, lam, tensor(batch, tq, heads, 2 * d).detach()
 
@@ -47,7 +55,9 @@ def seen_by_loop(tq, tk, causal, documents):
     for i in range(tq):
         place = tk - tq + i
         for j in range(tk):
-            same = documents is None or sum(j >= start for start in documents) == sum(place >= start for start in documents)
+            same = documents is None or sum(j >= start for start in documents) == sum(
+                place >= start for start in documents
+            )
             seen[i, j] = same and (not causal or j <= place)
     return seen
 
@@ -58,7 +68,9 @@ def explicit(q, k, v, lam, weights, seen, scale=None):
     q, k, v, lam = inputs
     per_group = v.shape[2] and q.shape[2] // 2 // v.shape[2]
     order = [2 * (m // 2 // per_group) + m % 2 for m in range(q.shape[2])]
-    logits = torch.einsum("bqmd,bkmd->bmqk", q, k[:, :, order]) * (q.shape[3] ** -0.5 if scale is None else scale)
+    logits = torch.einsum("bqmd,bkmd->bmqk", q, k[:, :, order]) * (
+        q.shape[3] ** -0.5 if scale is None else scale
+    )
     maps = logits.masked_fill(~seen.to(q.device), -torch.inf).softmax(-1)
     signed = maps[:, 0::2] - lam.view(-1, 1, 1) * maps[:, 1::2]
     out = torch.einsum("bhqk,bkhd->bqhd", signed, v.repeat_interleave(per_group, 2))
@@ -66,14 +78,18 @@ def explicit(q, k, v, lam, weights, seen, scale=None):
 
 
 def fused(q, k, v, lam, weights, **options):
-    out = ours.differential_attention(q, k, v, lam, options.pop("causal", True), options.pop("scale", None), **options)
+    out = ours.differential_attention(
+        q, k, v, lam, options.pop("causal", True), options.pop("scale", None), **options
+    )
     return [out, *torch.autograd.grad(out, (q, k, v, lam), weights)]
 
 
 def assert_close(found, expected, rtol):
     for name, one, other in zip(("out", "dq", "dk", "dv", "dlam"), found, expected, strict=True):
         assert one.shape == other.shape
-        scale = other.norm() if other.norm() > 1e-6 else expected[0].norm()  # where one key is seen, two gradients are zero in theory
+        scale = (
+            other.norm() if other.norm() > 1e-6 else expected[0].norm()
+        )  # where one key is seen, two gradients are zero in theory
         error = (one.double() - other).norm() / scale
         assert error <= rtol, (name, float(error))
 
@@ -90,7 +106,9 @@ LONG = [(1, 129, 129, 2, 1, 128)]
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)
-@pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in LONG)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in LONG)], ids=str
+)
 def test_output_and_every_gradient(shape, dtype):
     q, k, v, lam, weights = draw(shape, dtype)
     expected = explicit(q, k, v, lam, weights, seen_by_loop(shape[1], shape[2], True, None))
@@ -104,16 +122,24 @@ def test_a_long_text():
     length = 4097 if DEVICE == "cuda" else 513  # the interpreter takes minutes for the longer one
     q, k, v, lam, weights = draw((1, length, length, 1, 1, 64))
     place = torch.arange(length, device=DEVICE)
-    assert_close(fused(q, k, v, lam, weights), explicit(q, k, v, lam, weights, place <= place[:, None]), 4e-6)
+    assert_close(
+        fused(q, k, v, lam, weights), explicit(q, k, v, lam, weights, place <= place[:, None]), 4e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("causal", "documents"),
-    [(False, None), (True, [0, 50, 51, 130]), pytest.param(False, [0, 1, 64, 130], marks=pytest.mark.slow)],
+    [
+        (False, None),
+        (True, [0, 50, 51, 130]),
+        pytest.param(False, [0, 1, 64, 130], marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_seen(causal, documents):
     q, k, v, lam, weights = draw((1, 130, 130, 2, 1, 32))
-    cu_seqlens = None if documents is None else torch.tensor(documents, dtype=torch.int32, device=DEVICE)
+    cu_seqlens = (
+        None if documents is None else torch.tensor(documents, dtype=torch.int32, device=DEVICE)
+    )
     found = fused(q, k, v, lam, weights, causal=causal, cu_seqlens=cu_seqlens, scale=0.3)
     seen = seen_by_loop(130, 130, causal, documents and documents[:-1])
     assert_close(found, explicit(q, k, v, lam, weights, seen, scale=0.3), 2e-6)
@@ -121,7 +147,9 @@ def test_what_is_seen(causal, documents):
 
 def test_each_document_is_as_it_is_alone():
     q, k, v, lam, _ = draw((1, 90, 90, 2, 1, 32))
-    whole = ours.differential_attention(q, k, v, lam, True, None, cu_seqlens=torch.tensor([0, 37, 90], device=DEVICE))
+    whole = ours.differential_attention(
+        q, k, v, lam, True, None, cu_seqlens=torch.tensor([0, 37, 90], device=DEVICE)
+    )
     for part in (slice(0, 37), slice(37, 90)):
         alone = ours.differential_attention(q[:, part], k[:, part], v[:, part], lam, True, None)
         torch.testing.assert_close(whole[:, part], alone, rtol=1e-5, atol=1e-6)
@@ -130,7 +158,9 @@ def test_each_document_is_as_it_is_alone():
 def test_a_scalar_lambda_and_tensors_that_are_not_contiguous():
     q, k, v, _, weights = draw((2, 33, 33, 2, 2, 32))
     lam = torch.tensor(0.4, device=DEVICE, requires_grad=True)
-    q2, k2, v2 = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
+    q2, k2, v2 = (
+        x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)
+    )
     assert not q2.is_contiguous()
     found = fused(q2, k2, v2, lam, weights.transpose(0, 1).contiguous().transpose(0, 1))
     expected = explicit(q, k, v, lam, weights, seen_by_loop(33, 33, True, None))
@@ -144,25 +174,36 @@ def test_gradients_are_the_same_bit_for_bit_each_time():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1, 2, 1, 32), (2, 1, 700, 4, 2, 64), (1, 1, 513, 6, 1, 96)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 1, 2, 1, 32), (2, 1, 700, 4, 2, 64), (1, 1, 513, 6, 1, 96)], ids=str
+)
 @pytest.mark.parametrize("dtype", RELATIVE)
 def test_decoding_with_a_cache(shape, dtype):
     q, k, v, lam, weights = draw(shape, dtype)
     with torch.no_grad():
         out = ours.differential_attention(q, k, v, lam, True, None)
     expected = explicit(q, k, v, lam, weights, torch.ones(1, shape[2], dtype=torch.bool))[0]
-    assert out.dtype == dtype and (out.double() - expected).norm() <= RELATIVE[dtype] * expected.norm()
+    assert (
+        out.dtype == dtype and (out.double() - expected).norm() <= RELATIVE[dtype] * expected.norm()
+    )
 
 
 @pytest.mark.slow
 def test_the_operations_keep_the_rules_of_torch_library():
     q, k, v, lam, weights = draw((1, 20, 20, 2, 1, 32))
     cu_seqlens = torch.tensor([0, 7, 20], device=DEVICE)
-    torch.library.opcheck(torch.ops.diffx.differential_attention, (q, k, v, lam, True, 0.2, cu_seqlens))
+    torch.library.opcheck(
+        torch.ops.diffx.differential_attention, (q, k, v, lam, True, 0.2, cu_seqlens)
+    )
     with torch.no_grad():
         out = torch.ops.diffx.differential_attention(q, k, v, lam, True, 0.2, None)
-        torch.library.opcheck(torch.ops.diffx.differential_attention_backward, (weights, q, k, v, lam, *out, True, 0.2, None))
-        torch.library.opcheck(torch.ops.diffx.differential_attention_decode, (q[:, :1].contiguous(), k, v, lam, 0.2))
+        torch.library.opcheck(
+            torch.ops.diffx.differential_attention_backward,
+            (weights, q, k, v, lam, *out, True, 0.2, None),
+        )
+        torch.library.opcheck(
+            torch.ops.diffx.differential_attention_decode, (q[:, :1].contiguous(), k, v, lam, 0.2)
+        )
 
 
 def test_compiled_without_a_graph_break_and_checkpointed():
@@ -171,8 +212,14 @@ def test_compiled_without_a_graph_break_and_checkpointed():
     def block(q, k, v, lam):
         return ours.differential_attention(q * 2, k, v, lam.tanh(), True, None) + 1
 
-    expected = [block(q, k, v, lam), *torch.autograd.grad(block(q, k, v, lam), (q, k, v, lam), weights)]
-    for way in (torch.compile(block, fullgraph=True, backend="aot_eager"), partial(checkpoint, block, use_reentrant=False)):
+    expected = [
+        block(q, k, v, lam),
+        *torch.autograd.grad(block(q, k, v, lam), (q, k, v, lam), weights),
+    ]
+    for way in (
+        torch.compile(block, fullgraph=True, backend="aot_eager"),
+        partial(checkpoint, block, use_reentrant=False),
+    ):
         out = way(q, k, v, lam)
         found = [out, *torch.autograd.grad(out, (q, k, v, lam), weights)]
         for one, other in zip(found, expected, strict=True):
@@ -192,7 +239,13 @@ def test_autocast_computes_in_its_type():
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_a_whole_model(kv_heads):
     config = MODEL_CONFIGS["diff_v1"](
-        vocab_size=50, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=kv_heads, intermediate_size=48, init_std=0.2
+        vocab_size=50,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        intermediate_size=48,
+        init_std=0.2,
     )
     model = build_model(config).to(DEVICE)
     init_weights(model, 0)
@@ -202,7 +255,9 @@ def test_a_whole_model(kv_heads):
         attend_by(model, implementation)
         logits = model(ids)
         logits.square().mean().backward()
-        found.append([logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        found.append(
+            [logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+        )
         model.zero_grad()
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm().clamp_min(1e-6)
@@ -211,7 +266,12 @@ def test_a_whole_model(kv_heads):
 def test_what_it_does_not_take_is_said():
     q, k, v, lam, _ = draw((1, 4, 4, 2, 1, 32))
     call = partial(differential_attention, impl="triton")
-    torch.testing.assert_close(call(q, k, v, lam), differential_attention(q, k, v, lam, impl="reference"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        call(q, k, v, lam),
+        differential_attention(q, k, v, lam, impl="reference"),
+        rtol=1e-5,
+        atol=1e-5,
+    )
     with pytest.raises(ValueError, match="key_mask"):
         call(q, k, v, lam, key_mask=torch.ones(1, 4, dtype=torch.bool, device=DEVICE))
     with pytest.raises(ValueError, match=r"float64"):
@@ -219,7 +279,9 @@ def test_what_it_does_not_take_is_said():
     with pytest.raises(ValueError, match="128 features"):
         call(*draw((1, 4, 4, 2, 1, 160))[:4])
     with pytest.raises(ValueError, match="a query for each key"):
-        ours.differential_attention(q[:, :1], k, v, lam, True, None, cu_seqlens=torch.tensor([0, 4], device=DEVICE))
+        ours.differential_attention(
+            q[:, :1], k, v, lam, True, None, cu_seqlens=torch.tensor([0, 4], device=DEVICE)
+        )
 
 
 COMPILE = """
@@ -253,29 +315,43 @@ print(json.dumps(shared))
 @pytest.mark.slow
 def test_the_kernels_compile_for_gpus_and_fit_in_their_shared_memory(tmp_path):
     """No GPU is needed to compile. 99 KiB are what a block of any GPU since 2020 can have."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path)
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     shared = json.loads(done.stdout.splitlines()[-1])
     assert len(shared) == 10 and max(shared.values()) <= 99 * 1024, shared
 
 
 def test_documents_of_a_batch_are_one_call(monkeypatch):
-    config = MODEL_CONFIGS["diff_v1"](vocab_size=50, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=48, init_std=0.2)
+    config = MODEL_CONFIGS["diff_v1"](
+        vocab_size=50, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=48, init_std=0.2
+    )
     model = build_model(config).to(DEVICE)
     init_weights(model, 0)
     ids = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     bounds = torch.tensor([0, 7, 20, 23, 40], device=DEVICE)
     seen, whole = [], ours.differential_attention
-    monkeypatch.setattr(ours, "differential_attention", lambda *args, **options: (seen.append(options), whole(*args, **options))[1])
+    monkeypatch.setattr(
+        ours,
+        "differential_attention",
+        lambda *args, **options: (seen.append(options), whole(*args, **options))[1],
+    )
     found = []
     for implementation in (None, ours):
         attend_by(model, implementation)
         logits = model(ids, cu_seqlens=bounds)
         logits.square().mean().backward()
-        found.append([logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        found.append(
+            [logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+        )
         model.zero_grad()
-    assert [options["cu_seqlens"] is bounds for options in seen] == [True] * 2  # one call a layer, and no copy of the bounds
+    assert [options["cu_seqlens"] is bounds for options in seen] == [
+        True
+    ] * 2  # one call a layer, and no copy of the bounds
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm().clamp_min(1e-6)
 
@@ -283,7 +359,13 @@ def test_documents_of_a_batch_are_one_call(monkeypatch):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_a_model_generates_with_its_cache_as_it_does_otherwise(kv_heads):
     config = MODEL_CONFIGS["diff_v1"](
-        vocab_size=50, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=kv_heads, intermediate_size=48, init_std=0.2
+        vocab_size=50,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        intermediate_size=48,
+        init_std=0.2,
     )
     model = build_model(config).to(DEVICE)
     init_weights(model, 0)

@@ -15,11 +15,20 @@ TRAIN = (
 def runs(tmp_path_factory):
     """Two seeds of two architectures, and one of a third."""
     folder = tmp_path_factory.mktemp("runs")
-    rows = ({"text": f"Note {n}. The square of {n} is {n * n}. Nothing else is known of it. " * 3} for n in range(100))
+    rows = (
+        {"text": f"Note {n}. The square of {n} is {n * n}. Nothing else is known of it. " * 3}
+        for n in range(100)
+    )
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFX_CACHE", str(folder / "cache"))
-        for kind, seed in (("transformer", 0), ("transformer", 1), ("diff_v1", 0), ("diff_v1", 1), ("diff_v2", 0)):
+        for kind, seed in (
+            ("transformer", 0),
+            ("transformer", 1),
+            ("diff_v1", 0),
+            ("diff_v1", 1),
+            ("diff_v2", 0),
+        ):
             where = f"run.dir={folder}/{kind}-{seed} data.path={folder}/text.jsonl model={kind} seed={seed}"
             assert main(["train", *TRAIN.split(), *where.split()]) == 0
     return folder

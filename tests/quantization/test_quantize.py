@@ -51,7 +51,10 @@ def test_the_suite_gives_the_loss_of_a_forward_pass_over_the_whole_text(runs, me
     records = {record["id"]: record for record in read_records(folder)}
     for example in examples:
         ids = torch.as_tensor(np.asarray(example.data["tokens"]).astype(np.int64))
-        logits, states = quantizing_logits(loaded.model, QuantizedLogits(3)), quantizing_states(loaded.model, 3, StateScope.tensor)
+        logits, states = (
+            quantizing_logits(loaded.model, QuantizedLogits(3)),
+            quantizing_states(loaded.model, 3, StateScope.tensor),
+        )
         expected = whole_loss(loaded.model, ids, logits if method == "attention_logits" else states)
         assert nll(records[example.id]) == pytest.approx(float(expected), abs=1e-5)
 
@@ -59,13 +62,19 @@ def test_the_suite_gives_the_loss_of_a_forward_pass_over_the_whole_text(runs, me
 @pytest.mark.parametrize("export", [lambda model: model, to_llama])
 @pytest.mark.parametrize("scope", list(StateScope))
 def test_states_are_quantized_as_the_oracle_says(scope, export):
-    model = build_model(MODEL_CONFIGS["transformer"](vocab_size=50, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48))
+    model = build_model(
+        MODEL_CONFIGS["transformer"](
+            vocab_size=50, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48
+        )
+    )
     init_weights(model, 0)
     model = export(model.eval())
     ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(1))
     seen = []
     blocks = decoder_blocks(model)
-    first = blocks[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].numpy().astype(np.float64)))
+    first = blocks[1].register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].numpy().astype(np.float64))
+    )
     with torch.no_grad():
         model(ids)
         with quantizing_states(model, 4, scope):
@@ -90,14 +99,25 @@ def test_without_a_cache_the_model_says_the_same(tokenizer, tmp_path):
         prompts = [tokenizer.encode("The square of 12"), tokenizer.encode("Note 7")]
         with_cache, without = (LanguageModel(loaded, caches) for caches in (True, False))
         assert with_cache.generate(prompts, 12) == without.generate(prompts, 12)
-        drawn = [list(lm.sample(prompts[0], 8, temperature=0.9, top_k=0, top_p=1.0, seed=3)) for lm in (with_cache, without)]
+        drawn = [
+            list(lm.sample(prompts[0], 8, temperature=0.9, top_k=0, top_p=1.0, seed=3))
+            for lm in (with_cache, without)
+        ]
         assert drawn[0] == drawn[1]
-        with quantizing_logits(theirs, QuantizedLogits(3, "row")):  # whose scale is a row's, which a cache does not change
+        with quantizing_logits(
+            theirs, QuantizedLogits(3, "row")
+        ):  # whose scale is a row's, which a cache does not change
             assert with_cache.generate(prompts, 12) == without.generate(prompts, 12)
 
 
 def decoder(kind, tokenizer):
-    config = MODEL_CONFIGS[kind](vocab_size=tokenizer.vocab_size, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48)
+    config = MODEL_CONFIGS[kind](
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=48,
+    )
     model = build_model(config)
     init_weights(model, 1)
     return model.eval()
@@ -106,22 +126,46 @@ def decoder(kind, tokenizer):
 @pytest.mark.slow
 def test_a_sweep_ends_in_one_report(runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
-    every = ",".join(f"{runs}/{kind}-{seed}" for kind in ("transformer", "diff_v1") for seed in (0, 1))
-    assert main(["quantize", "-m", f"checkpoint={every}", *SUITE.split(), "bits=[2]", f"hydra.sweep.dir={runs}/sweep"]) == 0
+    every = ",".join(
+        f"{runs}/{kind}-{seed}" for kind in ("transformer", "diff_v1") for seed in (0, 1)
+    )
+    assert (
+        main(
+            [
+                "quantize",
+                "-m",
+                f"checkpoint={every}",
+                *SUITE.split(),
+                "bits=[2]",
+                f"hydra.sweep.dir={runs}/sweep",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert (
-        "published (arXiv 2410.05258" in out and "Change for the worse at 2 bits: " in out and "No verdict: 6 examples are too few" in out
+        "published (arXiv 2410.05258" in out
+        and "Change for the worse at 2 bits: " in out
+        and "No verdict: 6 examples are too few" in out
     )
     report = json.loads((runs / "sweep" / "long_context-attention_logits.json").read_text())
-    assert (runs / "sweep" / "long_context-attention_logits.png").read_bytes().startswith(b"\x89PNG")
-    assert [(model["label"], model["checkpoints"]) for model in report["models"]] == [("transformer", 2), ("diff_v1", 2)]
+    assert (
+        (runs / "sweep" / "long_context-attention_logits.png").read_bytes().startswith(b"\x89PNG")
+    )
+    assert [(model["label"], model["checkpoints"]) for model in report["models"]] == [
+        ("transformer", 2),
+        ("diff_v1", 2),
+    ]
     for kind, model in zip(("transformer", "diff_v1"), report["models"], strict=True):
         losses = []
         for seed in (0, 1):
             means = []
             for folder in report["folders"]:
                 if f"{kind}-{seed}/" in folder["16"]:
-                    means = [np.mean([nll(r) for r in read_records(runs / folder[bits])]) for bits in ("16", "2")]
+                    means = [
+                        np.mean([nll(r) for r in read_records(runs / folder[bits])])
+                        for bits in ("16", "2")
+                    ]
             losses.append(means[1] - means[0])
         assert model["by_bits"]["2"]["loss"] == pytest.approx(np.mean(losses))
         assert model["by_bits"]["2"]["low"] < np.mean(losses) < model["by_bits"]["2"]["high"]
@@ -131,7 +175,10 @@ def test_a_sweep_ends_in_one_report(runs, monkeypatch, capsys):
 def test_16_bits_is_the_evaluation_of_the_model_as_it_is(runs, monkeypatch):
     monkeypatch.chdir(runs)
     assert main(["eval", *words(runs, "suite=long_context", "seed=2")]) == 0
-    before = {path: path.stat().st_mtime_ns for path in runs.glob("diff_v1-0/evals/*/long_context/*/results.json")}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in runs.glob("diff_v1-0/evals/*/long_context/*/results.json")
+    }
     found = quantize(compose("quantize", words(runs, "bits=[8]", "seed=2")))
     assert found[16] / "results.json" in before, "it was measured again"
     assert before[found[16] / "results.json"] == (found[16] / "results.json").stat().st_mtime_ns

@@ -95,7 +95,9 @@ def require_near(old, new, step=0.0, share=0.05):
 
 def require_independent(average, groups, scale):
     """The variance of an average is the sum of its groups' variances over their squared number."""
-    old, new = ([scale(row["high"]) - scale(row["low"]) for row in rows] for rows in (groups, [average]))
+    old, new = (
+        [scale(row["high"]) - scale(row["low"]) for row in rows] for rows in (groups, [average])
+    )
     assert new[0] == pytest.approx(np.sqrt(np.sum(np.square(old))) / len(old), rel=0.2)
 
 
@@ -183,5 +185,7 @@ def test_the_cost_of_bits_over_three_seeds(monkeypatch):
         assert (rival["label"], rival["checkpoints"]) == (model["label"], 3)
         for bits, cost in model["by_bits"].items():
             # The hull of the intervals over examples and over seeds; the latter is Student's.
-            require_equal({key: cost[key] for key in ("value", "loss")}, rival["by_bits"][int(bits)])
+            require_equal(
+                {key: cost[key] for key in ("value", "loss")}, rival["by_bits"][int(bits)]
+            )
             require_near(cost, rival["by_bits"][int(bits)])

@@ -124,6 +124,13 @@ def test_every_suite_with_figures_ships_and_has_a_source():
     assert all("arXiv" in source(suite) for suite in _read()) and source("harness") == ""
     for suite in set(_read()) - {"speed"}:
         assert published(suite), suite
-    of_paper = ((7247, 6635), (7491, 6718), (998, 942), (51228, 46811), (48762, 44521), (14346, 13653))
+    of_paper = (
+        (7247, 6635),
+        (7491, 6718),
+        (998, 942),
+        (51228, 46811),
+        (48762, 44521),
+        (14346, 13653),
+    )
     for transformer, diff in of_paper:
         assert f"{diff / transformer:.3f}" in source("speed")

@@ -18,9 +18,15 @@ def test_curves_and_evaluations_are_one_frame(monkeypatch):
     curves = frame[(frame["source"] == "train") & (frame["metric"] == "val/loss")]
     assert curves["checkpoint"].nunique() == 6 and set(curves["seed"]) == {0, 1, 2}
     last = curves[(curves["checkpoint"] == "sweep/0") & (curves["step"] == 40)]
-    assert last["value"].item() == pytest.approx(2.4559597549149954) and last["unit"].item() == "nats per token"
+    assert (
+        last["value"].item() == pytest.approx(2.4559597549149954)
+        and last["unit"].item() == "nats per token"
+    )
     asked = frame[(frame["source"] == "icl") & (frame["aggregate"] == "example")]
-    assert set(asked["architecture"]) == {"transformer", "diff_v1"} and set(asked["shots"]) == {1, 2}
+    assert set(asked["architecture"]) == {"transformer", "diff_v1"} and set(asked["shots"]) == {
+        1,
+        2,
+    }
     assert len(read_results([])) == 0
 
 
@@ -31,7 +37,9 @@ def test_what_is_no_run_is_one_line(tmp_path):
 
 
 def test_a_frame_reads_back_and_refuses_other_columns(tmp_path):
-    frame = make_frame([{"metric": "a", "value": float("nan"), "depth": 0.5}, {"metric": "b", "n": 3}])
+    frame = make_frame(
+        [{"metric": "a", "value": float("nan"), "depth": 0.5}, {"metric": "b", "n": 3}]
+    )
     assert frame["value"].isna().all() and frame["n"].tolist()[1] == 3
     write_frame(frame, tmp_path / "rows.parquet")
     assert read_frame(tmp_path / "rows.parquet").equals(frame)

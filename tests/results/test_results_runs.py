@@ -80,23 +80,43 @@ def test_runs_that_differ_in_seed_alone_share_a_group(make_run):
         make_run("a1", curve=CURVE, seed=1, train={"log_every": 7, "keep_last": 5}),
     ]
     groups = group_runs(read_runs(runs))
-    assert [(g.label, list(g.final("val/loss"))) for g in groups] == [("transformer", [0, 1]), ("diff_v1", [0])]
+    assert [(g.label, list(g.final("val/loss"))) for g in groups] == [
+        ("transformer", [0, 1]),
+        ("diff_v1", [0]),
+    ]
 
 
 @pytest.mark.parametrize(
     ("settings", "labels"),
     [
-        ([{}, {"kind": "diff_v1"}, {"kind": "diff_v1", "lambda_init": 0.8}], ["transformer", "diff_v1", "diff_v1 lambda_init=0.8"]),
+        (
+            [{}, {"kind": "diff_v1"}, {"kind": "diff_v1", "lambda_init": 0.8}],
+            ["transformer", "diff_v1", "diff_v1 lambda_init=0.8"],
+        ),
         (
             [{"kind": "diff_v1"}, {"kind": "diff_v1", "sublayer_norm": False, "lambda_init": 0.5}],
             ["diff_v1", "diff_v1 lambda_init=0.5 sublayer_norm=false"],
         ),
         (
-            [{"hidden_size": 128, "num_layers": 2}, {"hidden_size": 256}, {"kind": "diff_v2", "hidden_size": 256}],
-            ["transformer hidden_size=128", "transformer hidden_size=256", "diff_v2 hidden_size=256"],
+            [
+                {"hidden_size": 128, "num_layers": 2},
+                {"hidden_size": 256},
+                {"kind": "diff_v2", "hidden_size": 256},
+            ],
+            [
+                "transformer hidden_size=128",
+                "transformer hidden_size=256",
+                "diff_v2 hidden_size=256",
+            ],
         ),
-        ([{"train": {"lr": 0.001}}, {"kind": "diff_v1"}], ["transformer lr=0.001", "diff_v1 lr=0.005"]),
-        ([{"steps": 100}, {"steps": 100, "train": {"eval_every": 3}}, {"steps": 200}], ["transformer steps=100", "transformer steps=200"]),
+        (
+            [{"train": {"lr": 0.001}}, {"kind": "diff_v1"}],
+            ["transformer lr=0.001", "diff_v1 lr=0.005"],
+        ),
+        (
+            [{"steps": 100}, {"steps": 100, "train": {"eval_every": 3}}, {"steps": 200}],
+            ["transformer steps=100", "transformer steps=200"],
+        ),
     ],
 )
 def test_labels_name_what_sets_groups_apart(make_run, settings, labels):
@@ -105,7 +125,10 @@ def test_labels_name_what_sets_groups_apart(make_run, settings, labels):
 
 
 def test_curves_of_different_cadence_meet_on_one_grid(make_run):
-    runs = [make_run("a", curve=[(0, 8.0), (100, 6.0), (200, 4.0)], seed=0), make_run("b", curve=[(0, 8.0), (150, 2.0)], seed=1)]
+    runs = [
+        make_run("a", curve=[(0, 8.0), (100, 6.0), (200, 4.0)], seed=0),
+        make_run("b", curve=[(0, 8.0), (150, 2.0)], seed=1),
+    ]
     (group,) = group_runs(read_runs(runs))
     tokens, losses = group.curves()
     assert tokens.tolist() == [0, 100, 150]

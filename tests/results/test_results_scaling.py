@@ -22,7 +22,9 @@ def test_power_law_without_a_floor_finds_none_and_with_one_never_gets_below_it()
 def test_power_law_error_is_the_largest_relative_distance():
     n = np.array([1e4, 1e5, 1e6])
     law = fit_power_law(n, [5.0, 4.2, 3.0])
-    assert law.error == pytest.approx(max(abs(law.loss(x) / y - 1) for x, y in zip(n, [5.0, 4.2, 3.0], strict=True)))
+    assert law.error == pytest.approx(
+        max(abs(law.loss(x) / y - 1) for x, y in zip(n, [5.0, 4.2, 3.0], strict=True))
+    )
     assert law.error > 0.01
     with pytest.raises(ValueError, match="three sizes"):
         fit_power_law([1, 2], [3, 2])

@@ -22,7 +22,9 @@ def test_the_interval_is_students_over_paired_seeds():
     difference = paired_difference(ours, theirs)
     expected = stats.ttest_rel([4.0, 4.2, 4.1], [4.15, 4.35, 4.3])
     assert difference.pairs == 3 and difference.mean == pytest.approx(-1 / 6)
-    assert (difference.low, difference.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert (difference.low, difference.high) == pytest.approx(
+        tuple(expected.confidence_interval(0.95))
+    )
 
 
 def test_one_pair_has_no_interval_and_no_pair_takes_the_means():

@@ -29,7 +29,9 @@ RECIPE = (
     "dex.lora_rank=2 wandb.mode=disabled device=cpu"
 )
 LAYERS = ("00", "01")
-GOLDEN = json.loads((Path(__file__).parent / "golden_adapt.json").read_text())  # variant: losses of the 8 steps
+GOLDEN = json.loads(
+    (Path(__file__).parent / "golden_adapt.json").read_text()
+)  # variant: losses of the 8 steps
 SPEED = ("time", "train/tokens_per_second", "train/mfu", "train/peak_memory_bytes")
 
 
@@ -37,7 +39,10 @@ SPEED = ("time", "train/tokens_per_second", "train/mfu", "train/peak_memory_byte
 def place(tmp_path_factory, hf_folder):
     """A folder with a text, where this module's runs lie."""
     folder = tmp_path_factory.mktemp("adapted")
-    rows = ({"text": f"Document {n} says that {n} times {n} is {n * n}, and no more. " * 2} for n in range(200))
+    rows = (
+        {"text": f"Document {n} says that {n} times {n} is {n * n}, and no more. " * 2}
+        for n in range(200)
+    )
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     patch = pytest.MonkeyPatch()
     patch.setenv("DIFFX_CACHE", str(folder / "cache"))
@@ -49,7 +54,13 @@ def place(tmp_path_factory, hf_folder):
 @pytest.fixture(scope="module")
 def words(place, hf_folder):
     def words(*changes):
-        return ["adapt-dex", f"base={hf_folder}", f"data.path={place / 'text.jsonl'}", *RECIPE.split(), *changes]
+        return [
+            "adapt-dex",
+            f"base={hf_folder}",
+            f"data.path={place / 'text.jsonl'}",
+            *RECIPE.split(),
+            *changes,
+        ]
 
     return words
 
@@ -104,10 +115,18 @@ def test_the_run_folder(run, hf_folder):
     assert "the branch is" in (folder / "train.log").read_text()
     heads = json.loads((folder / "heads.json").read_text())
     base = json.loads((folder / "base.json").read_text())
-    assert heads["base"] == base["fingerprint"] and base["name"] == "tiny-llama" and heads["settings"]["tokens"] == 256
+    assert (
+        heads["base"] == base["fingerprint"]
+        and base["name"] == "tiny-llama"
+        and heads["settings"]["tokens"] == 256
+    )
     assert [len(chosen) for chosen in heads["heads"]] == [2, 2]
     described = json.loads((folder / "adapter" / "adapter.json").read_text())
-    assert described["heads"] == heads["heads"] and described["base"] == base and described["step"] == 8
+    assert (
+        described["heads"] == heads["heads"]
+        and described["base"] == base
+        and described["step"] == 8
+    )
     assert described["dex"]["variant"] == "dex" and described["dex"]["anneal_steps"] == 6
 
 
@@ -115,8 +134,16 @@ def test_the_run_folder(run, hf_folder):
 def test_the_summary_and_the_adapter(run, variant, hf_folder):
     folder = run(variant)
     found, lines = summary(folder), rows(folder)
-    assert found["kind"] == variant and found["base"] == "tiny-llama" and found["step"] == 8 and found["finished"]
-    assert found["base/val/loss"] == lines[0]["val/loss"] and found["val/loss"] == lines[-1]["val/loss"]
+    assert (
+        found["kind"] == variant
+        and found["base"] == "tiny-llama"
+        and found["step"] == 8
+        and found["finished"]
+    )
+    assert (
+        found["base/val/loss"] == lines[0]["val/loss"]
+        and found["val/loss"] == lines[-1]["val/loss"]
+    )
     assert found["base/val/loss"] != found["val/loss"]
     saved = weights(folder)
     assert found["parameters"]["trained"] == sum(value.numel() for value in saved.values())
@@ -125,9 +152,13 @@ def test_the_summary_and_the_adapter(run, variant, hf_folder):
     own = {"w_d", "lambda_learn"} if Variant(variant).anneals else {"w_d"}
     if Variant(variant).branches:
         assert {name.rpartition(".")[2] for name in parts["branch.safetensors"]} == own
-    assert ("branch.safetensors" in parts) is Variant(variant).branches and ("tuned.safetensors" in parts) is (variant != "adapter_only")
+    assert ("branch.safetensors" in parts) is Variant(variant).branches and (
+        "tuned.safetensors" in parts
+    ) is (variant != "adapter_only")
     together = {f"model.{name}": value for part in parts.values() for name, value in part.items()}
-    assert together.keys() == saved.keys() and all(torch.equal(together[name], saved[name]) for name in saved)
+    assert together.keys() == saved.keys() and all(
+        torch.equal(together[name], saved[name]) for name in saved
+    )
 
 
 @every_variant
@@ -139,18 +170,30 @@ def test_every_variant_starts_as_the_base_and_learns(run, variant, hf_folder):
 
 @pytest.mark.parametrize("variant", GOLDEN)
 def test_the_golden_curve_has_not_moved(run, variant):
-    assert [line["train/loss"] for line in rows(run(variant))[1:]] == pytest.approx(GOLDEN[variant], rel=1e-4)
+    assert [line["train/loss"] for line in rows(run(variant))[1:]] == pytest.approx(
+        GOLDEN[variant], rel=1e-4
+    )
 
 
 @every_variant
 def test_the_metrics(run, variant):
     lines = rows(run(variant))
     assert [line["step"] for line in lines] == list(range(9))
-    logged = {f"dex/{name}/{layer}" for name in ("lambda", "ratio", "cos", "grad_norm/w_d") for layer in LAYERS}
-    logged |= set() if variant == "fixed_lambda" else {f"dex/grad_norm/lambda/{layer}" for layer in LAYERS}
+    logged = {
+        f"dex/{name}/{layer}"
+        for name in ("lambda", "ratio", "cos", "grad_norm/w_d")
+        for layer in LAYERS
+    }
+    logged |= (
+        set()
+        if variant == "fixed_lambda"
+        else {f"dex/grad_norm/lambda/{layer}" for layer in LAYERS}
+    )
     for line in lines[1:]:
         assert {"train/loss", "train/lr", "train/grad_norm", *SPEED} <= line.keys()
-        assert {key for key in line if key.startswith("dex/")} == (logged if Variant(variant).branches else set())
+        assert {key for key in line if key.startswith("dex/")} == (
+            logged if Variant(variant).branches else set()
+        )
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
@@ -158,18 +201,27 @@ def test_lambda_is_the_learned_one_after_annealing_and_fixed_lambda_stays(run):
     last, saved = rows(run())[-1], weights(run())
     for layer in LAYERS:
         learned = saved[f"model.model.layers.{int(layer)}.self_attn.o_proj.lambda_learn"]
-        assert last[f"dex/lambda/{layer}"] == pytest.approx(float(learned), rel=1e-6) and float(learned) != 0
+        assert (
+            last[f"dex/lambda/{layer}"] == pytest.approx(float(learned), rel=1e-6)
+            and float(learned) != 0
+        )
     for line in rows(run("fixed_lambda"))[1:]:
-        assert line["dex/lambda/00"] == pytest.approx(0.2) and line["dex/lambda/01"] == pytest.approx(0.8 - 0.6 * math.exp(-0.3))
+        assert line["dex/lambda/00"] == pytest.approx(0.2) and line[
+            "dex/lambda/01"
+        ] == pytest.approx(0.8 - 0.6 * math.exp(-0.3))
 
 
 def test_lambda_is_logged_as_of_its_step(run):
     a, learned = 4 / 6, weights(run(), 4)["model.model.layers.0.self_attn.o_proj.lambda_learn"]
-    assert rows(run())[4]["dex/lambda/00"] == pytest.approx((1 - a) * a * 0.2 + a * float(learned), rel=1e-6)
+    assert rows(run())[4]["dex/lambda/00"] == pytest.approx(
+        (1 - a) * a * 0.2 + a * float(learned), rel=1e-6
+    )
 
 
 def test_fixed_lambda_starts_with_zeros_and_says_so(run):
-    assert yaml.safe_load((run("fixed_lambda") / "config.yaml").read_text())["dex"]["init"] == "zeros"
+    assert (
+        yaml.safe_load((run("fixed_lambda") / "config.yaml").read_text())["dex"]["init"] == "zeros"
+    )
     assert yaml.safe_load((run() / "config.yaml").read_text())["dex"]["init"] == "linear"
 
 
@@ -184,7 +236,12 @@ def test_it_loads_back_as_it_was_measured(run, variant):
         for batch in corpus.val_batches(32, 4, 0, 1):
             logits = loaded.model(batch.inputs).logits
             nats += float(
-                torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum")
+                torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1),
+                    batch.targets.flatten(),
+                    ignore_index=-100,
+                    reduction="sum",
+                )
             )
             tokens += int((batch.targets >= 0).sum())
     assert nats / tokens == pytest.approx(summary(folder)["val/loss"], rel=1e-6)
@@ -195,7 +252,9 @@ def test_an_earlier_checkpoint_has_its_own_lambda(run):
     assert early.step == 4
     (first, _), (final, _) = early.adapted.branches, late.adapted.branches
     a, learned = 4 / 6, weights(run(), 4)["model.model.layers.0.self_attn.o_proj.lambda_learn"]
-    assert float(first.lambda_value()) == pytest.approx((1 - a) * a * 0.2 + a * float(learned), rel=1e-6)
+    assert float(first.lambda_value()) == pytest.approx(
+        (1 - a) * a * 0.2 + a * float(learned), rel=1e-6
+    )
     assert float(final.lambda_value()) == float(final.lambda_learn)
 
 
@@ -225,13 +284,23 @@ def test_a_run_killed_in_the_middle_of_annealing_goes_on_as_if_it_had_not_been(r
     assert figures(killed) == figures(run())
     resumed, whole = weights(killed), weights(run())
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    assert {key: value for key, value in summary(killed).items() if "second" not in key and key not in ("checkpoint", "adapter")} == {
-        key: value for key, value in summary(run()).items() if "second" not in key and key not in ("checkpoint", "adapter")
+    assert {
+        key: value
+        for key, value in summary(killed).items()
+        if "second" not in key and key not in ("checkpoint", "adapter")
+    } == {
+        key: value
+        for key, value in summary(run()).items()
+        if "second" not in key and key not in ("checkpoint", "adapter")
     }
 
 
 def test_a_resumed_run_keeps_the_annealing_and_the_heads_of_its_start(killed, words, tmp_path):
-    command = [word for word in words(f"train.resume={killed}") if not word.startswith(("dex.anneal", "train.steps"))]
+    command = [
+        word
+        for word in words(f"train.resume={killed}")
+        if not word.startswith(("dex.anneal", "train.steps"))
+    ]
     heads = (killed / "heads.json").read_text()
     assert main([*command, "train.steps=20"]) == 0
     assert yaml.safe_load((killed / "config.yaml").read_text())["dex"]["anneal_steps"] == 6
@@ -239,9 +308,15 @@ def test_a_resumed_run_keeps_the_annealing_and_the_heads_of_its_start(killed, wo
 
 
 def test_annealing_takes_half_of_the_run_if_nothing_is_said(words, place, tmp_path):
-    command = [word for word in words("train.steps=5", f"run.dir={tmp_path / 'run'}") if not word.startswith("dex.anneal")]
+    command = [
+        word
+        for word in words("train.steps=5", f"run.dir={tmp_path / 'run'}")
+        if not word.startswith("dex.anneal")
+    ]
     assert main(command) == 0
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dex"]["anneal_steps"] == 2
+    assert (
+        yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dex"]["anneal_steps"] == 2
+    )
 
 
 def test_a_finished_run_resumed_says_the_same(run, words, tmp_path):
@@ -249,7 +324,10 @@ def test_a_finished_run_resumed_says_the_same(run, words, tmp_path):
     shutil.copytree(run(), folder)
     before = summary(folder)
     assert main(words(f"train.resume={folder}")) == 0
-    assert summary(folder)["branch"] == before["branch"] and summary(folder)["val/loss"] == before["val/loss"]
+    assert (
+        summary(folder)["branch"] == before["branch"]
+        and summary(folder)["val/loss"] == before["val/loss"]
+    )
 
 
 def test_a_run_killed_before_it_wrote_all_its_files_starts_again(run, words, tmp_path):
@@ -258,11 +336,15 @@ def test_a_run_killed_before_it_wrote_all_its_files_starts_again(run, words, tmp
     for name in ("config.yaml", "environment.json"):
         shutil.copy(run() / name, folder)
     assert main(words(f"train.resume={folder}")) == 0
-    assert {"heads.json", "base.json", "tokenizer", "plots", "adapter"} <= {path.name for path in folder.iterdir()}
+    assert {"heads.json", "base.json", "tokenizer", "plots", "adapter"} <= {
+        path.name for path in folder.iterdir()
+    }
     assert figures(folder) == figures(run())
 
 
-@pytest.mark.parametrize("word", ["dex.anneal_steps=7", "dex.variant=dex_plus", "dex.k=1", "base=elsewhere"])
+@pytest.mark.parametrize(
+    "word", ["dex.anneal_steps=7", "dex.variant=dex_plus", "dex.k=1", "base=elsewhere"]
+)
 def test_a_resumed_run_keeps_its_settings(run, words, word, capfd):
     assert f"{word} conflicts with the run" in error_of(capfd, words(f"train.resume={run()}", word))
 
@@ -273,11 +355,20 @@ def test_another_base_is_noticed(run, words, hf_folder, tmp_path, capfd):
     folder = tmp_path / "run"
     assert main(words(f"base={base}", f"run.dir={folder}")) == 0
     state = load_file(base / "model.safetensors")
-    save_file(state | {"lm_head.weight": state["lm_head.weight"] + 1}, base / "model.safetensors", {"format": "pt"})
-    for command in (words(f"base={base}", f"train.resume={folder}", "train.steps=9"), ["eval", f"checkpoint={folder}", "suite=icl"]):
+    save_file(
+        state | {"lm_head.weight": state["lm_head.weight"] + 1},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    for command in (
+        words(f"base={base}", f"train.resume={folder}", "train.steps=9"),
+        ["eval", f"checkpoint={folder}", "suite=icl"],
+    ):
         assert "was adapted from other weights" in error_of(capfd, command)
     shutil.rmtree(base)
-    assert f"base={base} cannot be used" in error_of(capfd, ["eval", f"checkpoint={folder}", "suite=icl"])
+    assert f"base={base} cannot be used" in error_of(
+        capfd, ["eval", f"checkpoint={folder}", "suite=icl"]
+    )
 
 
 # Heads of another run.
@@ -285,11 +376,23 @@ def test_another_base_is_noticed(run, words, hf_folder, tmp_path, capfd):
 
 def test_heads_of_another_run_are_used_verbatim(run, words, tmp_path):
     folder = tmp_path / "again"
-    assert main(words(f"dex.heads={run()}/heads.json", f"run.dir={folder}", "dex.calibration_tokens=32", "train.steps=1")) == 0
+    assert (
+        main(
+            words(
+                f"dex.heads={run()}/heads.json",
+                f"run.dir={folder}",
+                "dex.calibration_tokens=32",
+                "train.steps=1",
+            )
+        )
+        == 0
+    )
     assert (folder / "heads.json").read_text() == (run() / "heads.json").read_text()
 
 
-def test_choosing_heads_has_a_bar_and_an_interrupt_there_leaves_nothing(words, tmp_path, monkeypatch):
+def test_choosing_heads_has_a_bar_and_an_interrupt_there_leaves_nothing(
+    words, tmp_path, monkeypatch
+):
     shown = []
 
     def at(bar, done, *args, **kwargs):
@@ -308,9 +411,13 @@ def test_heads_that_cannot_be_used(run, words, tmp_path, capfd):
     plan = json.loads((run() / "heads.json").read_text())
     other = tmp_path / "heads.json"
     other.write_text(json.dumps(plan | {"base": "f" * 64}))
-    assert "it is of another model (ffffffffffff" in error_of(capfd, words(f"dex.heads={other}", f"run.dir={tmp_path / 'x'}"))
+    assert "it is of another model (ffffffffffff" in error_of(
+        capfd, words(f"dex.heads={other}", f"run.dir={tmp_path / 'x'}")
+    )
     none = run("attn_only") / "heads.json"
-    assert "it chooses no heads" in error_of(capfd, words(f"dex.heads={none}", f"run.dir={tmp_path / 'x'}"))
+    assert "it chooses no heads" in error_of(
+        capfd, words(f"dex.heads={none}", f"run.dir={tmp_path / 'x'}")
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -336,22 +443,50 @@ def test_a_bf16_base_under_autocast_with_tied_embeddings(variant, words, hf_fold
     model.tie_weights()
     model.save_pretrained(base)
     folder = tmp_path / "run"
-    short = ["train.steps=4", "dex.anneal_steps=3", "dex.calibration_tokens=64", "data.val_tokens=250"]  # many a CPU multiplies bf16 slowly
-    assert main(words(f"base={base}", "train.precision=bf16", f"dex.variant={variant}", f"run.dir={folder}", *short)) == 0
+    short = [
+        "train.steps=4",
+        "dex.anneal_steps=3",
+        "dex.calibration_tokens=64",
+        "data.val_tokens=250",
+    ]  # many a CPU multiplies bf16 slowly
+    assert (
+        main(
+            words(
+                f"base={base}",
+                "train.precision=bf16",
+                f"dex.variant={variant}",
+                f"run.dir={folder}",
+                *short,
+            )
+        )
+        == 0
+    )
     saved = weights(folder, 4)
-    assert {value.dtype for value in saved.values()} == {torch.float32} and "model.lm_head.weight" not in saved
+    assert {value.dtype for value in saved.values()} == {
+        torch.float32
+    } and "model.lm_head.weight" not in saved
     assert ("model.model.embed_tokens.weight" in saved) is (variant == "full")
     assert rows(folder)[-1]["val/loss"] < rows(folder)[0]["val/loss"]
     loaded = load(str(folder), Device.cpu)
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
     trained = dict(loaded.model.named_parameters())
-    assert all(torch.equal(trained[name.removeprefix("model.")].float(), value) for name, value in saved.items())
+    assert all(
+        torch.equal(trained[name.removeprefix("model.")].float(), value)
+        for name, value in saved.items()
+    )
 
 
 def test_a_sweep_over_variants(words, tmp_path):
-    sweep = ["-m", "dex.variant=dex,attn_only", "train.steps=1", f"hydra.sweep.dir={tmp_path / 's'}"]
+    sweep = [
+        "-m",
+        "dex.variant=dex,attn_only",
+        "train.steps=1",
+        f"hydra.sweep.dir={tmp_path / 's'}",
+    ]
     command, *rest = words()
-    assert main([command, *sweep, *[word for word in rest if not word.startswith("train.steps")]]) == 0
+    assert (
+        main([command, *sweep, *[word for word in rest if not word.startswith("train.steps")]]) == 0
+    )
     assert [summary(tmp_path / "s" / number)["kind"] for number in "01"] == ["dex", "attn_only"]
 
 
@@ -359,11 +494,16 @@ def test_not_enough_memory_is_said_before_anything_is_made(words, tmp_path, monk
     folder = tmp_path / "run"
     monkeypatch.setattr(module, "free_memory", lambda device: 2**10)
     line = error_of(capfd, words(f"run.dir={folder}", "dex.variant=full"))
-    assert line.startswith("error: dex.variant=full cannot be trained here: besides the weights it needs 0.0 GiB and more")
+    assert line.startswith(
+        "error: dex.variant=full cannot be trained here: besides the weights it needs 0.0 GiB and more"
+    )
     assert "train.micro_batch_size" in line
     monkeypatch.setattr("diffx.dex.pretrained.free_memory", lambda device: 2**10)
     line = error_of(capfd, words(f"run.dir={folder}"))
-    assert "its weights need 0.0 GiB and 0.0 GiB are free; take train.precision=bf16 (half of it), a smaller model" in line
+    assert (
+        "its weights need 0.0 GiB and 0.0 GiB are free; take train.precision=bf16 (half of it), a smaller model"
+        in line
+    )
     assert not folder.exists()
 
 
@@ -383,7 +523,10 @@ def test_memory_that_runs_out_is_one_line(words, tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr("diffx.train.run.fit", full)
     line = error_of(capfd, words(f"run.dir={tmp_path / 'run'}"), code=1)
-    assert "the memory of cpu is full (tried to allocate 3 GiB)" in line and "train.activation_checkpointing=true" in line
+    assert (
+        "the memory of cpu is full (tried to allocate 3 GiB)" in line
+        and "train.activation_checkpointing=true" in line
+    )
 
 
 DISTRIBUTED = """

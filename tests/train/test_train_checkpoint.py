@@ -54,10 +54,16 @@ def test_round_trip_restores_weights_moments_and_random_state(tmp_path):
     assert read_state(folder)["data"] == {"step": 3}
     load_training_state(folder, other, other_optimizer)
     assert torch.equal(torch.rand(4), drawn)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    )
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert optimizer.state[a].keys() == other_optimizer.state[b].keys()
-        assert all(torch.equal(optimizer.state[a][key], other_optimizer.state[b][key]) for key in optimizer.state[a])
+        assert all(
+            torch.equal(optimizer.state[a][key], other_optimizer.state[b][key])
+            for key in optimizer.state[a]
+        )
     assert [p.suffix for p in sorted(folder.iterdir())] == [".safetensors", ".safetensors", ".json"]
 
 
@@ -80,7 +86,10 @@ def test_a_missing_file_is_damage(tmp_path):
     assert newest_intact(tmp_path, lambda line: None) is None
 
 
-@pytest.mark.parametrize("change", [{"step": 3}, {"data": {"step": 9}}, {"sha256": {}}, {"val_loss": 0.0}, {"checksum": "0" * 64}])
+@pytest.mark.parametrize(
+    "change",
+    [{"step": 3}, {"data": {"step": 9}}, {"sha256": {}}, {"val_loss": 0.0}, {"checksum": "0" * 64}],
+)
 def test_an_altered_state_is_damage(tmp_path, change):
     folder = save(tmp_path, 2)
     state = json.loads((folder / "state.json").read_text())
@@ -98,7 +107,9 @@ def test_a_state_of_an_older_version_has_no_checksum_and_is_read(tmp_path):
     assert read_state(folder) == state
 
 
-@pytest.mark.parametrize("file, key", [("model.safetensors", "0.weight"), ("optimizer.safetensors", "0.weight.exp_avg")])
+@pytest.mark.parametrize(
+    "file, key", [("model.safetensors", "0.weight"), ("optimizer.safetensors", "0.weight.exp_avg")]
+)
 @pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
 def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, file, key, change):
     folder = save(tmp_path, 2)
@@ -110,7 +121,9 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, file, key, change
         if change == "misshapen":
             tensors[key] = tensor[:4].clone()
     save_file(tensors, folder / file)
-    with pytest.raises(UserError, match=rf"{file} cannot be used: .*{'another' if change == 'extra' else key}"):
+    with pytest.raises(
+        UserError, match=rf"{file} cannot be used: .*{'another' if change == 'extra' else key}"
+    ):
         load_training_state(folder, *trained(1))
 
 

@@ -41,12 +41,20 @@ def rows(folder):
 def command(tmp_path, job, processes, *words):
     save_config(job, tmp_path / "job.yaml")
     (tmp_path / "main.py").write_text(MAIN)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     return [*torchrun, str(tmp_path / "main.py"), str(tmp_path / "job.yaml"), *words]
 
 
 def launch(tmp_path, job, processes):
-    return subprocess.run(command(tmp_path, job, processes), capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        command(tmp_path, job, processes), capture_output=True, text=True, timeout=240
+    )
 
 
 def test_any_number_of_processes_goes_on_with_a_run(make_job, tmp_path):
@@ -65,13 +73,18 @@ def test_any_number_of_processes_goes_on_with_a_run(make_job, tmp_path):
     several = tmp_path / "several"
     losses = [[row["train/loss"] for row in rows(folder)[1:]] for folder in (one, several)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    names = (f"checkpoints/step_{8:08d}/model.safetensors", f"checkpoints/step_{8:08d}/optimizer.safetensors")
+    names = (
+        f"checkpoints/step_{8:08d}/model.safetensors",
+        f"checkpoints/step_{8:08d}/optimizer.safetensors",
+    )
     for name in names:
         expected, weights = load_file(one / name), load_file(several / name)
         assert weights.keys() == expected.keys()
         for key in weights.keys() - {"rng.cpu"}:
             torch.testing.assert_close(weights[key], expected[key], rtol=1e-3, atol=1e-5)
-    samples = [json.loads((folder / "summary.json").read_text())["sample"] for folder in (one, several)]
+    samples = [
+        json.loads((folder / "summary.json").read_text())["sample"] for folder in (one, several)
+    ]
     assert samples[0] == samples[1] != ""
 
 
@@ -81,17 +94,27 @@ def test_an_error_is_told_once(make_job, tmp_path):
     done = launch(tmp_path, job, 2)
     lines = [line for line in done.stderr.splitlines() if "run.dir=" in line]
     assert [line.startswith("error: run.dir=") for line in lines] == [True], done.stderr
-    assert re.search(r"exitcode\s*: 2", done.stderr)  # torchrun's own report, behind its own traceback
+    assert re.search(
+        r"exitcode\s*: 2", done.stderr
+    )  # torchrun's own report, behind its own traceback
 
 
 def test_sigterm_to_the_launcher_saves_a_checkpoint(make_job, tmp_path):
     job = make_job("stopped", steps=400, log_every=1)
     process = subprocess.Popen(
-        command(tmp_path, job, 2, "slowly"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(tmp_path, job, 2, "slowly"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     folder, begun = tmp_path / "stopped", time.monotonic()
     try:
-        while not ((folder / "metrics.jsonl").exists() and rows(folder)[-1:] and rows(folder)[-1]["step"] >= 2):
+        while not (
+            (folder / "metrics.jsonl").exists()
+            and rows(folder)[-1:]
+            and rows(folder)[-1]["step"] >= 2
+        ):
             assert time.monotonic() - begun < 120 and process.poll() is None, process.stderr.read()
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)

@@ -24,7 +24,12 @@ def job(model=None, run=None, seed=0, wandb=None, **train):
 
 @pytest.fixture
 def run(tmp_path, tokenizer):
-    return start(tmp_path / "run", tokenizer, job(run=str(tmp_path / "run"), steps=100, lr=1e-3), ["train.steps=100", "train.lr=0.001"])
+    return start(
+        tmp_path / "run",
+        tokenizer,
+        job(run=str(tmp_path / "run"), steps=100, lr=1e-3),
+        ["train.steps=100", "train.lr=0.001"],
+    )
 
 
 def start(folder, tokenizer, run, words):
@@ -50,7 +55,9 @@ def test_auto_starts_afresh_without_a_run_and_resumes_with_one(run, tmp_path):
     assert settle(job(resume="auto"), []) == (job(resume="auto"), None)
     (tmp_path / "empty").mkdir()
     assert settle(job(run=str(tmp_path / "empty"), resume="auto"), [])[1] is None
-    again, folder = settle(job(run=str(run), resume="auto", steps=100, lr=1e-3), ["train.steps=100", "train.lr=0.001"])
+    again, folder = settle(
+        job(run=str(run), resume="auto", steps=100, lr=1e-3), ["train.steps=100", "train.lr=0.001"]
+    )
     assert folder == run
     assert again.train.lr == 1e-3
 
@@ -79,8 +86,15 @@ def test_a_word_that_conflicts_is_refused_by_name(run, word, given_job, key):
 
 def test_steps_cadence_and_tracker_may_change(run):
     words = ["train.tokens=1M", "train.eval_every=7", "wandb.project=p"]
-    again, _ = settle(job(resume=str(run), tokens="1M", eval_every=7, wandb=WandbConfig(project="p")), words)
-    assert (again.train.steps, again.train.tokens, again.train.eval_every, again.wandb.project) == (None, 10**6, 7, "p")
+    again, _ = settle(
+        job(resume=str(run), tokens="1M", eval_every=7, wandb=WandbConfig(project="p")), words
+    )
+    assert (again.train.steps, again.train.tokens, again.train.eval_every, again.wandb.project) == (
+        None,
+        10**6,
+        7,
+        "p",
+    )
     assert again.train.lr == 1e-3
 
 
@@ -107,7 +121,11 @@ def test_the_folder_holds_what_shaped_the_run(run, tokenizer):
 
 def test_the_environment_holds_no_secrets(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    for path in [path for path in start(tmp_path / "secret", tokenizer, job(), []).rglob("*") if path.is_file()]:
+    for path in [
+        path
+        for path in start(tmp_path / "secret", tokenizer, job(), []).rglob("*")
+        if path.is_file()
+    ]:
         assert "0123456789abcdef" not in path.read_text()
 
 
@@ -117,14 +135,21 @@ def test_given_ignores_keys_the_other_architecture_lacks():
 
 
 def test_a_held_folder_is_refused_to_others(run, tmp_path):
-    with hold_folder(run, new=False), pytest.raises(UserError, match=r"run\.dir=.* another process"), hold_folder(run, new=False):
+    with (
+        hold_folder(run, new=False),
+        pytest.raises(UserError, match=r"run\.dir=.* another process"),
+        hold_folder(run, new=False),
+    ):
         pass
     with hold_folder(run, new=False):  # given up at the end
         pass
     with pytest.raises(UserError, match="it exists"), hold_folder(run, new=True):
         pass
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"run\.dir=.*cannot be used"), hold_folder(tmp_path / "file" / "run", new=True):
+    with (
+        pytest.raises(UserError, match=r"run\.dir=.*cannot be used"),
+        hold_folder(tmp_path / "file" / "run", new=True),
+    ):
         pass
 
 

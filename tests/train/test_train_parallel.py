@@ -33,7 +33,12 @@ class Count(TorchDispatchMode):
 def step(config, implementation, checkpointing):
     model = build_model(config)
     init_weights(model, 0)
-    parallelize(model, model.layers, TrainConfig(activation_checkpointing=checkpointing), World(torch.device("cpu")))
+    parallelize(
+        model,
+        model.layers,
+        TrainConfig(activation_checkpointing=checkpointing),
+        World(torch.device("cpu")),
+    )
     for module in attention_modules(model):
         module.implementation = implementation
     ids = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -45,10 +50,14 @@ def step(config, implementation, checkpointing):
 
 def test_fused_attention_is_a_property_of_the_model():
     kernels = pytest.importorskip("diffx.ops.triton_attention", exc_type=ImportError)
-    config = MODEL_CONFIGS["diff_v1"](vocab_size=50, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=48)
+    config = MODEL_CONFIGS["diff_v1"](
+        vocab_size=50, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=48
+    )
     fused, plain = build_model(config), build_model(config)
     for model, wanted in ((fused, True), (plain, False)):
-        parallelize(model, model.layers, TrainConfig(fused_attention=wanted), World(torch.device("cuda")))  # which allocates nothing
+        parallelize(
+            model, model.layers, TrainConfig(fused_attention=wanted), World(torch.device("cuda"))
+        )  # which allocates nothing
     assert [module.implementation for module in attention_modules(fused)] == [kernels] * 2
     assert [module.implementation for module in attention_modules(plain)] == [None] * 2
 
@@ -57,7 +66,9 @@ def test_fused_attention_is_a_property_of_the_model():
 @pytest.mark.parametrize("kernels", ["sdpa", "triton"])
 def test_activations_are_computed_again_but_not_attention(kernels):
     """Attention runs once a layer and call, matrix products of the blocks twice; the figures are the same."""
-    config = MODEL_CONFIGS["diff_v1"](vocab_size=50, hidden_size=64, num_layers=3, num_heads=4, intermediate_size=48, init_std=0.2)
+    config = MODEL_CONFIGS["diff_v1"](
+        vocab_size=50, hidden_size=64, num_layers=3, num_heads=4, intermediate_size=48, init_std=0.2
+    )
     implementation, name, calls = sdpa, "aten::_scaled_dot_product_flash_attention_for_cpu", 2 * 3
     if kernels == "triton":
         implementation = pytest.importorskip("diffx.ops.triton_attention", exc_type=ImportError)
@@ -74,8 +85,14 @@ def test_activations_are_computed_again_but_not_attention(kernels):
 @pytest.mark.parametrize("kind", ["transformer", "diff_v1", "diff_v2"])
 def test_compiled_blocks_are_not_compiled_again(kind, monkeypatch):
     """Two steps with a validation between compile all there is; after that nothing does, step after step."""
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))  # which is quick
-    model = build_model(MODEL_CONFIGS[kind](vocab_size=50, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48))
+    monkeypatch.setattr(
+        nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager")
+    )  # which is quick
+    model = build_model(
+        MODEL_CONFIGS[kind](
+            vocab_size=50, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48
+        )
+    )
     init_weights(model, 0)
     parallelize(model, model.layers, TrainConfig(compile=True), World(torch.device("cpu")))
     optimizer = build_optimizer(model, TrainConfig())

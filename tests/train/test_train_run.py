@@ -33,7 +33,9 @@ def rows(folder):
 def figures(folder):
     """All that must be equal, bit for bit, in a run that was killed and resumed."""
     clocks = ("time", "train/tokens_per_second", "train/mfu", "train/peak_memory_bytes")
-    return [{name: value for name, value in row.items() if name not in clocks} for row in rows(folder)]
+    return [
+        {name: value for name, value in row.items() if name not in clocks} for row in rows(folder)
+    ]
 
 
 def weights(folder, step):
@@ -50,7 +52,12 @@ def run(make_job):
 
 
 def resume(job, words=(), **train_settings):
-    return run_job(dataclasses.replace(job, train=dataclasses.replace(job.train, resume="auto", **train_settings)), list(words))
+    return run_job(
+        dataclasses.replace(
+            job, train=dataclasses.replace(job.train, resume="auto", **train_settings)
+        ),
+        list(words),
+    )
 
 
 @pytest.mark.parametrize("kind", MODEL_CONFIGS)
@@ -62,7 +69,15 @@ def test_every_architecture_learns_and_leaves_its_folder(run, kind):
     assert summary["val/loss"] == found[-1]["val/loss"] < found[0]["val/loss"] - 1
     assert summary["val/loss"] < summary["baselines"]["unigram"]["nats"]
     assert found[-1]["val/perplexity"] == pytest.approx(math.exp(found[-1]["val/loss"]))
-    files = {"config.yaml", "overrides.yaml", "environment.json", "data.json", "metrics.jsonl", "train.log", "summary.json"}
+    files = {
+        "config.yaml",
+        "overrides.yaml",
+        "environment.json",
+        "data.json",
+        "metrics.jsonl",
+        "train.log",
+        "summary.json",
+    }
     assert {p.name for p in folder.iterdir()} == files | {"tokenizer", "checkpoints"}
     logged = {name for name in found[1] if name.startswith(("diff/", "attention/"))}
     kinds = ["attention/context_rms", *(["diff/lambda"] if kind.startswith("diff") else [])]
@@ -75,7 +90,9 @@ def test_the_first_losses_are_those_of_an_untrained_model_and_bits_are_per_byte(
     assert first["val/loss"] == pytest.approx(math.log(257), abs=0.01)
     job = make_job()
     val = open_data(job.data, job.tokenizer).val
-    assert first["val/bpb"] == pytest.approx(first["val/loss"] * val.n_tokens / val.n_bytes / math.log(2))
+    assert first["val/bpb"] == pytest.approx(
+        first["val/loss"] * val.n_tokens / val.n_bytes / math.log(2)
+    )
 
 
 def test_two_runs_are_equal_and_another_seed_is_not(run):
@@ -95,17 +112,24 @@ def test_all_architectures_see_the_same_tokens(run, monkeypatch):
     monkeypatch.setattr(loop, "_accumulate_gradients", note)
     for kind in ("transformer", "diff_v1", "diff_v2"):
         run(kind, kind, steps=3)
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*seen.values(), strict=True))
+    assert all(
+        torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*seen.values(), strict=True)
+    )
 
 
 def test_micro_batches_add_up_to_the_whole_batch(run):
     whole, parts = rows(run("whole")), rows(run("parts", micro_batch_size=1))
     for a, b in zip(whole, parts, strict=True):
-        assert [b[k] for k in b if k.endswith("loss")] == pytest.approx([a[k] for k in a if k.endswith("loss")], rel=1e-5)
+        assert [b[k] for k in b if k.endswith("loss")] == pytest.approx(
+            [a[k] for k in a if k.endswith("loss")], rel=1e-5
+        )
 
 
 def test_checkpointed_activations_change_nothing(run):
-    plain, checkpointed = run("plain", steps=4), run("checkpointed", steps=4, activation_checkpointing=True)
+    plain, checkpointed = (
+        run("plain", steps=4),
+        run("checkpointed", steps=4, activation_checkpointing=True),
+    )
     assert figures(plain) == figures(checkpointed)
     assert same(weights(plain, 4), weights(checkpointed, 4))
 
@@ -117,7 +141,9 @@ def test_masked_documents_train(run):
 
 
 def test_bf16_keeps_fp32_weights(run):
-    folder = run(precision=Precision.bf16, steps=4, batch_tokens=64)  # many a CPU multiplies bf16 slowly
+    folder = run(
+        precision=Precision.bf16, steps=4, batch_tokens=64
+    )  # many a CPU multiplies bf16 slowly
     assert {w.dtype for w in weights(folder, 4).values()} == {torch.float32}
     assert rows(folder)[-1]["val/loss"] < rows(folder)[0]["val/loss"]
 
@@ -155,7 +181,10 @@ def killed(job, tmp_path, at, number):
     return code, told.read_text() if told.exists() else ""
 
 
-@pytest.mark.parametrize("at, settings", [(1, {}), (7, {}), (8, {"log_every": 3, "save_every": 5, "eval_every": 6}), (12, {})])
+@pytest.mark.parametrize(
+    "at, settings",
+    [(1, {}), (7, {}), (8, {"log_every": 3, "save_every": 5, "eval_every": 6}), (12, {})],
+)
 def test_a_killed_run_resumes_bit_for_bit(make_job, run, tmp_path, at, settings):
     whole = run("whole", **settings)
     job = make_job("killed", **settings)
@@ -172,9 +201,13 @@ def test_a_stop_signal_saves_and_ends_cleanly(make_job, run, tmp_path, number):
     whole = run("whole", **settings)
     job = make_job("stopped", **settings)
     code, told = killed(job, tmp_path, 7, number)
-    assert code == 0 and told.startswith("stopped by " + signal.Signals(number).name + " after step 7")
+    assert code == 0 and told.startswith(
+        "stopped by " + signal.Signals(number).name + " after step 7"
+    )
     folder = tmp_path / "stopped"
-    assert [p.name for p in (folder / "checkpoints").iterdir() if not p.name.endswith("4")] == ["step_00000007"]
+    assert [p.name for p in (folder / "checkpoints").iterdir() if not p.name.endswith("4")] == [
+        "step_00000007"
+    ]
     assert figures(resume(job)) == figures(whole)
 
 
@@ -193,7 +226,9 @@ def test_a_stop_raises_stopped_in_process(make_job, monkeypatch):
 
 
 @pytest.mark.parametrize(("at", "batches"), [(0, 3), (4, 2), (12, 1)])
-def test_a_stop_in_a_validation_ends_within_a_batch_and_loses_nothing(make_job, run, monkeypatch, at, batches):
+def test_a_stop_in_a_validation_ends_within_a_batch_and_loses_nothing(
+    make_job, run, monkeypatch, at, batches
+):
     whole = run("whole", log_every=3)
     job = make_job("stopped", log_every=3)
     losses, measured = loop.token_losses, []
@@ -205,14 +240,19 @@ def test_a_stop_in_a_validation_ends_within_a_batch_and_loses_nothing(make_job, 
                 signal.raise_signal(signal.SIGINT)
         return losses(model, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped, match=f"after step {at}; go on with"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Stopped, match=f"after step {at}; go on with"),
+    ):
         patch.setattr(loop, "token_losses", interrupted)
         run_job(job, [])
     assert measured.count(at) == batches, "it went on"
     folder = resume(job)
     assert figures(folder) == figures(whole)
     assert same(weights(folder, 12), weights(whole, 12))
-    best = [json.loads((place / "summary.json").read_text())["best/step"] for place in (folder, whole)]
+    best = [
+        json.loads((place / "summary.json").read_text())["best/step"] for place in (folder, whole)
+    ]
     assert best[0] == best[1]
 
 
@@ -252,7 +292,9 @@ def test_wandb_gets_samples_at_each_validation_and_they_change_nothing(make_job,
         make_job("shown", sample_tokens=5),
         wandb=WandbConfig(mode=WandbMode.offline, group="sweep"),
     )
-    folder = run_job(job, ["train.lr=3e-3", "seed=0", "device=cpu", "run.dir=shown", "model=diff_v1"])
+    folder = run_job(
+        job, ["train.lr=3e-3", "seed=0", "device=cpu", "run.dir=shown", "model=diff_v1"]
+    )
     assert figures(folder) == figures(plain)
     samples = [(step, row["samples"]) for step, row in logged if "samples" in row]
     assert [step for step, _ in samples] == [0, 4, 8, 12]
@@ -294,7 +336,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_job, monkeypatch):
         return loss * float("nan") if model.training and next(calls) == 6 else loss
 
     monkeypatch.setattr(loop, "token_losses", broken)
-    with pytest.raises(RunError, match=r"the loss is nan at step 6 \(batch at batch 5 .*last good checkpoint is .*step_00000004"):
+    with pytest.raises(
+        RunError,
+        match=r"the loss is nan at step 6 \(batch at batch 5 .*last good checkpoint is .*step_00000004",
+    ):
         run_job(make_job(log_every=3), [])
 
 
@@ -305,11 +350,19 @@ def test_an_update_that_is_not_finite_is_not_saved(make_job):
 
 def test_a_refused_resume_leaves_the_run_as_it_was(make_job, tmp_path):
     path = tmp_path / "changing.jsonl"
-    lines = [json.dumps({"text": f"line {n} of a text that changes " * 5}) + "\n" for n in range(100)]
+    lines = [
+        json.dumps({"text": f"line {n} of a text that changes " * 5}) + "\n" for n in range(100)
+    ]
     path.write_text("".join(lines))
-    job = dataclasses.replace(make_job(), data=TextData(path=str(path), val_tokens=500), tokenizer=BpeTokenizer(vocab_size=300))
+    job = dataclasses.replace(
+        make_job(),
+        data=TextData(path=str(path), val_tokens=500),
+        tokenizer=BpeTokenizer(vocab_size=300),
+    )
     folder = run_job(job, [])
-    assert resume(job, ["train.steps=14"], steps=14) == folder  # a trained tokenizer is read back, not trained again
+    assert (
+        resume(job, ["train.steps=14"], steps=14) == folder
+    )  # a trained tokenizer is read back, not trained again
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     path.write_text("".join(lines[:-1]) + json.dumps({"text": "something else"}) + "\n")
     with pytest.raises(UserError, match="not those that the checkpoint was trained on"):
@@ -345,7 +398,14 @@ def test_a_run_stopped_at_its_last_step_is_measured_there(make_job, monkeypatch)
 def test_init_from_starts_from_the_weights_at_another_length_and_theta(make_job, text):
     source = run_job(make_job("source"), [])
     words = ["model.rope_theta=640000", f"train.init_from={source}@8"]
-    settings = {"seq_len": 64, "batch_tokens": 256, "init_from": f"{source}@8", "lr": 1e-9, "steps": 1, "warmup": 0}
+    settings = {
+        "seq_len": 64,
+        "batch_tokens": 256,
+        "init_from": f"{source}@8",
+        "lr": 1e-9,
+        "steps": 1,
+        "warmup": 0,
+    }
     job = make_job("long", model={"rope_theta": 640_000.0}, **settings)
     folder = run_job(job, words)
     assert load_run(str(folder)).model.config.rope_theta == 640_000.0
@@ -359,14 +419,25 @@ def test_init_from_starts_from_the_weights_at_another_length_and_theta(make_job,
     untouched = run_job(make_job("same", init_from=str(source), lr=1e-9, steps=1, warmup=0), [])
     assert rows(untouched)[0]["val/loss"] == rows(source)[-1]["val/loss"]
     with pytest.raises(UserError, match=r"model\.hidden_size=64 conflicts with train\.init_from"):
-        wide = dataclasses.replace(job, model=dataclasses.replace(job.model, hidden_size=64), run=dataclasses.replace(job.run, dir=None))
+        wide = dataclasses.replace(
+            job,
+            model=dataclasses.replace(job.model, hidden_size=64),
+            run=dataclasses.replace(job.run, dir=None),
+        )
         run_job(wide, ["model.hidden_size=64"])
 
 
 def test_prompts_carry_no_loss(make_job, tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{n} + {n} = " * 3, "text": str(2 * n)}) + "\n" for n in range(300)))
-    job = dataclasses.replace(make_job("pairs"), data=TextData(path=str(path), prompt_key="prompt", val_tokens=1000))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"{n} + {n} = " * 3, "text": str(2 * n)}) + "\n"
+            for n in range(300)
+        )
+    )
+    job = dataclasses.replace(
+        make_job("pairs"), data=TextData(path=str(path), prompt_key="prompt", val_tokens=1000)
+    )
     corpus = open_data(job.data, job.tokenizer)
     batch = next(corpus.batches(32, 4, 0))
     assert 0 < (batch.targets >= 0).float().mean() < 0.5
@@ -375,9 +446,13 @@ def test_prompts_carry_no_loss(make_job, tmp_path):
 
 def test_shards_bring_their_tokenizer(make_job, tmp_path):
     job = make_job("bytes")
-    shards = prepare(PrepareJob(data=job.data, tokenizer=job.tokenizer, out=str(tmp_path / "shards"), workers=1))
+    shards = prepare(
+        PrepareJob(data=job.data, tokenizer=job.tokenizer, out=str(tmp_path / "shards"), workers=1)
+    )
     other = dataclasses.replace(job, data=ShardsData(path=str(shards)), tokenizer=BpeTokenizer())
-    with pytest.raises(UserError, match=r"tokenizer=bpe cannot be used with data=shards: these hold bytes tokens"):
+    with pytest.raises(
+        UserError, match=r"tokenizer=bpe cannot be used with data=shards: these hold bytes tokens"
+    ):
         run_job(other, ["tokenizer=bpe"])
     assert load_run(str(run_job(other, []))).tokenizer.kind == "bytes"
 
@@ -399,5 +474,8 @@ def test_memory_that_runs_out_is_one_line(make_job, monkeypatch):
         raise torch.OutOfMemoryError("tried to allocate 3 GiB\nmany more lines")
 
     monkeypatch.setattr("diffx.train.run.fit", full)
-    with pytest.raises(RunError, match=r"memory of cpu is full \(tried to allocate 3 GiB\); lower train.micro_batch_size"):
+    with pytest.raises(
+        RunError,
+        match=r"memory of cpu is full \(tried to allocate 3 GiB\); lower train.micro_batch_size",
+    ):
         run_job(make_job(), [])

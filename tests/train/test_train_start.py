@@ -25,8 +25,14 @@ def is_change(event, args, folder):
     """Whether an audit event is a change of a file below ``folder``."""
     if event == "open":
         path, _, flags = args
-        return isinstance(path, str) and path.startswith(folder) and bool(flags & (os.O_WRONLY | os.O_RDWR))
-    return event in CHANGES and any(isinstance(arg, str | Path) and str(arg).startswith(folder) for arg in args)
+        return (
+            isinstance(path, str)
+            and path.startswith(folder)
+            and bool(flags & (os.O_WRONLY | os.O_RDWR))
+        )
+    return event in CHANGES and any(
+        isinstance(arg, str | Path) and str(arg).startswith(folder) for arg in args
+    )
 
 
 def killed_before(number, job):
@@ -53,7 +59,11 @@ def outcome(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     weights = load_file(folder / "checkpoints" / "step_00000004" / "model.safetensors")
     files = {str(path.relative_to(folder)) for path in folder.rglob("*")}
-    return [{key: value for key, value in row.items() if key not in clocks} for row in rows], weights, files
+    return (
+        [{key: value for key, value in row.items() if key not in clocks} for row in rows],
+        weights,
+        files,
+    )
 
 
 def check_kills(make_job, numbers):
@@ -87,13 +97,18 @@ def test_a_second_process_on_a_run_is_refused(make_job):
     folder = run_job(job, [])
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     again = dataclasses.replace(job, train=dataclasses.replace(job.train, resume="auto", steps=6))
-    with hold_folder(folder, new=False), pytest.raises(UserError, match=r"run\.dir=.* another process is writing it"):
+    with (
+        hold_folder(folder, new=False),
+        pytest.raises(UserError, match=r"run\.dir=.* another process is writing it"),
+    ):
         run_job(again, ["train.steps=6"])
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     run_job(again, ["train.steps=6"])
 
 
-@pytest.mark.parametrize("settings", [{"log_every": 1}, {"log_every": 100, "eval_every": 100, "save_every": 5}])
+@pytest.mark.parametrize(
+    "settings", [{"log_every": 1}, {"log_every": 100, "eval_every": 100, "save_every": 5}]
+)
 def test_a_folder_that_is_deleted_while_its_run_goes_is_an_error(make_job, monkeypatch, settings):
     job = make_job(**settings)
     step, done = loop._accumulate_gradients, count(1)
