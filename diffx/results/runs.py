@@ -106,11 +106,13 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
         UserError: as ``read_run``; or trained and adapted runs are mixed.
     """
     folders = [folder for path in map(Path, paths) for folder in sweep_jobs(path) or [path]]
-    unique = {folder.resolve(): folder for folder in reversed(folders)}  # the first name counts
-    runs = [read_run(folder) for folder in reversed(unique.values())]
+    unique: dict[Path, Path] = {}
+    for folder in folders:
+        unique.setdefault(folder.resolve(), folder)
+    runs = [read_run(folder) for folder in unique.values()]
     for run in runs:
         if run.job.kind != runs[0].job.kind:
-            reason = "one was trained from scratch, the other is an adaptation"
+            reason = "one was trained from nothing, the other is an adaptation"
             raise UserError(f"RUN={run.path} cannot be compared with {runs[0].path}: {reason}")
     return runs
 
