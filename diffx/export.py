@@ -22,58 +22,60 @@ from diffx.hub.card import CARD, export_usage, training_card
 from diffx.hub.convert import to_diffllama, to_llama
 from diffx.hub.registered import to_diffx
 from diffx.loading import DTYPES, Loaded, load_run, write_origin
-from diffx.models import Decoder
 
 _CLOSE = 1e-5  # relative; of fp32 logits before and after, which differ by rounding alone
 
 
 def export(job: ExportJob) -> Path:
-    """Write a run's model, tokenizer and generation config as a folder that ``AutoModelForCausalLM`` loads.
+    """Write the model of a run, its tokenizer and a model card for ``AutoModelForCausalLM``.
 
-    ``transformer`` becomes a Llama and ``diff_v1`` a DiffLlama where that is the same function; the others become our registered class,
-    which loads after ``import diffx``. An adapted run becomes a model of its base's class, folded in fp64, or keeps its branch.
-    A model card (README.md) is written beside it.
+    ``transformer`` becomes a Llama and ``diff_v1`` a DiffLlama where that is the same function; the
+    others need ``import diffx``. An adapted run becomes a model of its base's class, folded in
+    fp64, or keeps its branch.
 
     Raises:
         UserError: the checkpoint cannot be used.
-        RunError: what was exported does not give the logits that it must.
+        RunError: the exported model gives other logits.
     """
     reporter, out = Reporter(), Path(job.out).expanduser()
     loaded = load_run(job.checkpoint, Device.cpu, trust_remote_code=job.trust_remote_code)
-    model: Any
     model, error = to_transformers(loaded, job.fold)
     if job.dtype is not Dtype.auto:
-        model.to(DTYPES[job.dtype])
+        model.to(dtype=DTYPES[job.dtype])
     with new_model_folder(out, "out") as folder:
         write_pretrained(model, loaded, folder)
         _write_card(model, loaded, out.name, folder)
-    needs = " (load it after `import diffx`)" if model.config.model_type.startswith("diffx") else ""
+    needs = " (load it after `import diffx`)" if _needs_diffx(model) else ""
     reporter.line(
-        f"{type(model).__name__} in {out}{needs}; its logits differ from the run's by {error:.1e} of their norm"
+        f"{type(model).__name__} in {out}{needs}; its logits differ from the run's by {error:.1e} "
+        "of their norm"
     )
     return out
 
 
 def to_transformers(loaded: Loaded, fold_branch: bool = True) -> tuple[PreTrainedModel, float]:
-    """A run's model, on the CPU, as one of ``transformers``, and by how much of their norm its logits differ; the run's own is used up.
+    """Convert the model of a run, in place and on the CPU, to one of ``transformers``.
+
+    Returns:
+        The model, and the difference of its logits from the run's, relative to their norm.
 
     Raises:
         UserError: there is no branch to keep.
-        RunError: the logits are not the run's.
+        RunError: the logits differ by more than rounding.
     """
-    ids = torch.randint(
-        loaded.tokenizer.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)
-    )
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(loaded.tokenizer.vocab_size, (1, 16), generator=random)
     before = _logits(loaded.model, ids)
-    model = _theirs(loaded, fold_branch)
+    model = _convert(loaded, fold_branch)
     error = float((_logits(model, ids) - before).norm() / before.norm())
     if not error < _CLOSE:
         raise RunError(
-            f"the exported logits differ from the run's by {error:.2g} of their norm: this is a defect, and nothing was written"
+            f"the exported logits differ from the run's by {error:.2g} of their norm: this is a "
+            "defect, and nothing was written"
         )
     model.generation_config.eos_token_id = sorted(loaded.ends)
     model.config.eos_token_id = loaded.tokenizer.eot_id
-    if loaded.adapted is None:  # what an adapted model reads is as it is in its base's config
+    if loaded.adapted is None:  # an adapted model has these from its base
         model.config.max_position_embeddings = loaded.context
         model.config.bos_token_id = model.generation_config.bos_token_id = loaded.tokenizer.eot_id
     return model, error
@@ -87,10 +89,14 @@ def write_pretrained(model: PreTrainedModel, loaded: Loaded, folder: Path) -> No
     write_origin(loaded, folder)
 
 
+def _needs_diffx(model: PreTrainedModel) -> bool:
+    return model.config.model_type.startswith("diffx")
+
+
 def _write_card(model: PreTrainedModel, loaded: Loaded, name: str, folder: Path) -> None:
     assert loaded.job is not None  # load_run gave it
     summary, base = loaded.folder / "summary.json", loaded.folder / "base.json"
-    needs_diffx = model.config.model_type.startswith("diffx")
+    needs_diffx = _needs_diffx(model)
     training_card(
         loaded.job,
         name,
@@ -105,7 +111,7 @@ def _write_card(model: PreTrainedModel, loaded: Loaded, name: str, folder: Path)
 
 @contextmanager
 def new_model_folder(out: Path, key: str) -> Iterator[Path]:
-    """Give a temporary folder that becomes ``out`` at the end, under a lock; ``key`` names ``out`` in messages.
+    """Give a temporary folder that becomes ``out``, which messages call ``key``, under a lock.
 
     Raises:
         UserError: another process is writing ``out``.
@@ -113,30 +119,26 @@ def new_model_folder(out: Path, key: str) -> Iterator[Path]:
     """
     with storage_errors(f"{key}={out} cannot be written"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            locked(out.with_name(f".{out.name}.lock"), f"{key}={out}"),
-            replacing_folder(out) as folder,
-        ):
+        lock = out.with_name(f".{out.name}.lock")
+        with locked(lock, f"{key}={out}"), replacing_folder(out) as folder:
             yield folder
 
 
-def _theirs(loaded: Loaded, fold_branch: bool) -> Any:
+def _convert(loaded: Loaded, fold_branch: bool) -> Any:
     if loaded.adapted is not None:
-        if fold_branch or not loaded.adapted.branches:
-            return fold(loaded.adapted)
-        fold(loaded.adapted, keep_branch=True)
-        return to_dex(loaded.adapted, loaded.step)
+        keep_branch = bool(loaded.adapted.branches) and not fold_branch
+        model = fold(loaded.adapted, keep_branch)
+        return to_dex(loaded.adapted, loaded.step) if keep_branch else model
     if not fold_branch:
         raise UserError(
-            f"fold=false cannot be used: {loaded.folder} is no adapted run, so there is no branch to keep"
+            f"fold=false cannot be used: {loaded.folder} is no adapted run and has no branch"
         )
-    model: Decoder = loaded.model
-    if model.config.kind == "transformer":
-        return to_llama(model)
+    if loaded.model.config.kind == "transformer":
+        return to_llama(loaded.model)
     try:
-        return to_diffllama(model)
+        return to_diffllama(loaded.model)
     except ValueError:  # not a form of DiffLlama
-        return to_diffx(model)
+        return to_diffx(loaded.model)
 
 
 @torch.no_grad()

@@ -1,16 +1,16 @@
-"""Adapters of finished runs on a pretrained model: loaded, switched, folded and pushed to the hub."""
+"""Adapters of finished runs on a pretrained model: loaded, switched, folded, pushed to the hub."""
 
+import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from diffx.config import UserError
@@ -19,64 +19,61 @@ from diffx.config.dex import DexConfig, Variant
 from diffx.data.hub import asking_hub
 from diffx.dex.attach import attach, fold
 from diffx.dex.layer import DexProjection, projection_weight
-from diffx.dex.layout import find_layers
+from diffx.dex.layout import find_layers, names_heads_of
 from diffx.dex.pretrained import fingerprint_of, load_pretrained
 from diffx.errors import reason
-from diffx.files import read_json, write_json
-from diffx.hub.card import CARD, adapter_card
+from diffx.files import read_json
+from diffx.hub.card import CARD
 from diffx.models.tensors import read_tensors
 
 DESCRIPTION, BRANCH, TUNED = "adapter.json", "branch.safetensors", "tuned.safetensors"
-_FIELDS = {"dex": dict, "base": dict, "heads": list, "step": int}
+_FILES = (DESCRIPTION, BRANCH, TUNED, CARD)
 
 
 @dataclass
 class _Adapter:
-    folder: Path
-    tuned: dict[str, Tensor]  # replace the model's weights, by parameter name
-    branches: dict[str, DexProjection]  # by the name of the output projection
+    folder: Path = Path()
+    tuned: dict[str, Tensor] = field(default_factory=dict)  # weights, by parameter name
+    branches: dict[str, DexProjection] = field(default_factory=dict)  # by output projection
+
+
+@dataclass(kw_only=True)
+class _Description:
+    """The content of adapter.json."""
+
+    dex: DexConfig
+    base: dict[str, Any]
+    heads: list[list[int]]
+    step: int
 
 
 class Adapters:
     """A pretrained model with named adapters, of which at most one is active.
 
-    The original weights are kept, and put back as they are: no weight is ever subtracted.
+    The original weights are kept and put back, so that no rounding error remains.
 
     Args:
         model: a causal model of ``transformers``; changed in place.
-        fingerprint: of its weights; None if it is not known, so that adapters of other weights
-            with the same shapes are not refused.
+        fingerprint: of its weights; with None adapters of other weights are not refused.
 
     Attributes:
-        model: the model.
         active: the name of the active adapter; None if the model is the pretrained one.
-        folded: whether the active adapter's branch is folded into the output projections.
+        folded: whether the branch is folded into the output projections.
 
     Raises:
-        UserError: the model has a branch already, or its attention is not understood.
+        UserError: the model has a branch already, or its attention cannot be analysed.
     """
 
     def __init__(self, model: PreTrainedModel, fingerprint: str | None = None):
-        if any(isinstance(module, DexProjection) for module in model.modules()):
-            raise UserError(
-                f"model={type(model).__name__} cannot be used: it has a DEX branch already; "
-                "give the Adapters object that load_adapter returned, or the pretrained model"
-            )
         self.model, self.fingerprint = model, fingerprint
         self.active: str | None = None
         self.folded = False
         self._adapters: dict[str, _Adapter] = {}
-        ids = torch.tensor([[0, 1]], device=model.device)
-        self._layers = find_layers(model, {"input_ids": ids})
+        self._layers = find_layers(model)
         self._parameters = dict(model.named_parameters())
         self._originals: dict[str, Tensor] = {}  # of the parameters that some adapter replaces
-        names = {
-            part.name
-            for layer in self._layers
-            for part in layer.queries + layer.keys + layer.values
-        }
-        names |= {layer.output for layer in self._layers}
-        self._modules = {name: model.get_submodule(name) for name in sorted(names)}
+        names = sorted({name for layer in self._layers for name in layer.names})
+        self._modules = {name: model.get_submodule(name) for name in names}
 
     @property
     def names(self) -> list[str]:
@@ -88,7 +85,7 @@ class Adapters:
 
         Args:
             folder: the ``adapter/`` of a run, or a repository of the hub that holds one.
-            name: what it is called here.
+            name: a name for the adapter.
             revision: of the repository.
 
         Raises:
@@ -97,10 +94,13 @@ class Adapters:
         if name in self._adapters:
             raise UserError(f"name={name} cannot be used: an adapter has it; choose another name")
         path = _fetched(folder, revision)
-        described, config = _read_description(path)
+        try:
+            described = from_plain(_Description, read_json(path / DESCRIPTION))
+        except UserError as error:
+            raise UserError(f"{path / DESCRIPTION} cannot be used: {error}") from error
         self._check(path, described)
         with self.disabled():
-            self._adapters[name] = self._make(path, described, config)
+            self._adapters[name] = self._make(path, described)
         self.activate(name)
 
     def activate(self, name: str | None) -> None:
@@ -109,14 +109,11 @@ class Adapters:
         Raises:
             UserError: there is no adapter of this name.
         """
-        if name is not None and name not in self._adapters:
-            known = ", ".join(self._adapters)
-            raise UserError(f"name={name} cannot be used: accepted here: {known}, or None")
-        self._place(name, False)
+        self._place(None if name is None else self._checked(name), False)
 
     @contextmanager
     def disabled(self) -> Iterator[PreTrainedModel]:
-        """Give the pretrained model within the context; after it everything is as before."""
+        """Give the pretrained model within the context."""
         active, folded = self.active, self.folded
         self.activate(None)
         try:
@@ -125,41 +122,30 @@ class Adapters:
             self._place(active, folded)
 
     def fold(self) -> None:
-        """Fold the active adapter's branch into the output projections, in fp64, rounded once.
+        """Fold the branch of the active adapter into the output projections, in fp64.
 
         Raises:
             UserError: no adapter is active.
         """
-        self._place(self._active_name(), True)
+        self._place(self._checked(self.active), True)
 
     def unfold(self) -> None:
-        """Undo ``fold``: each weight is again what it was, bit for bit."""
+        """Undo ``fold``, bit for bit."""
         self._place(self.active, False)
 
     def save(self, folder: str | Path, name: str | None = None) -> Path:
-        """Write an adapter's files and its model card into a new folder, for ``load``.
-
-        Args:
-            folder: the folder; it must not exist, or be empty.
-            name: which adapter; None is the active one.
+        """Copy an adapter (None: the active one) and its model card into a new or empty folder.
 
         Raises:
             UserError: there is no such adapter, or the folder holds files.
         """
-        source = self._adapters[self._active_name() if name is None else name].folder
-        target = Path(folder)
+        source, target = self._adapters[self._checked(name or self.active)].folder, Path(folder)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"folder={folder} cannot be used: it exists; choose another")
         target.mkdir(parents=True, exist_ok=True)
-        for file in (BRANCH, TUNED, CARD):
+        for file in _FILES:
             if (source / file).is_file():
                 shutil.copyfile(source / file, target / file)
-        described, config = _read_description(source)
-        described["dex"]["heads"] = Path(config.heads).name  # not the folder of a heads.json
-        write_json(target / DESCRIPTION, {key: described[key] for key in _FIELDS})
-        if not (target / CARD).exists():  # the run was made before there were cards
-            card = adapter_card(described["base"]["name"], config.variant.value, described["step"])
-            card.save(target / CARD)
         return target
 
     def push_to_hub(
@@ -171,105 +157,88 @@ class Adapters:
         token: str | None = None,
         commit_message: str = "Upload a DEX adapter",
     ) -> str:
-        """Push an adapter and its model card to the hub; the repository is created if needed.
+        """Push an adapter and its model card to the hub.
 
         Args:
-            repo_id: ``user/name``.
+            repo_id: ``user/name``; it is created if it does not exist.
             name: which adapter; None is the active one.
             private: whether a new repository is private; None is the user's default.
             token: of the hub; None is the one that ``hf auth login`` stored.
-            commit_message: of the commit.
+            commit_message: message of the commit.
 
         Returns:
             The URL of the commit.
         """
+        folder = self._adapters[self._checked(name or self.active)].folder
         api = HfApi(token=token)
-        with TemporaryDirectory() as temporary:
-            folder = self.save(Path(temporary) / "adapter", name)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message
-            )
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            allow_patterns=list(_FILES),
+        )
         return str(commit.commit_url)
 
-    def _active_name(self) -> str:
-        if self.active is None:
-            raise UserError(
-                f"name=None cannot be used: no adapter is active; activate one of {self.names}"
-            )
-        return self.active
+    def _checked(self, name: str | None) -> str:
+        if name is None or name not in self._adapters:
+            reason = "no adapter is active" if name is None else "no adapter has it"
+            raise UserError(f"name={name} cannot be used: {reason}; accepted: {self.names}")
+        return name
 
-    def _check(self, path: Path, described: dict[str, Any]) -> None:
-        base = described["base"]
-        if self.fingerprint is not None and base.get("fingerprint") != self.fingerprint:
-            known = str(base.get("fingerprint"))[:12]
-            raise UserError(
-                f"folder={path} cannot be used: it is an adapter of other weights "
-                f"({base.get('name')}, {known}, not {self.fingerprint[:12]}); give the base that it was trained on"
-            )
-        heads = described["heads"]
-        if len(heads) != len(self._layers) or not all(
-            set(chosen) <= set(range(layer.num_heads))
-            for chosen, layer in zip(heads, self._layers, strict=True)
-        ):
-            raise UserError(
-                f"folder={path} cannot be used: it names layers or heads that "
-                f"{type(self.model).__name__} does not have; give the base that it was trained on"
-            )
+    def _check(self, path: Path, described: _Description) -> None:
+        known, name = described.base.get("fingerprint"), described.base.get("name")
+        if self.fingerprint not in (None, known):
+            mismatch = f"it is an adapter of other weights ({name}, {str(known)[:12]})"
+        elif not names_heads_of(self._layers, described.heads):
+            mismatch = f"it names layers or heads that {type(self.model).__name__} does not have"
+        else:
+            return
+        raise UserError(f"folder={path} cannot be used: {mismatch}; give the base of its training")
 
-    def _make(self, path: Path, described: dict[str, Any], config: DexConfig) -> _Adapter:
-        """Build an adapter by the code that a run uses, on the model, which is restored after."""
-        parameters = self._parameters
-        data = {name: parameter.data for name, parameter in parameters.items()}
-        trains = {name: parameter.requires_grad for name, parameter in parameters.items()}
-        buffers = [(module, dict(module._buffers)) for module in self.model.modules()]
-        full = config.variant is Variant.full
-        touched = list(parameters) if full else [f"{name}.weight" for name in self._modules]
-        try:
-            for name in touched:
-                parameters[name].data = data[name].clone()
-            with torch.random.fork_rng(range(torch.cuda.device_count())):
-                steps = int(config.anneal_steps or 0)
-                adapted = attach(
-                    self.model, self._layers, config, described["heads"], steps, seed=0
-                )
-            shapes: dict[str, dict[str, torch.Size]] = {BRANCH: {}, TUNED: {}}
-            for name, parameter in adapted.trained().items():
-                shapes[file_of(name)][name] = parameter.shape
-            files = [read_tensors(path / file, part) for file, part in shapes.items() if part]
-            weights = {name: tensor for tensors in files for name, tensor in tensors.items()}
-            adapted.load(weights, described["step"], self.model.dtype)
-            fold(adapted, keep_branch=True)
-            modules = {name: self.model.get_submodule(name) for name in self._modules}
-            branches = {name: m for name, m in modules.items() if isinstance(m, DexProjection)}
-            tuned = {name: parameters[name].data.to(data[name].dtype) for name in touched}
-        finally:
-            for name, module in self._modules.items():
-                self.model.set_submodule(name, module)
-            for name, parameter in parameters.items():
-                parameter.data = data[name]
-                parameter.requires_grad_(trains[name])
-            for module, values in buffers:
-                module._buffers.update(values)
-        self._originals |= {name: data[name] for name in touched}
+    def _make(self, path: Path, described: _Description) -> _Adapter:
+        """Build an adapter by the code that a run uses, on a copy that shares unchanged weights."""
+        config, originals = described.dex, self._parameters
+        changed = [f"{name}.weight" for name in self._modules]
+        if config.variant is Variant.full:
+            changed = list(originals)
+        parameters = {
+            name: nn.Parameter(original.data.clone() if name in changed else original.data, False)
+            for name, original in originals.items()
+        }
+        memo: dict[int, Any] = {id(originals[name]): parameters[name] for name in originals}
+        model, steps = copy.deepcopy(self.model, memo), int(config.anneal_steps or 0)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            adapted = attach(model, self._layers, config, described.heads, steps, seed=0)
+        weights: dict[str, Tensor] = {}
+        for file in (BRANCH, TUNED):
+            trained = adapted.trained().items()
+            if shapes := {name: value.shape for name, value in trained if file_of(name) == file}:
+                weights |= read_tensors(path / file, shapes)
+        adapted.load(weights, described.step, self.model.dtype)
+        fold(adapted, keep_branch=True)
+        outputs = [layer.output for layer in self._layers]
+        branches = dict(zip(outputs, adapted.branches, strict=False))  # some variants have none
+        for name, branch in branches.items():
+            branch.proj = self._modules[name]
+        self._originals |= {name: originals[name].data for name in changed}
+        tuned = {name: parameters[name].data.to(originals[name].dtype) for name in changed}
         return _Adapter(path, tuned, branches)
 
     @torch.no_grad()
     def _place(self, name: str | None, folded: bool) -> None:
         """Put weights and branches of an adapter into the model; of None, the original weights."""
-        adapter = _Adapter(Path(), {}, {}) if name is None else self._adapters[name]
+        adapter = _Adapter() if name is None else self._adapters[name]
         for key, original in self._originals.items():
             parameter = self._parameters[key]  # the model may have been moved since
             parameter.data = adapter.tuned.get(key, original).to(parameter.device, parameter.dtype)
         for layer in self._layers:
             module, branch = self._modules[layer.output], adapter.branches.get(layer.output)
             weight = projection_weight(module)
-            if branch is not None:
-                branch.to(weight.device)
-                if folded:
-                    weight.data = branch.folded_weight().to(weight.dtype)
-                else:
-                    module = branch
+            if branch is not None and folded:
+                weight.data = branch.to(weight.device).folded_weight().to(weight.dtype)
+            elif branch is not None:
+                module = branch.to(weight.device)
             self.model.set_submodule(layer.output, module)
         self.active, self.folded = name, folded and name is not None
 
@@ -286,10 +255,10 @@ def load_adapter(
     """Load the ``adapter/`` of an adapted run on its base, and activate it.
 
     Args:
-        model: the base, by hub name, by folder or itself; or what this function returned, for
-            a further adapter on the same base.
+        model: the base (hub name, folder or model); or the result of an earlier call, for a
+            further adapter on the same base.
         folder: the ``adapter/`` of a run, or a repository of the hub that holds one.
-        name: what the adapter is called.
+        name: a name for the adapter.
         dtype: of a base that is loaded here.
         revision: of a base that is loaded here.
         trust_remote_code: run Python code that comes with a base that is loaded here.
@@ -298,9 +267,8 @@ def load_adapter(
         UserError: the base cannot be loaded, or the adapter is damaged or of another model.
     """
     if isinstance(model, str):
-        base = load_pretrained(
-            "base", model, dtype, torch.device("cpu"), revision, trust_remote_code
-        )
+        cpu = torch.device("cpu")
+        base = load_pretrained("base", model, dtype, cpu, revision, trust_remote_code)
         model = Adapters(base.model, base.fingerprint)
     elif not isinstance(model, Adapters):
         model = Adapters(model, fingerprint_of(model))
@@ -318,19 +286,12 @@ def _fetched(folder: str | Path, revision: str | None) -> Path:
     if path.exists() or path.is_absolute() or len(path.parts) != 2:
         return path
     try:
-        files = [DESCRIPTION, BRANCH, TUNED, CARD]
         with asking_hub(str(folder)):
+            files = list(_FILES)
             return Path(snapshot_download(str(folder), revision=revision, allow_patterns=files))
-    except Exception as error:  # huggingface_hub, requests and the cache fail each in their way
+    except Exception as error:  # huggingface_hub, httpx and the cache raise their own exceptions
         raise UserError(
             f"folder={folder} cannot be used: there is no such folder here, and from the hub it "
-            f"cannot be loaded: {reason(error)}; accepted: the adapter/ of a run, or a repository with one"
+            f"cannot be loaded: {reason(error)}; accepted: the adapter/ of a run, or a repository "
+            "with one"
         ) from error
-
-
-def _read_description(path: Path) -> tuple[dict[str, Any], DexConfig]:
-    described = read_json(path / DESCRIPTION, _FIELDS)
-    try:
-        return described, from_plain(DexConfig, described["dex"])
-    except UserError as error:
-        raise UserError(f"{path / DESCRIPTION} cannot be used: {error}") from error

@@ -1,5 +1,6 @@
 """Attach a DEX variant to a pretrained model, and fold it into the weights."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,16 +20,13 @@ class Adapted:
     """A pretrained model with a variant attached.
 
     Attributes:
-        model: the model, changed in place; only trained parameters require gradients, and they are
-            fp32.
-        branches: its DEX projections, layer by layer; empty where the variant has no branch.
-        anneal_steps: T of equation 4; None without annealing.
+        model: the model; only trained parameters, in fp32, require gradients.
+        branches: the DEX projection of each layer; empty where the variant has no branch.
         lora: the ``LoraModel`` of the variant ``lora``.
     """
 
     model: PreTrainedModel
     branches: list[DexProjection] = field(default_factory=list)
-    anneal_steps: int | None = None
     lora: Any = None
 
     def set_step(self, step: int) -> None:
@@ -38,13 +36,9 @@ class Adapted:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], step: int, dtype: torch.dtype) -> None:
-        """Load what was trained, for use without further training.
+        """Load ``weights`` for the names of ``trained`` and end the training at ``step``.
 
-        Args:
-            weights: a tensor for each name of ``trained``.
-            step: optimizer steps done.
-            dtype: of the model's weights, but not of W_D, lambda and buffers: positions rotated in
-                bf16 would be others.
+        All weights but W_D and lambda are cast to ``dtype``.
         """
         for name, parameter in self.trained().items():
             parameter.copy_(weights[name])
@@ -57,11 +51,8 @@ class Adapted:
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters, by name."""
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
+        named = self.model.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 def attach(
@@ -72,15 +63,10 @@ def attach(
     anneal_steps: int,
     seed: int,
 ) -> Adapted:
-    """Attach a variant to a model, in place.
+    """Attach a variant to a model, in place; weights that it does not train are frozen.
 
-    Args:
-        model: the pretrained model; all its parameters are frozen first.
-        layers: the result of ``find_layers``.
-        config: the variant.
-        heads: the heads chosen in each layer.
-        anneal_steps: T of equation 4, for the variants that anneal.
-        seed: seed of W_D.
+    ``layers`` comes from ``find_layers``, ``heads`` are those chosen in each layer,
+    ``anneal_steps`` is T of equation 4, and ``seed`` is that of W_D and LoRA.
     """
     variant = config.variant
     model.requires_grad_(False)
@@ -92,11 +78,11 @@ def attach(
     if variant is not Variant.adapter_only:
         for layer in layers:
             _train_projections(model, layer)
-    adapted = Adapted(model, anneal_steps=anneal_steps if variant.anneals else None)
+    adapted = Adapted(model)
+    if not variant.branches:
+        return adapted
     generator = torch.Generator().manual_seed(seed)
     for number, (layer, chosen) in enumerate(zip(layers, heads, strict=True)):
-        if not variant.branches:
-            break
         branch = DexProjection(
             model.get_submodule(layer.output),
             layer.num_heads,
@@ -105,7 +91,7 @@ def attach(
             number,
             share=config.share,
             sign=1 if variant in (Variant.dex_plus, Variant.dex_mirror) else -1,
-            anneal_steps=adapted.anneal_steps,
+            anneal_steps=anneal_steps if variant.anneals else None,
         )
         branch.initialize(config.init, generator)
         if variant is Variant.dex_mirror:
@@ -119,31 +105,29 @@ def attach(
 def fold(adapted: Adapted, keep_branch: bool = False) -> PreTrainedModel:
     """Turn the model, in place, into an equivalent plain one.
 
-    Branches are folded into the output projections in fp64, adapters are merged.
-
-    Args:
-        adapted: the model.
-        keep_branch: keep the branches; fold everything else.
+    Branches are folded into the output projections in fp64, unless ``keep_branch`` is true; LoRA
+    is merged.
     """
     model = adapted.model
     if adapted.lora is not None:
         return adapted.lora.merge_and_unload()
     for name, module in list(model.named_modules()):
-        if isinstance(module, DexProjection) and not keep_branch:
-            weight = projection_weight(module.proj)
-            weight.copy_(module.folded_weight())
-            model.set_submodule(name, module.proj)
-        elif isinstance(module, PartlyTrained):
-            projection_weight(module.proj).copy_(module.weight)
-            model.set_submodule(name, module.proj)
+        if isinstance(module, PartlyTrained):
+            weight = module.weight
+        elif isinstance(module, DexProjection) and not keep_branch:
+            weight = module.folded_weight()
+        else:
+            continue
+        projection_weight(module.proj).copy_(weight)
+        model.set_submodule(name, module.proj)
     return model
 
 
 def _train_projections(model: PreTrainedModel, layer: Layer) -> None:
     """Train W_K, W_V and W_O of a layer in fp32; of fused projections only keys and values."""
-    rows: dict[str, set[int]] = {}
+    rows = defaultdict[str, set[int]](set)
     for projection in [*layer.keys, *layer.values]:
-        rows.setdefault(projection.name, set()).update(projection.rows)
+        rows[projection.name].update(projection.rows)
     for name, chosen in rows.items():
         module = model.get_submodule(name)
         weight = projection_weight(module)
@@ -163,26 +147,17 @@ def _train_in_fp32(module: nn.Module) -> None:
 def _lora(model: PreTrainedModel, layers: Sequence[Layer], rank: int, seed: int) -> Any:
     from peft import LoraConfig, LoraModel  # slow to import, and only one variant needs it
 
-    names = [
-        projection.name
-        for layer in layers
-        for projection in [*layer.queries, *layer.keys, *layer.values]
-    ]
-    targets = sorted({*names, *(layer.output for layer in layers)})
+    targets = sorted({name for layer in layers for name in layer.names})
     torch.manual_seed(seed)
-    transposed = all(isinstance(model.get_submodule(name), Conv1D) for name in targets)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        lora_dropout=0.0,
         target_modules=targets,
-        bias="none",
-        fan_in_fan_out=transposed,
+        fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in targets),
     )
     lora = LoraModel(model, config, "default")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for parameter in Adapted(model).trained().values():
+        parameter.data = parameter.data.float()
     return lora
 
 
@@ -190,23 +165,17 @@ def parameter_counts(adapted: Adapted) -> dict[str, int]:
     """Count parameters.
 
     Returns:
-        The trained ones, ``W_D``, ``lambda``, ``others`` (attention weights or adapters) and their
-        sum ``trained``, and those of the whole adapted model, ``embedding``, ``rest`` and
-        ``total``.
+        The trained ones, ``W_D``, ``lambda``, ``others`` (attention weights or LoRA) and their sum
+        ``trained``; and those of the whole model, ``embedding``, ``rest`` and their ``total``.
     """
     counts = {"W_D": 0, "lambda": 0, "others": 0}
+    parts = {"w_d": "W_D", "lambda_learn": "lambda"}
     for name, parameter in adapted.trained().items():
-        leaf = name.rpartition(".")[2]
-        counts["W_D" if leaf == "w_d" else "lambda" if leaf == "lambda_learn" else "others"] += (
-            parameter.numel()
-        )
+        counts[parts.get(name.rpartition(".")[2], "others")] += parameter.numel()
     total = sum(parameter.numel() for parameter in adapted.model.parameters())
-    # they replace rows of `proj`
-    total -= sum(
-        module.rows.numel()
-        for module in adapted.model.modules()
-        if isinstance(module, PartlyTrained)
-    )
+    for module in adapted.model.modules():
+        if isinstance(module, PartlyTrained):  # its rows replace those of `proj`
+            total -= module.rows.numel()
     embedding = projection_weight(adapted.model.get_input_embeddings()).numel()
     return counts | {
         "trained": sum(counts.values()),

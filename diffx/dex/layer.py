@@ -23,15 +23,11 @@ class DexProjection(KeepsFp32):
         proj: the pretrained projection, (B, T, H·d_v) to (B, T, D).
         num_heads: H.
         width: d_v.
-        heads: indices of the chosen heads.
+        heads: the chosen heads.
         layer: l, from 0; lambda_init = 0.8 - 0.6·exp(-0.3·l).
-        share: one W_D for the layer, or one for each head.
+        share: one W_D for the layer, (d_v, d_v), or one for each head, (H, d_v, d_v).
         sign: -1 subtracts (DEX), +1 adds (its control).
         anneal_steps: T_a; 0 is lambda_learn from the start, None a constant lambda_init.
-
-    Attributes:
-        w_d: W_D, fp32, (d_v, d_v) or (H, d_v, d_v).
-        lambda_learn: the learned part of lambda, fp32; None where lambda is fixed.
     """
 
     chosen: Tensor
@@ -51,54 +47,44 @@ class DexProjection(KeepsFp32):
     ):
         super().__init__()
         self.proj = proj
-        self.num_heads, self.width, self.heads, self.sign, self.anneal_steps = (
-            num_heads,
-            width,
-            sorted(heads),
-            sign,
-            anneal_steps,
-        )
+        self.num_heads, self.width, self.heads = num_heads, width, sorted(heads)
+        self.sign, self.anneal_steps = sign, anneal_steps
         self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer)
         fp32: dict[str, Any] = {"device": next(proj.parameters()).device, "dtype": torch.float32}
         shape = (width, width) if share is Share.layer else (num_heads, width, width)
         self.w_d = nn.Parameter(torch.zeros(shape, **fp32))
-        # (1,): FSDP cannot shard ()
-        self.lambda_learn = None if anneal_steps is None else nn.Parameter(torch.zeros(1, **fp32))
+        self.lambda_learn = None
+        if anneal_steps is not None:
+            self.lambda_learn = nn.Parameter(torch.zeros(1, **fp32))  # FSDP cannot shard ()
         chosen = torch.zeros(num_heads, 1, **fp32)
         chosen[self.heads] = 1
-        # (H, 1); persistent, so that it survives a model built on the meta device
-        self.register_buffer("chosen", chosen)
-        # weights of lambda_init and lambda_learn
-        self.register_buffer("schedule", torch.zeros(2, **fp32))
+        # Persistent, so that they survive a model built on the meta device.
+        self.register_buffer("chosen", chosen)  # (H, 1)
+        self.register_buffer("schedule", torch.zeros(2, **fp32))  # of lambda_init, lambda_learn
         self.set_step(0)
 
     def initialize(self, init: Init, generator: torch.Generator) -> None:
-        """Set W_D to zeros, or as ``nn.Linear``: uniform within 1/sqrt(d_v), drawn on the CPU."""
-        with torch.no_grad():
-            if init is Init.linear:
-                bound = self.width**-0.5
-                self.w_d.copy_((torch.rand(self.w_d.shape, generator=generator) * 2 - 1) * bound)
-            else:
-                self.w_d.zero_()
+        """Set W_D, which is 0, as ``nn.Linear`` does if ``init`` is ``linear``, on the CPU."""
+        if init is Init.linear:
+            uniform = torch.rand(self.w_d.shape, generator=generator) * 2 - 1
+            self.w_d.data.copy_(uniform * self.width**-0.5)
 
     def set_step(self, step: int) -> None:
         """Set t: lambda(t) = (1 - a)·(t/T_a)·lambda_init + a·lambda_learn, a = min(1, t/T_a)."""
-        if self.anneal_steps is None:
-            weights = (1.0, 0.0)
-        else:
-            progress = step / self.anneal_steps if self.anneal_steps else 1.0
-            a = min(1.0, progress)
-            weights = ((1 - a) * progress, a)
+        weights = (1.0, 0.0)
+        if self.anneal_steps is not None:
+            a = min(1.0, step / self.anneal_steps) if self.anneal_steps else 1.0
+            weights = ((1 - a) * a, a)
         self.schedule.copy_(torch.tensor(weights, dtype=self.schedule.dtype))
 
     def lambda_value(self) -> Tensor:
         """Lambda(t), fp32 (1,), without a device sync."""
-        fixed = self.schedule[:1] * self.lambda_init
-        return fixed if self.lambda_learn is None else fixed + self.schedule[1:] * self.lambda_learn
+        learned = 0 if self.lambda_learn is None else self.schedule[1:] * self.lambda_learn
+        return self.schedule[:1] * self.lambda_init + learned
 
     def matrix(self) -> Tensor:
         """``sign`` · lambda(t) W_D, fp32, (d_v, d_v) or (H, d_v, d_v)."""
-        # lambda times W_D, not times O W_D, saves a (B, T, D) for backward
+        # Lambda multiplies W_D, not O W_D, which would save a (B, T, D) for backward.
         return self.sign * self.lambda_value() * self.w_d
 
     def change(self, o: Tensor) -> Tensor:
@@ -109,34 +95,26 @@ class DexProjection(KeepsFp32):
     def forward(self, o: Tensor) -> Tensor:
         """Map (B, T, H·d_v) to (B, T, D)."""
         heads = o.unflatten(-1, (self.num_heads, self.width))  # (B, T, H, d_v)
-        # chosen is (H, 1); the other heads stay the same bit for bit
-        return self.proj(
-            torch.addcmul(heads, self.change(heads).to(o.dtype), self.chosen.to(o.dtype)).flatten(
-                -2
-            )
-        )
+        change = self.change(heads).to(o.dtype)
+        # The other heads stay the same bit for bit.
+        return self.proj(torch.addcmul(heads, change, self.chosen.to(o.dtype)).flatten(-2))
 
     @torch.no_grad()
     def folded_weight(self) -> Tensor:
         """Weight of the equivalent projection in fp64: (I - lambda W_D) W_O in chosen heads."""
         weight = projection_weight(self.proj).double()
-        columns = weight if isinstance(self.proj, Conv1D) else weight.T  # (H·d_v, D)
-        per_head = columns.unflatten(0, (self.num_heads, self.width))  # (H, d_v, D)
-        w = self.matrix().double().expand(self.num_heads, self.width, self.width)
-        folded = per_head + self.chosen.double()[..., None] * (w @ per_head)
-        folded = folded.flatten(0, 1)
-        return folded if isinstance(self.proj, Conv1D) else folded.T
+        transposed = isinstance(self.proj, Conv1D)
+        per_head = (weight if transposed else weight.T).unflatten(0, (self.num_heads, self.width))
+        change = self.matrix().double() @ per_head  # (H, d_v, D)
+        folded = (per_head + self.chosen.double()[..., None] * change).flatten(0, 1)
+        return folded if transposed else folded.T
 
 
 class PartlyTrained(nn.Module):
-    """A projection of which only some output features are trained.
-
-    Args:
-        proj: the pretrained map, ``nn.Linear`` or Conv1D; its weight stays frozen.
-        rows: the output features that are trained.
+    """A frozen ``nn.Linear`` or Conv1D of which only some output features are trained.
 
     Attributes:
-        rows: the weights of these features, (n, in), fp32; they replace those of ``proj``.
+        rows: the weights of these features, fp32; they replace those of ``proj``.
     """
 
     index: Tensor

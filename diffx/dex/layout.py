@@ -1,39 +1,32 @@
 """Find the attention projections of a pretrained model of any family, in one forward pass.
 
-``transformers`` passes the queries, keys and values of every attention to one function. The
-gradient shows which output features of which linear maps they depend on. The linear map whose input
-is the result of that function is the output projection. This covers fused projections, GPT-2's
-Conv1D, biases, grouped keys, query norms and heads of any width.
-
-Notation: B batch, T tokens, H query heads, d_v width of a value.
+``transformers`` passes queries, keys and values to one function; gradients show on which output
+features of which linear maps they depend. The linear map that reads the result of that function is
+the output projection. Notation: B batch, T tokens, H query heads, d_v width of a value.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import huggingface_hub.utils.logging
 import torch
+import transformers.utils.logging
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
 from diffx.config import UserError
-from diffx.dex.layer import projection_weight
+from diffx.dex.layer import DexProjection, projection_weight
 from diffx.errors import reason
 from diffx.hub.attention import attending_with
 
 
 @dataclass(frozen=True)
 class Projection:
-    """The output features of a linear map that queries, keys or values consist of.
-
-    Attributes:
-        name: name of the map in the model.
-        rows: the output features; all of them, unless the map is fused with another projection.
-    """
+    """Output features ``rows`` of the linear map ``name``; all, unless several are fused."""
 
     name: str
     rows: list[int]
@@ -44,13 +37,10 @@ class Layer:
     """The attention of one layer.
 
     Attributes:
-        output: name of the output projection in the model; its input is H·d_v features, head after
-            head.
+        output: name of the output projection, whose input is H·d_v features, head after head.
         num_heads: H.
         width: d_v.
-        queries: projections of the queries.
-        keys: projections of the keys.
-        values: projections of the values.
+        queries: projections of the queries; ``keys`` and ``values`` likewise.
     """
 
     output: str
@@ -60,38 +50,65 @@ class Layer:
     keys: list[Projection]
     values: list[Projection]
 
+    @property
+    def names(self) -> set[str]:
+        """The names of all linear maps of the attention."""
+        return {self.output, *(part.name for part in self.queries + self.keys + self.values)}
 
-def find_layers(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
+
+def find_layers(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = None) -> list[Layer]:
     """Find the attention layers of a model, in the order of execution.
 
     Args:
         model: a model of ``transformers``.
-        inputs: arguments of its forward pass; two tokens are enough.
+        inputs: arguments of its forward pass; None is two tokens.
 
     Raises:
-        UserError: the attention of a module, which is named, cannot be analysed.
+        UserError: the attention of a module, which is named, cannot be analysed, or has a branch.
     """
+    refused = f"base={model.name_or_path or type(model).__name__} cannot be used"
+    if any(isinstance(module, DexProjection) for module in model.modules()):
+        raise UserError(f"{refused}: it has a DEX branch already; give the pretrained model")
+    if inputs is None:
+        inputs = {"input_ids": torch.tensor([[0, 1]], device=model.device)}
     try:
-        with quiet_transformers():
+        with quiet():
             return _trace(model, inputs)
     except _UnclearError as error:
         raise UserError(
-            f"base={model.name_or_path or type(model).__name__} cannot be used: {error}; DEX "
-            "needs a model of transformers with ordinary "
-            "attention that follows its AttentionInterface, such as Llama, Qwen, Mistral, Gemma, "
-            "Phi, GPT-2, GPT-NeoX or OPT"
+            f"{refused}: {error}; DEX needs a model of transformers with ordinary attention that "
+            "follows its AttentionInterface, such as Llama, Qwen, Mistral, Gemma, Phi, GPT-2, "
+            "GPT-NeoX or OPT"
         ) from error
 
 
+def names_heads_of(layers: Sequence[Layer], heads: Sequence[Sequence[int]]) -> bool:
+    """Whether ``heads`` gives, for each layer, heads that the layer has."""
+    return len(heads) == len(layers) and all(
+        set(chosen) <= set(range(layer.num_heads))
+        for chosen, layer in zip(heads, layers, strict=True)
+    )
+
+
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence the warnings of ``transformers``; errors here have one line."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+def quiet() -> Iterator[None]:
+    """Silence the warnings of ``transformers`` and ``huggingface_hub``."""
+    with ExitStack() as stack:
+        for logging in (transformers.utils.logging, huggingface_hub.utils.logging):
+            stack.callback(logging.set_verbosity, logging.get_verbosity())
+            logging.set_verbosity_error()
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode within the context."""
+    training = model.training
+    model.eval()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        model.train(training)
 
 
 class _UnclearError(Exception):
@@ -103,100 +120,74 @@ def _trace(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
     layers: list[Layer] = []
     # linear maps since the last attention, and their outputs
     before: list[tuple[nn.Module, Tensor]] = []
-    # attention before its output projection
+    # attention before its output projection: the module, its output, its projections
     waiting: list[tuple[nn.Module, Tensor, tuple[list[Projection], ...]]] = []
-
     random = torch.Generator().manual_seed(0)
 
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> Any:
+    def check_output_was_read() -> None:
         if waiting:
-            raise _UnclearError(
-                f"no linear map reads the output of {names[waiting[0][0]]} as it is"
-            )
-        # Random numbers in place of the context: the output projection is recognised by them.
-        # (B, T, H, d_v)
-        context = torch.randn(
-            query.shape[0], query.shape[2], query.shape[1], value.shape[3], generator=random
-        ).to(query)
+            attention = names[waiting[0][0]]
+            raise _UnclearError(f"no linear map reads the output of {attention} as it is")
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> Any:
+        check_output_was_read()
+        # Random numbers in place of the output, by which the output projection is recognised.
+        batch, heads, tokens, _ = query.shape
+        output = torch.randn(batch, tokens, heads, value.shape[3], generator=random).to(query)
         parts = tuple(_sources(tensor, before, names) for tensor in (query, key, value))
         if not all(parts):
             raise _UnclearError(
                 f"the queries, keys or values of {names[module]} come from no linear map"
             )
-        waiting.append((module, context, parts))
+        waiting.append((module, output, parts))
         before.clear()
-        return context, None
+        return output, None
 
     def linear(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         # a router of experts, for example, returns several tensors
         if not args or not isinstance(output, Tensor):
             return output
-        if (
-            waiting
-            and args[0].numel() == waiting[0][1].numel()
-            and torch.equal(args[0].flatten(), waiting[0][1].flatten())
-        ):
-            _, context, (queries, keys, values) = waiting.pop()
-            layers.append(
-                Layer(names[module], context.shape[2], context.shape[3], queries, keys, values)
-            )
+        if waiting and torch.equal(args[0].flatten(), waiting[0][1].flatten()):
+            _, context, parts = waiting.pop()
+            layers.append(Layer(names[module], *context.shape[2:], *parts))
         leaf = output.detach().requires_grad_()  # so that the gradient stops here
         before.append((module, leaf))
         return leaf.clone()  # the model may change it in place
 
-    maps = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
-    handles = [module.register_forward_hook(linear) for module in maps]
-    training = model.training
-    model.eval()
-    try:
-        with torch.enable_grad(), attending_with(model, attend):
-            model(**inputs)
-    except UserError as error:
-        raise _UnclearError(
-            f"{type(model).__name__} does not let another attention take the place of its own"
-        ) from error
-    except _UnclearError:
-        raise
-    except Exception as error:  # the code of a model may fail in any way here
-        raise _UnclearError(
-            f"{type(model).__name__} fails while it is watched: {reason(error)}"
-        ) from error
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    if waiting:
-        raise _UnclearError(f"no linear map reads the output of {names[waiting[0][0]]} as it is")
+    name = type(model).__name__
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                stack.callback(module.register_forward_hook(linear).remove)
+        stack.enter_context(evaluating(model))
+        try:
+            with torch.enable_grad(), attending_with(model, attend):
+                model(**inputs)
+        except UserError as error:
+            raise _UnclearError(
+                f"{name} does not let another attention take the place of its own"
+            ) from error
+        except _UnclearError:
+            raise
+        except Exception as error:  # the code of a model may fail in any way here
+            raise _UnclearError(f"{name} fails while it is watched: {reason(error)}") from error
+    check_output_was_read()
     if not layers:
-        raise _UnclearError(f"no attention was seen in {type(model).__name__}")
+        raise _UnclearError(f"no attention was seen in {name}")
     _check_sharing(model, layers)
     return layers
 
 
 def _check_sharing(model: PreTrainedModel, layers: list[Layer]) -> None:
     """Refuse layers that share a projection or its weight: training one would change both."""
-    uses = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
-    )
-    seen: set[str] = set()
-    for layer in layers:
-        names = {
-            layer.output,
-            *(projection.name for projection in [*layer.queries, *layer.keys, *layer.values]),
-        }
-        for name in sorted(names):
-            if name in seen or uses[id(projection_weight(model.get_submodule(name)))] > 1:
-                raise _UnclearError(f"{name} is shared by several layers")
-        seen |= names
+    modules = list(model.modules())
+    uses = Counter(id(tensor) for module in modules for tensor in module.parameters(recurse=False))
+    layers_of = Counter(name for layer in layers for name in layer.names)
+    for name, number in sorted(layers_of.items()):
+        if number > 1 or uses[id(projection_weight(model.get_submodule(name)))] > 1:
+            raise _UnclearError(f"{name} is shared by several layers")
 
 
 def _sources(
@@ -205,18 +196,13 @@ def _sources(
     """The linear maps, and their output features, that a tensor depends on."""
     if not before or not tensor.requires_grad:
         return []
-    # a plain sum could cancel in a norm
+    # Random weights, since a plain sum could cancel in a norm.
     weights = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor) + 0.5
-    gradients = torch.autograd.grad(
-        (tensor * weights).sum(),
-        [output for _, output in before],
-        retain_graph=True,
-        allow_unused=True,
-    )
+    outputs = [output for _, output in before]
+    total = (tensor * weights).sum()
+    gradients = torch.autograd.grad(total, outputs, retain_graph=True, materialize_grads=True)
     projections = []
     for (module, _), gradient in zip(before, gradients, strict=True):
-        if gradient is not None:
-            rows = gradient.flatten(0, -2).abs().sum(0).nonzero().flatten().tolist()
-            if rows:
-                projections.append(Projection(names[module], rows))
+        if rows := gradient.flatten(0, -2).any(0).nonzero().flatten().tolist():
+            projections.append(Projection(names[module], rows))
     return projections

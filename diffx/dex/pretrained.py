@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from diffx.config import UserError
 from diffx.data.hub import asking_hub
 from diffx.data.tokenizers import FastTokenizer
-from diffx.dex.layout import quiet_transformers
+from diffx.dex.layout import quiet
 from diffx.errors import reason
 from diffx.files import sha256
 from diffx.hub.configs import DexModelConfig
@@ -23,11 +23,9 @@ from diffx.hub.configs import DexModelConfig
 
 @dataclass
 class Pretrained:
-    """A model, its tokenizer and its properties.
+    """A model in evaluation mode, its tokenizer and its properties.
 
     Attributes:
-        model: in evaluation mode.
-        tokenizer: the one that came with it.
         name: name on the hub, or of the folder.
         fingerprint: commit on the hub; for a folder SHA-256 of its weight files.
         limit: context length in tokens; None if the config does not give it.
@@ -63,7 +61,7 @@ def load_pretrained(
         dtype: type of the weights; ``auto`` is that of the checkpoint.
         device: device of the model.
         revision: revision on the hub.
-        trust_remote_code: run Python code of the model; without it such a model is refused.
+        trust_remote_code: run Python code of the model, which is refused otherwise.
         quantization: quantization while the model is loaded.
 
     Raises:
@@ -72,23 +70,21 @@ def load_pretrained(
     disable_progress_bar()
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     # formats of few bits depend on the device, so the weights are quantized there
-    placement: dict[str, Any] = (
-        {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-    )
-    refused = f"{key}={spec} cannot be used"
-    if (
-        key == "base"
-        and Path(spec, "config.yaml").is_file()
-        and not Path(spec, "config.json").is_file()
-    ):
+    placement: dict[str, Any] = {}
+    if quantization:
+        placement = {"quantization_config": quantization, "device_map": {"": device}}
+    refused, folder = f"{key}={spec} cannot be used", Path(spec)
+    is_model = (folder / "config.json").is_file()
+    if key == "base" and (folder / "config.yaml").is_file() and not is_model:
         raise UserError(
             f"{refused}: it is a run folder; `diffx export checkpoint={spec} out=FOLDER` makes a "
             "model of it"
         )
     try:
-        with quiet_transformers(), asking_hub(spec):
+        with quiet(), asking_hub(spec):
             config = AutoConfig.from_pretrained(spec, **options)
-            _check(key, refused, config, dtype, device, trust_remote_code)
+            if why := _check(key, config, dtype, device, trust_remote_code):
+                raise UserError(f"{refused}: {why}")
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 spec,
                 dtype=dtype,
@@ -107,15 +103,10 @@ def load_pretrained(
                 "trust_remote_code=true to run it"
             ) from error
         runs = "a run (runs/x, runs/x@best, runs/x@1000), " if key == "checkpoint" else ""
-        missing = (
-            ""
-            if Path(spec).is_dir()
-            else f"there is no folder {spec} here, and from the hub it cannot be loaded: "
-        )
+        missing = f"there is no folder {spec} here, and from the hub it cannot be loaded: "
         raise UserError(
-            f"{refused}: {missing}{reason(error)}; accepted: {runs}a folder with a Hugging Face "
-            "model in safetensors, or a hub "
-            "name that can be reached"
+            f"{refused}: {'' if folder.is_dir() else missing}{reason(error)}; accepted: {runs}a "
+            "folder with a Hugging Face model in safetensors, or a hub name that can be reached"
         ) from error
     model, report = loaded
     if report["missing_keys"]:
@@ -135,82 +126,71 @@ def load_pretrained(
             f"{refused}: its tokenizer has {tokenizer.vocab_size} entries and the model {entries}"
         )
     ends = getattr(model.generation_config, "eos_token_id", None)
-    folder = Path(spec)
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     model = model.to(device).eval()
     if not _is_causal(model):
         raise UserError(
             f"{refused}: it is no causal language model: its logits at a token depend on the "
             "tokens after it"
         )
+    if folder.is_dir():
+        fingerprint = _weights_hash(folder)
+    else:  # the commit names a folder in the cache
+        cached = try_to_load_from_cache(spec, "config.json", revision=revision)
+        fingerprint = Path(str(cached)).parent.name
     return Pretrained(
         model,
         tokenizer,
         name=folder.resolve().name if folder.is_dir() else spec,
-        fingerprint=_weights_hash(folder) if folder.is_dir() else _commit(spec, revision),
+        fingerprint=fingerprint,
         limit=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         prefix=[bos] if bos is not None and first == bos else [],
-        ends={
-            tokenizer.eot_id,
-            *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
-        },
+        ends={tokenizer.eot_id, *ends},
         dtype=model.dtype,
     )
 
 
 def fingerprint_of(model: PreTrainedModel) -> str | None:
-    """Give the ``Pretrained.fingerprint`` of a model that transformers loaded; None if its origin is not known."""
-    name = model.name_or_path
-    if name and Path(name).is_dir():
+    """``Pretrained.fingerprint`` of a model of ``transformers``; None for unknown origin."""
+    if (name := model.name_or_path) and Path(name).is_dir():
         return _weights_hash(Path(name))
     return getattr(model.config, "_commit_hash", None)
 
 
 def free_memory(device: torch.device) -> int:
     """Free bytes on a device."""
-    return (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def _check(
-    key: str,
-    refused: str,
-    config: Any,
-    dtype: torch.dtype | str,
-    device: torch.device,
-    trust_remote_code: bool,
-) -> None:
-    """Refuse, before weights are read, a model of another kind, with a branch, or too large."""
+    key: str, config: Any, dtype: torch.dtype | str, device: torch.device, trusted: bool
+) -> str | None:
+    """The reason to refuse a model before its weights are read: kind, branch, size."""
     custom_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForCausalLM._model_mapping and not custom_class:
-        raise UserError(
-            f"{refused}: a {config.model_type} is no causal language model; accepted: what "
+        return (
+            f"a {config.model_type} is no causal language model; accepted: what "
             "AutoModelForCausalLM loads"
         )
     if key == "base" and isinstance(config, DexModelConfig):
-        raise UserError(
-            f"{refused}: it is adapted already and keeps its branch; give its export with "
-            "fold=true, or its own base"
+        return (
+            "it is adapted already and keeps its branch; give its export with fold=true, or its "
+            "base"
         )
     with torch.device("meta"):
-        shape: nn.Module = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code
-        )
+        shape: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     weights_dtype = (config.dtype or torch.float32) if isinstance(dtype, str) else dtype
     needed = sum(parameter.numel() for parameter in shape.parameters()) * weights_dtype.itemsize
-    if needed > (free := free_memory(device)) and not hasattr(config, "quantization_config"):
-        half = (
-            f"{'train.precision' if key == 'base' else 'dtype'}=bf16 (half of it), "
-            if weights_dtype is torch.float32
-            else ""
-        )
-        raise UserError(
-            f"{refused}: its weights need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
-            f"free; take {half}a smaller model, or a "
-            "machine with more memory"
-        )
+    if needed <= (free := free_memory(device)) or hasattr(config, "quantization_config"):
+        return None
+    half = f"{'train.precision' if key == 'base' else 'dtype'}=bf16 (half of it), "
+    return (
+        f"its weights need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; take "
+        f"{half if weights_dtype is torch.float32 else ''}a smaller model, or a machine with more "
+        "memory"
+    )
 
 
 @torch.no_grad()
@@ -219,11 +199,6 @@ def _is_causal(model: nn.Module) -> bool:
     ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=next(model.parameters()).device)
     first, second = model(input_ids=ids, use_cache=False).logits[:, :2].float()
     return bool((first - second).abs().max() <= 1e-3 * first.abs().max())
-
-
-def _commit(spec: str, revision: str | None) -> str:
-    """The commit of a model from the hub: the name of its folder in the cache."""
-    return Path(str(try_to_load_from_cache(spec, "config.json", revision=revision))).parent.name
 
 
 def _weights_hash(folder: Path) -> str:

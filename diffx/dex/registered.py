@@ -1,4 +1,4 @@
-"""An adapted model that keeps its branch, as a model of ``transformers``: what ``diffx export fold=false`` writes."""
+"""An adapted model with its branch as a model of ``transformers``, for ``export fold=false``."""
 
 import inspect
 from collections.abc import Callable
@@ -15,37 +15,34 @@ from diffx.dex.attach import Adapted
 from diffx.dex.layer import DexProjection
 from diffx.hub.configs import DexModelConfig
 
-_OUTPUTS = ("output_attentions", "output_hidden_states")
-
 
 def _forward(
     self: Any, input_ids: Tensor | None = None, *, labels: Tensor | None = None, **kwargs: Any
 ) -> Any:
-    """Call the forward of the instance, which accepts or refuses each keyword."""
     return self.forward(input_ids=input_ids, labels=labels, **kwargs)
 
 
 @lru_cache
-def _keywords(forward: Callable[..., Any]) -> frozenset[str]:
-    """Keywords that the ``forward`` of a base accepts, those behind its ``**kwargs`` included."""
+def _keywords(forward: Callable[..., Any]) -> set[str]:
+    """Keywords that the ``forward`` of a base accepts, those of its ``**kwargs`` included."""
     names = inspect.signature(forward).parameters
-    accepted = {*names, *TransformersKwargs.__annotations__, "return_dict"}
-    return frozenset(accepted | {"past_key_values"} if "cache" in names else accepted)
+    other = {"return_dict", "past_key_values"} if "cache" in names else {"return_dict"}
+    return {*names, *TransformersKwargs.__annotations__, *other}
 
 
 class _BaseForward:
-    """A method ``forward`` that calls the base and has the base's signature, from which ``transformers`` learns what a model takes."""
+    """A ``forward`` with the signature of the base, which ``transformers`` inspects."""
 
     def __get__(self, model: Any, owner: type) -> Any:
-        if model is None:  # Trainer looks for labels in the class's
+        if model is None:  # Trainer inspects the method of the class for labels
             return _forward
 
         @wraps(model.base.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            # most bases ignore a keyword that they do not know, whatever it was meant to change
+            # most bases ignore keywords that they do not know
             if unknown := kwargs.keys() - _keywords(type(model.base).forward):
                 raise TypeError(f"forward() got an unexpected keyword argument {min(unknown)!r}")
-            for name in _OUTPUTS:
+            for name in ("output_attentions", "output_hidden_states"):
                 if kwargs.get(name) is None and getattr(model.config, name):
                     kwargs[name] = True
             return model.base(*args, **kwargs)
@@ -54,7 +51,7 @@ class _BaseForward:
 
 
 class DexForCausalLM(PreTrainedModel, GenerationMixin):
-    """A pretrained model with the branch in it; everything else is the base's own."""
+    """A pretrained model with the branch in it; everything else is that of the base."""
 
     config_class = DexModelConfig
     base_model_prefix = "base"
@@ -76,41 +73,31 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
         self.base = base
         self.supports_gradient_checkpointing = base.supports_gradient_checkpointing
         config._attn_implementation = base.config._attn_implementation
-        ties = getattr(base, "all_tied_weights_keys", {})
-        self._tied_weights_keys = {
-            f"base.{name}": f"base.{other}" for name, other in dict(ties).items()
-        }
+        ties = dict(getattr(base, "all_tied_weights_keys", {}))
+        self._tied_weights_keys = {f"base.{name}": f"base.{ties[name]}" for name in ties}
         self.generation_config = base.generation_config
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights come from a file."""
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The base's."""
-        return self.base.get_input_embeddings()
-
     def get_output_embeddings(self) -> nn.Module | None:
-        """The base's."""
+        """The output embeddings of the base."""
         return self.base.get_output_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the base's."""
-        self.base.set_input_embeddings(value)
-
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the base's."""
+        """Replace the output embeddings of the base."""
         self.base.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the base's token embeddings, with the same arguments; both configs follow."""
+        """Resize the token embeddings of the base and change both configs."""
         embeddings = self.base.resize_token_embeddings(*args, **kwargs)
         self.config.base = self.base.config.to_dict()
         self.config.vocab_size = embeddings.num_embeddings
         return embeddings
 
     def set_step(self, step: int) -> None:
-        """Give lambda(t) its t, the number of optimizer steps done; the saved config keeps it."""
+        """Set t of lambda(t), the number of optimizer steps done, here and in the config."""
         self.config.step = step
         for module in self.modules():
             if isinstance(module, DexProjection):
@@ -120,23 +107,18 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """The base's attribute; missing where the base has none, so that transformers' Trainer reads the signature of ``forward``."""
+        """As in the base; without it there, Trainer inspects ``forward``."""
         return bool(self.base.accepts_loss_kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's generate."""
+        """Generate with the base and the generation config of this model."""
         base: Any = self.base
         base.generation_config = self.generation_config
         return base.generate(*args, **kwargs)
 
 
 def to_dex(adapted: Adapted, step: int) -> DexForCausalLM:
-    """Wrap an adapted model, whose other trained parts are folded already.
-
-    Args:
-        adapted: the model with its branches.
-        step: t.
-    """
+    """Wrap an adapted model, whose other trained parts are folded, at ``step`` of lambda(t)."""
     first = adapted.branches[0]
     names = {module: name for name, module in adapted.model.named_modules()}
     branches = [
@@ -158,15 +140,11 @@ def to_dex(adapted: Adapted, step: int) -> DexForCausalLM:
 
 
 def _put(base: PreTrainedModel, branch: dict[str, Any], config: DexModelConfig) -> None:
+    shape = dict(branch)
+    name = shape.pop("output")
+    share, sign, steps = Share(config.share), config.sign, config.anneal_steps
     projection = DexProjection(
-        base.get_submodule(branch["output"]),
-        branch["num_heads"],
-        branch["width"],
-        branch["heads"],
-        branch["layer"],
-        share=Share(config.share),
-        sign=config.sign,
-        anneal_steps=config.anneal_steps,
+        base.get_submodule(name), **shape, share=share, sign=sign, anneal_steps=steps
     )
     projection.set_step(config.step)
-    base.set_submodule(branch["output"], projection)
+    base.set_submodule(name, projection)

@@ -8,6 +8,7 @@ Notation: B batch, T tokens, D model width, M query maps, G key maps.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,8 @@ from diffx.ops import QuantizedLogits
 _NAME = "diffx"  # of `_attend` among the attention functions of transformers
 _ATTEND = "_diffx_attend"  # the attribute of a module that holds the function of `attending_with`
 _ROWS = 256  # query rows of a map that are computed at once
-# Keywords of transformers' attention functions that have no effect here: queries and keys are
-# rotated already, and the mask holds the window. Those of _HANDLED are used. Any other keyword may
-# change the attention, as sinks and biases do, and is an error.
+# Keywords of attention functions without effect here: queries and keys are rotated already, and the
+# mask holds the window. Any other may change the attention, as sinks and biases do: an error.
 _HARMLESS = {
     *("sliding_window", "position_ids", "cache", "past_key_values", "cache_position", "use_cache"),
     *("output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch"),
@@ -46,21 +46,17 @@ def cache_keyword(model: nn.Module) -> str:
     return "past_key_values" if CACHE not in names and "past_key_values" in names else CACHE
 
 
-AttentionCallback = Callable[[int, AttentionView], None]
-HiddenCallback = Callable[[int, Tensor], None]
-
-
 @contextmanager
 def observing(
     model: nn.Module,
-    attention: AttentionCallback | None = None,
-    hidden: HiddenCallback | None = None,
+    attention: Callable[[int, AttentionView], None] | None = None,
+    hidden: Callable[[int, Tensor], None] | None = None,
 ) -> Iterator[None]:
-    """Call back with what a model computes in forward passes without a cache, within the context.
+    """Call back in forward passes without a cache, within the context.
 
     Args:
         model: a ``Decoder``, or a causal model of transformers that uses its attention interface.
-        attention: called with the layer from 0 and its queries and keys, before the layer ends.
+        attention: called with the layer from 0 and its queries and keys.
         hidden: called with the layer from 0 and its output (B, T, D), the residual stream included.
 
     Raises:
@@ -69,27 +65,29 @@ def observing(
     with ExitStack() as stack:
         if hidden is not None:
             for layer, block in enumerate(decoder_blocks(model)):
-                stack.enter_context(block.register_forward_hook(_hidden_hook(layer, hidden)))
+                give = partial(_give_hidden, hidden, layer)
+                stack.enter_context(block.register_forward_hook(give))
         if attention is not None and isinstance(model, Decoder):
             for module in attention_modules(model):
-                stack.enter_context(module.register_forward_pre_hook(_attention_hook(attention)))
+                give = partial(_give_view, attention)
+                stack.enter_context(module.register_forward_pre_hook(give))
         elif attention is not None:
-            stack.enter_context(_interface(model, attention))
+            stack.enter_context(attending_with(model, _observing(model, attention)))
         yield
 
 
-def _hidden_hook(layer: int, callback: HiddenCallback) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        callback(layer, output[0] if isinstance(output, tuple) else output)
+def _give_hidden(
+    callback: Callable[..., None], layer: int, _: nn.Module, args: Any, output: Any
+) -> None:
+    callback(layer, output[0] if isinstance(output, tuple) else output)
 
-    return hook
+
+def _give_view(callback: Callable[..., None], module: Attention, args: tuple[Any, ...]) -> None:
+    callback(module.layer, module.view(*args[:3]))
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """The blocks of a decoder.
-
-    In a model of ``transformers`` they are the outermost list with as many modules as its config
-    has layers.
+    """The blocks of a decoder; in another model the outermost list as long as it has layers.
 
     Raises:
         UserError: the model has no such list.
@@ -106,39 +104,22 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
 
 def _unsupported(model: nn.Module, why: str) -> UserError:
     name = getattr(model, "name_or_path", "") or type(model).__name__
-    accepted = (
-        "a run, or a causal model with ordinary attention by transformers' AttentionInterface"
-    )
     return UserError(
-        f"checkpoint={name} cannot be used: {type(model).__name__} {why}; the suite needs "
-        f"{accepted}"
+        f"checkpoint={name} cannot be used: {type(model).__name__} {why}; the suite needs a run, "
+        "or a causal model with ordinary attention by transformers' AttentionInterface"
     )
 
 
-def _attention_hook(callback: AttentionCallback) -> Callable[..., None]:
-    def hook(module: Attention, args: tuple[Any, ...]) -> None:
-        callback(module.layer, module.view(*args[:3]))
-
-    return hook
-
-
-@contextmanager
-def _interface(model: nn.Module, callback: AttentionCallback) -> Iterator[None]:
-    # DiffLlama calls its attention twice per layer with the same maps, once for each half of the
-    # values
-    second_call = False
+def _observing(model: nn.Module, callback: Callable[..., None]) -> Callable[..., Any]:
+    """An attention function that gives ``callback`` a view of each layer and computes by SDPA."""
+    second_call = False  # DiffLlama attends twice with the same maps, to halves of the values
 
     def attend(
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
     ) -> Any:
         nonlocal second_call
         _refuse_extras(model, attention_mask, kwargs, _HANDLED | {"softcap"})
-        q, k = query.transpose(1, 2), key.transpose(1, 2)  # (B, T, M, d), (B, T, G, d)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, M or G, width)
         maps, scale = q.shape[2], kwargs.get("scaling")
         order, lam = list(range(maps)), None
         if isinstance(module, DiffLlamaAttention):  # its head j pairs maps j and j + M/2
@@ -161,25 +142,20 @@ def _interface(model: nn.Module, callback: AttentionCallback) -> Iterator[None]:
             return ALL_ATTENTION_FUNCTIONS["sdpa"](
                 module, query, key, value, attention_mask, **kwargs
             )
-        return _weigh(view, value.transpose(1, 2)), None  # SDPA has no softcap
+        return _weigh(view, v), None  # SDPA has no softcap
 
-    if not isinstance(model, PreTrainedModel):
-        raise _unsupported(model, "is not a model of transformers")
-    with attending_with(model, attend):
-        yield
+    return attend
 
 
 @contextmanager
-def attending_with(model: PreTrainedModel, attend: Callable[..., Any]) -> Iterator[None]:
-    """Let one model of ``transformers`` attend with another function, within the context.
-
-    Args:
-        model: the model.
-        attend: a function of the attention interface of ``transformers``.
+def attending_with(model: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
+    """Let one model attend with a function of the attention interface of ``transformers``.
 
     Raises:
         UserError: the model does not use that interface.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise _unsupported(model, "is not a model of transformers")
     with ExitStack() as stack:
         for module in model.modules():
             stack.callback(setattr, module, _ATTEND, getattr(module, _ATTEND, None))
@@ -193,9 +169,8 @@ def attending_with(model: PreTrainedModel, attend: Callable[..., Any]) -> Iterat
 
 def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Attend with the module's function; with SDPA in another model that shares the config."""
-    return (getattr(module, _ATTEND, None) or ALL_ATTENTION_FUNCTIONS["sdpa"])(
-        module, *args, **kwargs
-    )
+    attend = getattr(module, _ATTEND, None) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return attend(module, *args, **kwargs)
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -207,59 +182,46 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
     """Quantize the attention logits of one model, a ``Decoder`` or one of ``transformers``.
 
     Raises:
-        UserError: the model does not use the attention interface, or its attention is more than
-            queries, keys and a mask.
+        UserError: the model has another attention than queries, keys and a mask.
     """
 
     def attend(
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
     ) -> Any:
         _refuse_extras(model, attention_mask, kwargs, _HANDLED)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, heads, width)
         sets = 2 if isinstance(module, DiffLlamaAttention) else 1  # all A1 are before all A2
-        return quantized.attention(
-            q, k, v, _causal(module, kwargs), kwargs.get("scaling"), mask=attention_mask, sets=sets
-        ), None
+        causal, scale = _causal(module, kwargs), kwargs.get("scaling")
+        return quantized.attention(q, k, v, causal, scale, mask=attention_mask, sets=sets), None
 
-    if modules := attention_modules(model):
-        with ExitStack() as stack:
-            for module in modules:
-                stack.callback(setattr, module, "implementation", module.implementation)
-                module.implementation = quantized
-            yield
-    elif isinstance(model, PreTrainedModel):
-        with attending_with(model, attend):
-            yield
-    else:
-        raise _unsupported(model, "is not a model of transformers")
+    with ExitStack() as stack:
+        modules = attention_modules(model)
+        if not modules:
+            stack.enter_context(attending_with(model, attend))
+        for module in modules:
+            stack.callback(setattr, module, "implementation", module.implementation)
+            module.implementation = quantized
+        yield
 
 
 def _refuse_extras(
     model: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], handled: set[str]
 ) -> None:
     """Raise ``UserError`` if the attention is more than queries, keys and a boolean mask."""
-    given = {
-        name: value
+    extra = [
+        name
         for name, value in kwargs.items()
         if value is not None and name not in _HARMLESS | handled
-    }
-    extra = [name for name, value in given.items() if name not in _HARMLESS_IF_OFF or value]
+        if name not in _HARMLESS_IF_OFF or value
+    ]
     if extra or (mask is not None and mask.dtype != torch.bool):
         raise _unsupported(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
 
 
 def _causal(module: Any, kwargs: dict[str, Any]) -> bool:
     """Whether attention is causal where ``transformers`` gives no mask."""
-    return bool(
-        getattr(module, "is_causal", True)
-        if kwargs.get("is_causal") is None
-        else kwargs["is_causal"]
-    )
+    is_causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def _diffllama_lambda(module: DiffLlamaAttention) -> Tensor:
@@ -274,7 +236,6 @@ def _weigh(view: AttentionView, values: Tensor) -> Tensor:
     for m, key in enumerate(view.key_map):
         for start in range(0, out.shape[1], _ROWS):
             stop = min(start + _ROWS, out.shape[1])
-            out[:, start:stop, m] = (
-                view.head_map(m, start, stop).to(values.dtype) @ values[:, :, key]
-            )
+            weights = view.head_map(m, start, stop).to(values.dtype)
+            out[:, start:stop, m] = weights @ values[:, :, key]
     return out

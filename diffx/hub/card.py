@@ -47,26 +47,28 @@ def training_card(
     """Describe a model that a run trained or adapted.
 
     Args:
-        job: the run's.
-        name: the model's.
-        step: of the checkpoint.
-        summary: the run's ``summary.json``; empty if there is none. Losses of another step are left out.
+        job: the job of the run.
+        name: the name of the model.
+        step: of the checkpoint; the summary's losses of another step are not used.
+        summary: ``summary.json`` of the run; empty if there is none.
         usage: Python code that loads the model.
         base: the name of the base of an adapted run.
-        parameters: the number that the model has; None is what the summary says.
-        library: what loads it.
+        parameters: their number; None takes it from the summary.
+        library: the library that loads it.
     """
     counts = summary.get("parameters", {})
     rows = {"parameters": parameters or counts.get("total")}
+    license_name = None
     if isinstance(job, AdaptJob):
-        rows |= {
-            "architecture": f"{base} with DEX, variant {job.dex.variant.value}",
-            "trained parameters": counts.get("trained"),
-        }
+        variant = job.dex.variant.value
+        license_name = _license(job.base, job.revision)
+        rows["architecture"] = f"{base} with DEX, variant {variant}"
+        rows["trained parameters"] = counts.get("trained")
     else:
+        variant = job.model.kind
         sizes = {key: getattr(job.model, key) for key in _SHAPE}
         shape = ", ".join(f"{key} {size}" for key, size in sizes.items() if size is not None)
-        rows |= {"architecture": f"{job.model.kind}: {shape}"}
+        rows["architecture"] = f"{variant}: {shape}"
     rows |= {
         "training text": _data_name(job.data),
         "steps": step,
@@ -82,45 +84,17 @@ def training_card(
         }
     elif summary.get("best/step") == step:
         rows |= {"held-out loss, nats a token": summary.get("best/val/loss")}
-    tags = [
-        "diffx",
-        "differential-attention",
-        job.dex.variant.value if isinstance(job, AdaptJob) else job.model.kind,
-    ]
-    license_name = _license(job.base, job.revision) if isinstance(job, AdaptJob) else None
-    return _card(
-        name,
-        rows,
-        usage,
+    data = ModelCardData(
+        pipeline_tag="text-generation",
         base_model=base,
         library_name=library,
         license=license_name,
-        tags=tags,
+        tags=["diffx", "differential-attention", variant],
         datasets=[job.data.name]
         if isinstance(job.data, HubData) and not _is_local(job.data.name)
         else None,
     )
-
-
-def adapter_card(base: str, variant: str, step: int) -> ModelCard:
-    """Describe an adapter of which nothing is known but its own files."""
-    rows = {"architecture": f"{base} with DEX, variant {variant}", "steps": step}
-    tags = ["diffx", "differential-attention", variant]
-    return _card(
-        f"{base}-{variant}",
-        rows,
-        adapter_usage(base),
-        base_model=base,
-        library_name="diffx",
-        tags=tags,
-    )
-
-
-def _card(name: str, rows: dict[str, Any], usage: str, **header: Any) -> ModelCard:
-    data = ModelCardData(pipeline_tag="text-generation", **header)
-    table = "\n".join(
-        f"| {key} | {_shown(value)} |" for key, value in rows.items() if value is not None
-    )
+    table = "\n".join(f"| {key} | {_shown(rows[key])} |" for key in rows if rows[key] is not None)
     return ModelCard(
         f"""---
 {data.to_yaml()}
@@ -144,27 +118,19 @@ Made with diffx {version("diffx")}.
 
 
 def _shown(value: Any) -> str:
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:.4f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    formats = {int: "{:,}", float: "{:.4f}"}
+    return formats.get(type(value), "{}").format(value)
 
 
 def _data_name(data: DataConfig) -> str:
     """The text by name, without the folder of a local file."""
     if data.kind == "stdlib":
         return "the source code of Python's standard library"
-    values: Any = getattr(data, "name", None) or getattr(data, "path", None) or []
-    names = [values] if isinstance(values, str) else values
-    return " ".join(
-        [
-            data.kind,
-            *(Path(name).name if data.kind != "hub" or _is_local(name) else name for name in names),
-        ]
-    )
+    names: Any = getattr(data, "name", None) or getattr(data, "path", None) or []
+    if data.kind == "hub" and not _is_local(names):
+        return f"hub {names}"
+    names = [names] if isinstance(names, str) else names
+    return " ".join([data.kind, *(Path(name).name for name in names)])
 
 
 def _is_local(name: str) -> bool:
@@ -173,11 +139,9 @@ def _is_local(name: str) -> bool:
 
 def _license(base: str, revision: str | None) -> str | None:
     """The license in the model card of a base that is a folder or in the hub's cache."""
-    path = (
-        Path(base, CARD)
-        if Path(base).is_dir()
-        else try_to_load_from_cache(base, CARD, revision=revision)
-    )
+    path: Any = Path(base, CARD)
+    if not Path(base).is_dir():
+        path = try_to_load_from_cache(base, CARD, revision=revision)
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
     license_name = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict().get("license")

@@ -1,11 +1,11 @@
-"""Configurations that are registered with ``transformers``, and where the model classes are.
+"""Configurations and model classes that are registered with ``transformers``.
 
-The module is imported with the auto classes of ``transformers`` after ``import diffx``, so it
-imports neither torch nor a model.
+``import diffx`` has the auto classes of ``transformers`` import this module, so it imports neither
+torch nor a model.
 """
 
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PretrainedConfig
@@ -40,25 +40,26 @@ class DiffxConfig(PretrainedConfig):
                 "num_hidden_layers": decoder.num_layers,
                 "num_attention_heads": decoder.num_heads,
                 "num_key_value_heads": decoder.num_kv_heads,
-                "tie_word_embeddings": False,  # a decoder has no second matrix to tie
+                "tie_word_embeddings": False,  # a tied decoder has no second matrix
             }
         super().__init__(**options)
         self.use_cache = use_cache
 
     def decoder_config(self) -> ModelConfig:
         """The configuration of the decoder."""
-        return cast(
-            ModelConfig, from_plain(MODEL_CONFIGS[self.architecture["kind"]], self.architecture)
+        config: ModelConfig = from_plain(
+            MODEL_CONFIGS[self.architecture["kind"]], self.architecture
         )
+        return config
 
 
 class DexModelConfig(PretrainedConfig):
     """Configuration of an adapted model that keeps its branch.
 
     Args:
-        base: configuration of the base, with its ``model_type``.
-        branches: for each layer ``output`` (the projection's name), ``num_heads``, ``width``,
-            ``heads``, ``layer``.
+        base: the config of the base, with its ``model_type``.
+        branches: for each layer ``output`` (the name of the projection) and arguments of
+            ``DexProjection``, as are ``share``, ``sign`` and ``anneal_steps``.
         share: ``layer`` or ``head``.
         sign: -1 or +1.
         anneal_steps: T of equation 4; None for a fixed lambda.
@@ -80,13 +81,8 @@ class DexModelConfig(PretrainedConfig):
     ):
         self.base, self.branches = base or {}, branches or []
         self.share, self.sign, self.anneal_steps, self.step = share, sign, anneal_steps, step
-        for key in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-        ):
+        sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads"
+        for key in (*sizes.split(), "max_position_embeddings"):
             options.setdefault(key, self.base.get(key))
         options["tie_word_embeddings"] = bool(self.base.get("tie_word_embeddings", False))
         super().__init__(**options)
@@ -95,37 +91,21 @@ class DexModelConfig(PretrainedConfig):
 class _LazyModel:
     """Imports the model class when a model is made; it may be in a higher package."""
 
-    config_class: type[PretrainedConfig]
-    place: tuple[str, str]
-
-    @classmethod
-    def model_class(cls) -> Any:
-        module, name = cls.place
-        return getattr(import_module(module), name)
+    module: str
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls.model_class().from_pretrained(*args, **kwargs)
+        return getattr(import_module(cls.module), cls.__name__).from_pretrained(*args, **kwargs)
 
     @classmethod
     def _from_config(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls.model_class()._from_config(*args, **kwargs)
+        return getattr(import_module(cls.module), cls.__name__)._from_config(*args, **kwargs)
 
 
-class LazyDiffx(_LazyModel):
-    """Decoders."""
-
-    config_class = DiffxConfig
-    place = ("diffx.hub.registered", "DiffxForCausalLM")
-
-
-class LazyDex(_LazyModel):
-    """Adapted models that keep their branch."""
-
-    config_class = DexModelConfig
-    place = ("diffx.dex.registered", "DexForCausalLM")
-
-
-for lazy_class in (LazyDiffx, LazyDex):
-    AutoConfig.register(lazy_class.config_class.model_type, lazy_class.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(lazy_class.config_class, lazy_class, exist_ok=True)
+for config, package, name in (
+    (DiffxConfig, "hub", "DiffxForCausalLM"),
+    (DexModelConfig, "dex", "DexForCausalLM"),
+):
+    lazy = {"config_class": config, "module": f"diffx.{package}.registered"}
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, type(name, (_LazyModel,), lazy), exist_ok=True)

@@ -2,17 +2,15 @@
 
 The models compute the same function with another order of rows. A ``Decoder`` rotates features 2i
 and 2i+1 of a head, Llama i and i + d/2. Differential head j of a ``Decoder`` has maps 2j and 2j+1;
-in DiffLlama it has maps j and j + H/2, and the wide value is split into heads g and g + H_kv/2. So
-the second row of each pair is in the second half in ``transformers``. DiffLlama's head norm has no
-gain: the gain is multiplied into ``o_proj``.
+in DiffLlama it has maps j and j + H/2, and the wide value is split into heads g and g + H_kv/2.
+DiffLlama's head norm has no gain: the gain is multiplied into ``o_proj``.
 
-Notation: H and H_kv the baseline's heads, d = D/H their width, h = H/2 differential heads.
+Notation: H and H_kv the baseline's heads, d = D/H their width.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import (
     DiffLlamaConfig,
@@ -26,6 +24,17 @@ from transformers import (
 from diffx.config.model import DiffV1Config, Halve, LambdaScope, ModelConfig, TransformerConfig
 from diffx.models import Decoder, build_model
 
+# Fields of a ``ModelConfig`` and of a config of ``transformers``.
+_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
 
 def to_llama(model: Decoder) -> LlamaForCausalLM:
     """Convert a ``transformer`` to a Llama with copied weights.
@@ -38,10 +47,8 @@ def to_llama(model: Decoder) -> LlamaForCausalLM:
         raise ValueError(
             f"model={config.kind} cannot be written as a Llama: only model=transformer can"
         )
-    state = _reorder(model.state_dict(), config, _halves, pairs=False)
-    return _fill_transformers(
-        LlamaForCausalLM(LlamaConfig(**_transformers_shape(config))), state, model.output_weight
-    )
+    llama = LlamaForCausalLM(LlamaConfig(**_shape(config)))
+    return _fill(llama, model, _reorder(model.state_dict(), config, _halves, pairs=False))
 
 
 def from_llama(llama: LlamaForCausalLM) -> Decoder:
@@ -51,10 +58,7 @@ def from_llama(llama: LlamaForCausalLM) -> Decoder:
         ValueError: biases, scaled RoPE, another activation, or heads whose widths do not sum to the
             hidden size.
     """
-    config = TransformerConfig(**_decoder_shape(llama.config))
-    return _fill_decoder(
-        config, _reorder(_decoder_state(llama), config, _pairs, pairs=False), llama.dtype
-    )
+    return _decoder(llama, TransformerConfig(**_checked_shape(llama.config)), pairs=False)
 
 
 def to_diffllama(model: Decoder) -> DiffLlamaForCausalLM:
@@ -74,8 +78,7 @@ def to_diffllama(model: Decoder) -> DiffLlamaForCausalLM:
         ("sublayer_norm", True),
         ("halve", Halve.head_count),
     ):
-        value = getattr(config, key)
-        if value != needed:
+        if (value := getattr(config, key)) != needed:
             raise ValueError(
                 f"model.{key}={value} cannot be written as a DiffLlama, which always has {needed}"
             )
@@ -84,24 +87,17 @@ def to_diffllama(model: Decoder) -> DiffLlamaForCausalLM:
         gain = state.pop(name)  # (2d,)
         o_proj = name.replace("sublayer_norm", "o_proj")
         state[o_proj] = state[o_proj] * gain.repeat(config.num_heads // 2)
-    return _fill_transformers(
-        DiffLlamaForCausalLM(DiffLlamaConfig(**_transformers_shape(config))),
-        state,
-        model.output_weight,
-    )
+    return _fill(DiffLlamaForCausalLM(DiffLlamaConfig(**_shape(config))), model, state)
 
 
 def from_diffllama(llama: DiffLlamaForCausalLM) -> Decoder:
     """Convert a DiffLlama to a ``diff_v1`` without sublayer norm gain, with copied weights.
 
     Raises:
-        ValueError: biases, scaled RoPE, another activation, or heads whose widths do not sum to the
-            hidden size.
+        ValueError: as ``from_llama``.
     """
-    config = DiffV1Config(**_decoder_shape(llama.config), sublayer_norm_gain=False)
-    return _fill_decoder(
-        config, _reorder(_decoder_state(llama), config, _pairs, pairs=True), llama.dtype
-    )
+    config = DiffV1Config(**_checked_shape(llama.config), sublayer_norm_gain=False)
+    return _decoder(llama, config, pairs=True)
 
 
 def _halves(rows: Tensor, groups: int, unit: int) -> Tensor:
@@ -133,23 +129,16 @@ def _reorder(
     return reordered
 
 
-def _transformers_shape(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
+def _shape(config: ModelConfig) -> dict[str, Any]:
+    return {name: getattr(config, key) for key, name in _NAMES.items()} | {
         "intermediate_size": config.ffn_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_embeddings,
         "bos_token_id": None,
         "eos_token_id": None,
     }
 
 
-def _decoder_shape(config: PretrainedConfig) -> dict[str, Any]:
+def _checked_shape(config: PretrainedConfig) -> dict[str, Any]:
     rope = getattr(config, "rope_parameters", None) or {
         "rope_theta": config.rope_theta,
         **(config.rope_scaling or {}),
@@ -165,34 +154,23 @@ def _decoder_shape(config: PretrainedConfig) -> dict[str, Any]:
             raise ValueError(
                 f"a {config.model_type} with {key}={value} cannot be converted: it must be {needed}"
             )
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
+    return {key: getattr(config, name) for key, name in _NAMES.items()} | {
         "intermediate_size": config.intermediate_size,
-        "num_layers": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
-        "norm_eps": config.rms_norm_eps,
         "rope_theta": rope["rope_theta"],
-        "tie_embeddings": config.tie_word_embeddings,
     }
 
 
-def _decoder_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    state = {name.removeprefix("model."): weight for name, weight in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return state
-
-
-def _fill_transformers(model: Any, state: dict[str, Tensor], output_weight: Tensor) -> Any:
+def _fill(target: Any, model: Decoder, state: dict[str, Tensor]) -> Any:
     state = {f"model.{name}": weight for name, weight in state.items() if name != "lm_head.weight"}
-    model = model.to(output_weight.device, output_weight.dtype)
-    model.load_state_dict(state | {"lm_head.weight": output_weight})
-    return model.eval()
+    target = target.to(model.output_weight.device, model.output_weight.dtype)
+    target.load_state_dict(state | {"lm_head.weight": model.output_weight})
+    return target.eval()
 
 
-def _fill_decoder(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> Decoder:
-    model = build_model(config, device=state["embed_tokens.weight"].device).to(dtype)
-    model.load_state_dict(state)
+def _decoder(source: PreTrainedModel, config: ModelConfig, *, pairs: bool) -> Decoder:
+    state = {name.removeprefix("model."): weight for name, weight in source.state_dict().items()}
+    if config.tie_embeddings:
+        del state["lm_head.weight"]
+    model = build_model(config, device=source.device).to(source.dtype)
+    model.load_state_dict(_reorder(state, config, _pairs, pairs=pairs))
     return model.eval()

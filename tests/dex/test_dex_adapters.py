@@ -160,8 +160,8 @@ class Hub:
         assert exist_ok
         return type("Repository", (), {"repo_id": f"me/{repo_id}"})
 
-    def upload_folder(self, repo_id, folder_path, commit_message):
-        Hub.pushed = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+    def upload_folder(self, repo_id, folder_path, commit_message, allow_patterns):
+        Hub.pushed = {path.name: path.read_bytes() for path in folder_path.iterdir() if path.name in allow_patterns}
         Hub.call = (repo_id, self.token, commit_message)
         return type("Commit", (), {"commit_url": f"https://hub/{repo_id}"})
 
@@ -170,9 +170,6 @@ def test_push_to_hub(run, hf_folder, place, tmp_path, monkeypatch):
     monkeypatch.setattr(diffx.dex.adapters, "HfApi", Hub)
     source = tmp_path / "adapter"
     shutil.copytree(run("dex") / "adapter", source)
-    described = json.loads((source / "adapter.json").read_text())
-    described["dex"]["heads"] = str(place / "secret" / "heads.json")  # as older runs wrote it
-    (source / "adapter.json").write_text(json.dumps(described))
     (source / "notes.txt").write_text("not of the adapter")
     adapters = load_adapter(base_model(hf_folder), source)
     url = adapters.push_to_hub("x", token="hf_secret", commit_message="one")
@@ -191,11 +188,11 @@ def test_push_to_hub(run, hf_folder, place, tmp_path, monkeypatch):
     adapters.save(tmp_path / "again")
     again = load_adapter(base_model(hf_folder), tmp_path / "again")
     assert torch.equal(logits(again.model), logits(adapters.model))
-    (source / "README.md").unlink()  # of a run of before there were cards
-    adapters.save(tmp_path / "bare")
-    assert ModelCard.load(tmp_path / "bare" / "README.md").data.base_model == "tiny-llama"
+    assert {path.name for path in (tmp_path / "again").iterdir()} == Hub.pushed.keys()
     with pytest.raises(UserError, match="folder="):
-        adapters.save(tmp_path / "bare")
+        adapters.save(tmp_path / "again")
+    with pytest.raises(UserError, match="name=b"):
+        adapters.save(tmp_path / "bare", "b")
 
 
 # What is refused.
