@@ -39,9 +39,10 @@ def export(job: ExportJob) -> Path:
     """
     reporter, out = Reporter(), Path(job.out).expanduser()
     loaded = load_run(job.checkpoint, Device.cpu, trust_remote_code=job.trust_remote_code)
+    model: Any
     model, error = to_transformers(loaded, job.fold)
     if job.dtype is not Dtype.auto:
-        model.to(dtype=DTYPES[job.dtype])
+        model.to(DTYPES[job.dtype])
     with new_model_folder(out, "out") as folder:
         write_pretrained(model, loaded, folder)
         _write_card(model, loaded, out.name, folder)

@@ -78,7 +78,7 @@ def load_plan(path: Path, base: str, layers: Sequence[Layer]) -> Plan:
     num_heads = [layer.num_heads for layer in layers]
     if plan.num_heads != num_heads or not names_heads_of(layers, plan.heads):
         raise UserError(
-            f"{refused}: it names layers or heads that the model does not have; choose heads anew"
+            f"{refused}: it names layers or heads that the model does not have; choose others"
         )
     return plan
 
@@ -106,8 +106,7 @@ def choose_heads(
     fewest, criterion = min(num_heads), config.heads
     if config.k is not None and config.k > fewest:
         raise UserError(
-            f"dex.k={config.k} cannot be used: the model has {fewest} heads a layer; give at most "
-            "that many"
+            f"dex.k={config.k} cannot be used: the model has {fewest} heads a layer; give no more"
         )
     if fewest == 1 and config.k is None and criterion != "all":
         raise UserError(

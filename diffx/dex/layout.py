@@ -134,8 +134,8 @@ def _trace(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
     ) -> Any:
         check_output_was_read()
         # Random numbers in place of the output, by which the output projection is recognised.
-        batch, heads, tokens, _ = query.shape
-        output = torch.randn(batch, tokens, heads, value.shape[3], generator=random).to(query)
+        shape = query.transpose(1, 2).shape[:3]  # (B, T, H)
+        output = torch.randn(*shape, value.shape[3], generator=random).to(query)
         parts = tuple(_sources(tensor, before, names) for tensor in (query, key, value))
         if not all(parts):
             raise _UnclearError(
@@ -166,9 +166,7 @@ def _trace(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
             with torch.enable_grad(), attending_with(model, attend):
                 model(**inputs)
         except UserError as error:
-            raise _UnclearError(
-                f"{name} does not let another attention take the place of its own"
-            ) from error
+            raise _UnclearError(f"{name} does not let another attention replace its own") from error
         except _UnclearError:
             raise
         except Exception as error:  # the code of a model may fail in any way here

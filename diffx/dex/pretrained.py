@@ -111,8 +111,7 @@ def load_pretrained(
     model, report = loaded
     if report["missing_keys"]:
         raise UserError(
-            f"{refused}: its files lack {min(report['missing_keys'])}; they must hold a whole "
-            f"{type(model).__name__}"
+            f"{refused}: its files lack {min(report['missing_keys'])} of {type(model).__name__}"
         )
     if not pretrained.is_fast or pretrained.eos_token is None:
         raise UserError(
@@ -126,12 +125,11 @@ def load_pretrained(
             f"{refused}: its tokenizer has {tokenizer.vocab_size} entries and the model {entries}"
         )
     ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    ends = ends if isinstance(ends, list) else [tokenizer.eot_id if ends is None else ends]
     model = model.to(device).eval()
     if not _is_causal(model):
         raise UserError(
-            f"{refused}: it is no causal language model: its logits at a token depend on the "
-            "tokens after it"
+            f"{refused}: it is no causal language model: its logits depend on later tokens"
         )
     if folder.is_dir():
         fingerprint = _weights_hash(folder)

@@ -39,10 +39,7 @@ class DexCallback(TrainerCallback):
 
 
 def get_dex_model(
-    model: PreTrainedModel,
-    config: DexConfig,
-    calibration: Sequence[Tensor] = (),
-    seed: int = 0,
+    model: PreTrainedModel, config: DexConfig, calibration: Sequence[Tensor] = (), seed: int = 0
 ) -> DexForCausalLM:
     """Put a variant with a branch into a pretrained model, to be trained by ``Trainer``.
 

@@ -47,10 +47,7 @@ class DiffxConfig(PretrainedConfig):
 
     def decoder_config(self) -> ModelConfig:
         """The configuration of the decoder."""
-        config: ModelConfig = from_plain(
-            MODEL_CONFIGS[self.architecture["kind"]], self.architecture
-        )
-        return config
+        return from_plain(MODEL_CONFIGS[self.architecture["kind"]], self.architecture)
 
 
 class DexModelConfig(PretrainedConfig):
