@@ -161,7 +161,8 @@ class Hub:
         return type("Repository", (), {"repo_id": f"me/{repo_id}"})
 
     def upload_folder(self, repo_id, folder_path, commit_message, allow_patterns):
-        Hub.pushed = {path.name: path.read_bytes() for path in folder_path.iterdir() if path.name in allow_patterns}
+        paths = [path for path in folder_path.iterdir() if path.name in allow_patterns]
+        Hub.pushed = {path.name: path.read_bytes() for path in paths}
         Hub.call = (repo_id, self.token, commit_message)
         return type("Commit", (), {"commit_url": f"https://hub/{repo_id}"})
 
