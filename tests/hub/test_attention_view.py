@@ -188,10 +188,12 @@ def test_an_exported_diff_shows_the_same_maps_as_ours():
 def test_one_call_a_layer_and_pass_and_none_after_it():
     for model in (ours("diff_v1"), to_diffllama(ours("diff_v1")), theirs(THEIRS["llama"]())):
         calls = []
+
+        def add(layer, _, calls=calls):
+            calls.append(layer)
+
         with torch.no_grad():
-            with observing(
-                model, lambda layer, _: calls.append(layer), lambda layer, _: calls.append(layer)
-            ):  # noqa: B023 - used at once
+            with observing(model, add, add):
                 model(tokens())
                 model(tokens())
             first = sorted(calls)
