@@ -4,7 +4,7 @@ import argparse
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,14 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from transformers import LlamaForCausalLM
 
-from diffx.bench.targets import check_out
-from diffx.bench.timing import machine, speed_ratio, time_in_turns
-from diffx.config import UserError
+from diffx.bench.targets import Row, check_file, show_figures, show_ratios
+from diffx.bench.timing import machine, time_in_turns
+from diffx.config import UserError, require
 from diffx.config.eval import EvalJob
 from diffx.config.suite import HarnessSuite
 from diffx.config.train import Device
-from diffx.console import Reporter, make_table
 from diffx.evaluation.adapter import DecoderLM, PretrainedLM, quiet
 from diffx.evaluation.model import LanguageModel
-from diffx.files import write_json
 from diffx.hub.convert import from_llama
 from diffx.loading import load
 
@@ -39,81 +37,62 @@ BATCHES = (1, 8)  # of HFLM; the fastest counts
 def bench_eval(
     out: Path | None, checkpoint: str, documents: int, rounds: int, device: str
 ) -> dict[str, Any]:
-    """Measure requests per second, on text cut from the source of a Python module.
+    """Measure requests per second on text of a Python module; see ``diffx.bench``.
 
-    Args:
-        out: where to write the figures as JSON; None writes none.
-        checkpoint: a Llama of the hub, by name or folder.
-        documents: documents of each kind of request; a document has one request or four choices.
-        rounds: turns of each contestant.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-
-    Returns:
-        The report: the machine, and for each kind of request the seconds of every round, requests
-            per second, the ratio to the
-        fastest batch size of HFLM, and the largest difference between answers.
+    Of each kind of request there are ``documents``, with one request or four choices each.
+    ``checkpoint`` is a Llama of the hub, by name or folder. The report also holds the largest
+    difference between answers (of generation: texts that
+    differ). The ratio is to the fastest batch size of HFLM.
 
     Raises:
-        UserError: the checkpoint is not a Llama that can be converted, the device is missing, or
-            ``out`` cannot be a file.
+        UserError: the checkpoint is not a Llama that can be converted.
     """
-    check_out(out)
+    check_file("out", out)
     loaded = load(checkpoint, Device(device))
-    if not isinstance(loaded.model, LlamaForCausalLM):
-        raise UserError(
-            f"checkpoint={checkpoint} cannot be used: it must be a Llama of the hub, which our "
-            "transformer can be made of"
-        )
+    is_llama = isinstance(loaded.model, LlamaForCausalLM)
+    require(is_llama, "checkpoint", checkpoint, "a Llama of the hub, to make a transformer of")
     try:
         decoder = LanguageModel(replace(loaded, model=from_llama(loaded.model), limit=None))
     except ValueError as error:
         raise UserError(f"checkpoint={checkpoint} cannot be used: {error}") from error
     original = LanguageModel(loaded)
     job = EvalJob(checkpoint=checkpoint, suite=HarnessSuite(name="harness", tasks=["bench"]))
-    ask: dict[str, Callable[[str, list[Any]], list[Any]]] = {"ours": DecoderLM(decoder).ask}
+    ask: dict[str, Callable[[str, list[Any]], list[Any]]] = {"diffx": DecoderLM(decoder).ask}
     for batch in BATCHES:
         model = PretrainedLM(original, replace(job, batch=batch))
         # the same start of texts without context
         model.hflm.custom_prefix_token_id = loaded.tokenizer.eot_id
         ask[f"HFLM, batch {batch}"] = model.ask
-    reporter = Reporter()
-    report: dict[str, Any] = {
+    seconds: dict[str, Any] = {}
+    rates: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
+    rows: list[Row] = []
+    for work, requests in _requests(documents).items():
+        method, target = CASES[work]
+        with quiet():
+            answers = ask["diffx"](method, requests)
+            first = f"HFLM, batch {BATCHES[0]}"
+            differences[work] = {first: _difference(method, answers, ask[first](method, requests))}
+            calls = {name: partial(call, method, requests) for name, call in ask.items()}
+            times = seconds[work] = time_in_turns(calls, rounds, decoder.device)
+        rates[work] = {name: len(requests) / statistics.median(times[name]) for name in ask}
+        fastest = max(list(ask)[1:], key=rates[work].__getitem__)
+        rows.append((work, "speed", "diffx", fastest, (target, None)))
+    title = f"{loaded.name} on {decoder.device}"
+    show_figures(title, {"requests/s": rates, "largest difference to diffx": differences})
+    report = {
         "machine": machine(decoder.device),
         "checkpoint": loaded.name,
+        "documents": documents,
         "rounds": rounds,
-        "cases": [],
+        "seconds": seconds,
+        "requests_per_second": rates,
+        "largest_difference": differences,
     }
-    with quiet():
-        for (name, (method, target)), requests in zip(
-            CASES.items(), _requests(documents), strict=True
-        ):
-            report["cases"].append(
-                {
-                    "requests": name,
-                    "number": len(requests),
-                    **_measure(ask, method, requests, rounds, decoder, target),
-                }
-            )
-    columns = (
-        "requests",
-        "ours, a second",
-        "HFLM, a second",
-        "median ratio",
-        "lowest to highest round",
-        "target",
-        "met",
-        "largest difference",
-    )
-    reporter.table(
-        make_table(f"{loaded.name} on {decoder.device}", columns, map(_row, report["cases"]))
-    )
-    if out is not None:
-        write_json(out, report)
-        reporter.line(f"figures: {out}")
-    return report
+    return show_ratios(report, rows, title, out)
 
 
-def _requests(documents: int) -> list[list[Instance]]:
+def _requests(documents: int) -> dict[str, list[Instance]]:
     """Requests of every kind, with different contexts of 80 to 800 characters."""
     text = Path(argparse.__file__).read_text(encoding="utf-8")
     rng = random.Random(0)
@@ -122,85 +101,27 @@ def _requests(documents: int) -> list[list[Instance]]:
         start = rng.randrange(len(text) - most)
         return text[start : start + rng.randint(least, most)].strip() or "pass"
 
-    def instances(kind: Any, arguments: Any) -> list[Instance]:
-        return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]
+    def contexts() -> list[str]:
+        return [cut(80, 800) for _ in range(documents)]
 
-    pairs = [(cut(80, 800), " " + cut(5, 60)) for _ in range(documents)]
-    letters = [
-        (context, letter)
-        for context in (cut(80, 800) for _ in range(documents))
-        for letter in (" A", " B", " C", " D")
-    ]
-    choices = [
-        (context, " " + cut(20, 80))
-        for context in (cut(80, 800) for _ in range(documents))
-        for _ in range(4)
-    ]
-    texts = [(cut(400, 1200),) for _ in range(documents)]
-    prompts = [
-        (cut(80, 800), {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False})
-        for _ in range(documents)
-    ]
-    return [
-        instances(method, made)
-        for (method, _), made in zip(
-            CASES.values(), (pairs, letters, choices, texts, prompts), strict=True
-        )
-    ]
-
-
-def _measure(
-    ask: dict[str, Callable[[str, list[Any]], list[Any]]],
-    method: str,
-    requests: list[Instance],
-    rounds: int,
-    lm: LanguageModel,
-    target: float,
-) -> dict[str, Any]:
-    answers = ask["ours"](method, requests)
-    expected = ask[f"HFLM, batch {BATCHES[0]}"](method, requests)
-    if method == "generate_until":
-        # texts that differ
-        difference = float(sum(one != other for one, other in zip(answers, expected, strict=True)))
-    else:
-        scores = (
-            (a[0], b[0]) if method == "loglikelihood" else (a, b)
-            for a, b in zip(answers, expected, strict=True)
-        )
-        difference = max(abs(one - other) for one, other in scores)
-    seconds = time_in_turns(
-        {name: partial(call, method, requests) for name, call in ask.items()}, rounds, lm.device
+    settings = {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False}
+    arguments: tuple[list[Any], ...] = (
+        [(context, " " + cut(5, 60)) for context in contexts()],
+        [(context, f" {letter}") for context in contexts() for letter in "ABCD"],
+        [(context, " " + cut(20, 80)) for context in contexts() for _ in range(4)],
+        [(cut(400, 1200),) for _ in range(documents)],
+        [(context, settings) for context in contexts()],
     )
-    fastest = min(
-        (name for name in seconds if name != "ours"),
-        key=lambda name: statistics.median(seconds[name]),
-    )
-    ratio = speed_ratio(seconds, "ours", fastest)
     return {
-        "seconds": seconds,
-        "requests_per_second": {
-            name: len(requests) / statistics.median(times) for name, times in seconds.items()
-        },
-        "to": fastest,
-        "ratio": asdict(ratio),
-        "target": target,
-        "met": ratio.median >= target,
-        "largest_difference": difference,
+        work: [Instance(method, doc={}, arguments=each, idx=0) for each in case]
+        for (work, (method, _)), case in zip(CASES.items(), arguments, strict=True)
     }
 
 
-def _row(case: dict[str, Any]) -> list[str]:
-    speed, ratio = case["requests_per_second"], case["ratio"]
-    hflm = f"{speed[case['to']]:.2f} ({case['to'].removeprefix('HFLM, ')})"
-    rounds = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
-    met = "yes" if case["met"] else "no"
-    return [
-        case["requests"],
-        f"{speed['ours']:.2f}",
-        hflm,
-        f"{ratio['median']:.2f}",
-        rounds,
-        f"{case['target']:.2f}",
-        met,
-        f"{case['largest_difference']:.2g}",
-    ]
+def _difference(method: str, answers: list[Any], expected: list[Any]) -> float:
+    pairs = zip(answers, expected, strict=True)
+    if method == "generate_until":
+        return float(sum(one != other for one, other in pairs))
+    if method == "loglikelihood":
+        return max(abs(one[0] - other[0]) for one, other in pairs)
+    return max(abs(one - other) for one, other in pairs)

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from diffx.bench.targets import check_file
 from diffx.bench.timing import machine
-from diffx.config import RunError, UserError
+from diffx.config import RunError
 from diffx.config.launch import compose
 from diffx.console import Reporter, make_table
 from diffx.data import cu_seqlens, open_data
@@ -40,7 +42,7 @@ SAVING = 0.02  # target: share of the time for checkpoints
 
 
 def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
-    """Time the parts of the training steps of a job, and trace some steps.
+    """Time the parts of ``steps`` training steps of a job, and trace some further steps.
 
     Args:
         words: arguments of ``diffx train``.
@@ -55,27 +57,20 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
         UserError: the job cannot be trained, or ``trace`` cannot be a file.
         RunError: the trace cannot be written.
     """
-    if trace.suffix != ".json" or not trace.parent.is_dir():
-        raise UserError(
-            f"trace={trace} cannot be used: it must be the name of a .json file in a folder that "
-            "exists"
-        )
+    check_file("trace", trace)
     job = compose("train", words)
     reporter, world = Reporter(), World(pick_device(job.device))
     fused_kernels(job.train, world.device)  # refused before the corpus is read
     corpus = open_data(job.data, job.tokenizer)
-    model = build_model(
-        dataclasses.replace(
-            job.model, vocab_size=job.model.vocab_size or corpus.tokenizer.vocab_size
-        )
-    )
+    eot_id, vocabulary = corpus.tokenizer.eot_id, corpus.tokenizer.vocab_size
+    vocabulary = job.model.vocab_size or vocabulary
+    model = build_model(dataclasses.replace(job.model, vocab_size=vocabulary))
     init_weights(model, job.seed)
     model = model.to(world.device).train()
     parallelize(model, model.layers, job.train, world)
     optimizer = build_optimizer(model, job.train)
-    batches = corpus.batches(
-        job.train.seq_len, int(job.train.batch_tokens) // job.train.seq_len, job.seed
-    )
+    seq_len, tokens = job.train.seq_len, int(job.train.batch_tokens)
+    batches = corpus.batches(seq_len, tokens // seq_len, job.seed)
     spent: list[dict[str, float]] = []  # seconds of the parts of each step
 
     @contextmanager
@@ -91,20 +86,15 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
         spent.append(dict.fromkeys(PARTS, 0.0))
         with part("data"):
             batch = next(batches)
-        rows = batch.inputs.shape[0]
-        size = job.train.micro_batch_size or rows
-        for start in range(0, rows, size):
+        rows = job.train.micro_batch_size or len(batch.inputs)
+        for inputs, targets in zip(
+            batch.inputs.split(rows), batch.targets.split(rows), strict=True
+        ):
             with part("data"):
-                inputs, targets = (
-                    x[start : start + size].to(world.device) for x in (batch.inputs, batch.targets)
-                )
-                boundaries = (
-                    cu_seqlens(inputs, corpus.tokenizer.eot_id)
-                    if job.train.mask_documents
-                    else None
-                )
+                inputs, targets = inputs.to(world.device), targets.to(world.device)
+                bounds = cu_seqlens(inputs, eot_id) if job.train.mask_documents else None
             with part("forward"), autocast(world.device, job.train.precision):
-                loss = token_losses(model, inputs, targets, boundaries) / batch.targets.numel()
+                loss = token_losses(model, inputs, targets, bounds) / batch.targets.numel()
             with part("backward"):
                 loss.backward()
         with part("clip"):
@@ -119,10 +109,8 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
         name: statistics.median(seconds[name] for seconds in spent[_WARM:]) for name in PARTS
     }
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    kinds = [
-        ProfilerActivity.CPU,
-        *([ProfilerActivity.CUDA] if world.device.type == "cuda" else []),
-    ]
+    cuda = world.device.type == "cuda"
+    kinds = [ProfilerActivity.CPU] + cuda * [ProfilerActivity.CUDA]
     with profile(activities=kinds) as recorded:
         for _ in range(TRACED):
             step()
@@ -134,68 +122,55 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
         start = time.perf_counter()
         save_checkpoint(Path(folder), 1, model, optimizer, {})
         saving = time.perf_counter() - start
-    whole, tokens = sum(medians.values()), int(job.train.batch_tokens)
-    report = {
-        "machine": machine(world.device),
-        "words": words,
-        "seconds": medians,
-        "tokens_per_second": tokens / whole,
-        "loader_tokens_per_second": tokens / medians["data"],
-        "checkpoint_seconds": saving,
-        "checkpoint_share": saving / (saving + job.train.save_every * whole),
-        "flops_per_second": model.flops_per_token(job.train.seq_len) * tokens / whole,
-        "matmul_ceiling": matmul_ceiling(world.device, job.train.precision),
-    }
-    _show(
-        report,
-        recorded,
-        reporter,
-        f"{job.model.kind}, {tokens} tokens a step, T={job.train.seq_len}, {world.device}",
+    whole = sum(medians.values())
+    speed, loader = tokens / whole, tokens / medians["data"]
+    share = saving / (saving + job.train.save_every * whole)
+    flops, ceiling = (
+        model.flops_per_token(seq_len) * speed,
+        matmul_ceiling(world.device, job.train.precision),
     )
-    reporter.line(f"trace: {trace} (open it at https://ui.perfetto.dev)")
-    return report
-
-
-def _show(report: dict[str, Any], recorded: profile, reporter: Reporter, title: str) -> None:
-    whole = sum(report["seconds"].values())
-    rows = [
-        [name, f"{1000 * seconds:.2f}", f"{seconds / whole:.1%}"]
-        for name, seconds in report["seconds"].items()
-    ]
+    rows = [[name, f"{1000 * s:.2f}", f"{s / whole:.1%}"] for name, s in medians.items()]
+    title = f"{job.model.kind}, {tokens} tokens a step, T={seq_len}, {world.device}"
     reporter.table(make_table(title, ("part of a step", "ms", "share"), rows))
-    gpu = "device_time" if report["machine"]["device"].startswith("cuda") else "cpu_time"
-    events = [event for event in recorded.key_averages() if event.key not in PARTS]
-    total = sum(getattr(event, f"self_{gpu}_total") for event in events) or 1.0
-    events.sort(key=lambda event: -getattr(event, f"self_{gpu}_total"))
-    rows = []
-    for event in events[:_SHOWN]:
-        microseconds = getattr(event, f"self_{gpu}_total")
-        rows.append(
-            [
-                event.key[:60],
-                str(event.count // TRACED),
-                f"{microseconds / 1000 / TRACED:.2f}",
-                f"{microseconds / total:.1%}",
-            ]
-        )
-    reporter.table(
-        make_table(
-            "operators, by their own time", ("operator", "calls a step", "ms a step", "share"), rows
-        )
-    )
-    loader = report["loader_tokens_per_second"] / report["tokens_per_second"]
-    reporter.line(f"model {report['tokens_per_second']:,.0f} tokens/s")
+    reporter.table(_operators(recorded, f"self_{'device' if cuda else 'cpu'}_time_total"))
+    reporter.line(f"model {speed:,.0f} tokens/s")
     reporter.line(
-        f"loader {loader:,.0f} times that "
-        f"(wanted: {LOADER:.0f} or more{'' if loader >= LOADER else ', missed'})"
+        f"loader {loader / speed:,.0f} times that "
+        f"(wanted: {LOADER:.0f} or more{'' if loader >= LOADER * speed else ', missed'})"
     )
-    share = report["checkpoint_share"]
     reporter.line(
         f"checkpoints {share:.2%} of the time "
         f"(wanted: {SAVING:.0%} at most{'' if share <= SAVING else ', missed'})"
     )
-    utilisation = report["flops_per_second"] / report["matmul_ceiling"]
     reporter.line(
-        f"model FLOPs {report['flops_per_second'] / 1e9:,.1f} G/s, {utilisation:.1%} of what a "
-        "plain matrix product reaches"
+        f"model FLOPs {flops / 1e9:,.1f} G/s, {flops / ceiling:.1%} of what a plain matrix product "
+        "reaches"
     )
+    reporter.line(f"trace: {trace} (open it at https://ui.perfetto.dev)")
+    return {
+        "machine": machine(world.device),
+        "words": words,
+        "seconds": medians,
+        "tokens_per_second": speed,
+        "loader_tokens_per_second": loader,
+        "checkpoint_seconds": saving,
+        "checkpoint_share": share,
+        "flops_per_second": flops,
+        "matmul_ceiling": ceiling,
+    }
+
+
+def _operators(recorded: profile, time_of: str) -> Table:
+    """The operators that take most of the time ``time_of``, an attribute of the events."""
+    events = [
+        (event, getattr(event, time_of))
+        for event in recorded.key_averages()
+        if event.key not in PARTS
+    ]
+    total = sum(time for _, time in events) or 1.0
+    rows = [
+        [event.key[:60], event.count // TRACED, f"{t / 1000 / TRACED:.2f}", f"{t / total:.1%}"]
+        for event, t in sorted(events, key=lambda pair: -pair[1])[:_SHOWN]
+    ]
+    columns = ("operator", "calls a step", "ms a step", "share")
+    return make_table("operators, by their self time", columns, rows)

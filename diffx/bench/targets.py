@@ -1,142 +1,140 @@
-"""Shared by the benches: inference times, ratios with targets, their table and file."""
+"""Shared by the benches: ratios with targets, tables, and the files of figures."""
 
-import inspect
-from collections.abc import Mapping
-from dataclasses import asdict
-from functools import partial
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from diffx.bench.timing import speed_ratio, time_in_turns
-from diffx.config import UserError
+from diffx.config import require
 from diffx.console import Reporter, make_table
 from diffx.files import write_json
-from diffx.hub.attention import cache_keyword
+from diffx.results.table import EXAMPLE, make_frame, write_frame
 
-DECODED = 32  # tokens
-Target = tuple[float | None, float | None]  # the lowest and the highest accepted ratio
+Target = tuple[float | None, float | None]  # the lowest and the highest accepted median
+NO_TARGET: Target = (None, None)
+Row = tuple[str, str, str, str, Target]  # work, figure, contestant, compared with, target
 
 
-def check_out(out: Path | None) -> None:
+def check_file(key: str, path: Path | None) -> None:
     """Refuse a file that cannot be written, before measuring.
 
     Raises:
-        UserError: ``out`` cannot be a file.
+        UserError: ``path`` cannot be a JSON file.
     """
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UserError(
-            f"out={out} cannot be used: it must be the name of a JSON file in a folder that exists"
-        )
-
-
-def inference(
-    models: Mapping[str, Any], ids: Tensor, rounds: int
-) -> dict[str, dict[str, list[float]]]:
-    """Time the prefill of ``ids`` (B, T) and the decoding of ``DECODED`` tokens, model by model.
-
-    Returns:
-        Seconds of every round, by work (``prefill``, ``decoding``) and by name.
-    """
-
-    @torch.inference_mode()
-    def prefill(model: Any) -> None:
-        last = (
-            {"logits_to_keep": 1}
-            if "logits_to_keep" in inspect.signature(model.forward).parameters
-            else {}
-        )
-        model(input_ids=ids, use_cache=True, **last)
-
-    @torch.inference_mode()
-    def decode(model: Any) -> None:
-        name, cache, token = cache_keyword(model), None, ids[:, :1]
-        for _ in range(DECODED):
-            output = model(input_ids=token, use_cache=True, **{name: cache})
-            cache, token = output[name], output.logits[:, -1:].argmax(-1)
-
-    return {
-        work: time_in_turns(
-            {name: partial(call, model) for name, model in models.items()}, rounds, ids.device
-        )
-        for work, call in (("prefill", prefill), ("decoding", decode))
-    }
+    usable = path is None or (path.suffix == ".json" and path.parent.is_dir() and not path.is_dir())
+    require(usable, key, path, "the name of a .json file in a folder that exists")
 
 
 def target_ratio(
-    report: dict[str, Any], work: str, figure: str, of: str, to: str, target: Target
+    report: Mapping[str, Any], work: str, figure: str, of: str, to: str, target: Target
 ) -> dict[str, Any]:
-    """The ratio of one contestant to another, and whether it meets its target.
+    """The ratio of one contestant to another in every round, and whether it meets its target.
 
     Args:
-        report: ``seconds`` of every round by work and name; ``bytes`` by figure and name, None
-            where they cannot be measured.
-        work: a key of ``seconds``.
-        figure: ``time``, ``speed``, or one of ``report["bytes"]``.
+        report: ``seconds`` of every round and ``bytes`` (None where they cannot be measured), both
+            by work and contestant.
+        work: a key of ``seconds`` or ``bytes``.
+        figure: ``time`` or ``speed``; any other name is one of bytes.
         of: the contestant.
         to: the contestant it is compared with.
         target: the accepted medians.
     """
-    result: dict[str, Any] = {"work": work, "figure": figure, "of": of, "to": to}
     if figure in ("time", "speed"):
+        over, under = (to, of) if figure == "speed" else (of, to)
         seconds = report["seconds"][work]
-        result |= asdict(
-            speed_ratio(seconds, of, to) if figure == "speed" else speed_ratio(seconds, to, of)
-        )
+        ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
     else:
-        size = report["bytes"][figure]
-        result |= {"median": size[of] / size[to] if size[of] else None, "low": None, "high": None}
-    low, high = target
-    median, has_target = result["median"], low is not None or high is not None
-    met = (
-        (low is None or median >= low) and (high is None or median <= high)
-        if has_target and median is not None
-        else None
-    )
-    return {**result, "target": target, "met": met}
+        size = report["bytes"][work]
+        ratios = [size[of] / size[to]] if size[of] else []
+    median, met = statistics.median(ratios) if ratios else None, None
+    if median is not None and target != NO_TARGET:
+        met = (target[0] or 0) <= median <= (target[1] or math.inf)
+    return {
+        "work": work,
+        "figure": figure,
+        "of": of,
+        "to": to,
+        "median": median,
+        "low": min(ratios, default=None),
+        "high": max(ratios, default=None),
+        "target": target,
+        "met": met,
+    }
+
+
+def show_figures(title: str, columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Print a table with a row for each work and contestant of the first column."""
+    rows = [
+        [work, name, *(_number(figures[work].get(name)) for figures in columns.values())]
+        for work, contestants in next(iter(columns.values())).items()
+        for name in contestants
+    ]
+    Reporter().table(make_table(title, ("work", "contestant", *columns), rows))
 
 
 def show_ratios(
-    ratios: list[dict[str, Any]], title: str, report: dict[str, Any], out: Path | None
-) -> None:
-    """Print a table of the ratios and the missed targets, and write the report."""
+    report: dict[str, Any], rows: Iterable[Row], title: str, out: Path | None
+) -> dict[str, Any]:
+    """Add the ratios to the report, print a table of them and the missed targets, and write it.
+
+    ``out`` holds the report. The Parquet file beside it holds the seconds and bytes as rows of the
+    table of results: the work is the task, the contestant the variant, and a round an example.
+    """
+    ratios = report["ratios"] = [target_ratio(report, *row) for row in rows]
     reporter = Reporter()
     columns = ("work", "figure", "", "median ratio", "lowest to highest round", "target", "met")
-    reporter.table(make_table(title, columns, map(_row, ratios)))
-    missed = [
-        f"{ratio['work']}, {ratio['figure']} of {ratio['of']}"
-        for ratio in ratios
-        if ratio["met"] is False
-    ]
-    if any(ratio["met"] is not None for ratio in ratios):
-        reporter.line(f"targets not met: {'; '.join(missed)}" if missed else "all targets are met")
+    reporter.table(make_table(title, columns, map(_cells, ratios)))
+    if any(row["met"] is not None for row in ratios):
+        names = (
+            f"{row['work']}, {row['figure']} of {row['of']}"
+            for row in ratios
+            if row["met"] is False
+        )
+        missed = "; ".join(names)
+        reporter.line(f"targets not met: {missed}" if missed else "all targets are met")
     if out is not None:
         write_json(out, report)
-        reporter.line(f"figures: {out}")
+        write_frame(make_frame(result_rows(report)), out.with_suffix(".parquet"))
+        reporter.line(f"figures: {out}, and as rows {out.with_suffix('.parquet').name}")
+    return report
 
 
-def _row(ratio: dict[str, Any]) -> list[str]:
+def result_rows(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of the table of results of a report."""
+    for metric, unit in (("seconds", "s"), ("bytes", "bytes")):
+        for work, contestants in report.get(metric, {}).items():
+            for name, values in contestants.items():
+                for number, value in enumerate(values if metric == "seconds" else [values]):
+                    yield {
+                        "checkpoint": report.get("checkpoint"),
+                        "source": "bench",
+                        "task": work,
+                        "variant": name,
+                        "metric": metric,
+                        "unit": unit,
+                        "better": "lower",
+                        "aggregate": EXAMPLE,
+                        "example": str(number),
+                        "value": value,
+                    }
+
+
+def _cells(ratio: dict[str, Any]) -> list[str]:
     low, high = ratio["target"]
-    span = "-" if ratio["low"] is None else f"{ratio['low']:.3f} to {ratio['high']:.3f}"
-    accepted = (
-        f"{low:.2f} to {high:.2f}"
-        if low and high
-        else f"at least {low:.2f}"
-        if low
-        else f"at most {high:.2f}"
-        if high
-        else "-"
-    )
-    median = "-" if ratio["median"] is None else f"{ratio['median']:.3f}"
-    met = {None: "-", True: "yes", False: "no"}[ratio["met"]]
+    target = f"{low:.2f} to {high:.2f}" if low and high else ""
+    target = target or (f"at least {low:.2f}" if low else f"at most {high:.2f}" if high else "-")
+    once = ratio["low"] == ratio["high"]
     return [
         ratio["work"],
         ratio["figure"],
         f"{ratio['of']} / {ratio['to']}",
-        median,
-        span,
-        accepted,
-        met,
+        _number(ratio["median"], ".3f"),
+        "-" if once else f"{ratio['low']:.3f} to {ratio['high']:.3f}",
+        target,
+        {None: "-", True: "yes", False: "no"}[ratio["met"]],
     ]
+
+
+def _number(value: float | None, form: str = ",.5g") -> str:
+    return "-" if value is None else format(value, form)

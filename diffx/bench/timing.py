@@ -1,96 +1,101 @@
-"""Shared by the benches: alternating rounds, ratios within a round, peak memory, the machine."""
+"""Shared by the benches: contestants in turns, their peak memory, inference, the machine."""
 
-import statistics
+import inspect
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from diffx.hub.attention import cache_keyword
 from diffx.train.folder import environment
 from diffx.train.throughput import peak_allocation, synchronize
 
 ROUND_SECONDS = 0.2  # least duration of a turn, so that the overhead of timing is negligible
+DECODED = 32  # tokens
+Call = Callable[[], Any]
+Seconds = dict[str, list[float]]  # of a call, by contestant, one for each round
 
 
-def time_in_turns(
-    contestants: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
+def time_in_turns(contestants: Mapping[str, Call], rounds: int, device: torch.device) -> Seconds:
     """Time contestants in turn, so that a drift of the machine affects them equally.
 
-    Each is called twice before it counts. Every second round is in reverse order.
+    Each contestant is called twice before it counts. Every second round is in reverse order.
 
     Args:
         contestants: by name, a call that does the same work each time.
         rounds: turns of each contestant.
         device: the device to synchronize.
-
-    Returns:
-        Seconds per call, by name, one for each round.
     """
 
-    def turn(call: Callable[[], Any], calls: int) -> float:
+    def turn(name: str, calls: int = 1) -> float:
         synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
-            call()
+            contestants[name]()
         synchronize(device)
         return (time.perf_counter() - start) / calls
 
     calls = {}
-    for name, call in contestants.items():
-        turn(call, 1)
-        calls[name] = max(1, round(ROUND_SECONDS / turn(call, 1)))
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for name in contestants:
+        turn(name)
+        calls[name] = max(1, round(ROUND_SECONDS / turn(name)))
+    seconds: Seconds = {name: [] for name in contestants}
     for number in range(rounds):
-        for name in contestants if number % 2 == 0 else reversed(list(contestants)):
-            seconds[name].append(turn(contestants[name], calls[name]))
+        for name in list(contestants)[:: -1 if number % 2 else 1]:
+            seconds[name].append(turn(name, calls[name]))
     return seconds
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ratio:
-    """The speed of one contestant relative to another; above 1 is faster.
+def peak_bytes(
+    builders: Mapping[str, Callable[[], Call]], device: torch.device
+) -> dict[str, int | None]:
+    """Measure ``peak_allocation`` of each contestant alone, while it is built and called twice."""
 
-    Attributes:
-        median: over the rounds.
-        low: the lowest round.
-        high: the highest round.
-    """
-
-    median: float
-    low: float
-    high: float
-
-
-def speed_ratio(seconds: Mapping[str, list[float]], of: str, to: str) -> Ratio:
-    """Compare the speed ``of`` one contestant ``to`` another, given ``time_in_turns``."""
-    rounds = [
-        baseline / contestant for contestant, baseline in zip(seconds[of], seconds[to], strict=True)
-    ]
-    return Ratio(median=statistics.median(rounds), low=min(rounds), high=max(rounds))
-
-
-def peak_bytes(build: Callable[[], Callable[[], Any]], device: torch.device) -> int | None:
-    """Peak bytes of tensors while a contestant is built and called twice (``peak_allocation``).
-
-    Args:
-        build: makes the contestant.
-        device: device of the contestant.
-    """
-
-    def build_and_call() -> None:
+    def build_and_call(build: Callable[[], Call]) -> None:
         call = build()
         call()
         call()
 
-    return peak_allocation(build_and_call, device)
+    return {
+        name: peak_allocation(partial(build_and_call, build), device)
+        for name, build in builders.items()
+    }
+
+
+def inference(models: Mapping[str, Any], ids: Tensor, rounds: int) -> dict[str, Seconds]:
+    """Time the ``prefill`` of ``ids`` (B, T) and the ``decoding`` of ``DECODED`` tokens."""
+
+    @torch.inference_mode()
+    def prefill(model: Any) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        model(input_ids=ids, use_cache=True, **last)
+
+    @torch.inference_mode()
+    def decode(model: Any) -> None:
+        keyword, cache, token = cache_keyword(model), None, ids[:, :1]
+        for _ in range(DECODED):
+            output = model(input_ids=token, use_cache=True, **{keyword: cache})
+            cache, token = output[keyword], output.logits[:, -1:].argmax(-1)
+
+    return {
+        work: time_in_turns(
+            {name: partial(call, model) for name, model in models.items()}, rounds, ids.device
+        )
+        for work, call in (("prefill", prefill), ("decoding", decode))
+    }
+
+
+def random_tokens(vocabulary: int, batch: int, length: int, device: torch.device) -> Tensor:
+    """The same random tokens (B, T) at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (batch, length), generator=generator).to(device)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Versions, hardware and threads."""
-    return environment(seed=0) | {
-        "device": str(device),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
+    capability = torch.backends.cpu.get_cpu_capability()
+    return environment(seed=0) | {"device": str(device), "cpu_capability": capability}

@@ -2,25 +2,22 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DiffLlamaConfig, LlamaConfig
 
-from diffx.bench.targets import check_out
-from diffx.bench.timing import Ratio, machine, peak_bytes, speed_ratio, time_in_turns
+from diffx.bench.targets import Row, check_file, show_figures, show_ratios
+from diffx.bench.timing import Call, machine, peak_bytes, random_tokens, time_in_turns
 from diffx.config import require
 from diffx.config.data import BpeTokenizer
 from diffx.config.launch import compose
 from diffx.config.model import MODEL_CONFIGS, ModelConfig
 from diffx.config.train import Device, TrainConfig
-from diffx.console import Reporter, make_table
-from diffx.files import write_json
 from diffx.models import build_model, init_weights
 from diffx.train.optimizer import build_optimizer
 from diffx.train.parallel import autocast, clip_gradients, pick_device
@@ -30,7 +27,15 @@ PAIRS = (
     ("diff_v1", "DiffLlama"),
     *((kind, "transformer") for kind in MODEL_CONFIGS if kind != "transformer"),
 )
-
+# The lowest accepted ratio of a pair, everywhere or at a size and T.
+TARGETS: dict[tuple[str | int, ...], float] = {
+    ("transformer", "Llama"): 1.0,
+    ("diff_v1", "DiffLlama"): 1.25,
+    ("diff_v1", "transformer", "25m", 512): 0.80,
+    ("diff_v2", "transformer", "25m", 512): 0.75,
+    ("diff_v1", "transformer", "25m", 2048): 0.65,
+    ("diff_v2", "transformer", "25m", 2048): 0.65,
+}
 # At this learning rate the weights hardly change, so that every round does the same work.
 _RECIPE = TrainConfig(lr=1e-6)
 
@@ -38,124 +43,77 @@ _RECIPE = TrainConfig(lr=1e-6)
 def bench_train(
     out: Path | None, sizes: list[str], seq_lens: list[int], rounds: int, device: str
 ) -> dict[str, Any]:
-    """Measure tokens per second and peak memory of a training step.
+    """Measure tokens per second and peak memory of a training step; see ``diffx.bench``.
 
     A step is forward, loss, backward, clip and AdamW, on 2,048 random tokens on a CPU and 32,768 on
-    a GPU (one sequence, if that is longer). All models of a size take turns in this process. Memory
-    is measured first, for each model alone.
-
-    Args:
-        out: where to write the figures as JSON; None writes none.
-        sizes: choices of ``size=``.
-        seq_lens: context lengths T in tokens.
-        rounds: turns of each model.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-
-    Returns:
-        The report: the machine, and for each size and T the seconds of every round, medians, memory
-            and ratios.
+    a GPU (one sequence, if that is longer). All models of one of the ``sizes`` (choices of
+    ``size=``) take turns. Memory is measured first, for each model alone.
 
     Raises:
-        UserError: an unknown size, one that an architecture cannot have, a missing device, or
-            ``out`` cannot be a file.
+        UserError: an unknown size, or one that an architecture cannot have.
     """
-    check_out(out)
+    check_file("out", out)
     for seq_len in seq_lens:
         require(seq_len >= 1, "seq_len", seq_len, "a positive whole number")
     configs = {
-        size: {
-            kind: compose("train", [f"model={kind}", f"size={size}"]).model
-            for kind in MODEL_CONFIGS
-        }
+        size: {k: compose("train", [f"model={k}", f"size={size}"]).model for k in MODEL_CONFIGS}
         for size in sizes
     }
-    chosen = pick_device(Device(device))
-    reporter = Reporter()
-    report: dict[str, Any] = {"machine": machine(chosen), "rounds": rounds, "cases": []}
+    torch_device = pick_device(Device(device))
+    columns = ("parameters", "tokens_per_second", "bytes")
+    report: dict[str, Any] = {"machine": machine(torch_device), "rounds": rounds, "seconds": {}}
+    report |= {column: {} for column in columns}
+    rows: list[Row] = []
     for size in sizes:
         for seq_len in seq_lens:
-            case = _measure(size, configs[size], seq_len, rounds, chosen)
-            report["cases"].append(case)
-            title = f"size={size}, T={seq_len}, batch {case['batch_size']}, {chosen}"
-            reporter.table(
-                make_table(
-                    title, ("model", "parameters", "tokens/s", "peak memory"), _model_rows(case)
-                )
+            work = f"{size}, T={seq_len}"
+            batch = max(1, (2048 if torch_device.type == "cpu" else 32768) // seq_len)
+            vocabulary = configs[size]["transformer"].vocab_size or BpeTokenizer().vocab_size
+            tokens = random_tokens(vocabulary, batch, seq_len + 1, torch_device)
+            builders = _builders(configs[size], vocabulary, seq_len)
+            report["bytes"][work] = peak_bytes(
+                {name: partial(_step, build, tokens) for name, build in builders.items()},
+                torch_device,
             )
-    columns = ("speed", "size", "T", "median", "lowest to highest round", "target", "met")
+            models = {name: build().to(torch_device) for name, build in builders.items()}
+            report["parameters"][work] = {
+                name: sum(p.numel() for p in model.parameters()) for name, model in models.items()
+            }
+            steps = {name: training_step(model, tokens) for name, model in models.items()}
+            seconds = time_in_turns(steps, rounds, torch_device)
+            report["seconds"][work] = seconds
+            report["tokens_per_second"][work] = {
+                name: batch * seq_len / statistics.median(times) for name, times in seconds.items()
+            }
+            for pair in PAIRS:
+                lowest = TARGETS.get(pair, TARGETS.get((*pair, size, seq_len)))
+                rows.append((work, "speed", *pair, (lowest, None)))
     version = report["machine"]["packages"]["transformers"]
-    title = f"Speed ratios, round by round (Llama and DiffLlama of transformers {version})"
-    reporter.table(
-        make_table(title, columns, [row for case in report["cases"] for row in _ratio_rows(case)])
-    )
-    if out is not None:
-        write_json(out, report)
-        reporter.line(f"figures: {out}")
-    return report
+    title = f"Training steps on {torch_device} (Llama and DiffLlama of transformers {version})"
+    show_figures(title, {column.replace("_", " "): report[column] for column in columns})
+    return show_ratios(report, rows, title, out)
 
 
-def target(of: str, to: str, size: str, seq_len: int) -> float | None:
-    """The lowest accepted speed ratio of a pair; None if there is no target."""
-    everywhere = {("transformer", "Llama"): 1.0, ("diff_v1", "DiffLlama"): 1.25}
-    at_25m = {
-        ("diff_v1", "transformer", 512): 0.80,
-        ("diff_v2", "transformer", 512): 0.75,
-        ("diff_v1", "transformer", 2048): 0.65,
-        ("diff_v2", "transformer", 2048): 0.65,
+def _builders(
+    configs: dict[str, ModelConfig], vocabulary: int, seq_len: int
+) -> dict[str, Callable[[], nn.Module]]:
+    """Builders of the models of a size; those of transformers have the baseline's shape."""
+    config = configs["transformer"]
+    shape: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "max_position_embeddings": seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
     }
-    return everywhere.get((of, to)) or (at_25m.get((of, to, seq_len)) if size == "25m" else None)
-
-
-def _measure(
-    size: str, configs: dict[str, ModelConfig], seq_len: int, rounds: int, device: torch.device
-) -> dict[str, Any]:
-    batch_size = max(1, (2048 if device.type == "cpu" else 32768) // seq_len)
-    vocabulary = configs["transformer"].vocab_size or BpeTokenizer().vocab_size
-    # (B, T + 1)
-    tokens = torch.randint(
-        vocabulary, (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(0)
-    ).to(device)
-    builders: dict[str, Callable[[], nn.Module]] = {
-        kind: partial(_decoder, replace(config, vocab_size=vocabulary))
-        for kind, config in configs.items()
-    }
-    for name, family in (("Llama", LlamaConfig), ("DiffLlama", DiffLlamaConfig)):
-        builders[name] = partial(_transformers, family, configs["transformer"], vocabulary, seq_len)
-
-    memory = {
-        name: peak_bytes(partial(_build_step, build, tokens), device)
-        for name, build in builders.items()
-    }
-    models = {name: build().to(device) for name, build in builders.items()}
-    seconds = time_in_turns(
-        {name: training_step(model, tokens) for name, model in models.items()}, rounds, device
-    )
     return {
-        "size": size,
-        "seq_len": seq_len,
-        "batch_size": batch_size,
-        "parameters": {
-            name: sum(p.numel() for p in model.parameters()) for name, model in models.items()
-        },
-        "peak_memory_bytes": memory,
-        "seconds_per_step": seconds,
-        "tokens_per_second": {
-            name: batch_size * seq_len / statistics.median(times) for name, times in seconds.items()
-        },
-        "ratios": [
-            _ratio(speed_ratio(seconds, of, to), of, to, target(of, to, size, seq_len))
-            for of, to in PAIRS
-        ],
-    }
-
-
-def _ratio(ratio: Ratio, of: str, to: str, target_ratio: float | None) -> dict[str, Any]:
-    return {
-        "of": of,
-        "to": to,
-        **asdict(ratio),
-        "target": target_ratio,
-        "met": None if target_ratio is None else ratio.median >= target_ratio,
+        **{k: partial(_decoder, replace(c, vocab_size=vocabulary)) for k, c in configs.items()},
+        "Llama": lambda: _Logits(LlamaConfig(**shape)),
+        "DiffLlama": lambda: _Logits(DiffLlamaConfig(**shape)),
     }
 
 
@@ -168,40 +126,19 @@ def _decoder(config: ModelConfig) -> nn.Module:
 class _Logits(nn.Module):
     """A model of transformers that returns its logits and keeps no cache."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, config: LlamaConfig | DiffLlamaConfig):
         super().__init__()
-        self.model = model
+        self.model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.model(input_ids, use_cache=False).logits
 
 
-def _transformers(
-    family: type[LlamaConfig] | type[DiffLlamaConfig],
-    config: ModelConfig,
-    vocabulary: int,
-    seq_len: int,
-) -> nn.Module:
-    """Build a model of transformers in the shape of the baseline; DiffLlama has its head counts."""
-    shape = family(
-        vocab_size=vocabulary,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        max_position_embeddings=seq_len,
-        rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tie_embeddings,
-    )
-    return _Logits(AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa"))
-
-
-def _build_step(build: Callable[[], nn.Module], tokens: Tensor) -> Callable[[], None]:
+def _step(build: Callable[[], nn.Module], tokens: Tensor) -> Call:
     return training_step(build().to(tokens.device), tokens)
 
 
-def training_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
+def training_step(model: nn.Module, tokens: Tensor) -> Call:
     """A call that does one training step (forward to AdamW) on ``tokens`` (B, T + 1)."""
     optimizer = build_optimizer(model, _RECIPE)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -217,32 +154,3 @@ def training_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def _model_rows(case: dict[str, Any]) -> list[list[str]]:
-    return [
-        [
-            name,
-            f"{case['parameters'][name]:,}",
-            f"{speed:,.0f}",
-            "-" if memory is None else f"{memory / 2**20:,.0f} MiB",
-        ]
-        for (name, speed), memory in zip(
-            case["tokens_per_second"].items(), case["peak_memory_bytes"].values(), strict=True
-        )
-    ]
-
-
-def _ratio_rows(case: dict[str, Any]) -> list[list[str]]:
-    return [
-        [
-            f"{ratio['of']} / {ratio['to']}",
-            case["size"],
-            str(case["seq_len"]),
-            f"{ratio['median']:.2f}",
-            f"{ratio['low']:.2f} to {ratio['high']:.2f}",
-            "-" if ratio["target"] is None else f"{ratio['target']:.2f}",
-            {None: "-", True: "yes", False: "no"}[ratio["met"]],
-        ]
-        for ratio in case["ratios"]
-    ]

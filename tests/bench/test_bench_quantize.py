@@ -3,7 +3,7 @@ import json
 import pytest
 
 from diffx.bench import quantize as bench
-from diffx.bench import targets, timing
+from diffx.bench import timing
 from diffx.cli import main
 from diffx.config import UserError
 
@@ -11,7 +11,7 @@ from diffx.config import UserError
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(timing, "ROUND_SECONDS", 0)
-    monkeypatch.setattr(targets, "DECODED", 2)
+    monkeypatch.setattr(timing, "DECODED", 2)
 
 
 @pytest.mark.slow
@@ -24,8 +24,10 @@ def test_figures_and_table(hf_folder, tmp_path, capsys):
         assert list(report["seconds"][work]) == names
     for work in ("attention", "differential attention"):
         assert list(report["seconds"][work]) == ["reference", "scope map", "scope row"]
-    assert {len(times) for own in report["seconds"].values() for times in own.values()} == {2}
-    size, memory = report["bytes"]["size"], report["bytes"]["peak memory"]
+    assert {len(times) for seconds in report["seconds"].values() for times in seconds.values()} == {
+        2
+    }
+    size, memory = report["bytes"]["on disk"], report["bytes"]["prefill"]
     assert list(size) == list(memory) == names
     # 4 bytes of a weight become 1, and each row has a scale of 4; the embedding and the output projection, two matrices, stay.
     whole = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from diffx.bench import timing
-from diffx.bench.timing import peak_bytes, speed_ratio, time_in_turns
+from diffx.bench.targets import NO_TARGET, target_ratio
+from diffx.bench.timing import peak_bytes, time_in_turns
 
 CPU = torch.device("cpu")
 
@@ -29,8 +30,9 @@ def test_a_turn_repeats_a_short_call_and_gives_seconds_a_call(monkeypatch):
 
 
 def test_ratio_is_of_each_round_before_it_is_of_the_median():
-    ratio = speed_ratio({"ours": [1.0, 2.0, 4.0], "theirs": [3.0, 2.0, 8.0]}, "ours", "theirs")
-    assert (ratio.median, ratio.low, ratio.high) == (2.0, 1.0, 3.0)
+    report = {"seconds": {"w": {"a": [1.0, 2.0, 4.0], "b": [3.0, 2.0, 8.0]}}}
+    ratio = target_ratio(report, "w", "speed", "a", "b", NO_TARGET)
+    assert (ratio["median"], ratio["low"], ratio["high"]) == (2.0, 1.0, 3.0)
 
 
 def test_peak_memory_counts_what_lives_at_once():
@@ -47,4 +49,4 @@ def test_peak_memory_counts_what_lives_at_once():
         return call
 
     for _ in range(2):  # what an earlier measurement freed does not count in the next
-        assert peak_bytes(build, CPU) == pytest.approx(12 * 2**20, rel=1e-3)
+        assert peak_bytes({"a": build}, CPU)["a"] == pytest.approx(12 * 2**20, rel=1e-3)
