@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 MODULE = '''
 import torch
 
-from diffx.models.attention import Attention, attend
+from diffx.models.attention import Attention
 from diffx.ops import attention
 
 
@@ -23,15 +23,14 @@ class ToyAttention(Attention):
 
     def __init__(self, config, layer):
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
-        super().__init__(config, layer, queries=(2 * heads, d), keys=(kv_heads, d), values=(kv_heads, d), context=heads * d)
+        super().__init__(config, layer, queries=(2 * heads, d), keys=(kv_heads, d), values=(kv_heads, d), features=heads * d)
 
     def lambda_value(self, x):
         return torch.tensor([0.5, 0.25], device=x.device).repeat(self.queries[0] // 4)
 
-    def forward(self, x, cos, sin, cache=None, documents=None):
-        q, k, v = self.project(x, cos, sin, cache)
-        first, second = attend(attention, q, k, v, documents, cache).unflatten(2, (-1, 2)).unbind(3)
-        return self.o_proj((first - self.lambda_value(x)[:, None] * second).flatten(2))
+    def context(self, x, attend):
+        first, second = attend(attention).unflatten(2, (-1, 2)).unbind(3)
+        return first - self.lambda_value(x)[:, None] * second
 '''
 CONFIG = '''
 @dataclass(kw_only=True, slots=True)

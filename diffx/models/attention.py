@@ -14,15 +14,15 @@ from diffx.config.model import ModelConfig
 from diffx.models.cache import KVCache
 from diffx.models.layers import apply_rope
 from diffx.models.view import AttentionView
-from diffx.ops import Documents
+from diffx.ops import Documents, attention
 
 
 class Attention(nn.Module, ABC):
     """Base of the attention modules.
 
-    A subclass defines ``forward(x, cos, sin, cache=None, documents=None)`` and ``lambda_value``,
-    and overrides ``key_map`` if its maps use the keys in another order, and ``context_module``.
-    Logs, suites and head selection read these.
+    A subclass defines ``lambda_value``; where they differ from the base's also ``context``,
+    ``key_map`` (if its maps use the keys in another order) and ``context_module``. Logs, suites and
+    head selection read these.
 
     Args:
         config: configuration of the decoder.
@@ -30,7 +30,7 @@ class Attention(nn.Module, ABC):
         queries: query heads (or maps) and their width.
         keys: key heads (or maps) and their width.
         values: value heads and their width.
-        context: features that enter ``o_proj``.
+        features: features that enter ``o_proj``.
 
     Attributes:
         layer: index of the layer, from 0.
@@ -51,7 +51,7 @@ class Attention(nn.Module, ABC):
         queries: tuple[int, int],
         keys: tuple[int, int],
         values: tuple[int, int],
-        context: int,
+        features: int,
     ):
         super().__init__()
         self.layer = layer
@@ -59,7 +59,7 @@ class Attention(nn.Module, ABC):
         self.q_proj = nn.Linear(config.hidden_size, queries[0] * queries[1], bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys[0] * keys[1], bias=False)
         self.v_proj = nn.Linear(config.hidden_size, values[0] * values[1], bias=False)
-        self.o_proj = nn.Linear(context, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(features, config.hidden_size, bias=False)
 
     @property
     def rope_width(self) -> int:
@@ -110,34 +110,44 @@ class Attention(nn.Module, ABC):
             k, v = cache.append(self.layer, k, v)
         return q, k, v
 
-    def attend(
-        self,
-        op: Callable[..., Tensor],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        documents: Documents | None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Apply ``op`` by ``implementation``; with ``documents``, to the flattened batch.
+    def context(self, x: Tensor, attend: Callable[[Callable[..., Tensor]], Tensor]) -> Tensor:
+        """The input of ``o_proj`` before its heads are joined, (B, T, heads, width).
 
         Args:
-            op: an operation of ``diffx.ops``, which maps q (B, T, H, d), k and v to (B, T, heads,
-                width).
-            q: queries.
-            k: keys.
-            v: values.
-            documents: the documents in the flattened batch of B·T tokens; each is within one row.
-            cache: the cache that ``k`` comes from; its padding is masked.
+            x: input of the module (B, T, D).
+            attend: applies an operation of ``diffx.ops`` to the queries, keys and values of x.
         """
-        if cache is not None and cache.valid is not None:
-            return op(q, k, v, impl=self.implementation, key_mask=cache.valid[:, : k.shape[1]])
-        if documents is None:
-            return op(q, k, v, impl=self.implementation)
-        flat = (x.flatten(0, 1)[None] for x in (q, k, v))
-        return op(*flat, impl=self.implementation, documents=documents).reshape(
-            *q.shape[:2], -1, v.shape[-1]
-        )
+        return attend(attention)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
+        """Map (B, T, D) to (B, T, D).
+
+        Args:
+            x: input of the module.
+            cos: cosines of ``rope_tables``.
+            sin: sines of ``rope_tables``.
+            cache: keys and values of the tokens before these; its padding is masked.
+            documents: the documents in the flattened batch of B·T tokens; each is within one row.
+        """
+        q, k, v = self.project(x, cos, sin, cache)
+
+        def attend(op: Callable[..., Tensor]) -> Tensor:
+            if cache is not None and cache.valid is not None:
+                return op(q, k, v, impl=self.implementation, key_mask=cache.valid[:, : k.shape[1]])
+            if documents is None:
+                return op(q, k, v, impl=self.implementation)
+            flat = (x.flatten(0, 1)[None] for x in (q, k, v))
+            out = op(*flat, impl=self.implementation, documents=documents)
+            return out.reshape(*q.shape[:2], -1, v.shape[-1])
+
+        return self.o_proj(self.context(x, attend).flatten(2))
 
 
 def attention_modules(model: nn.Module) -> list[Attention]:

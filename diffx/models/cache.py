@@ -56,9 +56,8 @@ class KVCache:
             raise ValueError(f"a KV cache for {self.max_len} tokens cannot hold {end}")
         self.keys[layer, :, self.length : end] = k.flatten(2)
         self.values[layer, :, self.length : end] = v.flatten(2)
-        return self.keys[layer, :, :end].unflatten(2, k.shape[2:]), self.values[
-            layer, :, :end
-        ].unflatten(2, v.shape[2:])
+        keys, values = self.keys[layer, :, :end], self.values[layer, :, :end]
+        return keys.unflatten(2, k.shape[2:]), values.unflatten(2, v.shape[2:])
 
     def advance(self, tokens: int) -> None:
         """Add ``tokens``, which every layer has stored, to the length."""

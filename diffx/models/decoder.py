@@ -6,6 +6,7 @@ Notation: B batch, T tokens, D model width, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -46,16 +47,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config.hidden_size, config.ffn_size)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None = None,
-        documents: Documents | None = None,
-    ) -> Tensor:
-        """Map (B, T, D) to (B, T, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, documents)
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Map (B, T, D) to (B, T, D), given the further arguments of ``Attention.forward``."""
+        x = x + self.self_attn(self.input_layernorm(x), *args)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -79,11 +73,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(blocks)
         self.rope_width = blocks[0].self_attn.rope_width
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.lm_head = (
-            None
-            if config.tie_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def output_weight(self) -> Tensor:
@@ -122,13 +114,10 @@ class Decoder(nn.Module):
             return F.linear(hidden, self.output_weight)
         rows = max(1, LOGITS // self.embed_tokens.num_embeddings)
         if targets.numel() <= rows:
-            return _loss(hidden.flatten(0, 1), self.output_weight, targets.flatten())
+            return _loss(self.output_weight, hidden.flatten(0, 1), targets.flatten())
         chunks = zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
-        losses = [
-            checkpoint(_loss, states, self.output_weight, labels, use_reentrant=False)
-            for states, labels in chunks
-        ]
-        return torch.stack(losses).sum()
+        loss = partial(checkpoint, _loss, self.output_weight, use_reentrant=False)
+        return torch.stack([loss(*chunk) for chunk in chunks]).sum()
 
     def forward_hidden(
         self, input_ids: Tensor, *, cache: KVCache | None = None, cu_seqlens: Tensor | None = None
@@ -137,11 +126,9 @@ class Decoder(nn.Module):
         if cu_seqlens is not None and cache is not None:
             raise ValueError("cache and cu_seqlens cannot be used together")
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # (T,)
-        if cache is not None:
-            # (B, T) if rows differ
-            positions = positions + (
-                cache.length if cache.positions is None else cache.positions[:, None]
-            )
+        if cache is not None:  # (B, T) if rows differ
+            past = cache.length if cache.positions is None else cache.positions[:, None]
+            positions = positions + past
         hidden = self.run_layers(self.embed_tokens(input_ids), positions, cache, cu_seqlens)
         if cache is not None:
             cache.advance(input_ids.shape[1])
@@ -182,17 +169,12 @@ class Decoder(nn.Module):
         """Model FLOPs per token of forward and backward at context length ``seq_len``.
 
         Each parameter of a matrix product (the output projection included, the embedding lookup
-        excluded) counts 6 (a multiply-add is two FLOPs), and so does each multiply-add of
-        attention, over the seq_len/2 keys of an average token. A query map takes for each key its
-        width (logits) plus the width of its value (output): 4d for two heads of the baseline, 6d
-        for one of DIFF V1. Backward counts as twice forward; recomputation and padding do not
-        count.
+        excluded) counts 6, and so does each multiply-add of attention (``macs_per_pair``), over the
+        seq_len/2 keys of an average token. A multiply-add is two FLOPs, backward twice forward;
+        recomputation and padding do not count.
         """
-        matrices = sum(
-            module.weight.numel()
-            for module in self.layers.modules()
-            if isinstance(module, nn.Linear)
-        )
+        linear = (module for module in self.layers.modules() if isinstance(module, nn.Linear))
+        matrices = sum(module.weight.numel() for module in linear)
         attention = sum(module.macs_per_pair for module in attention_modules(self))
         return 6.0 * (matrices + self.output_weight.numel()) + 6.0 * attention * seq_len / 2
 
@@ -213,7 +195,7 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
     return model.to_empty(device=torch.get_default_device() if device is None else device)
 
 
-def _loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _loss(weight: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
     """Sum of the cross-entropies of targets (N,), except -100, given hidden states (N, D)."""
     return F.cross_entropy(
         F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum"
@@ -224,12 +206,7 @@ def _documents(cu_seqlens: Tensor, batch: int, length: int) -> Documents:
     bounds = cu_seqlens.tolist()  # device sync
     lengths = [end - start for start, end in pairwise(bounds)]
     rows = set(range(0, batch * length + 1, length))
-    if (
-        bounds[0] != 0
-        or bounds[-1] != batch * length
-        or min(lengths) < 1
-        or not rows <= set(bounds)
-    ):
+    if not {bounds[0], bounds[-1]} <= rows <= set(bounds) or min(lengths) < 1:
         raise ValueError(
             f"cu_seqlens={bounds} must rise from 0 to B·T={batch * length} through every row's "
             f"end (T={length})"

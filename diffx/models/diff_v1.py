@@ -1,11 +1,12 @@
 """Differential Transformer V1 (Ye et al., arXiv 2410.05258, equations 1 to 3).
 
-Notation: B batch, T tokens, Tk keys, D model width, H and H_kv the baseline's heads, d = D/H, l the
+Notation: B batch, T tokens, D model width, H and H_kv the baseline's heads, d = D/H, l the
 layer from 0, h = H/2 differential heads: query maps 2j and 2j+1, of width d, make head j, whose
 value is 2d wide.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 
 from diffx.config.model import DiffV1Config, Halve, LambdaScope
 from diffx.models.attention import Attention
-from diffx.models.cache import KVCache
 from diffx.models.layers import KeepsFp32, sublayer_norm
-from diffx.ops import Documents, differential_attention
+from diffx.ops import differential_attention
 
 
 class DiffV1Attention(KeepsFp32, Attention):
@@ -41,7 +41,7 @@ class DiffV1Attention(KeepsFp32, Attention):
             queries=(2 * heads, width),
             keys=(2 * kv_heads, width),
             values=(kv_heads, 2 * width),
-            context=heads * 2 * width,
+            features=heads * 2 * width,
         )
         self.lambda_init = (
             0.8 - 0.6 * math.exp(-0.3 * layer)
@@ -68,20 +68,7 @@ class DiffV1Attention(KeepsFp32, Attention):
         second = (self.lambda_q2 * self.lambda_k2).sum(-1, dtype=dtype).exp()
         return first - second + self.lambda_init
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None = None,
-        documents: Documents | None = None,
-    ) -> Tensor:
-        """Map (B, T, D) to (B, T, D); see ``project`` and ``attend`` for the arguments."""
-        # (B, T, 2h, d), (B, Tk, H_kv, d), (B, Tk, H_kv/2, 2d)
-        q, k, v = self.project(x, cos, sin, cache)
-        # (B, T, h, 2d)
-        out = self.attend(
-            partial(differential_attention, lam=self.lambda_value()), q, k, v, documents, cache
-        )
-        out = (1 - self.lambda_init) * self.sublayer_norm(out)
-        return self.o_proj(out.flatten(2))
+    def context(self, x: Tensor, attend: Callable[[Callable[..., Tensor]], Tensor]) -> Tensor:
+        """The normed differences (B, T, h, 2d), times 1 - lambda_init."""
+        out = attend(partial(differential_attention, lam=self.lambda_value()))
+        return (1 - self.lambda_init) * self.sublayer_norm(out)

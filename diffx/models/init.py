@@ -7,6 +7,7 @@ import torch
 from diffx.models.decoder import Decoder
 
 LAMBDA_STD = 0.1
+LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 
 @torch.no_grad()
@@ -25,18 +26,14 @@ def init_weights(model: Decoder, seed: int) -> None:
     shape are equal in all architectures.
     """
     config = model.config
-    residual_std = (
-        config.weight_std / (2 * config.num_layers) ** 0.5
-        if config.scale_residual_init
-        else config.weight_std
-    )
+    depth = 2 * config.num_layers if config.scale_residual_init else 1
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
             continue
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std = residual_std
-        elif name.endswith(("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")):
+            std = config.weight_std / depth**0.5
+        elif name.endswith(LAMBDAS):
             std = LAMBDA_STD
         else:
             std = config.weight_std

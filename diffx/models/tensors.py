@@ -13,10 +13,10 @@ from diffx.config import UserError
 def read_tensors(
     path: Path, shapes: Mapping[str, torch.Size], optional: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
-    """Read a safetensors file that must hold exactly the tensors of ``shapes``, and may hold those named in ``optional``.
+    """Read a safetensors file that must hold the tensors of ``shapes``, and may hold ``optional``.
 
     Raises:
-        UserError: the file cannot be read, or it lacks a tensor, holds another one, or one has another shape.
+        UserError: the file cannot be read, or its names or shapes are not those expected.
     """
     try:
         tensors = load_file(path)
@@ -24,13 +24,13 @@ def read_tensors(
         raise UserError(f"{path} cannot be read: {error}") from error
     for name in sorted((shapes.keys() | tensors.keys()) - set(optional)):
         if name not in tensors:
-            raise UserError(f"{path} cannot be used: it lacks {name}")
-        if name not in shapes:
-            raise UserError(
-                f"{path} cannot be used: it holds {name}, which the model does not have"
-            )
-        if tensors[name].shape != shapes[name]:
-            raise UserError(
-                f"{path} cannot be used: {name} has the shape {list(tensors[name].shape)}, the model's is {list(shapes[name])}"
-            )
+            reason = f"it lacks {name}"
+        elif name not in shapes:
+            reason = f"it holds {name}, which the model does not have"
+        elif tensors[name].shape != shapes[name]:
+            shape, expected = list(tensors[name].shape), list(shapes[name])
+            reason = f"{name} has the shape {shape}, the model's is {expected}"
+        else:
+            continue
+        raise UserError(f"{path} cannot be used: {reason}")
     return tensors

@@ -1,14 +1,9 @@
-"""The baseline Transformer: H heads of width d, softmax attention, grouped queries.
-
-Notation: B batch, T tokens, Tk keys, D model width, H heads, H_kv key/value heads, d = D/H.
-"""
+"""The baseline Transformer: H heads of width d, softmax attention, grouped queries."""
 
 from torch import Tensor
 
 from diffx.config.model import ModelConfig
 from diffx.models.attention import Attention
-from diffx.models.cache import KVCache
-from diffx.ops import Documents, attention
 
 
 class TransformerAttention(Attention):
@@ -18,31 +13,22 @@ class TransformerAttention(Attention):
         config: configuration of the decoder.
         layer: index of the layer, from 0.
         heads: query heads; None is H.
+        kv_heads: key/value heads; None is H_kv.
+        width: of a head; None is d.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, heads: int | None = None):
-        heads, kv_heads, d = heads or config.num_heads, config.num_kv_heads, config.head_dim
-        super().__init__(
-            config,
-            layer,
-            queries=(heads, d),
-            keys=(kv_heads, d),
-            values=(kv_heads, d),
-            context=heads * d,
-        )
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        heads: int | None = None,
+        kv_heads: int | None = None,
+        width: int | None = None,
+    ):
+        heads, width = heads or config.num_heads, width or config.head_dim
+        keys = (kv_heads or config.num_kv_heads, width)
+        queries, features = (heads, width), heads * width
+        super().__init__(config, layer, queries=queries, keys=keys, values=keys, features=features)
 
     def lambda_value(self, x: Tensor) -> None:
         """None: nothing is subtracted."""
-
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None = None,
-        documents: Documents | None = None,
-    ) -> Tensor:
-        """Map (B, T, D) to (B, T, D); see ``project`` and ``attend`` for the arguments."""
-        # (B, T, H, d), (B, Tk, H_kv, d), (B, Tk, H_kv, d)
-        q, k, v = self.project(x, cos, sin, cache)
-        return self.o_proj(self.attend(attention, q, k, v, documents, cache).flatten(2))

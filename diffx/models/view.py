@@ -48,24 +48,17 @@ class AttentionView:
     def logits(self, m: int, start: int, stop: int) -> Tensor:
         """Logits (B, rows, T) of map ``m`` in rows ``start`` to ``stop``, fp32, -inf if masked."""
         keys = stop if self.mask is None and self.causal else self.k.shape[1]
-        # (B, rows, d), (B, keys, d)
-        q, k = (
-            self.q[:, start:stop, m].float(),
-            self.k[:, :keys, self.key_map[m]].float(),
-        )
+        q = self.q[:, start:stop, m].float()  # (B, rows, d)
+        k = self.k[:, :keys, self.key_map[m]].float()  # (B, keys, d)
         logits = (q * self.scale) @ k.mT
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        if self.mask is None:
-            masked = (
-                torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).triu(start + 1)
-                if self.causal
-                else None
-            )
-        else:
+        if self.mask is not None:
             masked = ~self.mask[:, m if self.mask.shape[1] > 1 else 0, start:stop]
-        if masked is not None:
             logits.masked_fill_(masked, -torch.inf)
+        elif self.causal:
+            future = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device)
+            logits.masked_fill_(future.triu_(start + 1), -torch.inf)
         return F.pad(logits, (0, self.k.shape[1] - keys), value=-torch.inf)
 
     def head_map(self, j: int, start: int, stop: int) -> Tensor:
@@ -78,6 +71,5 @@ class AttentionView:
             return self.logits(j, start, stop).softmax(-1)
         # (B, rows, 1)
         lam = self.lam.float().expand(*self.q.shape[:2], self.num_heads)[:, start:stop, j, None]
-        return self.logits(2 * j, start, stop).softmax(-1) - lam * self.logits(
-            2 * j + 1, start, stop
-        ).softmax(-1)
+        first, second = (self.logits(m, start, stop).softmax(-1) for m in (2 * j, 2 * j + 1))
+        return first - lam * second
