@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from diffx.bench.targets import check_file
@@ -44,14 +43,10 @@ SAVING = 0.02  # target: share of the time for checkpoints
 def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
     """Time the parts of ``steps`` training steps of a job, and trace some further steps.
 
-    Args:
-        words: arguments of ``diffx train``.
-        trace: the trace to write, a JSON file for https://ui.perfetto.dev.
-        steps: number of timed steps.
-
-    Returns:
-        The machine, the median seconds of each part, tokens per second of the model and of the
-        loader, seconds of a checkpoint, model FLOPs per second and those of a plain matrix product.
+    ``words`` are the arguments of ``diffx train``; ``trace`` is a JSON file for
+    https://ui.perfetto.dev. The report holds the machine, the median seconds of each part, tokens
+    per second of the model and of the loader, seconds of a checkpoint, and FLOPs per second of the
+    model and of a plain matrix product.
 
     Raises:
         UserError: the job cannot be trained, or ``trace`` cannot be a file.
@@ -125,14 +120,14 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
     whole = sum(medians.values())
     speed, loader = tokens / whole, tokens / medians["data"]
     share = saving / (saving + job.train.save_every * whole)
-    flops, ceiling = (
-        model.flops_per_token(seq_len) * speed,
-        matmul_ceiling(world.device, job.train.precision),
-    )
+    flops = model.flops_per_token(seq_len) * speed
+    ceiling = matmul_ceiling(world.device, job.train.precision)
     rows = [[name, f"{1000 * s:.2f}", f"{s / whole:.1%}"] for name, s in medians.items()]
     title = f"{job.model.kind}, {tokens} tokens a step, T={seq_len}, {world.device}"
     reporter.table(make_table(title, ("part of a step", "ms", "share"), rows))
-    reporter.table(_operators(recorded, f"self_{'device' if cuda else 'cpu'}_time_total"))
+    order = f"self_{'device' if cuda else 'cpu'}_time_total"
+    operators = recorded.key_averages().table(order, row_limit=_SHOWN, max_name_column_width=40)
+    reporter.line(f"operators of {TRACED} steps, by self time\n{operators}")
     reporter.line(f"model {speed:,.0f} tokens/s")
     reporter.line(
         f"loader {loader / speed:,.0f} times that "
@@ -158,19 +153,3 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
         "flops_per_second": flops,
         "matmul_ceiling": ceiling,
     }
-
-
-def _operators(recorded: profile, time_of: str) -> Table:
-    """The operators that take most of the time ``time_of``, an attribute of the events."""
-    events = [
-        (event, getattr(event, time_of))
-        for event in recorded.key_averages()
-        if event.key not in PARTS
-    ]
-    total = sum(time for _, time in events) or 1.0
-    rows = [
-        [event.key[:60], event.count // TRACED, f"{t / 1000 / TRACED:.2f}", f"{t / total:.1%}"]
-        for event, t in sorted(events, key=lambda pair: -pair[1])[:_SHOWN]
-    ]
-    columns = ("operator", "calls a step", "ms a step", "share")
-    return make_table("operators, by their self time", columns, rows)

@@ -102,28 +102,25 @@ def show_ratios(
 
 def result_rows(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The rows of the table of results of a report."""
+    facts = {"checkpoint": report.get("checkpoint"), "source": "bench", "better": "lower"}
     for metric, unit in (("seconds", "s"), ("bytes", "bytes")):
-        for work, contestants in report.get(metric, {}).items():
-            for name, values in contestants.items():
-                for number, value in enumerate(values if metric == "seconds" else [values]):
-                    yield {
-                        "checkpoint": report.get("checkpoint"),
-                        "source": "bench",
-                        "task": work,
-                        "variant": name,
-                        "metric": metric,
-                        "unit": unit,
-                        "better": "lower",
-                        "aggregate": EXAMPLE,
-                        "example": str(number),
-                        "value": value,
-                    }
+        figures = [
+            (work, name, values if metric == "seconds" else [values])
+            for work, contestants in report.get(metric, {}).items()
+            for name, values in contestants.items()
+        ]
+        for work, name, values in figures:
+            place = facts | {"task": work, "variant": name, "metric": metric, "unit": unit}
+            for number, value in enumerate(values):
+                yield place | {"aggregate": EXAMPLE, "example": str(number), "value": value}
 
 
 def _cells(ratio: dict[str, Any]) -> list[str]:
     low, high = ratio["target"]
-    target = f"{low:.2f} to {high:.2f}" if low and high else ""
-    target = target or (f"at least {low:.2f}" if low else f"at most {high:.2f}" if high else "-")
+    if low and high:
+        target = f"{low:.2f} to {high:.2f}"
+    else:
+        target = f"at least {low:.2f}" if low else f"at most {high:.2f}" if high else "-"
     once = ratio["low"] == ratio["high"]
     return [
         ratio["work"],

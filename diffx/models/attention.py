@@ -1,7 +1,6 @@
 """The base of the attention modules: projections, RoPE, the cache, and document masks.
 
-Notation: B batch, T tokens, Tk keys (more than T with a cache), D model width, H and H_kv the
-baseline's heads, d = D/H.
+Notation: B batch, T tokens, Tk keys (more than T with a cache), D model width.
 """
 
 from abc import ABC, abstractmethod
@@ -15,6 +14,8 @@ from diffx.models.cache import KVCache
 from diffx.models.layers import apply_rope
 from diffx.models.view import AttentionView
 from diffx.ops import Documents, attention
+
+Attend = Callable[[Callable[..., Tensor]], Tensor]  # applies an operation of diffx.ops
 
 
 class Attention(nn.Module, ABC):
@@ -56,10 +57,11 @@ class Attention(nn.Module, ABC):
         super().__init__()
         self.layer = layer
         self.queries, self.keys, self.values = queries, keys, values
-        self.q_proj = nn.Linear(config.hidden_size, queries[0] * queries[1], bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys[0] * keys[1], bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, values[0] * values[1], bias=False)
-        self.o_proj = nn.Linear(features, config.hidden_size, bias=False)
+        width = config.hidden_size
+        self.q_proj = nn.Linear(width, queries[0] * queries[1], bias=False)
+        self.k_proj = nn.Linear(width, keys[0] * keys[1], bias=False)
+        self.v_proj = nn.Linear(width, values[0] * values[1], bias=False)
+        self.o_proj = nn.Linear(features, width, bias=False)
 
     @property
     def rope_width(self) -> int:
@@ -80,20 +82,16 @@ class Attention(nn.Module, ABC):
     def lambda_value(self, x: Tensor) -> Tensor | None:
         """Lambda of each head: the factor of map 2j + 1, which is subtracted from map 2j.
 
-        Args:
-            x: input of the module (B, T, D).
-
         Returns:
-            A tensor broadcastable to (B, T, heads); None where nothing is subtracted and each query
-            map is a head.
+            A tensor broadcastable to (B, T, heads), given the input x (B, T, D) of the module; None
+            where nothing is subtracted and each query map is a head.
         """
 
     def view(self, x: Tensor, cos: Tensor, sin: Tensor) -> AttentionView:
         """Queries and keys of an input x (B, T, D), without a cache; see ``project``."""
         q, k, _ = self.project(x, cos, sin)
-        return AttentionView(
-            q=q, k=k, key_map=self.key_map, scale=q.shape[3] ** -0.5, lam=self.lambda_value(x)
-        )
+        scale, lam = q.shape[3] ** -0.5, self.lambda_value(x)
+        return AttentionView(q=q, k=k, key_map=self.key_map, scale=scale, lam=lam)
 
     def project(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None
@@ -110,12 +108,11 @@ class Attention(nn.Module, ABC):
             k, v = cache.append(self.layer, k, v)
         return q, k, v
 
-    def context(self, x: Tensor, attend: Callable[[Callable[..., Tensor]], Tensor]) -> Tensor:
+    def context(self, x: Tensor, attend: Attend) -> Tensor:
         """The input of ``o_proj`` before its heads are joined, (B, T, heads, width).
 
-        Args:
-            x: input of the module (B, T, D).
-            attend: applies an operation of ``diffx.ops`` to the queries, keys and values of x.
+        ``attend`` applies an operation of ``diffx.ops`` to the queries, keys and values of the
+        module's input x (B, T, D).
         """
         return attend(attention)
 

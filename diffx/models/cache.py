@@ -69,12 +69,12 @@ class KVCache:
         """Mask the last ``padding`` tokens of each row and leave them out of its positions."""
         if not any(padding):
             return
+        batch, device = self.keys.shape[1], self.keys.device
         if self.valid is None or self.positions is None:
-            batch, device = self.keys.shape[1], self.keys.device
             self.valid = torch.ones(batch, self.max_len, dtype=torch.bool, device=device)
             self.positions = torch.full((batch,), self.length, device=device)
-        count = torch.tensor(padding, device=self.keys.device)
-        places = torch.arange(self.max_len, device=self.keys.device)
+        count = torch.tensor(padding, device=device)
+        places = torch.arange(self.max_len, device=device)
         self.valid &= (places < self.length - count[:, None]) | (places >= self.length)
         self.positions = self.positions - count
 
@@ -84,8 +84,8 @@ class KVCache:
         new.max_len = self.length + free
         shape = (self.keys.shape[0], len(rows), new.max_len, self.keys.shape[3])
         new.keys, new.values = self.keys.new_zeros(shape), self.values.new_zeros(shape)
-        new.keys[:, :, : self.length] = self.keys[:, rows, : self.length]
-        new.values[:, :, : self.length] = self.values[:, rows, : self.length]
+        for copied, stored in ((new.keys, self.keys), (new.values, self.values)):
+            copied[:, :, : self.length] = stored[:, rows, : self.length]
         if self.valid is not None and self.positions is not None:
             new.valid = F.pad(self.valid[rows, : self.length], (0, free), value=True)
             new.positions = self.positions[rows]

@@ -64,9 +64,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         if config.vocab_size is None:
-            raise ValueError(
-                "model.vocab_size is not set: a model can be built only for a known vocabulary"
-            )
+            raise ValueError("model.vocab_size is not set: a model needs a known vocabulary")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         blocks = [Block(config, layer) for layer in range(config.num_layers)]
@@ -141,16 +139,10 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Run all layers and the final norm.
+        """Map embeddings (B, T, D) to (B, T, D) by all layers and the final norm.
 
-        Args:
-            x: embeddings (B, T, D).
-            positions: positions of the tokens, (T,), or (B, T) where rows differ.
-            cache: as in ``forward``; its length is not advanced.
-            cu_seqlens: as in ``forward``.
-
-        Returns:
-            (B, T, D).
+        ``positions`` are those of the tokens, (T,), or (B, T) where rows differ; see ``forward``
+        for ``cache``, whose length is not advanced, and ``cu_seqlens``.
         """
         documents = None if cu_seqlens is None else _documents(cu_seqlens, *x.shape[:2])
         # (T, width/2) or (B, T, width/2)
@@ -180,12 +172,9 @@ class Decoder(nn.Module):
 
 
 def build_model(config: ModelConfig, *, device: torch.device | str | None = None) -> Decoder:
-    """Allocate a decoder; its parameters are then set by ``init_weights`` or a state dict.
+    """Allocate a decoder on ``device``, or PyTorch's default device if it is None.
 
-    Args:
-        config: the architecture; ``vocab_size`` must be set.
-        device: where to allocate; None is PyTorch's default device (``torch.device("meta")``
-            allocates nothing).
+    Its parameters are then set by ``init_weights`` or a state dict.
 
     Raises:
         ValueError: ``config.vocab_size`` is None.

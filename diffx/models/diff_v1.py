@@ -6,14 +6,13 @@ value is 2d wide.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from diffx.config.model import DiffV1Config, Halve, LambdaScope
-from diffx.models.attention import Attention
+from diffx.models.attention import Attend, Attention
 from diffx.models.layers import KeepsFp32, sublayer_norm
 from diffx.ops import differential_attention
 
@@ -43,16 +42,13 @@ class DiffV1Attention(KeepsFp32, Attention):
             values=(kv_heads, 2 * width),
             features=heads * 2 * width,
         )
-        self.lambda_init = (
-            0.8 - 0.6 * math.exp(-0.3 * layer)
-            if config.lambda_init == "depth"
-            else float(config.lambda_init)
-        )
+        by_depth = 0.8 - 0.6 * math.exp(-0.3 * layer)
+        given = config.lambda_init
+        self.lambda_init = by_depth if given == "depth" else float(given)
         shape = (heads, width) if config.lambda_scope is LambdaScope.head else (width,)
-        self.lambda_q1 = nn.Parameter(torch.empty(shape))
-        self.lambda_k1 = nn.Parameter(torch.empty(shape))
-        self.lambda_q2 = nn.Parameter(torch.empty(shape))
-        self.lambda_k2 = nn.Parameter(torch.empty(shape))
+        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
+            nn.Parameter(torch.empty(shape)) for _ in range(4)
+        )
         self.sublayer_norm = sublayer_norm(config, 2 * width)
 
     @property
@@ -68,7 +64,7 @@ class DiffV1Attention(KeepsFp32, Attention):
         second = (self.lambda_q2 * self.lambda_k2).sum(-1, dtype=dtype).exp()
         return first - second + self.lambda_init
 
-    def context(self, x: Tensor, attend: Callable[[Callable[..., Tensor]], Tensor]) -> Tensor:
+    def context(self, x: Tensor, attend: Attend) -> Tensor:
         """The normed differences (B, T, h, 2d), times 1 - lambda_init."""
         out = attend(partial(differential_attention, lam=self.lambda_value()))
         return (1 - self.lambda_init) * self.sublayer_norm(out)

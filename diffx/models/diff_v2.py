@@ -3,13 +3,11 @@
 Notation: B batch, T tokens, D model width, H and H_kv the baseline's heads, d = D/H.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from diffx.config.model import DiffV2Config
-from diffx.models.attention import Attention
+from diffx.models.attention import Attend, Attention
 from diffx.ops import attention
 
 
@@ -32,7 +30,7 @@ class DiffV2Attention(Attention):
         """Lambda = sigmoid(x W_lambda) for x (B, T, D), as (B, T, H)."""
         return self.lambda_proj(x).sigmoid()
 
-    def context(self, x: Tensor, attend: Callable[[Callable[..., Tensor]], Tensor]) -> Tensor:
+    def context(self, x: Tensor, attend: Attend) -> Tensor:
         """The differences (B, T, H, d)."""
         first, second = attend(attention).unflatten(2, (-1, 2)).unbind(3)
         return torch.addcmul(first, self.lambda_value(x)[..., None], second, value=-1)

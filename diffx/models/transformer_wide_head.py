@@ -1,10 +1,9 @@
 """The wide-head Transformer of the DIFF V1 ablations: H/2 heads of width 2d, optional head norm."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from diffx.config.model import TransformerWideHeadConfig
+from diffx.models.attention import Attend
 from diffx.models.layers import sublayer_norm
 from diffx.models.transformer import TransformerAttention
 from diffx.ops import attention
@@ -20,6 +19,6 @@ class TransformerWideHeadAttention(TransformerAttention):
         super().__init__(config, layer, heads, kv_heads, width=2 * config.head_dim)
         self.sublayer_norm = sublayer_norm(config, 2 * config.head_dim)
 
-    def context(self, x: Tensor, attend: Callable[[Callable[..., Tensor]], Tensor]) -> Tensor:
+    def context(self, x: Tensor, attend: Attend) -> Tensor:
         """The normed heads (B, T, H/2, 2d)."""
         return self.sublayer_norm(attend(attention))

@@ -1,11 +1,9 @@
 """Attention on the CPU in blocks of query rows, forward and backward, as matrix products.
 
-The logits of a block's rows are computed for all keys at once. So the two softmax maps of a
+The logits of a block's rows are computed for all keys at once. The two softmax maps of a
 differential head are subtracted before the product with the values, and backward computes dV and dP
-once for both maps: 4d forward and 10d backward (multiply-adds for each query-key pair and
-differential head), the cost of two ordinary heads. PyTorch's CPU kernel has to be called once for
-each map with padded queries, and takes 2 to 3 times as long for a differential layer at T = 256 to
-2048. Memory grows with block x Tk: no map is stored, backward computes the maps again.
+once for both maps: the cost of two ordinary heads. Memory grows with block x Tk: no map is stored,
+backward computes the maps again.
 
 Notation: B batch, Tq queries, Tk keys, H query heads, h differential heads, d query width, dv value
 width, G groups of heads that share keys and values, R heads in a group, m maps in a head (1, or 2
@@ -21,29 +19,14 @@ from torch import Tensor
 BLOCK = 64  # rows of a matrix product, over the R heads of a group; the fastest of 16 to 256
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    scale: float | None,
-    key_mask: Tensor | None = None,
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """See ``diffx.ops.attention``."""
-    return _run(q, k, v, None, causal, scale, key_mask)
+    return _run(q, k, v, None, **options)
 
 
-def differential_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lam: Tensor,
-    causal: bool,
-    scale: float | None,
-    key_mask: Tensor | None = None,
-) -> Tensor:
+def differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, **options: Any) -> Tensor:
     """See ``diffx.ops.differential_attention``."""
-    return _run(q, k, v, lam, causal, scale, key_mask)
+    return _run(q, k, v, lam, **options)
 
 
 def _run(
@@ -53,7 +36,7 @@ def _run(
     lam: Tensor | None,
     causal: bool,
     scale: float | None,
-    key_mask: Tensor | None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     if key_mask is not None:
         raise ValueError("impl='blocks' takes no key_mask: choose sdpa or reference, or None")

@@ -19,13 +19,7 @@ from torch import Tensor
 
 from diffx.ops import blocks, reference, sdpa
 
-# imported when it is asked for
-_IMPLEMENTATIONS = {
-    "reference": reference,
-    "sdpa": sdpa,
-    "blocks": blocks,
-    "triton": None,
-}
+_IMPLEMENTATIONS = {"reference": reference, "sdpa": sdpa, "blocks": blocks, "triton": None}
 
 
 class Documents(NamedTuple):
@@ -33,8 +27,7 @@ class Documents(NamedTuple):
 
     Attributes:
         lengths: tokens of each document.
-        bounds: where each document begins and, last, where the last one ends, ascending from 0 to T
-            (N + 1,).
+        bounds: where each document begins and the last one ends, ascending from 0 to T (N + 1,).
     """
 
     lengths: list[int]
@@ -77,8 +70,8 @@ def attention(
     # above about 1,000 rows PyTorch's kernel is as fast as `blocks` for a single map
     rows = q.shape[1] if documents is None else max(documents.lengths)
     default = blocks if _eager_cpu(q) and rows <= 1024 and key_mask is None else sdpa
-    op = partial(_pick(impl, default).attention, causal=causal, scale=scale, key_mask=key_mask)
-    return op(q, k, v) if documents is None else _per_document(op, documents.lengths, q, k, v)
+    op = partial(_pick(impl, default).attention, causal=causal, scale=scale)
+    return _apply(op, q, k, v, key_mask, documents)
 
 
 def differential_attention(
@@ -103,14 +96,11 @@ def differential_attention(
         k: key maps (B, Tk, H_kv, d).
         v: values (B, Tk, H_kv/2, 2d).
         lam: lambda, a number, a scalar tensor, or a tensor (h,) with a value for each head.
-        causal: query i is at position Tk - Tq + i and does not attend to later keys.
-        scale: factor on the logits; None is 1/sqrt(d).
-        impl: ``reference`` (explicit maps), ``sdpa`` (PyTorch's kernels), ``blocks`` (for the CPU),
-            ``triton`` (fused, for a GPU), an implementation such as ``QuantizedLogits``, or None to
-            pick ``sdpa`` or ``blocks``.
-        key_mask: (B, Tk), false for keys that no query attends to; ``blocks`` and ``triton`` do not
-            support it. Each query must attend to a key.
-        documents: the documents of the sequence, where B = 1 and Tq = Tk.
+        causal: as in ``attention``.
+        scale: as in ``attention``.
+        impl: as in ``attention``, or ``triton`` (fused, for a GPU).
+        key_mask: as in ``attention``; ``triton`` does not support it either.
+        documents: as in ``attention``.
 
     Returns:
         (B, Tq, h, 2d), in the type of ``v``.
@@ -121,10 +111,8 @@ def differential_attention(
     _check_shapes(q, k, v, causal)
     maps, key_maps, width = q.shape[2], k.shape[2], q.shape[3]
     if maps % 2 or key_maps != 2 * v.shape[2]:
-        raise ValueError(
-            f"q has {maps} maps, k has {key_maps}, v has {v.shape[2]} heads: q and k need two "
-            "maps a head"
-        )
+        shapes = f"q has {maps} maps, k has {key_maps}, v has {v.shape[2]} heads"
+        raise ValueError(f"{shapes}: q and k need two maps a head")
     if v.shape[3] != 2 * width:
         raise ValueError(f"v is {v.shape[3]} wide: it must be twice the maps' width {width}")
     lam = torch.as_tensor(lam, device=q.device)
@@ -132,47 +120,46 @@ def differential_attention(
         raise ValueError(f"lam has shape {tuple(lam.shape)}: it must be a scalar or ({maps // 2},)")
     default = blocks if _eager_cpu(q) and key_mask is None else sdpa
     implementation = _pick(impl, default)
-    op = partial(
-        implementation.differential_attention,
-        lam=lam,
-        causal=causal,
-        scale=scale,
-        key_mask=key_mask,
-    )
+    op = partial(implementation.differential_attention, lam=lam, causal=causal, scale=scale)
     if documents is not None and getattr(implementation, "TAKES_DOCUMENTS", False):
-        return op(q, k, v, cu_seqlens=documents.bounds)
-    return op(q, k, v) if documents is None else _per_document(op, documents.lengths, q, k, v)
+        return op(q, k, v, key_mask=key_mask, cu_seqlens=documents.bounds)
+    return _apply(op, q, k, v, key_mask, documents)
 
 
-def _per_document(op: Callable[..., Tensor], lengths: list[int], *tensors: Tensor) -> Tensor:
-    """Apply ``op`` once to each document; the backward pass of ``split`` is one concatenation."""
-    return torch.cat(
-        [op(*part) for part in zip(*(x.split(lengths, dim=1) for x in tensors), strict=True)], dim=1
-    )
+def _apply(
+    op: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    documents: Documents | None,
+) -> Tensor:
+    """Apply ``op``, once to each document; ``split`` has one concatenation as backward pass."""
+    if documents is None:
+        return op(q, k, v, key_mask=key_mask)
+    parts = zip(*(x.split(documents.lengths, dim=1) for x in (q, k, v)), strict=True)
+    return torch.cat([op(*part, key_mask=key_mask) for part in parts], dim=1)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be (B, T, H, D)")
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise ValueError(
-            f"q, k and v have batches {q.shape[0]}, {k.shape[0]} and {v.shape[0]}: they must be "
-            "equal"
-        )
-    if k.shape[1] != v.shape[1]:
-        raise ValueError(f"k has length {k.shape[1]} and v has {v.shape[1]}: they must be equal")
-    if causal and q.shape[1] > k.shape[1]:
-        raise ValueError(
-            f"causal attention of {q.shape[1]} queries to {k.shape[1]} keys: there must be a key "
-            "for each query"
-        )
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q is {q.shape[3]} wide and k is {k.shape[3]}: they must be equal")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"q has {q.shape[2]} heads and k has {k.shape[2]}: the latter must divide the former"
-        )
+    (batch, tq, heads, d), (_, tk, kv_heads, _) = q.shape, k.shape
+    problem = None
+    if not batch == k.shape[0] == v.shape[0]:
+        batches = f"{batch}, {k.shape[0]} and {v.shape[0]}"
+        problem = f"q, k and v have batches {batches}: they must be equal"
+    elif tk != v.shape[1]:
+        problem = f"k has length {tk} and v has {v.shape[1]}: they must be equal"
+    elif causal and tq > tk:
+        problem = f"causal attention of {tq} queries to {tk} keys: each query must have a key"
+    elif d != k.shape[3]:
+        problem = f"q is {d} wide and k is {k.shape[3]}: they must be equal"
+    elif heads % kv_heads:
+        problem = f"q has {heads} heads and k has {kv_heads}: the latter must divide the former"
+    if problem:
+        raise ValueError(problem)
 
 
 def _eager_cpu(q: Tensor) -> bool:
@@ -185,7 +172,7 @@ def _pick(impl: Any, default: ModuleType) -> Any:
     if not isinstance(impl, str):
         return impl
     if impl not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"impl={impl!r} is unknown: choose one of {', '.join(_IMPLEMENTATIONS)}, or None"
-        )
+        known = ", ".join(_IMPLEMENTATIONS)
+        raise ValueError(f"impl={impl!r} is unknown: choose one of {known}, or None")
+    # Triton is imported when it is asked for
     return _IMPLEMENTATIONS[impl] or import_module("diffx.ops.triton_attention")

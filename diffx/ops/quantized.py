@@ -8,6 +8,7 @@ dv value width, S sets of maps, each with a scale: the two of differential atten
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,18 +54,11 @@ class QuantizedLogits:
         values = v.repeat_interleave(q.shape[2] // v.shape[2], 2).movedim(1, 2)  # (B, M, Tk, dv)
         out = v.new_empty(*q.shape[:3], v.shape[3])
         for start, stop, maps in self._maps(q, k, sets, causal, scale, key_mask, mask):
-            out[:, start:stop] = (maps @ values[:, :, : maps.shape[3]].to(maps.dtype)).movedim(1, 2)
+            out[:, start:stop] = _weigh(maps, values)
         return out
 
     def differential_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lam: Tensor,
-        causal: bool,
-        scale: float | None,
-        key_mask: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, **options: Any
     ) -> Tensor:
         """See ``diffx.ops.differential_attention``."""
         # (B, M/2, Tk, dv)
@@ -73,12 +67,10 @@ class QuantizedLogits:
         lam = lam.view(-1, 1, 1)
         pairs = q.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)  # A1 of every head, then A2
         keys = k.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)
-        for start, stop, maps in self._maps(pairs, keys, 2, causal, scale, key_mask):
+        for start, stop, maps in self._maps(pairs, keys, 2, **options):
             first, second = maps.chunk(2, dim=1)  # (B, M/2, R, keys) each
-            out[:, start:stop] = (
-                torch.addcmul(first, lam, second, value=-1)
-                @ values[:, :, : maps.shape[3]].to(maps.dtype)
-            ).movedim(1, 2)
+            maps = torch.addcmul(first, lam, second, value=-1)
+            out[:, start:stop] = _weigh(maps, values)
         return out
 
     def _maps(
@@ -88,7 +80,7 @@ class QuantizedLogits:
         sets: int,
         causal: bool,
         scale: float | None,
-        key_mask: Tensor | None,
+        key_mask: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Yield ``start``, ``stop`` and the maps (B, M, R, keys) of these rows, at least fp32."""
@@ -107,12 +99,9 @@ class QuantizedLogits:
             logits = q[:, :, start:stop] @ k[..., :length]
             if mask is not None:
                 masked = ~mask[:, :, start:stop]
-            elif causal:
-                masked = torch.ones(stop - start, length, dtype=torch.bool, device=q.device).triu(
-                    tk - tq + start + 1
-                )[None, None]
             else:
-                masked = torch.zeros(1, 1, 1, length, dtype=torch.bool, device=q.device)
+                masked = q.new_full((1, 1, stop - start, length), causal, dtype=torch.bool)
+                masked = masked.triu(tk - tq + start + 1)
             if key_mask is not None:
                 masked = masked | ~key_mask[:, None, None, :length]
             return logits, masked
@@ -122,12 +111,7 @@ class QuantizedLogits:
             if self.scope != "row":
                 peak = peak.amax(2, keepdim=True)
             if self.scope == "map":
-                peak = (
-                    peak.unflatten(1, (sets, -1))
-                    .amax(2, keepdim=True)
-                    .expand(-1, -1, count // sets, -1, -1)
-                    .flatten(1, 2)
-                )
+                peak = peak.unflatten(1, (sets, -1)).amax(2).repeat_interleave(count // sets, 1)
             return peak
 
         peak = None
@@ -137,7 +121,11 @@ class QuantizedLogits:
                 peak = block_peak if peak is None else torch.maximum(peak, block_peak)
         for start, stop in spans:
             logits, masked = logits_of(start, stop)
-            logits = absmax_quantize(
-                logits, self.bits, peak_of(logits, masked) if peak is None else peak
-            )
+            block_peak = peak_of(logits, masked) if peak is None else peak
+            logits = absmax_quantize(logits, self.bits, block_peak)
             yield start, stop, logits.masked_fill_(masked, -torch.inf).softmax(-1)
+
+
+def _weigh(maps: Tensor, values: Tensor) -> Tensor:
+    """Multiply maps (B, M, R, keys) by values (B, M, Tk, dv): (B, R, M, dv)."""
+    return (maps @ values[:, :, : maps.shape[3]].to(maps.dtype)).movedim(1, 2)

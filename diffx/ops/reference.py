@@ -6,6 +6,8 @@ Notation: B batch, Tq queries, Tk keys, H query heads, H_kv key heads, h differe
 width, dv value width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,9 @@ def attention_maps(
     """Softmax maps (B, H, Tq, Tk) of q (B, Tq, H, d) and k (B, Tk, H_kv, d); see ``attention``."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)  # (B, Tk, H, d)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        logits = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)) * (
-            q.shape[3] ** -0.5 if scale is None else scale
-        )
+        logits = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)) * scale
     if causal:
         tq, tk = logits.shape[2:]
         past = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)
@@ -33,42 +34,24 @@ def attention_maps(
     return logits.softmax(-1)
 
 
-def differential_attention_maps(
-    q: Tensor,
-    k: Tensor,
-    causal: bool = True,
-    scale: float | None = None,
-    key_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """A1 and A2 of every head, (B, h, Tq, Tk) each, of q (B, Tq, 2h, d) and k (B, Tk, H_kv, d)."""
-    first = attention_maps(q[:, :, 0::2], k[:, :, 0::2], causal, scale, key_mask)
-    second = attention_maps(q[:, :, 1::2], k[:, :, 1::2], causal, scale, key_mask)
+def differential_attention_maps(q: Tensor, k: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """A1 and A2 of every head, (B, h, Tq, Tk) each, of q (B, Tq, 2h, d) and k (B, Tk, H_kv, d).
+
+    ``options`` are those of ``attention_maps``.
+    """
+    first = attention_maps(q[:, :, 0::2], k[:, :, 0::2], **options)
+    second = attention_maps(q[:, :, 1::2], k[:, :, 1::2], **options)
     return first, second
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    scale: float | None,
-    key_mask: Tensor | None = None,
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """See ``diffx.ops.attention``."""
-    return _weigh(attention_maps(q, k, causal, scale, key_mask), v)
+    return _weigh(attention_maps(q, k, **options), v)
 
 
-def differential_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lam: Tensor,
-    causal: bool,
-    scale: float | None,
-    key_mask: Tensor | None = None,
-) -> Tensor:
+def differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, **options: Any) -> Tensor:
     """See ``diffx.ops.differential_attention``."""
-    first, second = differential_attention_maps(q, k, causal, scale, key_mask)
+    first, second = differential_attention_maps(q, k, **options)
     return _weigh(first - lam.view(-1, 1, 1) * second, v)
 
 

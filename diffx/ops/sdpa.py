@@ -9,6 +9,8 @@ Notation: B batch, Tq queries, Tk keys, H query heads, H_kv key heads, h differe
 width, dv value width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,16 +27,14 @@ def attention(
     """See ``diffx.ops.attention``."""
     tq, tk, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     width = max(q.shape[3], v.shape[3])
-    # PyTorch's causal mask aligns the first query with the first key: it is right only for Tq ==
-    # Tk. One query needs no mask.
-    mask = (
-        torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)
-        if causal and (1 < tq < tk or key_mask is not None)
-        else None
-    )
+    mask = None
+    # PyTorch's causal mask aligns the first query with the first key, which is right only for
+    # Tq = Tk. One query needs no mask.
+    if causal and (1 < tq < tk or key_mask is not None):
+        mask = torch.ones(tq, tk, dtype=torch.bool, device=q.device).tril(tk - tq)
     if key_mask is not None:
-        # (B, 1, Tq, Tk)
-        mask = key_mask[:, None, None] if mask is None else key_mask[:, None, None] & mask
+        keys = key_mask[:, None, None]
+        mask = keys if mask is None else keys & mask  # (B, 1, Tq, Tk)
     out = F.scaled_dot_product_attention(
         _widen(q, width).transpose(1, 2),
         _repeat(_widen(k, width), groups).transpose(1, 2),
@@ -46,20 +46,12 @@ def attention(
     return out.transpose(1, 2)[..., : v.shape[3]]  # (B, Tq, H, dv)
 
 
-def differential_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lam: Tensor,
-    causal: bool,
-    scale: float | None,
-    key_mask: Tensor | None = None,
-) -> Tensor:
+def differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, **options: Any) -> Tensor:
     """See ``diffx.ops.differential_attention``."""
     q1, q2 = q.unflatten(2, (-1, 2)).unbind(3)  # (B, Tq, h, d) each
     k1, k2 = k.unflatten(2, (-1, 2)).unbind(3)  # (B, Tk, H_kv/2, d) each
-    first = attention(q1, k1, v, causal, scale, key_mask)  # (B, Tq, h, 2d)
-    second = attention(q2, k2, v, causal, scale, key_mask)
+    first = attention(q1, k1, v, **options)  # (B, Tq, h, 2d)
+    second = attention(q2, k2, v, **options)
     return torch.addcmul(first, lam.to(first.dtype).view(-1, 1), second, value=-1)
 
 

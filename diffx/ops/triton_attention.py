@@ -19,9 +19,8 @@ from diffx.ops.sdpa import attention as attention  # ordinary attention uses PyT
 TAKES_DOCUMENTS = True  # computes all documents in one call, given cu_seqlens
 WIDEST = 128  # features of a query or key; a value has twice as many
 _SPLIT = 256  # least number of keys for a program of the decoding kernel
-# (Kernel, whether fp32): rows and keys of a block, and warps, for d <= 64 and for d > 64. According
-# to the compiler, for compute capabilities 8.0 and 9.0, few or no registers are spilled and at most
-# 99 KiB of shared memory are used. Not timed on a GPU.
+# (Kernel, whether fp32): rows and keys of a block, and warps, for d <= 64 and for d > 64. The
+# compiler spills few or no registers for compute capabilities 8.0 and 9.0. Not timed on a GPU.
 _SIZES = {
     ("forward", False): ((128, 32, 8), (64, 32, 8)),
     ("forward", True): ((32, 32, 8), (16, 16, 8)),
@@ -49,18 +48,8 @@ def differential_attention(
 ) -> Tensor:
     """See ``diffx.ops.differential_attention``.
 
-    Args:
-        q: query maps (B, Tq, 2h, d), d at most 128.
-        k: key maps (B, Tk, 2G, d).
-        v: values (B, Tk, G, 2d).
-        lam: lambda, a scalar tensor or (h,).
-        causal: query i is at position Tk - Tq + i and does not attend to later keys.
-        scale: factor on the logits; None is 1/sqrt(d).
-        key_mask: must be None.
-        cu_seqlens: ``Documents.bounds``; a query attends within its document.
-
-    Returns:
-        (B, Tq, h, 2d), in the type of ``v``.
+    With ``cu_seqlens`` (``Documents.bounds``) a query attends within its document. The width d of
+    the maps is at most 128, and ``key_mask`` must be None.
 
     Raises:
         ValueError: a ``key_mask``, a width or a type that the kernels do not support, or
@@ -69,24 +58,18 @@ def differential_attention(
     if key_mask is not None:
         raise ValueError("impl='triton' takes no key_mask: choose sdpa or reference, or None")
     if q.shape[3] > WIDEST:
-        raise ValueError(
-            f"impl='triton' takes maps of {WIDEST} features at most, and these have {q.shape[3]}: "
-            "choose sdpa, or None"
-        )
+        limit = f"impl='triton' takes maps of {WIDEST} features at most"
+        raise ValueError(f"{limit}, and these have {q.shape[3]}: choose sdpa, or None")
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if (
-        q.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-        or not q.dtype == k.dtype == v.dtype
-    ):
+    types = {q.dtype, k.dtype, v.dtype}
+    if len(types) > 1 or not types <= {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(
             f"impl='triton' takes q, k and v all fp32, bf16 or fp16, and these are {q.dtype}, "
             f"{k.dtype} and {v.dtype}"
         )
     if cu_seqlens is not None and q.shape[1] != k.shape[1]:
-        raise ValueError(
-            "cu_seqlens cannot be used with a cache: there must be a query for each key"
-        )
+        raise ValueError("cu_seqlens cannot be used with a cache: each key must have a query")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     lam = lam.float().expand(q.shape[2] // 2)
     if q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
@@ -159,23 +142,15 @@ def _backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and lambda (h,)."""
-    q, k, v, d_out, lam = (
-        _last_contiguous(q),
-        _last_contiguous(k),
-        _last_contiguous(v),
-        d_out.contiguous(),
-        lam.contiguous(),
-    )
+    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
+    d_out, lam = d_out.contiguous(), lam.contiguous()
     batch, tq, heads, d = q.shape[0], q.shape[1], q.shape[2] // 2, q.shape[3]
     tk, groups = k.shape[1], v.shape[2]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     sums = torch.empty_like(lse)
     low, high = key_ranges(tq, tk, causal, cu_seqlens, q.device)
     key = torch.arange(tk, device=q.device, dtype=torch.int32)
-    first, last = (
-        torch.searchsorted(high, key, right=True, out_int32=True),
-        torch.searchsorted(low, key, right=True, out_int32=True),
-    )
+    first, last = (torch.searchsorted(x, key, right=True, out_int32=True) for x in (high, low))
     block = _launch_options("row_sums", d, q.dtype)
     kernels.row_sums_kernel[triton.cdiv(tq, block["M"]), batch * heads](
         d_out, out, out2, lam, sums, tq, heads, D=d, **block
@@ -196,12 +171,7 @@ def _backward(
 def _(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        lam.new_empty(lam.shape),
-    )
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lam)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -236,11 +206,8 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, scale: float) -> Tenso
     )  # fmt: skip
     weight = (lse * (1 / _LOG2E)).softmax(2)[..., None]  # of each part in the softmax
     first, second = (out * weight).sum(2).unbind(2)  # (B, G, R, 2d) each
-    return (
-        torch.addcmul(first, lam.view(groups, members, 1), second, value=-1)
-        .view(batch, 1, groups * members, 2 * d)
-        .to(v.dtype)
-    )
+    difference = torch.addcmul(first, lam.view(groups, members, 1), second, value=-1)
+    return difference.view(batch, 1, groups * members, 2 * d).to(v.dtype)
 
 
 @_decode.register_fake

@@ -33,6 +33,32 @@ def _tile(base, rows, columns, row_stride, row_count, width):
 
 
 @triton.jit
+def _tiles(base, stride, rows, columns, row_stride, row_count, width):
+    """The tiles of both maps, the second ``stride`` behind the first."""
+    first = _tile(base, rows, columns, row_stride, row_count, width)
+    return first, _tile(base + stride, rows, columns, row_stride, row_count, width)
+
+
+@triton.jit
+def _vectors(base, stride, rows, row_count):
+    """A figure of both maps for each row, zero outside the tensor."""
+    first = tl.load(base + rows, mask=rows < row_count, other=0.0)
+    return first, tl.load(base + stride + rows, mask=rows < row_count, other=0.0)
+
+
+@triton.jit
+def _seen(keys, low, high):
+    """Which of the keys each row attends to, (M, N)."""
+    return (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
+
+
+@triton.jit
+def _offsets(batch, rows, row_count, heads, head, width, columns):
+    """Offsets of a tile of head ``head`` in a contiguous (B, row_count, heads, width)."""
+    return ((batch * row_count + rows) * heads + head)[:, None] * width + columns[None, :]
+
+
+@triton.jit
 def _fold(logits, v, m, total, out, EXACT: tl.constexpr):
     """Update an online softmax (maximum, sum, unnormalised output) with further keys."""
     m_next = tl.maximum(m, tl.max(logits, 1))
@@ -58,12 +84,11 @@ def _read(
     for n in range(start, stop, N):
         keys = n + tl.arange(0, N)
         v = _tile(V, keys, wide, v_stride, tk, 2 * D)  # (N, 2d)
-        logits1 = _dot(q1, tl.trans(_tile(K, keys, width, k_stride, tk, D)), EXACT) * scale
-        logits2 = (
-            _dot(q2, tl.trans(_tile(K + map_stride, keys, width, k_stride, tk, D)), EXACT) * scale
-        )
+        k1, k2 = _tiles(K, map_stride, keys, width, k_stride, tk, D)
+        logits1 = _dot(q1, tl.trans(k1), EXACT) * scale
+        logits2 = _dot(q2, tl.trans(k2), EXACT) * scale
         if MASKED:
-            seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
+            seen = _seen(keys, low, high)
             logits1 = tl.where(seen, logits1, float("-inf"))
             logits2 = tl.where(seen, logits2, float("-inf"))
         m1, sum1, out1 = _fold(logits1, v, m1, sum1, out1, EXACT)
@@ -78,17 +103,14 @@ def forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """OUT = O1 - lambda O2, OUT2 = O2, both (B, Tq, h, 2d), and LSE (2, B, h, Tq) of both maps."""
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     group = head // group_size
-    rows, width, wide = (
-        tl.program_id(0) * M + tl.arange(0, M),
-        tl.arange(0, BLOCK_D),
-        tl.arange(0, 2 * BLOCK_D),
-    )
-    Q += batch.to(tl.int64) * q_batch + 2 * head * q_map
-    K += batch.to(tl.int64) * k_batch + 2 * group * k_map
-    V += batch.to(tl.int64) * v_batch + group * v_head
-    q1, q2 = _tile(Q, rows, width, q_row, tq, D), _tile(Q + q_map, rows, width, q_row, tq, D)
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    width, wide = tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
+    Q += batch * q_batch + 2 * head * q_map
+    K += batch * k_batch + 2 * group * k_map
+    V += batch * v_batch + group * v_head
+    q1, q2 = _tiles(Q, q_map, rows, width, q_row, tq, D)
     clipped = tl.minimum(rows, tq - 1)  # rows after the last one repeat it and are not stored
     low, high = tl.load(LOW + clipped), tl.load(HIGH + clipped)
     m1, m2 = tl.full([M], float("-inf"), tl.float32), tl.full([M], float("-inf"), tl.float32)
@@ -111,10 +133,10 @@ def forward_kernel(
     out2 = out2 / tl.where(sum2 == 0, 1.0, sum2)[:, None]
     lam = tl.load(LAM + head)
     inside = (rows < tq)[:, None] & (wide < 2 * D)[None, :]
-    offset = ((batch.to(tl.int64) * tq + rows) * heads + head)[:, None] * 2 * D + wide[None, :]
+    offset = _offsets(batch, rows, tq, heads, head, 2 * D, wide)
     tl.store(OUT + offset, (out1 - lam * out2).to(OUT.dtype.element_ty), mask=inside)
     tl.store(OUT2 + offset, out2.to(OUT2.dtype.element_ty), mask=inside)
-    LSE += (batch.to(tl.int64) * heads + head) * tq + rows
+    LSE += (batch * heads + head) * tq + rows
     second_map = tl.num_programs(1).to(tl.int64) * tq  # offset from the first map to the second
     tl.store(LSE, tl.where(sum1 == 0, 0.0, m1 + tl.log2(sum1)), mask=rows < tq)
     tl.store(LSE + second_map, tl.where(sum2 == 0, 0.0, m2 + tl.log2(sum2)), mask=rows < tq)
@@ -126,14 +148,14 @@ def row_sums_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """SUMS (2, B, h, Tq): the sums of dO·O1 and of dO·O2 over a row, with O1 = OUT + lambda O2."""
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     rows, wide = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, 2 * BLOCK_D)
     inside = (rows < tq)[:, None] & (wide < 2 * D)[None, :]
-    offset = ((batch.to(tl.int64) * tq + rows) * heads + head)[:, None] * 2 * D + wide[None, :]
+    offset = _offsets(batch, rows, tq, heads, head, 2 * D, wide)
     d_out = tl.load(D_OUT + offset, mask=inside, other=0.0).to(tl.float32)
     out_sum = tl.sum(d_out * tl.load(OUT + offset, mask=inside, other=0.0).to(tl.float32), 1)
     second = tl.sum(d_out * tl.load(OUT2 + offset, mask=inside, other=0.0).to(tl.float32), 1)
-    SUMS += (batch.to(tl.int64) * heads + head) * tq + rows
+    SUMS += (batch * heads + head) * tq + rows
     tl.store(SUMS, out_sum + tl.load(LAM + head) * second, mask=rows < tq)
     tl.store(SUMS + tl.num_programs(1).to(tl.int64) * tq, second, mask=rows < tq)
 
@@ -161,15 +183,12 @@ def keys_kernel(
     The rows are [FIRST, LAST); the heads of a group are summed in order.
     """
     groups = heads // group_size
-    batch, group = tl.program_id(1) // groups, tl.program_id(1) % groups
-    keys, width, wide = (
-        tl.program_id(0) * N + tl.arange(0, N),
-        tl.arange(0, BLOCK_D),
-        tl.arange(0, 2 * BLOCK_D),
-    )
-    K += batch.to(tl.int64) * k_batch + 2 * group * k_map
-    V += batch.to(tl.int64) * v_batch + group * v_head
-    k1, k2 = _tile(K, keys, width, k_row, tk, D), _tile(K + k_map, keys, width, k_row, tk, D)
+    batch, group = (tl.program_id(1) // groups).to(tl.int64), tl.program_id(1) % groups
+    keys = tl.program_id(0) * N + tl.arange(0, N)
+    width, wide = tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
+    K += batch * k_batch + 2 * group * k_map
+    V += batch * v_batch + group * v_head
+    k1, k2 = _tiles(K, k_map, keys, width, k_row, tk, D)
     v = _tile(V, keys, wide, v_row, tk, 2 * D)
     dk1, dk2 = tl.zeros([N, BLOCK_D], tl.float32), tl.zeros([N, BLOCK_D], tl.float32)
     dv = tl.zeros([N, 2 * BLOCK_D], tl.float32)
@@ -179,51 +198,32 @@ def keys_kernel(
     for member in range(0, group_size):
         head = group * group_size + member
         lam = tl.load(LAM + head)
-        q = Q + batch.to(tl.int64) * q_batch + 2 * head * q_map
-        rows_of = (batch.to(tl.int64) * heads + head) * tq
+        q = Q + batch * q_batch + 2 * head * q_map
+        rows_of = (batch * heads + head) * tq
+        d_head = D_OUT + (batch * tq * heads + head) * 2 * D
         for m in range(start, stop, M):
             rows = m + tl.arange(0, M)
             valid = rows < tq
-            q1, q2 = (
-                _tile(q, rows, width, q_row, tq, D),
-                _tile(q + q_map, rows, width, q_row, tq, D),
-            )
-            d_out = _tile(
-                D_OUT + (batch.to(tl.int64) * tq * heads + head) * 2 * D,
-                rows,
-                wide,
-                heads * 2 * D,
-                tq,
-                2 * D,
-            )
-            low, high = (
-                tl.load(LOW + rows, mask=valid, other=0),
-                tl.load(HIGH + rows, mask=valid, other=0),
-            )
-            seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
+            q1, q2 = _tiles(q, q_map, rows, width, q_row, tq, D)
+            d_out = _tile(d_head, rows, wide, heads * 2 * D, tq, 2 * D)
+            low = tl.load(LOW + rows, mask=valid, other=0)
+            high = tl.load(HIGH + rows, mask=valid, other=0)
+            lse1, lse2 = _vectors(LSE + rows_of, second_map, rows, tq)
+            sum1, sum2 = _vectors(SUMS + rows_of, second_map, rows, tq)
             p, d_logits1, d_logits2 = _d_logits(
-                q1, q2, k1, k2, v, d_out,
-                tl.load(LSE + rows_of + rows, mask=valid, other=0.0),
-                tl.load(LSE + second_map + rows_of + rows, mask=valid, other=0.0),
-                tl.load(SUMS + rows_of + rows, mask=valid, other=0.0),
-                tl.load(SUMS + second_map + rows_of + rows, mask=valid, other=0.0),
-                lam, seen, scale, EXACT,
+                q1, q2, k1, k2, v, d_out, lse1, lse2, sum1, sum2, lam, _seen(keys, low, high),
+                scale, EXACT,
             )  # fmt: skip
             dv += _dot(tl.trans(p).to(d_out.dtype), d_out, EXACT)
             dk1 += _dot(tl.trans(d_logits1).to(q1.dtype), q1, EXACT)
             dk2 += _dot(tl.trans(d_logits2).to(q2.dtype), q2, EXACT)
     inside = (keys < tk)[:, None] & (width < D)[None, :]
-    offset = (
-        DK + ((batch.to(tl.int64) * tk + keys) * groups + group)[:, None] * 2 * D + width[None, :]
-    )
+    offset = DK + _offsets(batch, keys, tk, groups, group, 2 * D, width)
     tl.store(offset, (dk1 * factor).to(DK.dtype.element_ty), mask=inside)
     tl.store(offset + D, (dk2 * factor).to(DK.dtype.element_ty), mask=inside)
-    offset = (
-        DV + ((batch.to(tl.int64) * tk + keys) * groups + group)[:, None] * 2 * D + wide[None, :]
-    )
-    tl.store(
-        offset, dv.to(DV.dtype.element_ty), mask=(keys < tk)[:, None] & (wide < 2 * D)[None, :]
-    )
+    inside = (keys < tk)[:, None] & (wide < 2 * D)[None, :]
+    offset = DV + _offsets(batch, keys, tk, groups, group, 2 * D, wide)
+    tl.store(offset, dv.to(DV.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -233,53 +233,36 @@ def queries_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """DQ (B, Tq, 2h, d): a block of rows and the keys that any of them attends to."""
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     group = head // group_size
-    rows, width, wide = (
-        tl.program_id(0) * M + tl.arange(0, M),
-        tl.arange(0, BLOCK_D),
-        tl.arange(0, 2 * BLOCK_D),
-    )
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    width, wide = tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
     valid = rows < tq
-    Q += batch.to(tl.int64) * q_batch + 2 * head * q_map
-    K += batch.to(tl.int64) * k_batch + 2 * group * k_map
-    V += batch.to(tl.int64) * v_batch + group * v_head
-    q1, q2 = _tile(Q, rows, width, q_row, tq, D), _tile(Q + q_map, rows, width, q_row, tq, D)
-    d_out = _tile(
-        D_OUT + (batch.to(tl.int64) * tq * heads + head) * 2 * D,
-        rows,
-        wide,
-        heads * 2 * D,
-        tq,
-        2 * D,
-    )
-    rows_of = (batch.to(tl.int64) * heads + head) * tq
+    Q += batch * q_batch + 2 * head * q_map
+    K += batch * k_batch + 2 * group * k_map
+    V += batch * v_batch + group * v_head
+    q1, q2 = _tiles(Q, q_map, rows, width, q_row, tq, D)
+    d_head = D_OUT + (batch * tq * heads + head) * 2 * D
+    d_out = _tile(d_head, rows, wide, heads * 2 * D, tq, 2 * D)
+    rows_of = (batch * heads + head) * tq
     second_map = tl.num_programs(1).to(tl.int64) * tq
-    lse1, lse2 = (
-        tl.load(LSE + rows_of + rows, mask=valid, other=0.0),
-        tl.load(LSE + second_map + rows_of + rows, mask=valid, other=0.0),
-    )
-    sum1, sum2 = (
-        tl.load(SUMS + rows_of + rows, mask=valid, other=0.0),
-        tl.load(SUMS + second_map + rows_of + rows, mask=valid, other=0.0),
-    )
+    lse1, lse2 = _vectors(LSE + rows_of, second_map, rows, tq)
+    sum1, sum2 = _vectors(SUMS + rows_of, second_map, rows, tq)
     lam = tl.load(LAM + head)
     clipped = tl.minimum(rows, tq - 1)
     low, high = tl.load(LOW + clipped), tl.load(HIGH + clipped)
     dq1, dq2 = tl.zeros([M, BLOCK_D], tl.float32), tl.zeros([M, BLOCK_D], tl.float32)
     for n in range(tl.min(low) // N * N, tl.max(high), N):
         keys = n + tl.arange(0, N)
-        k1, k2 = _tile(K, keys, width, k_row, tk, D), _tile(K + k_map, keys, width, k_row, tk, D)
+        k1, k2 = _tiles(K, k_map, keys, width, k_row, tk, D)
         v = _tile(V, keys, wide, v_row, tk, 2 * D)
-        seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
         _, d_logits1, d_logits2 = _d_logits(
-            q1, q2, k1, k2, v, d_out, lse1, lse2, sum1, sum2, lam, seen, scale, EXACT
-        )
+            q1, q2, k1, k2, v, d_out, lse1, lse2, sum1, sum2, lam, _seen(keys, low, high), scale,
+            EXACT,
+        )  # fmt: skip
         dq1 += _dot(d_logits1.to(k1.dtype), k1, EXACT)
         dq2 += _dot(d_logits2.to(k2.dtype), k2, EXACT)
-    offset = (
-        DQ + ((batch.to(tl.int64) * tq + rows) * heads + head)[:, None] * 2 * D + width[None, :]
-    )
+    offset = DQ + _offsets(batch, rows, tq, heads, head, 2 * D, width)
     inside = valid[:, None] & (width < D)[None, :]
     tl.store(offset, (dq1 * factor).to(DQ.dtype.element_ty), mask=inside)
     tl.store(offset + D, (dq2 * factor).to(DQ.dtype.element_ty), mask=inside)
@@ -297,38 +280,27 @@ def decode_kernel(
     Both hold both maps over each part of the keys. The heads of a group share its keys, and are the
     rows of the matrix products.
     """
-    batch, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    batch, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     part = tl.program_id(1)
     members, width, wide = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
-    Q += batch.to(tl.int64) * q_batch + 2 * group * R * q_map
-    K += batch.to(tl.int64) * k_batch + 2 * group * k_map
-    V += batch.to(tl.int64) * v_batch + group * v_head
-    q1, q2 = (
-        _tile(Q, members, width, 2 * q_map, R, D),
-        _tile(Q + q_map, members, width, 2 * q_map, R, D),
-    )
+    Q += batch * q_batch + 2 * group * R * q_map
+    K += batch * k_batch + 2 * group * k_map
+    V += batch * v_batch + group * v_head
+    q1, q2 = _tiles(Q, q_map, members, width, 2 * q_map, R, D)
     start, stop = part * split, tl.minimum((part + 1) * split, tk)
     low, high = tl.full([BLOCK_R], 0, tl.int32) + start, tl.full([BLOCK_R], 0, tl.int32) + stop
-    m1, m2 = (
-        tl.full([BLOCK_R], float("-inf"), tl.float32),
-        tl.full([BLOCK_R], float("-inf"), tl.float32),
-    )
-    sum1, sum2 = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
-    out1, out2 = (
-        tl.zeros([BLOCK_R, 2 * BLOCK_D], tl.float32),
-        tl.zeros([BLOCK_R, 2 * BLOCK_D], tl.float32),
-    )
+    m, total = tl.full([BLOCK_R], float("-inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
+    out = tl.zeros([BLOCK_R, 2 * BLOCK_D], tl.float32)
     m1, m2, sum1, sum2, out1, out2 = _read(
-        q1, q2, K, V, low, high, m1, m2, sum1, sum2, out1, out2, start, stop, scale, tk, k_row,
+        q1, q2, K, V, low, high, m, m, total, total, out, out, start, stop, scale, tk, k_row,
         k_map, v_row,
         D, BLOCK_D, N, True, EXACT,
     )  # fmt: skip
-    offset = ((tl.program_id(0) * splits + part).to(tl.int64) * 2 * R + members)[
-        :, None
-    ] * 2 * D + wide[None, :]
+    rows = (tl.program_id(0) * splits + part).to(tl.int64) * 2 * R + members
+    offset = rows[:, None] * 2 * D + wide[None, :]
     inside = (members < R)[:, None] & (wide < 2 * D)[None, :]
     tl.store(OUT + offset, out1 / sum1[:, None], mask=inside)
     tl.store(OUT + offset + R * 2 * D, out2 / sum2[:, None], mask=inside)
-    LSE += (tl.program_id(0) * splits + part).to(tl.int64) * 2 * R + members
+    LSE += rows
     tl.store(LSE, m1 + tl.log2(sum1), mask=members < R)
     tl.store(LSE + R, m2 + tl.log2(sum2), mask=members < R)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def quantize(job: QuantizeJob) -> dict[int, Path]:
     skipped = check_weights(job, loaded) if isinstance(job.method, Weights) else []
     folders = {}
     for bits in sorted({EXACT, *job.bits}, reverse=True):
-        quantized, change = (
-            (loaded, None) if bits == EXACT else _quantized(job, loaded, bits, skipped)
-        )
+        quantized, change = loaded, None
+        if bits != EXACT:
+            quantized, change = _quantized(job, loaded, bits, skipped)
         caches = change is None or change.caches
         changed = {} if caches else {"batch": 1}
         if quantized is not loaded:
@@ -59,22 +60,14 @@ def _quantized(
     method: Any = job.method
     if isinstance(method, Weights):
         return quantize_weights(job, loaded, bits, skipped)
-    settings = change_settings(method, bits)
-    name = f"{method.kind}-{bits}bit"
     if isinstance(method, AttentionLogits):
         logits = QuantizedLogits(bits, method.scope.value)
-        return loaded, Change(
-            name,
-            settings,
-            lambda model: quantizing_logits(model, logits),
-            caches=method.scope is LogitScope.row,
-        )
-    return loaded, Change(
-        name,
-        settings,
-        lambda model: quantizing_states(model, bits, method.scope),
-        caches=method.scope is StateScope.token,
-    )
+        apply: Any = partial(quantizing_logits, quantized=logits)
+    else:
+        apply = partial(quantizing_states, bits=bits, scope=method.scope)
+    caches = method.scope in (LogitScope.row, StateScope.token)
+    name, settings = f"{method.kind}-{bits}bit", change_settings(method, bits)
+    return loaded, Change(name, settings, apply, caches=caches)
 
 
 @contextmanager
@@ -85,9 +78,8 @@ def quantizing_states(model: nn.Module, bits: int, scope: StateScope) -> Iterato
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         states: Tensor = output[0] if isinstance(output, tuple) else output
         exact = states.to(torch.float32, copy=True)  # other hooks read `states`
-        rounded = absmax_quantize(exact, bits, exact.abs().amax(shared, keepdim=True)).to(
-            states.dtype
-        )
+        peak = exact.abs().amax(shared, keepdim=True)
+        rounded = absmax_quantize(exact, bits, peak).to(states.dtype)
         return (rounded, *output[1:]) if isinstance(output, tuple) else rounded
 
     with ExitStack() as stack:

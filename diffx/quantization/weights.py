@@ -45,18 +45,15 @@ def check_weights(job: QuantizeJob, loaded: Loaded) -> list[str]:
             "model they were made from"
         )
     device = next(loaded.model.parameters()).device
-    if method.scheme is Scheme.float8_dynamic and (
-        device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)
-    ):
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    if method.scheme is Scheme.float8_dynamic and not capable:
         raise UserError(
             f"method.scheme=float8_dynamic cannot be used on {device}: it needs a GPU of compute "
             "capability 8.9 or newer"
         )
     model = _plain(job, loaded)
-    linear = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
-    skipped = [name for name, module in linear.items() if module is model.get_output_embeddings()]
+    linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    skipped = [name for name, part in linear.items() if part is model.get_output_embeddings()]
     for part in method.skip:
         matched = [name for name in linear if f".{part}." in f".{name}."]
         if not matched:
@@ -66,20 +63,15 @@ def check_weights(job: QuantizeJob, loaded: Loaded) -> list[str]:
                 f"whole parts, such as {known}"
             )
         skipped += matched
-    quantized = {name: module.in_features for name, module in linear.items() if name not in skipped}
+    quantized = {name: part.in_features for name, part in linear.items() if name not in skipped}
     if not quantized:
         raise UserError(
-            f"method=weights cannot be used: {type(model).__name__} has no linear layer left to "
-            "quantize"
+            f"method=weights cannot be used: {type(model).__name__} has no linear layer to quantize"
         )
     for group in {_group(method, bits) for bits in job.bits if bits != EXACT}:
         for name, width in quantized.items():
-            require(
-                group is None or width % group == 0,
-                "method.group_size",
-                group,
-                f"a divisor of {width}, the width of {name}",
-            )
+            divides, accepted = not group or width % group == 0, f"a divisor of {width}, the width"
+            require(divides, "method.group_size", group, f"{accepted} of {name}")
     return skipped
 
 
@@ -88,14 +80,8 @@ def quantize_weights(
 ) -> tuple[Loaded, Change]:
     """Make the model at ``bits`` bits, unless its folder exists, and load it.
 
-    Args:
-        job: its ``method`` is a ``Weights``.
-        loaded: the exact model, in whose folder ``quantized/<step>/<name>-<hash>/`` is made.
-        bits: bits of a weight.
-        skipped: the result of ``check_weights``.
-
-    Returns:
-        The quantized model, with the name and the folder of ``loaded``, and the change.
+    The model is stored in the folder of ``loaded``, under ``quantized/<step>/<name>-<hash>/``, and
+    keeps the name and the folder of ``loaded``. ``skipped`` is the result of ``check_weights``.
 
     Raises:
         UserError: torchao cannot quantize so on this machine.
@@ -103,7 +89,6 @@ def quantize_weights(
     """
     method: Any = job.method
     dtype = next(loaded.model.parameters()).dtype
-    # the default in place of null
     settings = change_settings(method, bits) | {"group_size": _group(method, bits)}
     known = json_sha256({"fingerprint": loaded.fingerprint, "dtype": str(dtype), **settings})
     name = f"{method.scheme.value}-{bits}bit-{known[:12]}"
@@ -112,15 +97,12 @@ def quantize_weights(
         shutil.rmtree(out, ignore_errors=True)
     if not out.exists():
         _make(job, loaded, bits, skipped, out)
-    quantized = replace(
-        loaded,
-        model=load(str(out), job.device, job.dtype, trust_remote_code=job.trust_remote_code).model,
-        adapted=None,
-    )
-    facts = {"folder": str(out), "bytes": stored_bytes(out), "bytes_before": _bytes(loaded.model)}
-    return quantized, Change(
-        f"weights-{bits}bit", settings, lambda model: nullcontext(), caches=True, facts=facts
-    )
+    model = load(str(out), job.device, job.dtype, trust_remote_code=job.trust_remote_code).model
+    before = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    facts = {"folder": str(out), "bytes": stored_bytes(out), "bytes_before": before}
+    name, nothing = f"weights-{bits}bit", lambda model: nullcontext()
+    change = Change(name, settings, nothing, caches=True, facts=facts)
+    return replace(loaded, model=model, adapted=None), change
 
 
 def stored_bytes(folder: Path) -> int:
@@ -130,7 +112,8 @@ def stored_bytes(folder: Path) -> int:
 
 def _make(job: QuantizeJob, loaded: Loaded, bits: int, skipped: list[str], out: Path) -> None:
     """Quantize the model while ``transformers`` loads it, and save it."""
-    device, dtype = next(loaded.model.parameters()).device, next(loaded.model.parameters()).dtype
+    parameter = next(loaded.model.parameters())
+    device, dtype = parameter.device, parameter.dtype
     with new_model_folder(out, "checkpoint") as folder:
         source, plain = job.checkpoint, folder / "plain"
         if loaded.job is not None:
@@ -151,13 +134,10 @@ def _make(job: QuantizeJob, loaded: Loaded, bits: int, skipped: list[str], out: 
 
 def _plain(job: QuantizeJob, loaded: Loaded) -> PreTrainedModel:
     """The model as one of ``transformers``: of a run, its export with the branch folded."""
-    return (
-        loaded.model
-        if loaded.job is None
-        else to_transformers(
-            load_run(job.checkpoint, Device.cpu, trust_remote_code=job.trust_remote_code)
-        )[0]
-    )
+    if loaded.job is None:
+        return loaded.model
+    run = load_run(job.checkpoint, Device.cpu, trust_remote_code=job.trust_remote_code)
+    return to_transformers(run)[0]
 
 
 def _group(method: Weights, bits: int) -> int | None:
@@ -177,19 +157,10 @@ def _recipe(method: Any, bits: int, device: torch.device) -> Any:
         return ao.Float8WeightOnlyConfig(**plain)
     if method.scheme is Scheme.float8_dynamic:
         return ao.Float8DynamicActivationFloat8WeightConfig(**plain)
+    scales = ao.PerGroup(group) if group else ao.PerRow()
     if bits == _ROW_BITS:
-        return ao.Int8WeightOnlyConfig(
-            granularity=ao.PerGroup(group) if group else ao.PerRow(), **plain
-        )
-    # two weights per byte; torchao has no such format for a CPU
-    if bits == 4 and device.type == "cuda":
-        return ao.Int4WeightOnlyConfig(
-            group_size=group, int4_packing_format="tile_packed_to_4d", **plain
-        )
-    return ao.IntxWeightOnlyConfig(
-        weight_dtype=getattr(torch, f"int{bits}"), granularity=ao.PerGroup(group)
-    )
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        return ao.Int8WeightOnlyConfig(granularity=scales, **plain)
+    if bits == 4 and device.type == "cuda":  # two weights per byte, which no format for a CPU has
+        packing = "tile_packed_to_4d"
+        return ao.Int4WeightOnlyConfig(group_size=group, int4_packing_format=packing, **plain)
+    return ao.IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), scales)

@@ -71,9 +71,11 @@ def test_maps_of_our_models_weigh_values_as_the_reference_does(kind, num_kv_head
         q, k, v = module.project(x, cos, sin)
         view = views[layer]
         if kind == "diff_v1":
-            expected = reference.differential_attention(q, k, v, module.lambda_value(), True, None)
+            expected = reference.differential_attention(
+                q, k, v, module.lambda_value(), causal=True, scale=None
+            )
         else:
-            expected = reference.attention(q, k, v, True, None)  # (B, T, M, dv)
+            expected = reference.attention(q, k, v, causal=True, scale=None)  # (B, T, M, dv)
         if kind == "diff_v2":
             expected = (
                 expected[:, :, 0::2] - module.lambda_value(x)[..., None] * expected[:, :, 1::2]
