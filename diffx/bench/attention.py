@@ -84,6 +84,7 @@ def bench_attention(
         report["bytes"][work] = peak_bytes(builders, torch_device)
         steps = {name: build() for name, build in builders.items()}
         seconds = report["seconds"][work] = time_in_turns(steps, rounds, torch_device)
+        del steps  # before the next memory is measured
         pairs = heads // 2 * seq_len * (seq_len + 1) / 2
         rates[work] = {name: FLOPS[name] * width * pairs / min(seconds[name]) for name in FLOPS}
         for to in ("four calls", "padded", "baseline"):

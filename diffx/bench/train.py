@@ -80,8 +80,8 @@ def bench_train(
                 name: sum(p.numel() for p in model.parameters()) for name, model in models.items()
             }
             steps = {name: training_step(model, tokens) for name, model in models.items()}
-            seconds = time_in_turns(steps, rounds, torch_device)
-            report["seconds"][work] = seconds
+            seconds = report["seconds"][work] = time_in_turns(steps, rounds, torch_device)
+            del models, steps  # before the next memory is measured
             report["tokens_per_second"][work] = {
                 name: batch * seq_len / statistics.median(times) for name, times in seconds.items()
             }
