@@ -9,16 +9,15 @@ import torch
 
 from diffx.bench.targets import NO_TARGET, Row, check_file, show_ratios
 from diffx.bench.timing import (
-    DECODED,
     Call,
+    check_length,
     inference,
-    machine,
     peak_bytes,
     random_tokens,
+    settings,
     time_in_turns,
 )
 from diffx.bench.train import training_step
-from diffx.config import require
 from diffx.config.dex import DexConfig, Init, Variant
 from diffx.config.train import Device, Precision
 from diffx.dex.attach import Adapted, attach, fold, parameter_counts
@@ -58,9 +57,7 @@ def bench_adapt(
     torch_device = pick_device(Device(device))
     bf16 = precision_of(torch_device, Precision.auto) is Precision.bf16  # as in an adaptation
     pretrained = load_pretrained("base", base, "auto" if bf16 else torch.float32, torch_device)
-    limit, name = pretrained.limit, pretrained.name
-    accepted = f"{limit} tokens at most, which {name} reads"
-    require(limit is None or seq_len <= limit, "seq_len", seq_len, accepted)
+    check_length(pretrained, seq_len)
     ids = torch.tensor([[0, 1]], device=torch_device)
     adapt = partial(_adapted, pretrained, find_layers(pretrained.model, {"input_ids": ids}))
     tokens = random_tokens(pretrained.tokenizer.vocab_size, batch, seq_len + 1, torch_device)
@@ -81,13 +78,7 @@ def bench_adapt(
     for model in models.values():  # as diffx eval loads an adapted run
         model.requires_grad_(False).to(pretrained.dtype).eval()
     report = {
-        "machine": machine(torch_device),
-        "checkpoint": name,
-        "dtype": str(pretrained.dtype).removeprefix("torch."),
-        "seq_len": seq_len,
-        "batch_size": batch,
-        "decoded_tokens": DECODED,
-        "rounds": rounds,
+        **settings(pretrained, tokens[:, :-1], rounds),
         "parameters": {variant: parameter_counts(adapt(variant)) for variant in variants},
         "bytes": {"training step": memory},
         "seconds": {
@@ -95,7 +86,8 @@ def bench_adapt(
             **inference(models, tokens[:, :-1], TURNS * rounds),
         },
     }
-    return show_ratios(report, RATIOS, f"{name}, T={seq_len}, batch {batch}, {torch_device}", out)
+    title = f"{pretrained.name}, T={seq_len}, batch {batch}, {torch_device}"
+    return show_ratios(report, RATIOS, title, out)
 
 
 def _adapted(pretrained: Pretrained, layers: list[Layer], variant: str) -> Adapted:

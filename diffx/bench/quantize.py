@@ -10,16 +10,16 @@ import torch
 
 from diffx.bench.targets import NO_TARGET, Row, check_file, show_ratios
 from diffx.bench.timing import (
-    DECODED,
     Call,
     Seconds,
+    check_length,
     inference,
-    machine,
     peak_bytes,
     random_tokens,
+    settings,
     time_in_turns,
 )
-from diffx.config import UserError, require
+from diffx.config import UserError
 from diffx.config.quantize import QuantizeJob, Scheme, Weights
 from diffx.config.train import Device
 from diffx.dex.pretrained import load_pretrained
@@ -66,9 +66,8 @@ def bench_quantize(
             f"checkpoint={checkpoint} cannot be used: it is a run; give its export, a folder that "
             "`diffx export` makes"
         )
-    limit, dtype, torch_device = loaded.limit, loaded.model.dtype, loaded.model.device
-    accepted = f"{limit} tokens at most, which {loaded.name} reads"
-    require(limit is None or seq_len <= limit, "seq_len", seq_len, accepted)
+    check_length(loaded, seq_len)
+    dtype, torch_device = loaded.model.dtype, loaded.model.device
     ids = random_tokens(loaded.tokenizer.vocab_size, batch, seq_len, torch_device)
 
     def read(folder: str) -> Call:
@@ -88,13 +87,7 @@ def bench_quantize(
         builders = {name: partial(read, folder) for name, folder in folders.items()}
         memory = peak_bytes(builders, torch_device)
     report = {
-        "machine": machine(torch_device),
-        "checkpoint": loaded.name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "seq_len": seq_len,
-        "batch_size": batch,
-        "decoded_tokens": DECODED,
-        "rounds": rounds,
+        **settings(loaded, ids, rounds),
         "bytes": {"prefill": memory, "on disk": sizes},
         "seconds": inference(models, ids, rounds) | _logits(seq_len, rounds, torch_device),
     }

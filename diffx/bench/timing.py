@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffx.config import require
 from diffx.hub.attention import cache_keyword
 from diffx.train.folder import environment
 from diffx.train.throughput import peak_allocation, synchronize
@@ -93,6 +94,25 @@ def random_tokens(vocabulary: int, batch: int, length: int, device: torch.device
     """The same random tokens (B, T) at every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (batch, length), generator=generator).to(device)
+
+
+def settings(model: Any, ids: Tensor, rounds: int) -> dict[str, Any]:
+    """The first fields of a report on inference with ``ids`` (B, T) by a loaded model."""
+    return {
+        "machine": machine(ids.device),
+        "checkpoint": model.name,
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "seq_len": ids.shape[1],
+        "batch_size": ids.shape[0],
+        "decoded_tokens": DECODED,
+        "rounds": rounds,
+    }
+
+
+def check_length(model: Any, seq_len: int) -> None:
+    """Raise ``UserError`` if a loaded model reads less than ``seq_len`` tokens."""
+    accepted = f"{model.limit} tokens at most, which {model.name} reads"
+    require(model.limit is None or seq_len <= model.limit, "seq_len", seq_len, accepted)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
