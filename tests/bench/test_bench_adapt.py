@@ -149,7 +149,7 @@ def test_input_that_cannot_be_used(hf_folder, tmp_path, capsys):
     with pytest.raises(UserError, match=r"out=.* cannot be used: it must be the name"):
         bench.bench_adapt(tmp_path, str(hf_folder), 8, 1, 1, "cpu")
     with pytest.raises(
-        UserError, match="seq_len=257 cannot be used: .*256 tokens at most, which tiny-llama reads"
+        UserError, match=r"seq_len=257 cannot be used: .*256 tokens at most, which tiny-llama reads"
     ):
         bench.bench_adapt(None, str(hf_folder), 257, 1, 1, "cpu")
     assert main(["bench", "adapt", "--base", str(tmp_path)]) == 2
