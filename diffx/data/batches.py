@@ -1,5 +1,6 @@
 """Batches of token windows, the same for every architecture and any number of processes."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,14 +65,8 @@ class Batches:
         world_size: int = 1,
     ) -> None:
         _check_rows(seq_len, batch_size, world_size)
-        self._corpus, self._seq_len, self._batch_size, self._seed = (
-            corpus,
-            seq_len,
-            batch_size,
-            seed,
-        )
-        self._rows = range(rank, batch_size, world_size)
-        self._step = 0
+        self._corpus, self._seq_len, self._batch_size = corpus, seq_len, batch_size
+        self._seed, self._rows, self._step = seed, range(rank, batch_size, world_size), 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -91,8 +86,8 @@ class Batches:
         """
         if state["corpus"] != self._corpus:
             raise UserError(
-                "data cannot be used: its text or its tokens are not those that the checkpoint was "
-                "trained on; start a new run"
+                "data cannot be used: its text or its tokens differ from those of the checkpoint; "
+                "start a new run"
             )
         self._step = state["step"]
 
@@ -101,8 +96,7 @@ class WindowBatches(Batches):
     """Batches from a ``TokenArray``; see ``Batches`` for the other arguments.
 
     Each epoch takes all windows of T tokens once, in an order that depends on the seed and the
-    epoch. Its windows start at a random offset below the number of remaining tokens, so that no
-    token is left out in every epoch.
+    epoch. They start at a random offset, so that no token is omitted in every epoch.
     """
 
     def __init__(self, tokens: TokenArray, *args: Any, **kwargs: Any) -> None:
@@ -114,25 +108,23 @@ class WindowBatches(Batches):
             )
         self._tokens = tokens
         self._per_epoch = (len(tokens) - 1) // self._seq_len
-        self._orders: dict[int, np.ndarray] = {}
+        # A batch can lie in two epochs.
+        self._starts = functools.lru_cache(2)(self._shuffled_starts)
 
     def __next__(self) -> Batch:
         first, per_epoch = self._step * self._batch_size, self._per_epoch
         windows = [divmod(first + row, per_epoch) for row in self._rows]
         starts = [int(self._starts(epoch)[window]) for epoch, window in windows]
         epoch = first // per_epoch
-        self._orders = {key: order for key, order in self._orders.items() if key >= epoch}
         position = f"batch {self._step} (epoch {epoch}), training tokens from {_listed(starts)}"
         self._step += 1
         rows = [self._tokens.read(start, start + self._seq_len + 1) for start in starts]
         return make_batch(rows, position)
 
-    def _starts(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            random = np.random.default_rng([self._seed % 2**64, epoch])
-            offset = random.integers((len(self._tokens) - 1) % self._seq_len + 1)
-            self._orders[epoch] = random.permutation(self._per_epoch) * self._seq_len + offset
-        return self._orders[epoch]
+    def _shuffled_starts(self, epoch: int) -> np.ndarray:
+        random = np.random.default_rng([self._seed % 2**64, epoch])
+        offset = random.integers((len(self._tokens) - 1) % self._seq_len + 1)
+        return random.permutation(self._per_epoch) * self._seq_len + offset
 
 
 def val_batches(
@@ -148,30 +140,23 @@ def val_batches(
     The last window, and rows that a process lacks, are padded with targets that carry no loss.
     """
     _check_rows(seq_len, batch_size, world_size)
-    n_windows = -(-(len(held_out) - 1) // seq_len)
+    tokens, mask = held_out.read(0, len(held_out))
+    n_windows = -(-(len(tokens) - 1) // seq_len)
+    padding = (0, (n_windows + world_size) * seq_len + 1 - len(tokens))
+    mask = np.pad(np.ones(len(tokens), np.uint8) if mask is None else mask, padding)
+    tokens = np.pad(tokens, padding, constant_values=eot_id)
     for first in range(0, n_windows, batch_size):
         last = min(first + batch_size, n_windows)
         # Every process has as many rows as the others: sharded models synchronize in each.
         last += (first - last) % world_size
         starts = [window * seq_len for window in range(first + rank, last, world_size)]
-        rows = [
-            _padded(held_out.read(start, start + seq_len + 1), seq_len + 1, eot_id)
-            for start in starts
-        ]
+        spans = [slice(start, start + seq_len + 1) for start in starts]
+        rows: list[Row] = [(tokens[span], mask[span]) for span in spans]
         yield make_batch(rows, f"held-out tokens from {_listed(starts)}")
 
 
 def _listed(starts: list[int]) -> str:
     return ", ".join(map(str, starts[:8])) + (" …" if len(starts) > 8 else "")
-
-
-def _padded(row: Row, length: int, eot_id: int) -> Row:
-    tokens, mask = row
-    missing = length - len(tokens)
-    if not missing:
-        return row
-    mask = np.ones(len(tokens), np.uint8) if mask is None else mask
-    return np.pad(tokens, (0, missing), constant_values=eot_id), np.pad(mask, (0, missing))
 
 
 def cu_seqlens(inputs: Tensor, eot_id: int) -> Tensor:

@@ -128,12 +128,11 @@ def open_data(
     else:
         files = source_files(data)
         hashes = file_hashes(files)
+        sizes = {name: path.stat().st_size for name, path in files.items()}
         info["files"] = [
-            {"name": name, "bytes": path.stat().st_size, "sha256": hashes[name]}
-            for name, path in files.items()
+            {"name": name, "bytes": sizes[name], "sha256": hashes[name]} for name in files
         ]
-        total = sum(file["bytes"] for file in info["files"])
-        source = Source(data, lambda: documents(data), total, progress)
+        source = Source(data, lambda: documents(data), sum(sizes.values()), progress)
         shards = _cached(source, tokenizer, json_sha256(list(hashes.values())))
     val = shards.held_out(int(data.val_tokens))
     info |= {key: shards.meta[key] for key in ("sha256", "tokenizer", "train")}
@@ -150,8 +149,7 @@ def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: st
     made = ready(tokenizer)
     wanted = settings(source.data, made, contents)
     folder = cache_folder() / json_sha256(wanted)[:32]
-    message = f"the cache {folder.parent} cannot be written (DIFFX_CACHE can name another)"
-    with storage_errors(message):
+    with storage_errors(f"the cache {folder.parent} cannot be written (set DIFFX_CACHE)"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):  # of several processes that start together, one builds
             try:

@@ -19,27 +19,21 @@ def baselines(
 ) -> dict[str, dict[str, float]]:
     """Measure the unigram and bigram models of a corpus in nats a token and bits a byte.
 
-    A small vocabulary makes a bigram weaker, so it is measured (in bits a byte, on the same
-    documents) with a byte-level BPE of 4,096 tokens too, except on token shards, which hold no
-    text. The retrieval task has no baselines: its targets are random numbers.
+    A small vocabulary makes a bigram weaker, so it is also measured, in bits a byte of the same
+    documents, with a byte-level BPE of 4,096 tokens, except on token shards, which hold no text.
+    The retrieval task has no baselines: its targets are random numbers.
     """
     if corpus.data.kind == "retrieval":
         return {}
-    vocab_size = corpus.tokenizer.vocab_size
     losses = {}
-    for name, nats in (
-        ("unigram", unigram(corpus.train, corpus.val, vocab_size)),
-        ("bigram_kneser_ney", bigram_kneser_ney(corpus.train, corpus.val, vocab_size)),
-    ):
+    for name, measure in (("unigram", unigram), ("bigram_kneser_ney", bigram_kneser_ney)):
+        nats = measure(corpus.train, corpus.val, corpus.tokenizer.vocab_size)
         losses[name] = {"nats": nats, "bpb": bits_per_byte(nats, corpus.val)}
     if corpus.data.kind != "shards":
         other = open_data(corpus.data, BpeTokenizer(vocab_size=4096), progress=progress)
         val = other.shards.held_out(like=corpus.val)
-        losses["bigram_kneser_ney_4096"] = {
-            "bpb": bits_per_byte(
-                bigram_kneser_ney(other.train, val, other.tokenizer.vocab_size), val
-            )
-        }
+        nats = bigram_kneser_ney(other.train, val, other.tokenizer.vocab_size)
+        losses["bigram_kneser_ney_4096"] = {"bpb": bits_per_byte(nats, val)}
     return losses
 
 
@@ -59,9 +53,8 @@ def unigram(train: TokenArray, val: HeldOut, vocab_size: int) -> float:
 def bigram_kneser_ney(train: TokenArray, val: HeldOut, vocab_size: int) -> float:
     """Return nats a token of the bigram model with interpolated Kneser-Ney smoothing."""
     contexts, targets = _scored(val)
-    return float(
-        -np.log(kneser_ney_probability(_counted(train), contexts, targets, vocab_size)).mean()
-    )
+    probability = kneser_ney_probability(_counted(train), contexts, targets, vocab_size)
+    return float(-np.log(probability).mean())
 
 
 def kneser_ney_probability(
@@ -93,28 +86,24 @@ def kneser_ney_probability(
     followers = np.bincount(heads, minlength=vocab_size)  # N(u·)
     preceders = np.bincount(tails, minlength=vocab_size)  # N(·w)
     seen = preceders > 0
-    lower_discount = _discount(preceders[seen])
-    lower = (
-        np.maximum(preceders - lower_discount, 0) + lower_discount * seen.sum() / vocab_size
-    ) / len(pairs)
+    discount = _discount(preceders[seen])
+    unseen = discount * seen.sum() / vocab_size
+    lower = (np.maximum(preceders - discount, 0) + unseen) / len(pairs)  # q(w)
 
     discount = _discount(counts)
     wanted = contexts * vocab_size + targets
     place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
     count = np.where(pairs[place] == wanted, counts[place], 0)
     mass = np.maximum(total[contexts], 1)
-    known = (
-        np.maximum(count - discount, 0) / mass
-        + discount * followers[contexts] / mass * lower[targets]
-    )
+    backoff = discount * followers[contexts] / mass * lower[targets]
+    known = np.maximum(count - discount, 0) / mass + backoff
     return np.where(total[contexts] > 0, known, lower[targets])
 
 
 def _discount(counts: np.ndarray) -> float:
     ones, twos = int((counts == 1).sum()), int((counts == 2).sum())
-    return (
-        ones / (ones + 2 * twos) if ones else 0.5
-    )  # without counts of 1, any discount above 0 serves
+    # Without counts of 1, any discount above 0 serves.
+    return ones / (ones + 2 * twos) if ones else 0.5
 
 
 def _counted(train: TokenArray) -> np.ndarray:

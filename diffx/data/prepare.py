@@ -39,7 +39,7 @@ from diffx.errors import storage_errors
 from diffx.files import json_sha256, locked, replacing_folder
 
 _FEW = 150  # documents whose keys would often hold out far more or less than the fraction
-BPE_BYTES = 200 * 10**6  # a vocabulary of some thousands is settled long before
+BPE_BYTES = 200 * 10**6  # more text hardly changes a vocabulary of some thousands
 _GROUP_BYTES, _GROUP_DOCUMENTS = 1 << 20, 512  # what a process tokenizes at once
 
 
@@ -56,8 +56,9 @@ def prepare(job: PrepareJob, progress: ProgressCallback = no_progress) -> Path:
     """
     out = Path(job.out).expanduser()
     files = {} if isinstance(job.data, HubData) else source_files(job.data)
-    state = [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()]
-    total = sum(path.stat().st_size for path in files.values()) or None
+    status = {name: path.stat() for name, path in files.items()}
+    state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in status.items()]
+    total = sum(stat.st_size for stat in status.values()) or None
     source = Source(job.data, lambda: documents(job.data), total, progress)
     tokenizer = ready(job.tokenizer)
     wanted = settings(job.data, tokenizer, json_sha256(state)) | {"shard_tokens": job.shard_tokens}
@@ -69,38 +70,26 @@ def prepare(job: PrepareJob, progress: ProgressCallback = no_progress) -> Path:
             if meta and meta["complete"]:
                 Shards(out, progress)  # which verifies it
             else:
-                build(
-                    out,
-                    source,
-                    tokenizer,
-                    wanted,
-                    int(job.shard_tokens),
-                    job.workers or os.cpu_count() or 1,
-                )
+                workers = job.workers or os.cpu_count() or 1
+                build(out, source, tokenizer, wanted, int(job.shard_tokens), workers)
     return out
 
 
 def _begun(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """Return the ``meta.json`` of an unfinished or finished folder, ``None`` for a new one."""
-    meta = read_meta(out)
+    meta, refused = read_meta(out), f"out={out} cannot be used"
     if meta is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"out={out} cannot be used: it exists and holds no token shards; choose a new folder"
-        )
-    differing = [key for key in wanted if meta and meta["settings"].get(key) != wanted[key]]
-    if differing:
-        raise UserError(
-            f"out={out} cannot be used: it was made with another {differing[0]}; choose a new "
-            "folder or delete it"
-        )
+        raise UserError(f"{refused}: it exists and holds no token shards; choose a new folder")
+    for key, value in wanted.items():
+        if meta and meta["settings"].get(key) != value:
+            raise UserError(
+                f"{refused}: it was made with another {key}; choose a new folder or delete it"
+            )
     return meta
 
 
 def ready(tokenizer: TokenizerConfig | Tokenizer) -> BpeTokenizer | Tokenizer:
-    """Make the tokenizer, unless it must be trained first.
-
-    The key of a cache then depends on the tokenizer's content, not on its name.
-    """
+    """Make the tokenizer, unless it must be trained first; a cache's key depends on its content."""
     if isinstance(tokenizer, BpeTokenizer | FastTokenizer | TiktokenEncoding):
         return tokenizer
     return make_tokenizer(tokenizer, ())
@@ -115,18 +104,14 @@ def settings(
         for key, value in asdict(data).items()
         if key not in ("path", "val_tokens", "shuffle_buffer")
     }
-    made = (
-        asdict(tokenizer)
-        if isinstance(tokenizer, BpeTokenizer)
-        else {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
-    )
-    chosen["way to hold documents out"] = 2  # 1 held out whole documents, however few and long
-    return (
-        {"format": FORMAT}
-        | chosen
-        | {f"tokenizer.{key}": value for key, value in made.items()}
-        | {"state of the files": contents}
-    )
+    if isinstance(tokenizer, BpeTokenizer):
+        made = asdict(tokenizer)
+    else:
+        made = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
+    chosen |= {f"tokenizer.{key}": value for key, value in made.items()}
+    # Version 1 held out whole documents, however few and long.
+    versions = {"format": FORMAT, "way to hold documents out": 2}
+    return versions | chosen | {"state of the files": contents}
 
 
 @dataclass(frozen=True)
@@ -160,27 +145,27 @@ def build(
         threshold = holdout_threshold(source)
         if isinstance(tokenizer, BpeTokenizer):
             tokenizer = make_tokenizer(tokenizer, _training_texts(source, threshold))
-        meta = {"format": FORMAT, "complete": False, "settings": settings, "threshold": threshold}
-        meta |= {
-            "tokenizer": {
-                name: getattr(tokenizer, name)
-                for name in ("kind", "vocab_size", "eot_id", "fingerprint")
-            }
-        }
-        meta |= {
+        fields = ("kind", "vocab_size", "eot_id", "fingerprint")
+        meta = {
+            "format": FORMAT,
+            "complete": False,
+            "settings": settings,
+            "threshold": threshold,
+            "tokenizer": {name: getattr(tokenizer, name) for name in fields},
             "dtype": token_dtype(tokenizer.vocab_size),
             "masked": getattr(source.data, "prompt_key", None) is not None,
+            "sha256": "",
+            "shards": 0,
+            "files": {},
+            **{split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")},
         }
-        meta |= {"sha256": "", "shards": 0, "files": {}}
-        meta |= {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "val")}
         with replacing_folder(folder) as start:  # so that the folder never lacks its meta.json
             tokenizer.save(start / "tokenizer")
             write_meta(start, meta)
     writer = ShardWriter(folder, meta, shard_tokens)
     read = 0
-    rest = itertools.islice(
-        source.read(), meta["train"]["documents"] + meta["val"]["documents"], None
-    )
+    done = meta["train"]["documents"] + meta["val"]["documents"]
+    rest = itertools.islice(source.read(), done, None)
     try:
         for group in _tokenize(rest, folder / "tokenizer", meta["masked"], workers):
             for document, tokens, mask in group:
@@ -195,9 +180,9 @@ def build(
 def holdout_threshold(source: Source) -> int:
     """Return the highest key that is held out.
 
-    Of at most ``_FEW`` documents, those with the lowest keys are held out whose bytes come nearest to
-    ``data.val_fraction`` of all bytes: at least one document, and not all. Of more documents,
-    ``data.val_fraction`` of all keys is held out, and only the first ``_FEW`` are read.
+    Of more than ``_FEW`` documents, ``data.val_fraction`` of all keys is held out, and only the
+    first ``_FEW`` are read. Of fewer, those with the lowest keys are held out whose bytes come
+    nearest to ``data.val_fraction`` of all bytes: at least one document, and not all.
 
     Raises:
         UserError: the corpus holds no text, or no two different documents.
@@ -209,19 +194,19 @@ def holdout_threshold(source: Source) -> int:
         read += [(document.key, document.n_bytes)] if len(read) <= _FEW else []
         if len(read) > _FEW and low <= wanted < high:
             return wanted
+    refused = f"{label(source.data)} cannot be used"
     if high < 0:
-        raise UserError(f"{label(source.data)} cannot be used: it holds no text")
+        raise UserError(f"{refused}: it holds no text")
     if low == high:
         raise UserError(
-            f"{label(source.data)} cannot be used: it holds one document, and one more is held "
-            "out; give more text, or a .jsonl"
+            f"{refused}: it holds one document, and one more is held out; give more text, or a "
+            ".jsonl"
         )
     if len(read) > _FEW:
         return low
     read.sort()
-    sizes = dict(
-        zip((key for key, _ in read), itertools.accumulate(size for _, size in read), strict=True)
-    )
+    totals = itertools.accumulate(size for _, size in read)
+    sizes = dict(zip((key for key, _ in read), totals, strict=True))
     aim = source.data.val_fraction * sizes.pop(high)
     return min(sizes, key=lambda key: abs(sizes[key] - aim))
 
@@ -234,26 +219,19 @@ def encode_documents(
     Returns:
         For each, an array of end of text, prompt and text, and its loss mask if ``masked``.
     """
-    prompts = (
-        tokenizer.encode_batch([prompt for prompt, _ in texts]) if masked else [[]] * len(texts)
-    )
-    encoded = []
-    for prompt, text in zip(
-        prompts, tokenizer.encode_batch([text for _, text in texts]), strict=True
-    ):
-        tokens = np.array([tokenizer.eot_id, *prompt, *text], token_dtype(tokenizer.vocab_size))
-        mask = np.ones(len(tokens), np.uint8) if masked else None
-        if mask is not None:
-            mask[1 : 1 + len(prompt)] = 0
-        encoded.append((tokens, mask))
-    return encoded
+    prompts = tokenizer.encode_batch([prompt for prompt, _ in texts]) if masked else None
+    encoded = tokenizer.encode_batch([text for _, text in texts])
+    dtype = token_dtype(tokenizer.vocab_size)
+    rows = []
+    for prompt, ids in zip(prompts or [[]] * len(texts), encoded, strict=True):
+        mask = np.array([1] + [0] * len(prompt) + [1] * len(ids), np.uint8) if masked else None
+        rows.append((np.array([tokenizer.eot_id, *prompt, *ids], dtype), mask))
+    return rows
 
 
 def _training_texts(source: Source, threshold: int) -> Iterator[str]:
-    done = 0
-    for document in itertools.islice(
-        source.read(), source.data.tokenizer_documents if isinstance(source.data, HubData) else None
-    ):
+    done, limit = 0, getattr(source.data, "tokenizer_documents", None)
+    for document in itertools.islice(source.read(), limit):
         if document.key > threshold:
             yield document.prompt + document.text
             done += document.n_bytes
@@ -278,28 +256,22 @@ def _tokenize(
     documents: Iterable[Document], folder: Path, masked: bool, workers: int
 ) -> Iterator[list[tuple[Document, Any, Any]]]:
     """Tokenize documents in order, in groups, of which two a worker are in progress."""
-    spawn = multiprocessing.get_context(
-        "spawn"
-    )  # a forked process would inherit locks that the libraries' threads hold
-    pool: Executor = (
-        ThreadPoolExecutor(1)
-        if workers == 1
-        else ProcessPoolExecutor(workers, spawn, _start_worker)
-    )
+    pool: Executor = ThreadPoolExecutor(1)
+    if workers > 1:
+        # A forked process would inherit locks that the libraries' threads hold.
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, spawn, _start_worker)
     fingerprint = load_tokenizer(folder).fingerprint
-    flight: deque[tuple[list[Document], Future]] = deque()
+    pending: deque[tuple[list[Document], Future]] = deque()
     try:
-        for group in itertools.chain(
-            _groups(documents), itertools.repeat([], 2 * workers)
-        ):  # the empty ones drain the flight
+        # The empty groups at the end let the last ones be yielded.
+        for group in itertools.chain(_groups(documents), itertools.repeat([], 2 * workers)):
             texts = [(document.prompt, document.text) for document in group]
-            flight.append((group, pool.submit(_encode, folder, fingerprint, texts, masked)))
-            if len(flight) > 2 * workers:
-                finished, future = flight.popleft()
-                yield [
-                    (document, *encoded)
-                    for document, encoded in zip(finished, future.result(), strict=True)
-                ]
+            pending.append((group, pool.submit(_encode, folder, fingerprint, texts, masked)))
+            if len(pending) > 2 * workers:
+                finished, future = pending.popleft()
+                rows = zip(finished, future.result(), strict=True)
+                yield [(document, *encoded) for document, encoded in rows]
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -320,10 +292,9 @@ def _start_worker() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def leave_with_parent() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(
-        target=leave_with_parent, daemon=True
-    ).start()  # else a killed parent leaves its workers behind
+    # Workers would outlive a killed parent.
+    threading.Thread(target=exit_with_parent, daemon=True).start()

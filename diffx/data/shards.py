@@ -35,9 +35,20 @@ ProgressCallback = Callable[[str, int, int | None], None]
 FORMAT = 1
 _DTYPES = ("<u2", "<u4")
 _SUFFIXES = {"train": [".bin"], "val": [".bin", ".docs.bin"]}
-_FIELDS = {"format": int, "complete": bool, "settings": dict, "threshold": int, "tokenizer": dict}
-_FIELDS |= {"dtype": str, "masked": bool, "sha256": str, "shards": int, "files": dict}
-_FIELDS |= {"train": dict, "val": dict}
+_COUNTS = {"documents": int, "tokens": int, "bytes": int}
+_META = {
+    "complete": bool,
+    "settings": dict,
+    "threshold": int,
+    "tokenizer": {"fingerprint": str, "vocab_size": int, "eot_id": int},
+    "dtype": _DTYPES,  # numpy would map a type of objects, which are pointers
+    "masked": bool,
+    "sha256": str,
+    "shards": int,
+    "files": dict,
+    "train": _COUNTS,
+    "val": _COUNTS,
+}
 _log = logging.getLogger(__name__)
 
 
@@ -74,20 +85,15 @@ class TokenArray:
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return tokens ``start`` to ``stop`` and their loss mask (``None`` if all carry loss)."""
-        starts = self._starts
-        first = int(np.searchsorted(starts, start, side="right")) - 1
-        last = min(int(np.searchsorted(starts, stop, side="left")), len(self._parts))
-        spans = [
-            (part, slice(max(start - starts[part], 0), stop - starts[part]))
-            for part in range(first, last)
-        ]
-        masks = None if self._masks is None else _gather(self._masks, spans)
-        return _gather(self._parts, spans), masks
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        last = int(np.searchsorted(self._starts, stop, side="left"))
+        spans = [slice(max(start - begin, 0), stop - begin) for begin in self._starts[first:last]]
 
+        def gather(parts: Sequence[np.ndarray]) -> np.ndarray:
+            pieces = [part[span] for part, span in zip(parts[first:last], spans, strict=False)]
+            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [parts[0][:0]])
 
-def _gather(parts: Sequence[np.ndarray], spans: list[tuple[int, slice]]) -> np.ndarray:
-    pieces = [parts[part][span] for part, span in spans]
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, np.uint16)])
+        return gather(self._parts), None if self._masks is None else gather(self._masks)
 
 
 class HeldOut(TokenArray):
@@ -127,22 +133,14 @@ class Shards:
     def __init__(self, folder: Path, progress: ProgressCallback = no_progress) -> None:
         self.folder, refused = folder, f"data.path={folder} cannot be used"
         meta = read_meta(folder)
-        if meta is None:
-            raise UserError(
-                f"{refused}: it holds no token shards; `diffx data prepare` writes them"
-            )
-        if not meta["complete"]:
-            raise UserError(
-                f"{refused}: it is not finished; run the same `diffx data prepare` again to go on"
-            )
+        if meta is None or not meta["complete"]:
+            why = "holds no token shards" if meta is None else "is not finished"
+            raise UserError(f"{refused}: it {why}; `diffx data prepare` writes or finishes it")
         _verify(folder, meta["files"], progress)
         self.meta = meta
         self.tokenizer = load_tokenizer(folder / "tokenizer")
         if self.tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
-            raise UserError(
-                f"{refused}: its tokenizer is not the one that made its tokens (fingerprint "
-                "differs)"
-            )
+            raise UserError(f"{refused}: the fingerprint of its tokenizer differs from meta.json's")
         self.train = self._tokens("train")
 
     def held_out(self, limit: int | None = None, like: HeldOut | None = None) -> HeldOut:
@@ -154,18 +152,20 @@ class Shards:
             like: take the same text, tokenized by another tokenizer, instead.
         """
         documents = self._tokens("val")
-        parts = self._arrays("val", ".docs.bin", "<u8")
-        index = np.concatenate([np.array(part).reshape(-1, 3) for part in parts])
-        starts = np.cumsum([0, *index[:, 1].tolist()])
-        wanted = np.isin(index[:, 0], index[:, 0] if like is None else like.keys)
+        index = np.concatenate(self._arrays("val", ".docs.bin", "<u8")).reshape(-1, 3)
+        keys, lengths = index[:, 0], index[:, 1].tolist()
+        starts = np.cumsum([0, *lengths]).tolist()
+        order = np.argsort(keys, kind="stable")
+        if like is not None:
+            order = order[np.isin(keys[order], like.keys)]
         chosen, total = [], 0
-        for i in np.argsort(index[:, 0], kind="stable").tolist():
-            if wanted[i] and (limit is None or total + int(index[i, 1]) <= limit):
+        for i in order.tolist():
+            if limit is None or total + lengths[i] <= limit:
                 chosen.append(i)
-                total += int(index[i, 1])
+                total += lengths[i]
         none_fits = not chosen
-        chosen = chosen or [int(np.argmin(index[:, 1]))]
-        pieces = [documents.read(int(starts[i]), int(starts[i + 1])) for i in chosen]
+        chosen = chosen or [int(np.argmin(lengths))]
+        pieces = [documents.read(starts[i], starts[i + 1]) for i in chosen]
         tokens, n_bytes = np.concatenate([part for part, _ in pieces]), int(index[chosen, 2].sum())
         masks = [mask for _, mask in pieces if mask is not None]
         if not masks and (none_fits or (like is not None and like.n_bytes < n_bytes)):
@@ -177,7 +177,7 @@ class Shards:
             tokens, n_bytes = np.array(encoded, tokens.dtype), len(text.encode())
         tokens = np.append(tokens, np.array(self.tokenizer.eot_id, tokens.dtype))
         mask = np.append(np.concatenate(masks), np.uint8(1)) if masks else None
-        return HeldOut(tokens, mask, n_bytes, index[chosen, 0])
+        return HeldOut(tokens, mask, n_bytes, keys[chosen])
 
     def _tokens(self, split: str) -> TokenArray:
         masks = self._arrays(split, ".mask.bin", "u1") if self.meta["masked"] else None
@@ -201,39 +201,40 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     path = folder / "meta.json"
     if not path.is_file():
         return None
-    meta = read_json(path, _FIELDS)
+    meta = read_json(path, {"format": int})
     if meta["format"] != FORMAT:
-        raise UserError(
-            f"{path} cannot be used: its format is {meta['format']}, and this version reads format "
-            f"{FORMAT}"
-        )
+        raise UserError(f"{path} has the format {meta['format']}; this version reads {FORMAT}")
     if meta.get("checksum", json_checksum(meta)) != json_checksum(meta):
         raise UserError(f"{path} is damaged: its content does not have its checksum")
-    tokenizer, files = meta["tokenizer"], list(meta["files"].values())
-    numbers = [(tokenizer, "vocab_size"), (tokenizer, "eot_id"), (meta, "shards")]
-    numbers += [
-        (meta[split], key) for split in _SUFFIXES for key in ("documents", "tokens", "bytes")
-    ]
-    numbers += [(file if isinstance(file, dict) else {}, "bytes") for file in files]
-    wrong = [
-        key for values, key in numbers if not isinstance(values.get(key), int) or values[key] < 0
-    ]
-    if not isinstance(tokenizer.get("fingerprint"), str):
-        wrong.append("fingerprint")
-    if not wrong and not all(isinstance(file.get("sha256"), str) for file in files):
-        wrong.append("sha256")
-    if meta["dtype"] not in _DTYPES:  # numpy would map a type of objects, which are pointers
-        wrong.append("dtype")
-    if wrong:
-        raise UserError(f"{path} is damaged: its {wrong[0]!r} cannot be used")
-    shards = range(min(meta["shards"], len(files) + 1))
-    names = {name for shard in shards for name in _shard_names(shard, meta["masked"])}
-    if other := sorted(names ^ meta["files"].keys()):
-        raise UserError(
-            f"{path} is damaged: {other[0]!r} is no name of a file of {meta['shards']} shards, or "
-            "is missing"
-        )
+    wrong = _wrong_key(meta, _META)
+    if wrong is None:
+        files = meta["files"]
+        shards = range(min(meta["shards"], len(files) + 1))
+        names = {name for shard in shards for name in _shard_names(shard, meta["masked"])}
+        if other := sorted(names ^ files.keys()):
+            raise UserError(
+                f"{path} is damaged: {other[0]!r} is no name of a file of {meta['shards']} shards, "
+                "or is missing"
+            )
+        wrong = _wrong_key(files, {name: {"bytes": int, "sha256": str} for name in files})
+    if wrong is not None:
+        raise UserError(f"{path} is damaged: its {wrong!r} is missing or cannot be used")
     return meta
+
+
+def _wrong_key(value: Any, schema: dict[str, Any]) -> str | None:
+    """Return a key that is missing, of another type than in ``schema``, or a negative number."""
+    for key, kind in schema.items():
+        item = value.get(key)
+        if isinstance(kind, tuple):
+            good = item in kind
+        elif isinstance(kind, dict):
+            good = isinstance(item, dict) and _wrong_key(item, kind) is None
+        else:
+            good = isinstance(item, kind) and (kind is not int or item >= 0)
+        if not good:
+            return key
+    return None
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
@@ -244,25 +245,22 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
 def _verify(folder: Path, files: dict[str, dict[str, Any]], progress: ProgressCallback) -> None:
     """Compare the size and the SHA-256 of each file with those in ``meta.json``.
 
-    The cache folder records which files were hashed, by size, times of change (of content and
-    inode) and inode; a file is hashed again when one of these differs. A change that alters none of
-    them is not noticed: a fault of the disk, a change of the clock, or a second write within one
-    tick of the file system's clock. If the cache folder cannot be written, every call hashes.
+    The cache folder records the size, times of change and inode of the files that were hashed; a
+    file is hashed again when one of these differs. A change that alters none of them, such as a
+    fault of the disk, is not noticed. If the cache folder cannot be written, every call hashes.
 
     Raises:
         UserError: a file is missing or was altered.
     """
     state, refused = {}, f"data.path={folder} cannot be used"
     for name, file in files.items():
-        path = folder / name
-        status = path.stat() if path.is_file() else None
-        if status is None:
+        if not (folder / name).is_file():
             raise UserError(f"{refused}: {name} is missing")
-        size = status.st_size
-        if size != file["bytes"]:
-            raise UserError(f"{refused}: {name} has {size} bytes in place of {file['bytes']}")
+        status = (folder / name).stat()
+        if status.st_size != file["bytes"]:
+            raise UserError(f"{refused}: {name} has {status.st_size} bytes, not {file['bytes']}")
         times = [status.st_mtime_ns, status.st_ctime_ns]
-        state[name] = [size, *times, status.st_ino, file["sha256"]]
+        state[name] = [status.st_size, *times, status.st_ino, file["sha256"]]
     record = cache_folder() / "verified" / f"{sha256(str(folder.resolve()))[:32]}.json"
     with ExitStack() as stack:
         try:
@@ -278,30 +276,23 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]], progress: ProgressCa
             hashes = pool.map(_hash, [folder / name for name in names])
             for name, digest in zip(names, hashes, strict=True):
                 if digest != files[name]["sha256"]:
-                    raise UserError(
-                        f"{refused}: {name} is damaged: its content does not have its SHA-256"
-                    )
+                    raise UserError(f"{refused}: {name} is damaged: its SHA-256 differs")
                 done += files[name]["bytes"]
                 progress("verifying", done, total)
         if names:
             try:
                 write_json(record, state)
             except OSError as error:
-                _log.warning(
-                    "%s is hashed again at the next start: %s cannot be written: %s",
-                    folder,
-                    record,
-                    error.strerror,
-                )
+                told = f"{folder} is hashed again at the next start"
+                _log.warning("%s: %s cannot be written: %s", told, record, error.strerror)
 
 
 def _hash(path: Path) -> str:
     try:
         return sha256(path)
     except OSError as error:
-        raise UserError(
-            f"data.path={path.parent} cannot be used: {path.name} cannot be read: {error.strerror}"
-        ) from error
+        refused = f"data.path={path.parent} cannot be used"
+        raise UserError(f"{refused}: {path.name} cannot be read: {error.strerror}") from error
 
 
 class ShardWriter:
@@ -323,16 +314,14 @@ class ShardWriter:
 
     def add(self, document: Document, tokens: np.ndarray, mask: np.ndarray | None) -> None:
         """Append a document's tokens, with end of text first, and their loss mask if any."""
-        meta = self._meta
+        meta, n_tokens, n_bytes = self._meta, len(tokens), document.n_bytes
         split = "val" if document.key <= meta["threshold"] else "train"
         self._append(split, tokens, mask)
-        counts = {"documents": 1, "tokens": len(tokens), "bytes": document.n_bytes}
         if split == "val":
-            row = [document.key, len(tokens), document.n_bytes]
-            self._write("val", ".docs.bin", np.array(row, "<u8"))
+            self._write("val", ".docs.bin", np.array([document.key, n_tokens, n_bytes], "<u8"))
         else:
-            self._in_shard += len(tokens)
-        for key, count in counts.items():
+            self._in_shard += n_tokens
+        for key, count in {"documents": 1, "tokens": n_tokens, "bytes": n_bytes}.items():
             meta[split][key] += count
         meta["sha256"] = sha256(bytes.fromhex(meta["sha256"]), document.digest)
         if self._in_shard >= self._shard_tokens:
@@ -384,9 +373,8 @@ def _shard_name(split: str, shard: int, suffix: str) -> str:
 
 
 def _shard_names(shard: int, masked: bool) -> list[str]:
-    masks = [".mask.bin"] if masked else []
     return [
         _shard_name(split, shard, suffix)
         for split, suffixes in _SUFFIXES.items()
-        for suffix in [*suffixes, *masks]
+        for suffix in suffixes + [".mask.bin"] * masked
     ]

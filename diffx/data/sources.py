@@ -4,6 +4,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import sysconfig
 import zlib
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import zstandard
 
@@ -55,8 +56,8 @@ class Document:
 def documents(data: DataConfig) -> Iterator[Document]:
     """Read a source's documents one at a time, in a fixed order, without empty ones.
 
-    A text of ``data=text`` that is more than 2% of its corpus is cut into pieces of about 1%, each
-    of them a document, so that ``data.val_fraction`` can be met. A text with a prompt stays whole.
+    A text of ``data=text`` that is more than 2% of its corpus is cut into documents of about 1%, so
+    that ``data.val_fraction`` can be met. A text with a prompt stays whole.
 
     Raises:
         UserError: a file or data set cannot be read, text is not UTF-8, a JSON line or a field is
@@ -95,16 +96,13 @@ def source_files(data: DataConfig) -> dict[str, Path]:
             folders[:] = [name for name in folders if name not in _NOT_STDLIB]
             sources += [Path(folder, name) for name in names if name.endswith(".py")]
         if not sources:
-            raise UserError(
-                f"data=stdlib cannot be used: {root} holds no Python source; choose data=text "
-                "data.path=FOLDER"
-            )
+            refused = f"data=stdlib cannot be used: {root} holds no Python source"
+            raise UserError(f"{refused}; choose data=text data.path=FOLDER")
         return {path.relative_to(root).as_posix(): path for path in sorted(sources)}
     assert isinstance(data, TextData)
     paths: dict[Path, Path] = {}
-    for entry in data.path:
-        for path in _expand(entry):
-            paths.setdefault(path.resolve(), path)  # a file that two entries name is read once
+    for path in itertools.chain.from_iterable(map(_expand, data.path)):
+        paths.setdefault(path.resolve(), path)  # a file that two entries name is read once
     return {path.as_posix(): path for path in paths.values()}
 
 
@@ -135,9 +133,8 @@ def _document(text: str, prompt: str, name: str, where: str, read: int = 0) -> D
         raise UserError(
             f"{where}: character {error.start} is half of a surrogate pair, which is no text"
         ) from error
-    return Document(
-        text, prompt, name, hashlib.sha256(head + b"\0" + data).digest(), len(data), read
-    )
+    digest = hashlib.sha256(head + b"\0" + data).digest()
+    return Document(text, prompt, name, digest, len(data), read)
 
 
 def _expand(entry: str) -> list[Path]:
@@ -147,72 +144,68 @@ def _expand(entry: str) -> list[Path]:
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"{_cannot(entry)}: its suffix is not supported; {accepted}")
         return [path]
+    candidates: Iterable[Path]
     if path.is_dir():
-        candidates = [
+        candidates = (
             child
             for child in path.rglob("*")
             if not any(part.startswith(".") for part in child.relative_to(path).parts)
-        ]
+        )
     elif glob.has_magic(entry):
-        candidates = [Path(match) for match in glob.glob(str(path), recursive=True)]
+        candidates = map(Path, glob.glob(str(path), recursive=True))
     else:
         raise UserError(f"{_cannot(entry)}: there is no such file or directory")
     paths = sorted(
         child for child in candidates if child.name.endswith(SUFFIXES) and child.is_file()
     )
     if not paths:
-        raise UserError(
-            f"{_cannot(entry)}: it {'holds' if path.is_dir() else 'matches'} no file that can be "
-            f"read; {accepted}"
-        )
+        verb = "holds" if path.is_dir() else "matches"
+        raise UserError(f"{_cannot(entry)}: it {verb} no file that can be read; {accepted}")
     return paths
 
 
 def _read(path: Path, data: DataConfig, alone: bool) -> Iterator[tuple[str, str, str, int]]:
     """Yield text, prompt, the place for messages, and the bytes of the file read so far."""
+    where, size = _cannot(path), path.stat().st_size
     if isinstance(data, TextData) and path.suffix == ".parquet":
         yield from _read_parquet(path, data)
     elif isinstance(data, TextData) and path.suffix in (".jsonl", ".gz", ".zst"):
         yield from _read_jsonl(path, data)
     elif alone:
-        yield from _read_pieces(path)
+        # One document could not be split into training and held-out text.
+        size, read = min(max(size // _PIECES, _PIECE_MIN), _PIECE_MAX), 0
+        for piece in _pieces((line for line, _ in _lines(path)), size):
+            read += len(piece.encode())
+            yield piece, "", where, read
     else:
-        content = path.read_bytes()
-        yield _decode(content, path), "", _cannot(path), len(content)
+        yield _decode(path.read_bytes(), path), "", where, size
 
 
 def _decode(content: bytes, path: Path, start: int = 0) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{_cannot(path)}: it is not UTF-8 at byte {start + error.start}; convert it to UTF-8"
-        ) from error
+        at = start + error.start
+        raise UserError(f"{_cannot(path)}: it is not UTF-8 at byte {at}; convert it") from error
 
 
-def _read_pieces(path: Path) -> Iterator[tuple[str, str, str, int]]:
-    """Cut a text file that is the whole corpus into about a hundred documents.
-
-    The cuts are at blank lines if possible. One document could not be split into training and held-
-    out text.
-    """
-    size = min(max(path.stat().st_size // _PIECES, _PIECE_MIN), _PIECE_MAX)
-    read = 0
-    with path.open("rb") as file:
-        for piece in _pieces(_lines(file, path), size):
-            read += len(piece.encode())
-            yield piece, "", _cannot(path), read
-
-
-def _lines(file: BinaryIO, path: Path) -> Iterator[str]:
-    start = 0
-    for line in file:
-        yield _decode(line, path, start)
-        start += len(line)
+def _lines(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield the lines of a file, decompressed, and the bytes of the file read so far."""
+    with path.open("rb") as raw:
+        stream: Any = raw
+        if path.suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=raw)
+        elif path.suffix == ".zst":
+            reader: Any = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            stream = io.BufferedReader(reader, 1 << 16)
+        start = 0
+        for line in stream:
+            yield _decode(line, path, start), raw.tell()
+            start += len(line)
 
 
 def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
-    """Join lines to texts of ``size`` bytes or more, which end at a blank line or at ``2 * size``."""
+    """Join lines to texts of ``size`` bytes or more that end at a blank line or ``2 * size``."""
     taken, length = [], 0
     for line in lines:
         taken.append(line)
@@ -224,27 +217,17 @@ def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, data: TextData) -> Iterator[tuple[str, str, str, int]]:
-    with path.open("rb") as raw:
-        stream: BinaryIO = raw
-        if path.suffix == ".gz":
-            stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-        elif path.suffix == ".zst":
-            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            stream = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 16))
-        start = 0
-        for number, line in enumerate(stream, 1):
-            text = _decode(line, path, start)
-            start += len(line)
-            where = f"{_cannot(path)}: line {number}"
-            if not text.strip():
-                continue
-            try:
-                row = parse_json(text)
-            except ValueError as error:
-                raise UserError(f"{where} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where} is not a JSON object with a field {data.text_key!r}")
-            yield *_fields(row, data, where), where, raw.tell()
+    for number, (text, read) in enumerate(_lines(path), 1):
+        where = f"{_cannot(path)}: line {number}"
+        if not text.strip():
+            continue
+        try:
+            row = parse_json(text)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is not a JSON object with a field {data.text_key!r}")
+        yield *_fields(row, data, where), where, read
 
 
 def _read_parquet(path: Path, data: TextData) -> Iterator[tuple[str, str, str, int]]:
@@ -253,24 +236,17 @@ def _read_parquet(path: Path, data: TextData) -> Iterator[tuple[str, str, str, i
 
     try:
         file = ParquetFile(path)
-        names, total, size, rows = (
-            file.schema_arrow.names,
-            file.metadata.num_rows,
-            path.stat().st_size,
-            0,
-        )
-        for batch in file.iter_batches(
-            columns=[name for name in names if name in (data.text_key, data.prompt_key)],
-            batch_size=1024,
-        ):
+        names, total = file.schema_arrow.names, file.metadata.num_rows
+        columns = [name for name in names if name in (data.text_key, data.prompt_key)]
+        rows, size = 0, path.stat().st_size
+        for batch in file.iter_batches(columns=columns, batch_size=1024):
             for row in batch.to_pylist() if batch.num_columns else [dict.fromkeys(names)]:
                 rows += 1
                 where = f"{_cannot(path)}: row {rows}"
                 yield *_fields(row, data, where), where, size * rows // total
     except ArrowException as error:
-        raise UserError(
-            f"{_cannot(path)}: it cannot be read as parquet: {reason(error)}"
-        ) from error
+        why = f"it cannot be read as parquet: {reason(error)}"
+        raise UserError(f"{_cannot(path)}: {why}") from error
 
 
 def _fields(row: dict[str, Any], data: TextData | HubData, where: str) -> tuple[str, str]:
@@ -278,16 +254,12 @@ def _fields(row: dict[str, Any], data: TextData | HubData, where: str) -> tuple[
     values = []
     for setting, key in (("text_key", data.text_key), ("prompt_key", data.prompt_key)):
         if key is not None and key not in row:
-            raise UserError(
-                f"{where} has no field {key!r} (data.{setting}); it has "
-                f"{', '.join(map(repr, row)) or 'none'}"
-            )
+            names = ", ".join(map(repr, row)) or "none"
+            raise UserError(f"{where} has no field {key!r} (data.{setting}); it has {names}")
         value = "" if key is None or (setting == "prompt_key" and row[key] is None) else row[key]
         if not isinstance(value, str):
-            raise UserError(
-                f"{where} has a field {key!r} (data.{setting}) that is not text but "
-                f"{type(value).__name__}"
-            )
+            kind = type(value).__name__
+            raise UserError(f"{where}: {key!r} (data.{setting}) is not text but {kind}")
         values.append(value)
     return values[0], values[1]
 
@@ -307,9 +279,7 @@ def hub_dataset(data: HubData) -> Any:
             )
     except Exception as error:  # each library below has other exceptions
         asked = f"data.name={data.name} with data.subset={data.subset} and data.split={data.split}"
-        accepted = (
-            "it must be a data set of the Hugging Face hub that can be reached, or a local folder"
-        )
+        accepted = "it must be a data set of the hub that can be reached, or a local folder"
         raise UserError(f"{asked} cannot be used: {reason(error)}; {accepted}") from error
 
 

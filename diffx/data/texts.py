@@ -3,12 +3,11 @@
 import itertools
 from pathlib import Path
 
-import numpy as np
-
 from diffx.config.data import DataConfig, HubData, ShardsData
 from diffx.data.prepare import Source, holdout_threshold
 from diffx.data.shards import Shards
 from diffx.data.sources import documents
+from diffx.data.tokenizers import decode_documents
 from diffx.files import sha256
 
 _MOST = 64 << 20  # characters; no evaluation needs more
@@ -30,17 +29,11 @@ def read_texts(data: DataConfig, held_out: bool) -> tuple[list[str], str]:
     if isinstance(data, ShardsData):
         shards = Shards(Path(data.path).expanduser())
         tokens = shards.held_out(int(data.val_tokens)).read(0, int(data.val_tokens))[0]
-        ends = np.flatnonzero(tokens == shards.tokenizer.eot_id)
-        texts = [
-            shards.tokenizer.decode(tokens[start + 1 : end].tolist())
-            for start, end in itertools.pairwise([*ends, len(tokens)])
-        ]
+        texts = decode_documents(shards.tokenizer, tokens)
     else:
-        read = (
-            list(itertools.islice(documents(data), data.tokenizer_documents))
-            if isinstance(data, HubData)
-            else None
-        )
+        read = None
+        if isinstance(data, HubData):
+            read = list(itertools.islice(documents(data), data.tokenizer_documents))
         source = Source(data, lambda: read or documents(data))
         threshold = holdout_threshold(source) if held_out else 2**64
         texts, length = [], 0

@@ -1,6 +1,7 @@
 """Text to tokens and back. Special tokens in a text are encoded as ordinary text."""
 
 import base64
+import itertools
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -41,9 +43,8 @@ class FastTokenizer:
     def __init__(
         self, kind: str, backend: tokenizers.Tokenizer, eot: str, pretrained: Any = None
     ) -> None:
-        backend.encode_special_tokens = (
-            True  # "<|endoftext|>" in a text is five words, not the end of the text
-        )
+        # "<|endoftext|>" in a text is five words, not the end of the text.
+        backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
         self.kind = kind
@@ -63,10 +64,8 @@ class FastTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encode several texts at once."""
-        return [
-            encoding.ids
-            for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: list[int]) -> str:
         """Map tokens to text, special tokens included."""
@@ -81,24 +80,21 @@ class FastTokenizer:
         """
         from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
 
-        options: dict[str, Any] = {
-            "eos_token": self._eot,
-            "model_input_names": ["input_ids", "attention_mask"],
-        }
-        pretrained = self._pretrained
+        backend, pretrained, eot = self._backend, self._pretrained, self._eot
         if begin:
-            backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
-            first = self._eot
+            backend = tokenizers.Tokenizer.from_str(backend.to_str())
             backend.post_processor = processors.TemplateProcessing(
-                single=f"{first} $A", pair=f"{first} $A $B:1", special_tokens=[(first, self.eot_id)]
+                single=f"{eot} $A", pair=f"{eot} $A $B:1", special_tokens=[(eot, self.eot_id)]
             )
+        if begin or pretrained is None:
             pretrained = PreTrainedTokenizerFast(
-                tokenizer_object=backend, bos_token=first, **options
+                tokenizer_object=backend,
+                model_input_names=["input_ids", "attention_mask"],
+                eos_token=eot,
+                **({"bos_token": eot} if begin else {}),
             )
-        elif pretrained is None:
-            pretrained = PreTrainedTokenizerFast(tokenizer_object=self._backend, **options)
         pretrained.save_pretrained(folder)
-        saved = {"kind": self.kind, "eot": self._eot, "fingerprint": self.fingerprint}
+        saved = {"kind": self.kind, "eot": eot, "fingerprint": self.fingerprint}
         write_json(Path(folder) / _FILE, saved)
 
 
@@ -110,10 +106,8 @@ class TiktokenEncoding:
         self.eot_id: int = encoding.eot_token
         self.vocab_size: int = encoding.n_vocab
         self._encoding = encoding
-        ranks = sha256(self._ranks())
-        self.fingerprint = json_sha256(
-            [ranks, encoding._pat_str, encoding._special_tokens], sort_keys=False
-        )
+        definition = [sha256(self._ranks()), encoding._pat_str, encoding._special_tokens]
+        self.fingerprint = json_sha256(definition, sort_keys=False)
 
     def encode(self, text: str) -> list[int]:
         """Encode one text, without an end-of-text token."""
@@ -138,8 +132,9 @@ class TiktokenEncoding:
             "name": encoding.name,
             "pat_str": encoding._pat_str,
             "special_tokens": encoding._special_tokens,
+            "fingerprint": self.fingerprint,
         }
-        write_json(folder / _FILE, saved | {"fingerprint": self.fingerprint})
+        write_json(folder / _FILE, saved)
 
     def _ranks(self) -> bytes:
         ranks = sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1])
@@ -147,6 +142,13 @@ class TiktokenEncoding:
 
 
 Tokenizer = FastTokenizer | TiktokenEncoding
+
+
+def decode_documents(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
+    """Return the texts after each end-of-text token."""
+    ends = np.flatnonzero(tokens == tokenizer.eot_id).tolist()
+    spans = itertools.pairwise([*ends, len(tokens)])
+    return [tokenizer.decode(tokens[start + 1 : end].tolist()) for start, end in spans]
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
@@ -158,9 +160,8 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     if isinstance(config, BpeTokenizer):
         return _train_bpe(config.vocab_size, texts)
     if isinstance(config, BytesTokenizer):
-        vocab = {
-            char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-        }
+        chars = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab = {char: index for index, char in enumerate(chars)}
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
         backend.add_special_tokens([END_OF_TEXT])
         return FastTokenizer("bytes", _byte_level(backend, use_regex=False), END_OF_TEXT)
@@ -184,24 +185,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             lines = (line.split() for line in (folder / "ranks.tiktoken").read_bytes().splitlines())
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
             options = {"pat_str": saved["pat_str"], "special_tokens": saved["special_tokens"]}
-            tokenizer = TiktokenEncoding(
-                _tiktoken().Encoding(saved["name"], mergeable_ranks=ranks, **options)
-            )
+            encoding = _tiktoken().Encoding(saved["name"], mergeable_ranks=ranks, **options)
+            tokenizer = TiktokenEncoding(encoding)
         elif saved["kind"] == "hf":
             tokenizer = _from_hf(str(folder), None)
         else:
-            tokenizer = FastTokenizer(
-                saved["kind"],
-                tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
-                saved["eot"],
-            )
+            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer = FastTokenizer(saved["kind"], backend, saved["eot"])
     except Exception as error:  # a damaged file makes `tokenizers` raise no narrower one
         raise UserError(f"{folder} cannot be used as a tokenizer: {reason(error)}") from error
     if tokenizer.fingerprint != saved["fingerprint"]:
-        raise UserError(
-            f"{folder} cannot be used as a tokenizer: its files are not those that were saved "
-            "(fingerprint differs)"
-        )
+        raise UserError(f"{folder} cannot be used as a tokenizer: the fingerprint differs")
     return tokenizer
 
 
@@ -242,14 +236,10 @@ def _from_hf(name: str, revision: str | None) -> FastTokenizer:
                 name, revision=revision, trust_remote_code=False
             )
     except Exception as error:  # each library below has other exceptions
-        raise UserError(
-            f"{refused}: {reason(error)}; it must be a local folder or a hub name that can be "
-            "reached"
-        ) from error
+        accepted = "it must be a local folder or a hub name that can be reached"
+        raise UserError(f"{refused}: {reason(error)}; {accepted}") from error
     if not pretrained.is_fast:
-        raise UserError(
-            f"{refused}: it has no tokenizer.json; choose one of the `tokenizers` library"
-        )
+        raise UserError(f"{refused}: it has no tokenizer.json; choose one that has")
     if pretrained.eos_token is None:
         raise UserError(f"{refused}: it has no end-of-text token (eos_token)")
     return FastTokenizer("hf", pretrained.backend_tokenizer, pretrained.eos_token, pretrained)
@@ -259,10 +249,8 @@ def _tiktoken() -> Any:
     try:
         import tiktoken
     except ImportError as error:
-        raise UserError(
-            "tokenizer=tiktoken cannot be used: tiktoken is not installed; run pip install "
-            "'diffx[tiktoken]'"
-        ) from error
+        refused = "tokenizer=tiktoken cannot be used: tiktoken is not installed"
+        raise UserError(f"{refused}; run pip install 'diffx[tiktoken]'") from error
     return tiktoken
 
 
@@ -277,7 +265,6 @@ def _from_tiktoken(name: str) -> TiktokenEncoding:
     except KeyError as error:
         raise UserError(f"{refused}: it has no end-of-text token") from error
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{refused}: its vocabulary has to be fetched once from the network: {reason(error)}"
-        ) from error
+        why = "its vocabulary has to be fetched once from the network"
+        raise UserError(f"{refused}: {why}: {reason(error)}") from error
     return TiktokenEncoding(encoding)
