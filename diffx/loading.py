@@ -16,7 +16,7 @@ from diffx.config.model import ModelConfig
 from diffx.config.train import Device, TrainJob
 from diffx.data.tokenizers import Tokenizer, load_tokenizer
 from diffx.dex.attach import Adapted
-from diffx.dex.pretrained import load_pretrained
+from diffx.dex.pretrained import Pretrained, load_pretrained
 from diffx.files import read_json, write_json
 from diffx.models import build_model
 from diffx.train.adapt import restore
@@ -69,7 +69,7 @@ class Loaded:
 
     @property
     def architecture(self) -> str:
-        """``model=`` of a run; of another model its type in ``transformers``, and the variant of an adaptation."""
+        """``model=`` of a run; else the type in ``transformers``, with the variant if adapted."""
         config = self.model.config
         if isinstance(config, ModelConfig):
             return config.kind
@@ -96,9 +96,9 @@ def load(
     Raises:
         UserError: there is no such run, checkpoint or model, or it cannot be used.
     """
-    if not _names_run(spec):
-        return _load_pretrained(spec, device, dtype, revision, trust_remote_code)
-    return load_run(spec, device, dtype, trust_remote_code)
+    if _names_run(spec):
+        return load_run(spec, device, dtype, trust_remote_code)
+    return _load_pretrained(spec, device, dtype, revision, trust_remote_code)
 
 
 def load_run(
@@ -118,53 +118,36 @@ def load_run(
     where = pick_device(device)
     run_dir, folder = find_checkpoint(spec)
     job = load_config(run_dir / "config.yaml")
+    common = {
+        "name": run_dir.resolve().name,
+        "fingerprint": read_state(folder)["sha256"][WEIGHTS],
+        "folder": run_dir,
+        "step": int(folder.name.removeprefix("step_")),
+        "job": job,
+        "data": job.data,
+    }
     if isinstance(job, AdaptJob):
-        return _load_adapted(run_dir, folder, job, where, dtype, trust_remote_code)
+        kind = _resolve(dtype, where)
+        base, adapted = restore(run_dir, folder, job, where, kind, trust_remote_code)
+        return _of_pretrained(base, common | {"model": adapted.model.eval(), "adapted": adapted})
     tokenizer = load_tokenizer(run_dir / "tokenizer")
-    model = build_model(
-        dataclasses.replace(job.model, vocab_size=job.model.vocab_size or tokenizer.vocab_size)
-    )
+    vocab_size = job.model.vocab_size or tokenizer.vocab_size
+    model = build_model(dataclasses.replace(job.model, vocab_size=vocab_size))
     model.load_state_dict(read_tensors(folder / WEIGHTS, trained_shapes(model)))
     return Loaded(
         model.to(where, DTYPES.get(dtype)).eval(),
         tokenizer,
-        name=run_dir.resolve().name,
-        fingerprint=read_state(folder)["sha256"][WEIGHTS],
-        folder=run_dir,
-        step=int(folder.name.removeprefix("step_")),
         context=job.train.seq_len,
         limit=None,
         prefix=[tokenizer.eot_id],
         ends={tokenizer.eot_id},
-        job=job,
-        data=job.data,
+        **common,
     )
 
 
-def _load_adapted(
-    run_dir: Path,
-    folder: Path,
-    job: AdaptJob,
-    where: torch.device,
-    dtype: Dtype,
-    trust_remote_code: bool,
-) -> Loaded:
-    base, adapted = restore(run_dir, folder, job, where, _resolve(dtype, where), trust_remote_code)
-    return Loaded(
-        adapted.model.eval(),
-        base.tokenizer,
-        name=run_dir.resolve().name,
-        fingerprint=read_state(folder)["sha256"][WEIGHTS],
-        folder=run_dir,
-        step=int(folder.name.removeprefix("step_")),
-        context=base.limit or 2048,
-        limit=base.limit,
-        prefix=base.prefix,
-        ends=base.ends,
-        job=job,
-        data=job.data,
-        adapted=adapted,
-    )
+def _of_pretrained(pretrained: Pretrained, fields: dict[str, Any]) -> Loaded:
+    common = {name: getattr(pretrained, name) for name in ("tokenizer", "limit", "prefix", "ends")}
+    return Loaded(**common | {"context": pretrained.limit or 2048} | fields)
 
 
 def _names_run(spec: str) -> bool:
@@ -185,21 +168,15 @@ def _load_pretrained(
     pretrained = load_pretrained(
         "checkpoint", spec, _resolve(dtype, where), where, revision, trust_remote_code
     )
-    version = (revision or pretrained.fingerprint)[:12]
-    name = f"{pretrained.name}@{version}".replace("/", "--")
-    loaded = Loaded(
-        pretrained.model,
-        pretrained.tokenizer,
-        name=pretrained.name,
-        fingerprint=pretrained.fingerprint,
-        folder=Path("runs/hub") / name,
-        step=0,
-        context=pretrained.limit or 2048,
-        limit=pretrained.limit,
-        prefix=pretrained.prefix,
-        ends=pretrained.ends,
-    )
-    return dataclasses.replace(loaded, **_origin(Path(spec)))
+    name = f"{pretrained.name}@{(revision or pretrained.fingerprint)[:12]}".replace("/", "--")
+    common = {
+        "model": pretrained.model,
+        "name": pretrained.name,
+        "fingerprint": pretrained.fingerprint,
+        "folder": Path("runs/hub") / name,
+        "step": 0,
+    }
+    return _of_pretrained(pretrained, common | _origin(Path(spec)))
 
 
 def write_origin(loaded: Loaded, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Requests to the Hugging Face hub: no retries where its address is unknown, no messages of retries."""
+"""Requests to the Hugging Face hub: none where its address is unknown, no messages of retries."""
 
 import socket
 from collections.abc import Iterator

@@ -134,9 +134,8 @@ class Haystack:
                 return sample
             if not pieces:
                 raise ValueError(f"{length} tokens do not hold the needles")
-            pieces[-1] = pieces[-1].rpartition(" ")[
-                0
-            ]  # joined sentences can have more tokens than the sum
+            # Joined sentences can have more tokens than the sum of their counts.
+            pieces[-1] = pieces[-1].rpartition(" ")[0]
             if not pieces[-1]:
                 del pieces[-1], costs[-1]
 
@@ -145,24 +144,19 @@ class Haystack:
         total = len(self._sentences)
         pieces: list[str] = []
         costs: list[int] = []
-        for index in range(int(start * total), int(start * total) + total):
-            sentence = self._sentences[index % total]
-            if index % total not in self._costs:
-                self._costs[index % total] = self._count([" " + sentence])[0]
-            cost = self._costs[index % total]
+        for place in range(int(start * total), int(start * total) + total):
+            index = place % total
+            sentence = self._sentences[index]
+            if index not in self._costs:
+                self._costs[index] = self._count([" " + sentence])[0]
+            cost = self._costs[index]
             if cost >= limit:
-                words = sentence.split()
-                starts = [" ".join(words[:stop]) for stop in range(1, len(words) + 1)]
-                fitting = [
-                    pair
-                    for pair in zip(
-                        starts, self._count([" " + text for text in starts]), strict=True
-                    )
-                    if pair[1] <= limit
-                ]
-                return pieces + [text for text, _ in fitting[-1:]], costs + [
-                    cost for _, cost in fitting[-1:]
-                ]
+                parts = [f" {part}" for part in accumulate(sentence.split(), "{} {}".format)]
+                counted = zip(parts, self._count(parts), strict=True)
+                for part, cost in [pair for pair in counted if pair[1] <= limit][-1:]:
+                    pieces.append(part[1:])
+                    costs.append(cost)
+                return pieces, costs
             pieces.append(sentence)
             costs.append(cost)
             limit -= cost
@@ -180,10 +174,9 @@ def _join(pieces: list[str], costs: list[int], needles: Needles) -> Sample:
         for place in needles.places
     ]
     # Of several needles at one joint, the asked one is first at depth 0 and last at depth 1.
-    order = sorted(
-        range(len(at)),
-        key=lambda needle: (at[needle], needles.places[0] if needle == 0 else 0.5, needle),
-    )
+    shares = [needles.places[0], *[0.5] * (len(at) - 1)]
+    order = sorted(range(len(at)), key=lambda needle: (at[needle], shares[needle], needle))
+    hidden = list(map(needle_of, needles.cities, needles.numbers))
     parts: list[str] = []
     done = 0
     for needle in order:
@@ -191,10 +184,9 @@ def _join(pieces: list[str], costs: list[int], needles: Needles) -> Sample:
         done = max(done, at[needle])
         if needle == 0:
             start = sum(map(len, parts)) + max(len(parts) - 1, 0)
-        parts.append(needle_of(needles.cities[needle], needles.numbers[needle]))
+        parts.append(hidden[needle])
     context = " ".join(parts + pieces[done:])
-    first = needle_of(needles.cities[0], needles.numbers[0])
-    return Sample(context, needles, (start, start + len(first) + (start > 0)))
+    return Sample(context, needles, (start, start + len(hidden[0]) + (start > 0)))
 
 
 def _listed(items: Sequence[str]) -> str:

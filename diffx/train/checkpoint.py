@@ -66,9 +66,7 @@ def save_checkpoint(
     if not main:
         return folder
     trained = trained_shapes(model)
-    weights = {
-        name: value for name, value in weights.items() if name in trained
-    }  # a tied weight once
+    weights = {name: weights[name] for name in weights if name in trained}  # a tied weight once
     flat = {
         f"{name}.{key}": value
         for name, values in moments["state"].items()
@@ -81,25 +79,20 @@ def save_checkpoint(
     try:
         folder.parent.mkdir(exist_ok=True)
         with replacing_folder(folder) as temporary:
-            save_file(
-                {name: value.contiguous() for name, value in weights.items()}, temporary / WEIGHTS
-            )
-            save_file(
-                {name: value.contiguous() for name, value in flat.items()}, temporary / OPTIMIZER
-            )
-            sums = {name: sha256(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+            sums = {}
+            for file, tensors in ((WEIGHTS, weights), (OPTIMIZER, flat)):
+                contiguous = {name: value.contiguous() for name, value in tensors.items()}
+                save_file(contiguous, temporary / file)
+                sums[file] = sha256(temporary / file)
             state = {"step": step, "sha256": sums, **state}
             write_json(temporary / STATE, {"checksum": json_checksum(state), **state})
             for path in temporary.iterdir():
                 _sync(path)
-            shutil.rmtree(
-                folder, ignore_errors=True
-            )  # a damaged one of the same step, passed over at the resume
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one, not used by the resume
         _sync(folder.parent)
     except FileNotFoundError as error:
         raise RunError(
-            f"{run_dir} was deleted or moved while the run was going; the checkpoint of step "
-            f"{step} cannot be written"
+            f"{run_dir} was deleted or moved; the checkpoint of step {step} cannot be written"
         ) from error
     except Exception as error:
         # safetensors reports a full disk only in the text of its exception.
@@ -127,33 +120,23 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpointError: names the file that is missing or altered.
     """
+    damaged = f"{folder} is damaged"
     try:
         state = read_json(folder / STATE, {"step": int, "sha256": dict})
     except UserError as error:
-        raise DamagedCheckpointError(
-            f"{folder} is damaged: {str(error).removeprefix(f'{folder}/')}"
-        ) from error
-    checksum, sums = (
-        state.pop("checksum", None),
-        state["sha256"],
-    )  # checkpoints of before there was a checksum have none
+        why = str(error).removeprefix(f"{folder}/")
+        raise DamagedCheckpointError(f"{damaged}: {why}") from error
+    checksum, sums = state.pop("checksum", None), state["sha256"]  # old ones have no checksum
     match = _NAME.fullmatch(folder.name)
-    altered = checksum is not None and checksum != json_checksum(state)
-    if (
-        altered
-        or sums.keys() != {WEIGHTS, OPTIMIZER}
-        or not match
-        or state["step"] != int(match[1])
-    ):
-        raise DamagedCheckpointError(f"{folder} is damaged: {STATE} is not what was written")
+    named = match is not None and state["step"] == int(match[1])
+    intact = checksum is None or checksum == json_checksum(state)
+    if not (named and intact and sums.keys() == {WEIGHTS, OPTIMIZER}):
+        raise DamagedCheckpointError(f"{damaged}: {STATE} is not what was written")
     for name, expected in sums.items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpointError(f"{folder} is damaged: {name} is missing")
-        if sha256(path) != expected:
-            raise DamagedCheckpointError(
-                f"{folder} is damaged: {name} does not have the checksum it was written with"
-            )
+        if not (folder / name).is_file():
+            raise DamagedCheckpointError(f"{damaged}: {name} is missing")
+        if sha256(folder / name) != expected:
+            raise DamagedCheckpointError(f"{damaged}: {name} does not have its checksum")
     return state
 
 
@@ -166,15 +149,12 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     weights: dict[str, Any] = read_tensors(folder / WEIGHTS, shapes)
     set_model_state_dict(model, weights, options=_FULL)
     # Without _FULL, which returns the parameter groups in the main process only.
-    moments = get_optimizer_state_dict(model, optimizer)
-    steps = {f"{name}.step": torch.Size() for name in shapes}
-    shapes = {
-        f"{name}.{key}": shape
-        for name, shape in shapes.items()
-        for key in ("exp_avg", "exp_avg_sq")
-    }
-    shapes |= steps | {"rng.cpu": torch.get_rng_state().shape}
-    flat = read_tensors(folder / OPTIMIZER, shapes, optional=("rng.cuda",))
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    expected = {"rng.cpu": torch.get_rng_state().shape}
+    for name, shape in shapes.items():
+        expected |= {f"{name}.{key}": shape for key in ("exp_avg", "exp_avg_sq")}
+        expected[f"{name}.step"] = torch.Size()
+    flat = read_tensors(folder / OPTIMIZER, expected, optional=("rng.cuda",))
     torch.set_rng_state(flat.pop("rng.cpu"))
     cuda = flat.pop("rng.cuda", None)
     if cuda is not None and torch.cuda.is_available():
@@ -183,9 +163,8 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     for name, value in flat.items():
         parameter, _, key = name.rpartition(".")
         states.setdefault(parameter, {})[key] = value
-    set_optimizer_state_dict(
-        model, optimizer, {"state": states, "param_groups": moments["param_groups"]}, options=_FULL
-    )
+    moments = {"state": states, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, moments, options=_FULL)
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
@@ -245,9 +224,9 @@ def find_checkpoint(spec: str, key: str = "checkpoint") -> tuple[Path, Path]:
         UserError: there is no such run or checkpoint; the message lists what exists.
         DamagedCheckpointError: the checkpoint is damaged.
     """
-    path, _, which = (
-        spec.rpartition("@") if "@" in spec and not Path(spec).exists() else (spec, "", "")
-    )
+    path, which = spec, ""
+    if "@" in spec and not Path(spec).exists():
+        path, _, which = spec.rpartition("@")
     run_dir, refused = Path(path), f"{key}={spec} cannot be used"
     if not run_dir.is_dir():
         raise UserError(f"{refused}: there is no folder {path}")
@@ -260,14 +239,12 @@ def find_checkpoint(spec: str, key: str = "checkpoint") -> tuple[Path, Path]:
     if which == "best":
         folder = best(run_dir)
         if folder is None:
-            raise UserError(
-                f"{refused}: no checkpoint of {path} has a validation loss; its steps are {steps}"
-            )
+            why = f"no checkpoint of {path} has a validation loss"
+            raise UserError(f"{refused}: {why}; its steps are {steps}")
     elif which:
         if which not in steps_saved:
-            raise UserError(
-                f"{refused}: {path} has no checkpoint {which!r}; accepted: best, {steps}"
-            )
+            why = f"{path} has no checkpoint {which!r}"
+            raise UserError(f"{refused}: {why}; accepted: best, {steps}")
         folder = steps_saved[which]
     else:
         folder = list(steps_saved.values())[-1]

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import operator
 import os
 import platform
 import subprocess
@@ -58,55 +59,47 @@ def settle(job: AnyJob, overrides: list[str]) -> tuple[AnyJob, Path | None]:
         UserError: the folder exists, there is nothing to resume, or an override conflicts with the
             earlier run.
     """
-    resume = job.train.resume
-    if resume is None or (
-        resume == "auto" and (job.run.dir is None or not _begun(Path(job.run.dir)))
-    ):
-        if job.run.dir is not None and not _unused(folder := Path(job.run.dir)):
+    resume, run_dir = job.train.resume, None if job.run.dir is None else Path(job.run.dir)
+    if resume is None or (resume == "auto" and (run_dir is None or not _begun(run_dir))):
+        if run_dir is not None and not _unused(run_dir):
             raise UserError(
-                f"run.dir={folder} cannot be used: it exists; choose another, or continue that run "
-                f"with train.resume={folder}"
+                f"run.dir={run_dir} cannot be used: it exists; choose another, or continue that "
+                f"run with train.resume={run_dir}"
             )
         return _continued(job, overrides), None
-    folder = Path(job.run.dir if resume == "auto" and job.run.dir is not None else resume)
+    folder = run_dir if resume == "auto" and run_dir is not None else Path(resume)
     refused = f"train.resume={folder} cannot be used"
     if not folder.is_dir():
         raise UserError(f"{refused}: there is no such folder; accepted: auto, or a run folder")
     if not _begun(folder):
-        killed = (
-            "; its start was killed early: repeat its command with run.dir= and train.resume=auto"
-            if _unused(folder)
-            else ""
-        )
+        killed = "its start was killed early: repeat its command with run.dir= and "
+        killed = f"; {killed}train.resume=auto" if _unused(folder) else ""
         raise UserError(f"{refused}: it is not a run folder (it has no config.yaml){killed}")
-    if (
-        resume != "auto"
-        and job.run.dir is not None
-        and Path(job.run.dir).resolve() != folder.resolve()
-    ):
+    if run_dir is not None and run_dir.resolve() != folder.resolve():
         raise UserError(
-            f"run.dir={job.run.dir} cannot be used with train.resume={folder}: a resumed run stays "
-            "in its folder"
+            f"run.dir={run_dir} cannot be used with train.resume={folder}: a resumed run stays in "
+            "its folder"
         )
     saved = load_config(folder / "config.yaml")
     if saved.kind != job.kind:
         raise UserError(f"{refused}: it holds a {saved.kind} run, not a {job.kind} run")
     if isinstance(saved, AdaptJob) and isinstance(job, AdaptJob):
-        saved.trust_remote_code = (
-            job.trust_remote_code
-        )  # only this command's word counts: somebody else may have written the folder
+        # Another person may have written the folder: only this command can trust code.
+        saved.trust_remote_code = job.trust_remote_code
+    values, saved_values = _flat(job), _flat(saved)
     for key in given(overrides, job, saved):
         if key == "train.steps":
             saved.train.tokens = None
         if key == "train.tokens":
             saved.train.steps = None
+        group, _, name = key.rpartition(".")
         if key in _FREE or key.split(".")[0] in ("wandb", "run"):
-            _put(saved, key, _get(job, key))
-        elif _get(saved, key) != _get(job, key):
+            setattr(operator.attrgetter(group)(saved) if group else saved, name, values[key])
+        elif saved_values[key] != values[key]:
             raise UserError(
-                f"{key}={_plain(job, key)} conflicts with the run in {folder}, which has "
-                f"{key}={_plain(saved, key)}; "
-                "a resumed run keeps its settings, save for steps, cadence, device and wandb"
+                f"{key}={_plain(values[key])} conflicts with the run in {folder}, which has "
+                f"{key}={_plain(saved_values[key])}; a resumed run keeps its settings, save for "
+                "steps, cadence, device and wandb"
             )
     saved.run.dir = str(folder)
     saved.train = dataclasses.replace(saved.train)  # runs its checks again
@@ -114,7 +107,7 @@ def settle(job: AnyJob, overrides: list[str]) -> tuple[AnyJob, Path | None]:
 
 
 def finished(job: AnyJob, folder: Path, reporter: Reporter) -> bool:
-    """Return whether a run has done all of its steps, with an intact last checkpoint; if so, say it."""
+    """Return whether a run has done all its steps, with an intact last checkpoint; then say so."""
     try:
         summary = read_json(folder / "summary.json", {"step": int, "val/loss": float})
     except (UserError, OSError):  # none, or damaged: the end is done again
@@ -135,22 +128,24 @@ def given(overrides: list[str], job: AnyJob, saved: AnyJob) -> list[str]:
     An override of a group (``model=diff_v1``) sets its ``kind``, ``size=`` the shape,
     ``experiment=`` every key in which ``job`` and ``saved`` differ.
     """
-    keys = _flat(job)
-    keys_set: list[str] = []
+    values, saved_values = _flat(job), _flat(saved)
+    keys: list[str] = []
     for override in overrides:
         name = override.lstrip("+~").split("=")[0].split("@")[0]
         if name in ("model", "data", "tokenizer"):
-            keys_set.append(f"{name}.kind")
+            keys.append(f"{name}.kind")
         elif name == "size":
-            keys_set += [f"model.{key}" for key in _SHAPE]
+            keys += [f"model.{key}" for key in _SHAPE]
         elif name == "experiment":
-            keys_set += [
-                key for key in keys if key not in _flat(saved) or _get(saved, key) != _get(job, key)
+            keys += [
+                key
+                for key, value in values.items()
+                if key not in saved_values or saved_values[key] != value
             ]
         else:
-            keys_set += [key for key in keys if key == name or key.startswith(f"{name}.")]
+            keys += [key for key in values if key == name or key.startswith(f"{name}.")]
     # A key that `saved` lacks belongs to another kind, and the kinds are compared first.
-    return [key for key in dict.fromkeys(keys_set) if key in _flat(saved) or key.endswith(".kind")]
+    return [key for key in dict.fromkeys(keys) if key in saved_values or key.endswith(".kind")]
 
 
 def _continued(job: AnyJob, overrides: list[str]) -> AnyJob:
@@ -159,26 +154,20 @@ def _continued(job: AnyJob, overrides: list[str]) -> AnyJob:
         return job
     source, _ = find_checkpoint(job.train.init_from, "train.init_from")
     saved = load_config(source / "config.yaml")
-    keys = given(overrides, job, saved)
+    keys, values, saved_values = given(overrides, job, saved), _flat(job), _flat(saved)
     for key in keys:
-        if (
-            key.split(".")[0] in ("model", "tokenizer")
-            and key != "model.rope_theta"
-            and _get(job, key) != _get(saved, key)
-        ):
+        fixed = key.split(".")[0] in ("model", "tokenizer") and key != "model.rope_theta"
+        if fixed and values[key] != saved_values[key]:
             raise UserError(
-                f"{key}={_plain(job, key)} conflicts with train.init_from={job.train.init_from}, "
-                f"which has {key}={_plain(saved, key)}; the model and the tokenizer come from that "
-                "run, and only model.rope_theta may change"
+                f"{key}={_plain(values[key])} conflicts with train.init_from="
+                f"{job.train.init_from}, which has {key}={_plain(saved_values[key])}; the model "
+                "and the tokenizer come from that run, and only model.rope_theta may change"
             )
     theta = job.model.rope_theta if "model.rope_theta" in keys else saved.model.rope_theta
     model = dataclasses.replace(saved.model, rope_theta=theta)
-    # A tokenizer that was trained is read from that run, not trained again on this corpus.
-    tokenizer = (
-        HfTokenizer(name=str(source / "tokenizer"))
-        if saved.tokenizer.kind in ("bpe", "bytes")
-        else saved.tokenizer
-    )
+    tokenizer = saved.tokenizer
+    if tokenizer.kind in ("bpe", "bytes"):  # read from that run, not trained on this corpus
+        tokenizer = HfTokenizer(name=str(source / "tokenizer"))
     return dataclasses.replace(job, model=model, tokenizer=tokenizer)
 
 
@@ -233,10 +222,8 @@ def hold_folder(folder: Path, new: bool) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"run.dir={folder} cannot be used: {error.strerror}; choose a folder that can be "
-                "written"
-            ) from error
+            refused = f"run.dir={folder} cannot be used: {error.strerror}"
+            raise UserError(f"{refused}; choose a folder that can be written") from error
     with locked(folder / _LOCK, f"run.dir={folder}"):
         if new and not _unused(folder):
             raise UserError(f"run.dir={folder} cannot be used: it exists; choose another")
@@ -280,16 +267,8 @@ def write_start(
 
 def environment(seed: int) -> dict[str, Any]:
     """Describe versions, commit, command, hardware and seed; no variables, they hold secrets."""
-    packages = (
-        "torch",
-        "transformers",
-        "tokenizers",
-        "datasets",
-        "hydra-core",
-        "lm_eval",
-        "wandb",
-        "numpy",
-    )
+    packages = ["torch", "transformers", "tokenizers", "datasets"]
+    packages += ["hydra-core", "lm_eval", "wandb", "numpy"]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "diffx": version("diffx"),
@@ -312,14 +291,12 @@ def _commit() -> str | None:
         return None
 
     def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(root), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--", "diffx", "conf", "experiments") else ""
-        )
+        changed = git("status", "--porcelain", "--", "diffx", "conf", "experiments")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -330,35 +307,19 @@ def _begun(folder: Path) -> bool:
 
 def _unused(folder: Path) -> bool:
     """Return whether the folder is absent, or has only files from before config.yaml."""
+    first_files = (_LOCK, ".config.yaml.tmp")
     return not folder.exists() or (
-        folder.is_dir()
-        and all(entry.name in (_LOCK, ".config.yaml.tmp") for entry in folder.iterdir())
+        folder.is_dir() and all(entry.name in first_files for entry in folder.iterdir())
     )
 
 
-def _flat(config: Any, prefix: str = "") -> list[str]:
-    keys: list[str] = []
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        keys += (
-            _flat(value, f"{prefix}{field.name}.")
-            if dataclasses.is_dataclass(value)
-            else [prefix + field.name]
-        )
-    return keys
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        values |= _flat(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
+    return values
 
 
-def _get(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def _put(config: Any, key: str, value: Any) -> None:
-    group, _, name = key.rpartition(".")
-    setattr(_get(config, group) if group else config, name, value)
-
-
-def _plain(config: Any, key: str) -> Any:
-    value = _get(config, key)
+def _plain(value: Any) -> Any:
     return getattr(value, "value", value)

@@ -114,20 +114,15 @@ def evaluate(
         ``val/loss`` in nats a token, ``val/perplexity``, ``val/bpb`` in bits per byte of the text.
     """
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
-    rows = config.micro_batch_size or max(
-        1, int(config.batch_tokens) // config.seq_len // world.size
-    )
+    total, eot = torch.zeros(2, dtype=torch.float64), corpus.tokenizer.eot_id
+    rows = int(config.batch_tokens) // config.seq_len // world.size
+    rows = config.micro_batch_size or max(1, rows)
     batches = corpus.val_batches(config.seq_len, rows * world.size, world.rank, world.size)
     for number, batch in enumerate(batches):
         on_batch(number * rows * world.size * config.seq_len)
-        inputs, targets = batch.inputs.to(world.device), batch.targets.to(world.device)
-        boundaries = cu_seqlens(inputs, corpus.tokenizer.eot_id) if config.mask_documents else None
-        with autocast(world.device, config.precision):
-            nats = token_losses(model, inputs, targets, boundaries)
-        total += torch.tensor(
-            [float(nats), float((targets >= 0).sum())], dtype=torch.float64
-        )  # device sync: once a batch, not in training
+        nats = _nats(model, batch.inputs, batch.targets, config, eot, world)
+        # Device sync: once a batch, not in training.
+        total += torch.tensor([float(nats), float((batch.targets >= 0).sum())], dtype=total.dtype)
     model.train()
     if world.size > 1:
         total = world.total(total.to(world.device))
@@ -214,22 +209,20 @@ def fit(
         with reporter.progress("val", corpus.val.n_tokens) as val_bar:
             validation = evaluate(model, corpus, config, world, on_batch)
         now.unmeasured = None
-        if not math.isfinite(validation["val/loss"]):
-            raise _not_finite(
-                "validation loss",
-                validation["val/loss"],
-                now.step,
-                "all held-out text",
-                run_dir,
-                reporter,
-            )
         now.val_loss = validation["val/loss"]
+        check_finite("validation loss", now.val_loss, now.step, "all held-out text")
         if now.val_loss < now.best_loss:
             now.best_loss, now.best_step = now.val_loss, now.step
         bar.at(now.step, note(), always=True)
         track.log(now.step, now.tokens, row | validation)
         if on_validation is not None:
             on_validation(now.step)
+
+    def check_finite(name: str, value: float, step: int, place: str) -> None:
+        if not math.isfinite(value):
+            good = newest_intact(run_dir, reporter.warn)
+            last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint"
+            raise RunError(f"the {name} is {value} at step {step} ({place}); {last}")
 
     def note() -> str:
         figures = [f"loss {train_loss:.4f}"] if train_loss is not None else []
@@ -300,12 +293,13 @@ def fit(
             synchronize(world.device)
             elapsed = time.perf_counter() - mark_time
             now.train_seconds += elapsed
-            now.pending += _finite_losses(unread, run_dir, reporter)
+            # Device sync: once for the losses of all these steps.
+            losses = torch.stack([loss for _, loss, _ in unread]).tolist()
+            for (step, _, position), value in zip(unread, losses, strict=True):
+                check_finite("loss", value, step, f"batch at {position}")
+            now.pending += losses
             unread = []
-            if not math.isfinite(norm):  # the update that it clipped is not to be saved as good
-                raise _not_finite(
-                    "gradient norm", float(norm), now.step, batch.position, run_dir, reporter
-                )
+            check_finite("gradient norm", float(norm), now.step, batch.position)
             row: dict[str, float] = {}
 
             # Log
@@ -358,16 +352,28 @@ def _accumulate_gradients(
     total = torch.zeros((), device=world.device)
     for start in range(0, rows, size):
         accumulate(model, last=start + size >= rows)
-        inputs = batch.inputs[start : start + size].to(world.device, non_blocking=True)  # (b, T)
-        targets = batch.targets[start : start + size].to(world.device, non_blocking=True)  # (b, T)
-        boundaries = cu_seqlens(inputs, eot) if config.mask_documents else None
-        with autocast(world.device, config.precision):
-            nats = token_losses(model, inputs, targets, boundaries)
-        (
-            nats * (world.size / scored)
-        ).backward()  # sharded gradients are averaged over the processes
+        part = slice(start, start + size)
+        nats = _nats(model, batch.inputs[part], batch.targets[part], config, eot, world)
+        # Sharded gradients are averaged over the processes.
+        (nats * (world.size / scored)).backward()
         total += nats.detach()
     return world.total(total) / scored
+
+
+def _nats(
+    model: nn.Module,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    config: TrainConfig,
+    eot: int,
+    world: World,
+) -> torch.Tensor:
+    """Return ``token_losses`` of a micro-batch, (b, T), in the training precision."""
+    inputs = inputs.to(world.device, non_blocking=True)
+    targets = targets.to(world.device, non_blocking=True)
+    boundaries = cu_seqlens(inputs, eot) if config.mask_documents else None
+    with autocast(world.device, config.precision):
+        return token_losses(model, inputs, targets, boundaries)
 
 
 def _look(model: nn.Module, batch: Batch, config: TrainConfig, eot: int, world: World) -> None:
@@ -376,24 +382,3 @@ def _look(model: nn.Module, batch: Batch, config: TrainConfig, eot: int, world: 
     boundaries = cu_seqlens(inputs, eot) if config.mask_documents else None
     with autocast(world.device, config.precision):
         model(inputs, cu_seqlens=boundaries)
-
-
-def _finite_losses(
-    unread: list[tuple[int, torch.Tensor, str]], run_dir: Path, reporter: Reporter
-) -> list[float]:
-    """Read the losses of the last steps from the device; raise if one is not finite."""
-    values = torch.stack(
-        [loss for _, loss, _ in unread]
-    ).tolist()  # device sync: once for all of them
-    for (step, _, position), value in zip(unread, values, strict=True):
-        if not math.isfinite(value):
-            raise _not_finite("loss", value, step, f"batch at {position}", run_dir, reporter)
-    return values
-
-
-def _not_finite(
-    name: str, value: float, step: int, place: str, run_dir: Path, reporter: Reporter
-) -> RunError:
-    good = newest_intact(run_dir, reporter.warn)
-    last = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet"
-    return RunError(f"the {name} is {value} at step {step} ({place}); {last}")

@@ -13,19 +13,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
     Weight decay acts on matrices (embeddings included), not on norm gains, biases, lambda vectors.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
     # One lambda vector a head makes a matrix of them, so they are told by their name.
-    vectors = {
-        id(p)
-        for name, p in model.named_parameters()
-        if p.ndim < 2 or name.rpartition(".")[2].startswith("lambda_")
-    }
+    matrices, vectors = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            vector = parameter.ndim < 2 or name.rpartition(".")[2].startswith("lambda_")
+            (vectors if vector else matrices).append(parameter)
     groups = [
-        {
-            "params": [p for p in trainable if id(p) not in vectors],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in trainable if id(p) in vectors], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -41,11 +37,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     total, warmup = config.num_steps, config.warmup_steps
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    start = (
-        warmup
-        if config.schedule is not Schedule.wsd
-        else max(warmup, round(total * (1 - config.decay_ratio)))
-    )
+    start = warmup
+    if config.schedule is Schedule.wsd:
+        start = max(warmup, round(total * (1 - config.decay_ratio)))
     # The last update still moves: the floor would be reached one step after it.
     progress = min(max(step - start, 0) / max(total - start, 1), 1.0)
     if config.schedule is Schedule.constant:

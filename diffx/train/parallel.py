@@ -88,10 +88,8 @@ def pick_device(device: Device) -> torch.device:
         device = next(kind for kind, here in available.items() if here)
     if not available[device]:
         present = ", ".join(kind.value for kind, here in available.items() if here)
-        raise UserError(
-            f"device={device.value} cannot be used: this machine has none that torch can see; it "
-            f"has {present}"
-        )
+        refused = f"device={device.value} cannot be used"
+        raise UserError(f"{refused}: torch can see none on this machine; it has {present}")
     if device is Device.cpu:
         keep_freed_memory()
     return torch.device(device.value)
@@ -100,9 +98,8 @@ def pick_device(device: Device) -> torch.device:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for later tensors; other C libraries are not changed.
 
-    A training step frees and allocates the same large blocks repeatedly. By default each is mapped
-    again and its pages fault one by one: a step of the default run took five times as long on a
-    virtual machine with two cores.
+    By default glibc maps each large block of a training step again, and its pages fault one by one:
+    a step of the default run took five times as long on a virtual machine with two cores.
     """
     mallopt = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt", None)
     if mallopt is not None:
@@ -171,9 +168,8 @@ def parallelize(model: nn.Module, blocks: nn.ModuleList, config: TrainConfig, wo
         for block in blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        if hasattr(
-            model, "forward_hidden"
-        ):  # sampling enters here, and needs the weights whole as forward does
+        # Sampling enters here, and needs the weights whole as forward does.
+        if hasattr(model, "forward_hidden"):
             register_fsdp_forward_method(model, "forward_hidden")
 
 
@@ -214,10 +210,8 @@ def fused_kernels(config: TrainConfig, device: torch.device) -> ModuleType | Non
     try:
         return import_module("diffx.ops.triton_attention")
     except ImportError as error:
-        raise UserError(
-            "train.fused_attention=true cannot be used: it needs Triton; pip install "
-            "'diffx[triton]' installs it"
-        ) from error
+        refused = "train.fused_attention=true cannot be used: it needs Triton"
+        raise UserError(f"{refused}; run pip install 'diffx[triton]'") from error
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
@@ -229,10 +223,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 def precision_of(device: torch.device, precision: Precision) -> Precision:
     """Resolve ``auto``: bf16 on a GPU that supports it, else fp32."""
-    if precision is Precision.auto:
-        return (
-            Precision.bf16
-            if device.type == "cuda" and torch.cuda.is_bf16_supported()
-            else Precision.fp32
-        )
-    return precision
+    if precision is not Precision.auto:
+        return precision
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return Precision.bf16 if bf16 else Precision.fp32

@@ -44,9 +44,8 @@ def check_memory(job: TrainJob, processes: int, free: int) -> None:
     """
     model, recipe, gib = job.model, job.train, 2**30
     # An unknown vocabulary counts as the smallest possible.
-    total = count_parameters(dataclasses.replace(model, vocab_size=model.vocab_size or 257))[
-        "total"
-    ]
+    known = dataclasses.replace(model, vocab_size=model.vocab_size or 257)
+    total = count_parameters(known)["total"]
     weights = 16 * total // processes  # fp32: weights, gradients, two moments
     if weights > free:
         names = ("hidden_size", "num_layers", "intermediate_size", "vocab_size")
@@ -63,11 +62,8 @@ def check_memory(job: TrainJob, processes: int, free: int) -> None:
     # activation checkpointing keeps.
     needed = 16 * batch + 2 * tokens * model.hidden_size * model.num_layers
     if weights + needed > free:
-        micro = (
-            ""
-            if recipe.micro_batch_size is None
-            else f", train.micro_batch_size={recipe.micro_batch_size}"
-        )
+        size = recipe.micro_batch_size
+        micro = "" if size is None else f", train.micro_batch_size={size}"
         raise UserError(
             f"train.batch_tokens={recipe.batch_tokens}, train.seq_len={recipe.seq_len}{micro} "
             f"cannot be used: a step takes {needed / gib:,.1f} GiB and more beside the model's "
@@ -100,15 +96,14 @@ def parameter_table(job: TrainJob) -> Table:
     Raises:
         UserError: the size of the vocabulary is known only once the tokenizer is loaded.
     """
-    size = job.model.vocab_size
-    if size is None:
-        size = {
-            "bpe": job.tokenizer.vocab_size if isinstance(job.tokenizer, BpeTokenizer) else 0,
-            "bytes": 257,
-        }.get(job.tokenizer.kind)
+    size, tokenizer = job.model.vocab_size, job.tokenizer
+    if size is None and isinstance(tokenizer, BpeTokenizer):
+        size = tokenizer.vocab_size
+    elif size is None and tokenizer.kind == "bytes":
+        size = 257
     if size is None:
         raise UserError(
-            f"model.vocab_size=null cannot be used with tokenizer={job.tokenizer.kind}: give the "
+            f"model.vocab_size=null cannot be used with tokenizer={tokenizer.kind}: give the "
             "number, such as 100288"
         )
     return counts_table(dataclasses.replace(job.model, vocab_size=size))
@@ -118,17 +113,10 @@ def counts_table(config: ModelConfig) -> Table:
     """Return the table of counts of every architecture at one shape; ``*`` marks the config's."""
     rows = []
     for kind, count in counts_by_kind(config).items():
-        name = f"{kind} *" if kind == config.kind else kind
-        rows.append(
-            [
-                name,
-                *(
-                    (f"{count[part]:,}" for part in ("total", "embedding", "rest"))
-                    if isinstance(count, dict)
-                    else ("-", "-", count)
-                ),
-            ]
-        )
+        cells = ["-", "-", count]
+        if isinstance(count, dict):
+            cells = [f"{count[part]:,}" for part in ("total", "embedding", "rest")]
+        rows.append([f"{kind} *" if kind == config.kind else kind, *cells])
     title = (
         f"Parameters at D={config.hidden_size}, {config.num_layers} layers, H={config.num_heads}, "
         f"H_kv={config.num_kv_heads}, FFN {config.ffn_size}, vocabulary {config.vocab_size}"

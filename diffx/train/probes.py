@@ -26,9 +26,7 @@ def attention_statistics(
     values: dict[str, torch.Tensor] = {}
 
     def read_lambda(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        lam = module.lambda_value(
-            args[0]
-        )  # in the forward pass, where sharded parameters are whole
+        lam = module.lambda_value(args[0])  # sharded parameters are whole in the forward pass
         if lam is not None:
             values[f"diff/lambda/{module.layer:02d}"] = lam.float().mean()
 
@@ -54,6 +52,6 @@ def attention_statistics(
         for handle in handles:
             handle.remove()
     names = sorted(values)
-    return dict(
-        zip(names, torch.stack([values[name] for name in names]).tolist(), strict=True)
-    )  # device sync: one for all layers
+    # Device sync: one for all layers.
+    means = torch.stack([values[name] for name in names]).tolist()
+    return dict(zip(names, means, strict=True))

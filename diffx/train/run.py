@@ -99,10 +99,8 @@ def _run(
         batches.load_state_dict(checkpoint[1]["data"])
         done = checkpoint[1]["progress"]["step"]
         if done > job.train.num_steps:
-            raise UserError(
-                f"train.steps={job.train.num_steps} cannot be used: the run in {resumed} has done "
-                f"{done} steps already; give more"
-            )
+            refused = f"train.steps={job.train.num_steps} cannot be used"
+            raise UserError(f"{refused}: the run in {resumed} has done {done} already; give more")
     subject.build(corpus, initial=checkpoint is None)
     folder = resumed or Path(world.share(str(new_folder(job))))
     if world.main:
@@ -145,10 +143,7 @@ def _run(
         summary |= subject.finish(folder, result, summary) | {"finished": True}
         if world.main:
             write_json(folder / "summary.json", summary)
-            numbers = {
-                key: value for key, value in summary.items() if isinstance(value, int | float)
-            }
-            track.summary(numbers)
+            track.summary({key: v for key, v in summary.items() if isinstance(v, int | float)})
             subject.report(summary)
             _report(summary, folder, reporter)
     return folder
@@ -180,8 +175,7 @@ def _open_tracker(
     progress = progress or {"step": -1, "seconds": 0.0}
     step = int(progress["step"]) if resumed else None
     name, tags = shown_as(job, yaml.safe_load((folder / "overrides.yaml").read_text("utf-8")))
-    config = dataclasses.asdict(job)
-    seconds = float(progress["seconds"])
+    config, seconds = dataclasses.asdict(job), float(progress["seconds"])
     return Tracker(folder, job.wandb, name, config, reporter.warn, step, seconds, tags)
 
 

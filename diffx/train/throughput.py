@@ -70,19 +70,15 @@ def peak_allocation(call: Callable[[], Any], device: torch.device) -> int | None
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # the profiler prints a line when it starts and one when it stops
+    # The profiler prints a line when it starts and one when it stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(trace))
-        events = [
-            event
-            for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-            if event.get("name") == "[memory]"
-        ]
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    events = [event for event in events if event.get("name") == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event["ts"]):
         live += event["args"]["Bytes"]
