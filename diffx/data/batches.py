@@ -86,8 +86,8 @@ class Batches:
         """
         if state["corpus"] != self._corpus:
             raise UserError(
-                "data cannot be used: its text or its tokens differ from those of the checkpoint; "
-                "start a new run"
+                "data cannot be used: its text or its tokens are not those that the checkpoint was "
+                "trained on; start a new run"
             )
         self._step = state["step"]
 

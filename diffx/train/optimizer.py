@@ -14,7 +14,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     Weight decay acts on matrices (embeddings included), not on norm gains, biases, lambda vectors.
     """
     # One lambda vector a head makes a matrix of them, so they are told by their name.
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             vector = parameter.ndim < 2 or name.rpartition(".")[2].startswith("lambda_")

@@ -100,7 +100,7 @@ def _run(
         done = checkpoint[1]["progress"]["step"]
         if done > job.train.num_steps:
             refused = f"train.steps={job.train.num_steps} cannot be used"
-            raise UserError(f"{refused}: the run in {resumed} has done {done} already; give more")
+            raise UserError(f"{refused}: the run in {resumed} has done {done} steps; give more")
     subject.build(corpus, initial=checkpoint is None)
     folder = resumed or Path(world.share(str(new_folder(job))))
     if world.main:
