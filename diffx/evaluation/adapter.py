@@ -1,6 +1,6 @@
-"""Models as ``lm-eval`` sees them: our decoders, those of ``transformers``, and either with its answers written down as they come.
+"""Models as lm-eval asks them: decoders and models of ``transformers``; answers are kept in a file.
 
-A request is an ``Instance`` of lm-eval: a context and a continuation to score, a text to score, or a prompt to continue.
+A request is lm-eval's ``Instance``: a context and a continuation, a text to score, or a prompt.
 """
 
 import logging
@@ -31,18 +31,16 @@ from diffx.models import Decoder
 Ask = Callable[[str, list[Any]], list[Any]]  # a method of LM and requests -> an answer to each
 _CHUNK = 512  # requests between two writes
 _CPU_LOGITS = 2**31  # bytes
-_USER, _ASSISTANT = "diffx asks", "diffx answers"  # mark where a chat template puts texts
+_USER, _ASSISTANT = "diffx asks", "diffx answers"  # texts to look for in a filled chat template
 
-logging.getLogger("lm_eval").setLevel(
-    logging.ERROR
-)  # it tells what it does, and warns of what we do on purpose
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is done on purpose here
 
 
 class DecoderLM(TemplateLM):
-    """Our decoders: scores are those of lm-eval's ``HFLM``, whatever the batch.
+    """A decoder; scores are those of lm-eval's ``HFLM``, whatever the batch.
 
-    Every text begins with the model's prefix, as with tokenizers that add a token for the beginning; a text without any is conditioned
-    on end-of-text. Contexts that choices share are read once. What does not fit in the model's context loses its beginning.
+    A text without a prefix is conditioned on end-of-text. Choices share the pass over their
+    context. A text that does not fit in the model's context loses its beginning.
 
     Args:
         lm: the model.
@@ -69,76 +67,78 @@ class DecoderLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token that a text without context is conditioned on."""
-        return self._lm.prefix[-1] if self._lm.prefix else self.eot_token_id
+        return [self.eot_token_id, *self._lm.prefix][-1]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Encode a text, behind the prefix unless ``add_special_tokens`` is False."""
+        """Encode a text, after the prefix unless ``add_special_tokens`` is False."""
         tokens = self._lm.encode(string)
         return tokens if add_special_tokens is False else self._lm.prefix + tokens
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        pairs = []
+        pairs, longest = [], self._lm.context
         for texts, context, continuation in requests:
-            room = (
-                self._lm.context + 1 - len(continuation)
-            )  # the last token is predicted, but not read
+            room = longest + 1 - len(continuation)  # the last token is predicted, but not read
             if not continuation or room < 1:
-                has = f"{len(continuation)} tokens" if continuation else "no token of its own"
+                size = f"{len(continuation)} tokens" if continuation else "no token of its own"
                 raise RunError(
-                    f"the continuation {texts[1][:60]!r} has {has}: it must have from 1 to {self._lm.context} (the model's context)"
+                    f"the continuation {texts[1][:60]!r} has {size}: it must have from 1 to "
+                    f"{longest} (the model's context)"
                 )
             pairs.append((context[-room:], continuation))
             self.cut += len(context) > room
         return loglikelihoods(self._lm, pairs, self._batch)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, cut into windows of the model's context; each window is conditioned on one token.
+        """Log-likelihood of whole texts, in windows that are conditioned on one token.
 
-        As with lm-eval and a tokenizer that begins texts with a token, that token is scored too, behind another of its kind.
+        As in lm-eval, a token that begins each text is scored too.
         """
-        windows = [self._windows(request.args[0]) for request in requests]
-        scores = iter(
-            loglikelihoods(self._lm, [window for text in windows for window in text], self._batch)
-        )
+        windows = [
+            [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id, self._lm.context, 1
+                )
+            ]
+            for request in requests
+        ]
+        flat = [window for text in windows for window in text]
+        scores = iter(loglikelihoods(self._lm, flat, self._batch))
         return [sum(next(scores)[0] for _ in text) for text in windows]
-
-    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
-        rolling = get_rolling_token_windows(
-            self.tok_encode(text), self.prefix_token_id, max_seq_len=self._lm.context, context_len=1
-        )
-        return [make_disjoint_window(window) for window in rolling]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue prompts greedily, each until one of its stop strings."""
-        alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for index, request in enumerate(requests):
             settings = generation_settings(request.args[1])
-            alike.setdefault((settings["max_gen_toks"], tuple(settings["until"])), []).append(index)
+            key = (settings["max_gen_toks"], tuple(filter(None, settings["until"])))
+            groups.setdefault(key, []).append(index)
         answers = [""] * len(requests)
-        for (tokens, stop), indices in alike.items():
-            given = [
-                self.tok_encode(requests[index].args[0]) or [self.prefix_token_id]
-                for index in indices
-            ]
-            prompts = [prompt[-(self._lm.context - tokens) :] for prompt in given]
-            self.cut += sum(len(text) > self._lm.context - tokens for text in given)
-            for index, text in generations(
-                self._lm, prompts, tokens, [word for word in stop if word], self._batch
-            ):
+        for (tokens, stop), indices in groups.items():
+            room, prompts = self._lm.context - tokens, []
+            for index in indices:
+                prompt = self.tok_encode(requests[index].args[0]) or [self.prefix_token_id]
+                self.cut += len(prompt) > room
+                prompts.append(prompt[-room:])
+            for index, text in generations(self._lm, prompts, tokens, stop, self._batch):
                 answers[indices[index]] = text
         return answers
 
 
 def generation_settings(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A task's settings of generation as lm-eval reads them: ``max_gen_toks``, ``until``, ``do_sample``, ``temperature`` and more."""
+    """A task's generation settings in lm-eval, such as ``max_gen_toks``, ``until``."""
     return dict(normalize_gen_kwargs(arguments, default_max_gen_toks=256))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let libraries show no progress of their own."""
+    """Hide tqdm's progress bars.
+
+    A patch: lm-eval 0.4.13 builds requests and reads rolling windows under bars without an option
+    to hide them, and tqdm reads ``TQDM_DISABLE`` only when it is imported.
+    """
     original = tqdm.__init__
     tqdm.__init__ = lambda self, *args, **options: original(
         self, *args, **options | {"disable": True}
@@ -150,10 +150,10 @@ def quiet() -> Iterator[None]:
 
 
 def _tokenizer(lm: LanguageModel, job: EvalJob) -> Any:
-    """A new tokenizer that recognizes special tokens in a text, which ``lm.tokenizer`` does not."""
-    where = job.checkpoint if lm.loaded.adapted is None else str(lm.loaded.folder / "tokenizer")
+    """A new tokenizer that parses special tokens in a text, which ``lm.tokenizer`` does not."""
+    path = job.checkpoint if lm.loaded.adapted is None else str(lm.loaded.folder / "tokenizer")
     return AutoTokenizer.from_pretrained(
-        where, revision=job.revision, trust_remote_code=job.trust_remote_code
+        path, revision=job.revision, trust_remote_code=job.trust_remote_code
     )
 
 
@@ -162,7 +162,7 @@ def with_chat_template(lm: LanguageModel, job: EvalJob, system: str | None = Non
 
     Args:
         lm: the model.
-        job: says where its tokenizer is.
+        job: names the tokenizer.
         system: a system instruction that the template must accept.
 
     Raises:
@@ -185,15 +185,15 @@ def with_chat_template(lm: LanguageModel, job: EvalJob, system: str | None = Non
     except Exception as error:  # a template is code that can fail in any way
         raise UserError(f"{refused}: the template of {lm.name} fails: {reason(error)}") from error
     if system:
+        messages = [{"role": "system", "content": system}, *turns[:1]]
         try:
-            messages = [{"role": "system", "content": system}, *turns[:1]]
-            taken = system.strip() in tokenizer.apply_chat_template(messages, tokenize=False)
+            accepted = system.strip() in tokenizer.apply_chat_template(messages, tokenize=False)
         except TemplateError:
-            taken = False
-        if not taken:
-            told = f"the chat template of {lm.name} has no system role"
+            accepted = False
+        if not accepted:
             raise UserError(
-                f"suite.system_instruction={system} cannot be used: {told}; set it to null"
+                f"suite.system_instruction={system} cannot be used: the chat template of "
+                f"{lm.name} has no system role; set it to null"
             )
     if _USER not in asked or _ASSISTANT not in answered:
         raise UserError(f"{refused}: the template of {lm.name} leaves out a turn's text")
@@ -211,38 +211,30 @@ def with_chat_template(lm: LanguageModel, job: EvalJob, system: str | None = Non
 class PretrainedLM:
     """A model of ``transformers`` through lm-eval's own class.
 
-    Where ``batch=auto`` the longest request of each chunk decides; on a lack of memory the batch is halved.
+    With ``batch=auto`` the longest request of each chunk sets the batch; it is halved when memory
+    runs out.
 
     Args:
         lm: the model.
-        job: says where its tokenizer is, and the batch.
+        job: names the tokenizer, and the batch.
 
     Attributes:
-        hflm: lm-eval's.
+        hflm: lm-eval's class.
         cut: requests so far that lost their beginning.
     """
 
     def __init__(self, lm: LanguageModel, job: EvalJob):
-        tokenizer = _tokenizer(lm, job)
-        self.hflm = HFLM(
-            pretrained=lm.model, tokenizer=tokenizer, batch_size=1, max_length=lm.context
-        )
+        self.hflm = HFLM(lm.model, tokenizer=_tokenizer(lm, job), max_length=lm.context)
         self._batch = job.batch
         self.cut = 0
 
     def ask(self, method: str, requests: list[Any]) -> list[Any]:
         """Answer requests by the method of that name."""
-        lengths = (
-            []
-            if method == "loglikelihood_rolling"
-            else [self._tokens(method, request.args) for request in requests]
-        )
-        self.cut += sum(length > self.hflm.max_length for length in lengths)
-        size = (
-            self._fitting(max(lengths, default=self.hflm.max_length))
-            if self._batch == "auto"
-            else int(self._batch)
-        )
+        lengths = [] if method == "loglikelihood_rolling" else list(map(self._tokens, requests))
+        most = self.hflm.max_length
+        self.cut += sum(length > most for length in lengths)
+        auto = self._batch == "auto"
+        size = self._fitting(min(max(lengths, default=most), most)) if auto else int(self._batch)
         while True:
             self.hflm.batch_size_per_gpu = size
             try:
@@ -250,36 +242,33 @@ class PretrainedLM:
             except torch.OutOfMemoryError as error:
                 if size == 1:
                     raise RunError(
-                        f"one request does not fit in the memory of {self.hflm.device}: choose dtype=bf16 or fewer shots"
+                        f"one request does not fit in the memory of {self.hflm.device}: "
+                        "choose dtype=bf16 or fewer shots"
                     ) from error
                 size //= 2
 
-    def _tokens(self, method: str, arguments: tuple[Any, ...]) -> int:
+    def _tokens(self, request: Any) -> int:
         """Tokens that a request reads, its answer included."""
-        if method == "loglikelihood":
-            return (
-                len(self.hflm.tok_encode("".join(arguments))) - 1
-            )  # the last token is predicted, but not read
-        return (
-            len(self.hflm.tok_encode(arguments[0]))
-            + generation_settings(arguments[1])["max_gen_toks"]
-        )
+        text, rest = request.args
+        if isinstance(rest, str):  # the last token of a continuation is predicted, but not read
+            return len(self.hflm.tok_encode(text + rest)) - 1
+        return len(self.hflm.tok_encode(text)) + generation_settings(rest)["max_gen_toks"]
 
     def _fitting(self, longest: int) -> int:
-        """Sequences whose logits and log-probabilities, all of which HFLM keeps, take half of the free memory, or 2 GiB on a CPU."""
+        """Sequences whose logits and log-probabilities take half of the memory, or 2 GiB (CPU)."""
         device = self.hflm.device
         memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_LOGITS
         vocabulary = self.hflm.model.get_input_embeddings().weight.shape[0]
-        return int(max(1, min(64, memory // (8 * vocabulary * min(longest, self.hflm.max_length)))))
+        return int(max(1, min(64, memory // (8 * vocabulary * longest))))
 
 
 class RecordingLM(LM):
-    """Asks a model what it has not answered yet, and writes the answers to a file in chunks, so that a stopped evaluation goes on.
+    """Asks a model requests without an answer yet, and appends the answers to a file in chunks.
 
     Args:
         ask: the model.
         path: JSON lines, one an answer, each with a checksum; read first if it exists.
-        tell: called with requests answered and requests in all.
+        tell: called with the numbers of answered requests and of all.
         template: for chat templates, the model of lm-eval that has one.
     """
 
@@ -288,12 +277,11 @@ class RecordingLM(LM):
     ):
         super().__init__()
         self._ask, self._path, self._tell, self._template = ask, path, tell, template
-        rows = [
-            row
+        self._known = {
+            row["request"]: row["answer"]
             for row in read_json_lines(path, skip_damaged=True)
             if isinstance(row.get("request"), str) and "answer" in row
-        ]
-        self._known = {row["request"]: row["answer"] for row in rows}
+        }
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Score continuations of contexts."""
@@ -308,27 +296,23 @@ class RecordingLM(LM):
         return self._answer("generate_until", requests)
 
     def _answer(self, method: str, requests: list[Any]) -> list[Any]:
-        keys, seen = [], Counter[str]()
-        for request in requests:  # the same request can come again, where answers are sampled
+        keys, counts = [], Counter[str]()
+        for request in requests:  # equal requests can have several answers, where they are sampled
             key = hash_args(method, request.args)
-            keys.append(f"{key}/{seen[key]}")
-            seen[key] += 1
-        left = [
-            (key, request)
-            for key, request in zip(keys, requests, strict=True)
-            if key not in self._known
-        ]
-        self._tell(len(keys) - len(left), len(keys))
-        for first in range(0, len(left), _CHUNK):
-            chunk = left[first : first + _CHUNK]
-            answers = self._ask(method, [request for _, request in chunk])
-            pairs = [(key, answer) for (key, _), answer in zip(chunk, answers, strict=True)]
+            keys.append(f"{key}/{counts[key]}")
+            counts[key] += 1
+        pairs = zip(keys, requests, strict=True)
+        todo = [(key, request) for key, request in pairs if key not in self._known]
+        done = len(keys) - len(todo)
+        self._tell(done, len(keys))
+        for first in range(0, len(todo), _CHUNK):
+            names, chunk = zip(*todo[first : first + _CHUNK], strict=True)
+            answers = dict(zip(names, self._ask(method, list(chunk)), strict=True))
             with append_lines(self._path) as file:
-                file.writelines(
-                    checked_line({"request": key, "answer": answer}) for key, answer in pairs
-                )
-            self._known.update(pairs)
-            self._tell(len(keys) - len(left) + first + len(chunk), len(keys))
+                for key, answer in answers.items():
+                    file.write(checked_line({"request": key, "answer": answer}))
+            self._known |= answers
+            self._tell(done + first + len(chunk), len(keys))
         return [self._known[key] for key in keys]
 
     @property

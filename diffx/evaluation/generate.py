@@ -26,22 +26,24 @@ def generate_text(job: GenerateJob) -> None:
 
 
 def stream(lm: LanguageModel, prompt: str, job: GenerateJob) -> Iterator[str]:
-    """Yield the continuation piece by piece; a character is held back until all of its bytes are drawn."""
+    """Yield the continuation in pieces of whole characters."""
     text_ids = [*(lm.prefix or [lm.tokenizer.eot_id]), *lm.encode(prompt)]
     if lm.limit is not None and len(text_ids) + job.max_tokens > lm.limit:
         raise UserError(
-            f"max_tokens={job.max_tokens} cannot be used: with the prompt's {len(text_ids)} tokens it must stay within {lm.limit}"
+            f"max_tokens={job.max_tokens} cannot be used: with the prompt's {len(text_ids)} tokens "
+            f"it must stay within {lm.limit}"
         )
     drawn: list[int] = []
     shown = ""
-    for token in lm.sample(
+    tokens = lm.sample(
         text_ids,
         job.max_tokens,
         temperature=job.temperature,
         top_k=job.top_k,
         top_p=job.top_p,
         seed=job.seed,
-    ):
+    )
+    for token in tokens:
         drawn.append(token)
         text = lm.decode(drawn)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):

@@ -1,4 +1,4 @@
-"""Our mathematics tasks: their rows in one shape, and whether an answer is right."""
+"""Mathematics tasks of ``tasks/``: their rows in one form, and whether an answer is right."""
 
 import re
 from fractions import Fraction
@@ -8,7 +8,8 @@ from datasets import Dataset
 
 _DIGITS = r"(?<!\d)\d{1,100}(?!\d)"  # bounded, so that a search is linear
 _NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)])-)?(?:(?:(?P<whole>{_DIGITS})\s+)?(?P<above>{_DIGITS})\s*/\s*(?P<below>{_DIGITS})"
+    rf"(?P<sign>(?<![\w)])-)?"
+    rf"(?:(?:(?P<whole>{_DIGITS})\s+)?(?P<above>{_DIGITS})\s*/\s*(?P<below>{_DIGITS})"
     rf"|(?P<decimal>(?:{_DIGITS}(?:\.\d{{1,100}})?|\.\d{{1,100}})(?:[eE][-+]?\d{{1,3}})?))"
 )
 _WORDS = re.compile(r"\\(?:text|textbf|mathbf|mathrm)\s*\{([^{}]*)\}")
@@ -17,29 +18,27 @@ _WORDS = re.compile(r"\\(?:text|textbf|mathbf|mathrm)\s*\{([^{}]*)\}")
 def rows(dataset: Dataset) -> Dataset:
     """Give each row a ``question`` and an ``answer``.
 
-    Rows are those of MATH (problem, solution), SVAMP (Body, Question, Answer), MAWPS (input, target), CARP (content, answer), TabMWP
-    (table, table_title, question, choices, answer) or CollegeMath (question, answer); ``question`` and ``answer`` alone serve for all.
+    Rows of MATH (problem, solution), SVAMP (Body, Question, Answer), MAWPS (input, target), CARP
+    (content, answer), TabMWP (table, table_title, question, choices, answer) or CollegeMath
+    (question, answer); ``question`` and ``answer`` serve for all.
     """
     return dataset.map(_row, remove_columns=dataset.column_names)
 
 
 def _row(row: dict[str, Any]) -> dict[str, str]:
-    question = next(
-        (row[key] for key in ("question", "problem", "content", "input") if row.get(key)), ""
-    )
+    keys = ("question", "problem", "content", "input")
+    question = next((row[key] for key in keys if row.get(key)), "")
     if row.get("Body"):
         body = row["Body"].strip()
         question = f"{body if body.endswith(('.', '!', '?')) else body + '.'} {row['Question']}"
     if row.get("table"):
-        about = f' regarding "{row["table_title"]}"' if row.get("table_title") else ""
-        question = (
-            f"Read the following table{about} and answer a question.\n{row['table']}\n{question}"
-        )
+        title = f' regarding "{row["table_title"]}"' if row.get("table_title") else ""
+        head = f"Read the following table{title} and answer a question."
+        question = f"{head}\n{row['table']}\n{question}"
         if row.get("choices"):
             question += f" Choose from: {', '.join(map(str, row['choices']))}."
-    answer = next(
-        (row[key] for key in ("answer", "Answer", "target") if row.get(key) is not None), None
-    )
+    names = ("answer", "Answer", "target")
+    answer = next((row[key] for key in names if row.get(key) is not None), None)
     if answer is None:
         answer = final(row["solution"])
     return {"question": question.strip(), "answer": str(answer).strip()}
@@ -51,28 +50,26 @@ def score(row: dict[str, str], responses: list[str]) -> dict[str, float]:
 
 
 def matches(gold: str, response: str) -> bool:
-    """Compare a response's final answer to the right one, or, where it has none (see ``final``), its last number.
+    """Compare the right answer with a response's final one (see ``final``), else its last number.
 
-    Whole numbers must be equal, others to a part in 10,000. An answer in words may be followed by its reasons.
+    Whole numbers must be equal, others to a part in 10,000. Words may be followed by reasons.
     """
     response = response.rpartition("</think>")[2]
     said = final(response)
     number = _number(_bare(gold))
     if number is None:
-        return said is not None and _plain(gold) in (
-            _plain(said),
-            _plain(re.split(r"[,;:.]|\bbecause\b", said)[0]),
-        )
+        if said is None:
+            return False
+        return _plain(gold) in map(_plain, (said, re.split(r"[,;:.]|\bbecause\b", said)[0]))
     answer = _bare(response if said is None else said)
     if said is not None and _number(end := answer.rpartition("=")[2]) is not None:  # "3 + 4 = 7"
         answer = end
-    found = [match[0] for match in _NUMBER.finditer(answer)]
-    value = _number(found[-1 if said is None else 0]) if found else None
+    numbers = [match[0] for match in _NUMBER.finditer(answer)]
+    value = _number(numbers[-1 if said is None else 0]) if numbers else None
     if value is None or (value.denominator == 1 and number.denominator == 1):
         return value == number
-    return (
-        abs(value - number) <= max(abs(value), abs(number)) / 10_000
-    )  # exact: a float may not hold what a model writes
+    # exact, since a float may not hold what a model writes
+    return abs(value - number) <= max(abs(value), abs(number)) / 10_000
 
 
 def is_number(gold: str) -> bool:
@@ -81,7 +78,7 @@ def is_number(gold: str) -> bool:
 
 
 def final(response: str) -> str | None:
-    """What stands in the last LaTeX box behind the last "answer is", or the rest of that line; None if there is neither."""
+    """The last LaTeX box after the last "answer is", or the rest of its line; else None."""
     _, said, rest = response.rpartition("answer is")
     _, box, inside = rest.rpartition("\\boxed{")
     if not box:
@@ -95,10 +92,9 @@ def final(response: str) -> str | None:
 
 
 def _bare(text: str) -> str:
-    """A text whose numbers stand in plain digits: without LaTeX, units' marks, bold, and the commas of thousands."""
-    text = (
-        " ".join(text.split()).replace("\N{MINUS SIGN}", "-").replace("**", "")
-    )  # one blank at most: the searches stay linear
+    """A text with plain numbers: without LaTeX, unit signs, bold, and commas of thousands."""
+    text = " ".join(text.split())  # single blanks, so that searches are linear
+    text = text.replace("\N{MINUS SIGN}", "-").replace("**", "")
     text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)  # a mixed number
     text = re.sub(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1/\2", text)
     text = _WORDS.sub(r"\1", text)
@@ -110,16 +106,14 @@ def _bare(text: str) -> str:
 
 
 def _number(text: str) -> Fraction | None:
-    """The value of a number, a fraction or a mixed number; None if the text is more than that, or none."""
+    """The value of a number, fraction or mixed number; None if the text is anything else."""
     match = _NUMBER.fullmatch(text.strip())
     if match is None:
         return None
     sign = -1 if match["sign"] else 1
     if match["decimal"]:
         return sign * Fraction(match["decimal"])
-    whole, above, below = (
-        int(match[part] or default) for part, default in (("whole", 0), ("above", 0), ("below", 1))
-    )
+    whole, above, below = (int(match[part] or 0) for part in ("whole", "above", "below"))
     return sign * (whole + Fraction(above, below)) if below else None
 
 

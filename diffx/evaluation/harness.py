@@ -1,7 +1,8 @@
-"""Tasks of ``lm-eval`` as a suite: its prompts, its metrics and its aggregates, over our decoders or its own class for ``transformers``."""
+"""Tasks of ``lm-eval`` as a suite: its prompts, metrics and aggregates."""
 
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from lm_eval.evaluator import evaluate
 from transformers import GenerationConfig
 
 from diffx.config import UserError
+from diffx.config.checks import require
 from diffx.data.sources import reason
 from diffx.evaluation.adapter import (
     DecoderLM,
@@ -27,19 +29,11 @@ from diffx.models import Decoder
 from diffx.results.declare import Average, Declaration, Metric, Picture, Table
 from diffx.results.published import published
 
-_REQUESTS = "requests.jsonl"
-_GENERATION = (
-    "until",
-    "do_sample",
-    "temperature",
-    "max_gen_toks",
-    "max_new_tokens",
-    "max_tokens",
-    "max_completion_tokens",
-)
-_SEED = 1234  # lm-eval's own for demonstrations: seed=0 draws those that it draws
-_RESAMPLES = 200  # of figures that are no means
-# What is averaged over tasks, and the score of a task that counts: the first that it has.
+_COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_GENERATION = ("until", "do_sample", "temperature", *_COUNTS)
+_SEED = 1234  # lm-eval's for demonstrations: seed=0 draws the same ones
+_RESAMPLES = 200  # of figures that are not means
+# What is averaged over tasks: the first of these scores that a task has.
 _AVERAGES = {
     "acc": ["acc"],
     "acc_norm": ["acc_norm", "acc"],
@@ -60,20 +54,23 @@ def plan(context: Context) -> list[Example]:
     Raises:
         UserError: a task, its data or a setting cannot be used.
     """
-    suite, ours = context.suite, isinstance(context.lm.model, Decoder)
-    if suite.chat_template:
-        with_chat_template(context.lm, context.job, suite.system_instruction)  # which checks it
-    _check_gen_kwargs(suite.gen_kwargs, ours)
-    found = _tasks(context)
-    for name, task in found.tasks.items():
+    suite = context.suite
+    if suite.chat_template:  # checks the template
+        with_chat_template(context.lm, context.job, suite.system_instruction)
+    _check_gen_kwargs(context)
+    loaded, examples = _tasks(context), []
+    for name, task in loaded.tasks.items():
         if task.OUTPUT_TYPE == "generate_until":
-            _check_generation(
-                context, name, generation_settings(task.get_config("generation_kwargs")), ours
-            )
-        context.sources[name] = digest(
-            task, with_demonstrations=any(shots for _, shots in _runs(context, found, name))
-        )
-    return _examples(context)
+            _check_generation(context, name, task)
+        runs = _runs(context, loaded, name)
+        context.sources[name] = digest(task, with_demonstrations=any(shots for _, shots in runs))
+        documents = context.limited(range(len(task.eval_docs)))
+        examples += [
+            Example(f"{name}/{shots}/{number}", {"run": (name, asked, shots)})
+            for asked, shots in runs
+            for number in documents
+        ]
+    return examples
 
 
 def _tasks(context: Context) -> Tasks:
@@ -85,110 +82,95 @@ def _tasks(context: Context) -> Tasks:
     )
 
 
-def _check_gen_kwargs(arguments: dict[str, Any], ours: bool) -> None:
+def _check_gen_kwargs(context: Context) -> None:
     """Refuse names and values that the model's generation does not know."""
-    known = {*_GENERATION, *(() if ours else GenerationConfig().to_dict())}
+    arguments = context.suite.gen_kwargs
+    if isinstance(context.lm.model, Decoder):
+        others, accepted = {}, " with a run"
+    else:
+        others = GenerationConfig().to_dict()
+        accepted = ", or one of transformers' GenerationConfig"
     for name, value in arguments.items():
-        refused = f"suite.gen_kwargs.{name}={value} cannot be used"
-        if name not in known:
-            which = ", ".join(_GENERATION) + (
-                " with a run" if ours else ", or one of transformers' GenerationConfig"
-            )
-            raise UserError(f"{refused}: it must be {which}")
-        texts = value if isinstance(value, list) else [value]
+        key = f"suite.gen_kwargs.{name}"
+        require(name in {*_GENERATION, *others}, key, value, f"{', '.join(_GENERATION)}{accepted}")
         if name == "until":
-            good, accepted = (
-                all(isinstance(text, str) and text for text in texts),
-                "a text or a list of texts",
-            )
+            texts = value if isinstance(value, list) else [value]
+            valid = all(isinstance(text, str) and text for text in texts)
+            require(valid, key, value, "a text or a list of texts")
         elif name == "do_sample":
-            good, accepted = isinstance(value, bool), "true or false"
+            require(isinstance(value, bool), key, value, "true or false")
         elif name == "temperature":
-            good, accepted = type(value) in (int, float) and value >= 0, "zero or more"
-        else:
-            good, accepted = (
-                name not in _GENERATION or (type(value) is int and value >= 1),
-                "a positive whole number",
-            )
-        if not good:
-            raise UserError(f"{refused}: it must be {accepted}")
+            valid = type(value) in (int, float) and value >= 0
+            require(valid, key, value, "zero or more")
+        elif name in _COUNTS:
+            valid = type(value) is int and value >= 1
+            require(valid, key, value, "a positive whole number")
     try:
-        GenerationConfig(
-            **{name: value for name, value in arguments.items() if name not in _GENERATION}
-        ).validate(strict=False)
+        others = {name: value for name, value in arguments.items() if name not in _GENERATION}
+        GenerationConfig(**others).validate(strict=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"suite.gen_kwargs={arguments} cannot be used: {reason(error)}") from error
 
 
-def _check_generation(context: Context, name: str, settings: dict[str, Any], ours: bool) -> None:
-    tokens, room = settings["max_gen_toks"], context.lm.context
+def _check_generation(context: Context, name: str, task: Task) -> None:
+    settings = generation_settings(task.get_config("generation_kwargs"))
+    tokens, room, given = settings["max_gen_toks"], context.lm.context, context.suite.gen_kwargs
     if tokens >= room:
         raise UserError(
-            f"suite.tasks={name} cannot be used: its answers have up to {tokens} tokens, and the model's context is {room}; "
-            "set suite.max_tokens below that"
+            f"suite.tasks={name} cannot be used: its answers have up to {tokens} tokens, and the "
+            f"model's context is {room}; set suite.max_tokens below that"
         )
-    if ours and settings["do_sample"]:
-        if context.suite.gen_kwargs.get("do_sample", context.suite.gen_kwargs.get("temperature")):
-            raise UserError(
-                "suite.gen_kwargs.do_sample=true cannot be used with a run: its answers are decoded greedily"
-            )
+    if not settings["do_sample"] or not isinstance(context.lm.model, Decoder):
+        return
+    if given.get("do_sample", given.get("temperature")):
         raise UserError(
-            f"suite.tasks={name} cannot be used: it samples its answers, and the suite decodes greedily; choose another task"
+            "suite.gen_kwargs.do_sample=true cannot be used with a run: its answers are decoded "
+            "greedily"
         )
+    raise UserError(
+        f"suite.tasks={name} cannot be used: it samples its answers, and the suite decodes "
+        "greedily; choose another task"
+    )
 
 
-def _runs(context: Context, found: Tasks, name: str) -> list[tuple[int | None, int]]:
-    """The numbers of shots that were asked for (None: the task's own), and what they are; as in lm-eval a task's own 0 stays."""
-    own = found.shots[name]
+def _runs(context: Context, loaded: Tasks, name: str) -> list[tuple[int | None, int]]:
+    """(asked, used) numbers of shots; asked None: the default. A task's 0 stays 0."""
+    default = loaded.shots[name]
     if context.suite.shots is None:
-        return [(None, own or 0)]
-    runs = {0 if own == 0 else shots: shots for shots in reversed(context.suite.shots)}
-    return [(asked, shots) for shots, asked in reversed(runs.items())]
-
-
-def _examples(context: Context) -> list[Example]:
-    found, examples = _tasks(context), []
-    for name, task in found.tasks.items():
-        documents = context.limited(list(range(len(task.eval_docs))))
-        for asked, shots in _runs(context, found, name):
-            examples += [
-                Example(f"{name}/{shots}/{number}", {"run": (name, asked, shots)})
-                for number in documents
-            ]
-    return examples
+        return [(None, default or 0)]
+    if default == 0:
+        return [(context.suite.shots[0], 0)]
+    return [(shots, shots) for shots in dict.fromkeys(context.suite.shots)]
 
 
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
-    """Run each task with each number of shots through lm-eval; records come when a task is done, its requests are kept before that."""
-    found, wanted = _tasks(context), {example.id for example in examples}
-    ours = isinstance(context.lm.model, Decoder)
-    asked_of = (
-        DecoderLM(context.lm, context.batch) if ours else PretrainedLM(context.lm, context.job)
+    """Run each task with each number of shots; answers to requests are kept in a file."""
+    loaded, wanted = _tasks(context), {example.id for example in examples}
+    suite, bar = context.suite, context.bar
+    decoder = isinstance(context.lm.model, Decoder)
+    lm = DecoderLM(context.lm, context.batch) if decoder else PretrainedLM(context.lm, context.job)
+    planned = sum(
+        len(_runs(context, loaded, name)) * len(context.limited(range(len(task.eval_docs))))
+        for name, task in loaded.tasks.items()
     )
-    done, heading, documents = len(_examples(context)) - len(examples), "", 0
+    done, heading, documents = planned - len(examples), "", 0
 
     def tell(answered: int, requests: int) -> None:
-        if context.bar:
-            context.bar.at(
-                done + documents * answered // requests,
-                f"{heading}: {answered}/{requests} requests",
-            )
+        if bar:
+            note = f"{heading}: {answered}/{requests} requests"
+            bar.at(done + documents * answered // requests, note)
 
-    model = RecordingLM(
-        asked_of.ask, context.folder / _REQUESTS, tell, getattr(asked_of, "hflm", None)
-    )
-    suite = context.suite
+    path = context.folder / "requests.jsonl"
+    model = RecordingLM(lm.ask, path, tell, getattr(lm, "hflm", None))
     runs = [example.data["run"] for example in examples]
     for name, asked, shots in dict.fromkeys(runs):
-        task, heading, documents = (
-            found.tasks[name],
-            f"{name} ({shots}-shot)",
-            runs.count((name, asked, shots)),
-        )
+        task, heading = loaded.tasks[name], f"{name} ({shots}-shot)"
+        documents = runs.count((name, asked, shots))
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(_SEED + context.seed)
         torch.manual_seed(context.seed)
-        with quiet():  # all documents, also where some have a record: what is drawn for a document depends on those before it
+        # All documents, with a record or not: random draws for one depend on those before it.
+        with quiet():
             results = evaluate(
                 model,
                 {"tasks": {name: task}},
@@ -198,27 +180,26 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
                 apply_chat_template=suite.chat_template,
                 fewshot_as_multiturn=suite.fewshot_as_multiturn,
             )
-        if asked_of.cut:
-            limit = f"the context of {context.lm.context} tokens"
+        if lm.cut:
             context.reporter.warn(
-                f"{heading}: {asked_of.cut} requests are longer than {limit}: their beginning was left out"
+                f"{heading}: {lm.cut} requests are longer than the context of "
+                f"{context.lm.context} tokens: their beginning was left out"
             )
-            asked_of.cut = 0
-        item = next(item for item, names in found.items.items() if name in names)
+            lm.cut = 0
+        item = next(item for item, names in loaded.items.items() if name in names)
+        place = {"by": {"task": name, "shots": shots, "variant": item}, "shots": asked}
         for record in _records(context, task, results["samples"][name]):
-            record |= {"by": {"task": name, "shots": shots, "variant": item}, "shots": asked}
             if record["id"] in wanted:
                 done += 1
-                yield record
+                yield record | place
 
 
 def _records(context: Context, task: Task, samples: list[dict[str, Any]]) -> Iterator[Record]:
-    by_document: dict[int, list[dict[str, Any]]] = {}
-    for sample in samples:  # one for each filter of the answers
-        by_document.setdefault(sample["doc_id"], []).append(sample)
-    for number, filtered in by_document.items():
+    # a document has a sample for each filter of its answers
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])
+    for number, filtered in groupby(samples, lambda sample: sample["doc_id"]):
         scores: dict[str, float] = {}
-        values: dict[str, Any] = {}  # of metrics that are no means over documents
+        values: dict[str, Any] = {}  # of metrics that are not means over documents
         for sample in filtered:
             for metric in sample["metrics"]:
                 name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
@@ -226,52 +207,48 @@ def _records(context: Context, task: Task, samples: list[dict[str, Any]]) -> Ite
                     scores[name] = float(sample[metric])
                 else:
                     values[name] = _plain(sample[metric])
-        first = filtered[0]
-        responses = [_plain(given[0] if len(given) == 1 else given) for given in first["resps"]]
+        given, arguments = sample["resps"], sample["arguments"]  # the same in each sample
+        responses = [_plain(each[0] if len(each) == 1 else each) for each in given]
         if task.OUTPUT_TYPE == "generate_until":
-            scores["answer_tokens"] = float(
-                np.mean(
-                    [len(context.lm.encode(text)) for given in first["resps"] for text in given]
-                )
-            )
+            lengths = [len(context.lm.encode(text)) for each in given for text in each]
+            scores["answer_tokens"] = float(np.mean(lengths))
         elif task.OUTPUT_TYPE == "loglikelihood_rolling":
             scores["loglikelihood"] = float(sum(responses))
         record = {
             "id": f"{task.task_name}/{task.get_config('num_fewshot')}/{number}",
             "scores": scores,
-            "prompts": list(dict.fromkeys(arguments[0] for arguments in first["arguments"])),
+            "prompts": list(dict.fromkeys(each[0] for each in arguments)),
             "responses": responses,
-            "target": _plain(first["target"]),
+            "target": _plain(sample["target"]),
         }
         if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
-            record["choices"] = [arguments[1] for arguments in first["arguments"]]
+            record["choices"] = [each[1] for each in arguments]
         yield record | ({"values": values} if values else {})
 
 
 def _plain(value: Any) -> Any:
     """The value as JSON has it."""
-    return json.loads(
-        json.dumps(
-            value, default=lambda other: other.tolist() if hasattr(other, "tolist") else str(other)
-        )
-    )
+
+    def convert(other: Any) -> Any:
+        return other.tolist() if hasattr(other, "tolist") else str(other)
+
+    return json.loads(json.dumps(value, default=convert))
 
 
 def declare(context: Context) -> Declaration:
-    """Means over documents and lm-eval's other aggregates by task and shots, its groups, averages."""
-    loaded, own_shots = _tasks(context), context.suite.shots is None
+    """lm-eval's aggregates by task and shots, those of its groups, and averages."""
+    loaded, default_shots = _tasks(context), context.suite.shots is None
     average = Average(
         over=["variant"],
-        by=[] if own_shots else ["shots"],
-        label="average" if own_shots else "average ({shots}-shot)",
+        by=[] if default_shots else ["shots"],
+        label="average" if default_shots else "average ({shots}-shot)",
         metrics=_AVERAGES,
     )
     metrics = {name: Metric(name=name, unit="share") for name in ("acc", "acc_norm", "accuracy")}
     metrics |= {"answer_tokens": Metric(name="answer_tokens", unit="tokens", better="none")}
-    loglikelihood = Metric(name="loglikelihood", unit="nats", better="higher")
     for task in loaded.tasks.values():
         metrics |= {metric.name: metric for metric in _metrics_of(task)}
-    metrics["loglikelihood"] = loglikelihood
+    metrics["loglikelihood"] = Metric(name="loglikelihood", unit="nats")
     picture = Picture(kind="intervals", title="{panel} (95% intervals)", panels=["unit"])
     return Declaration(
         metrics=list(metrics.values()),
@@ -282,89 +259,78 @@ def declare(context: Context) -> Declaration:
 
 
 def _metrics_of(task: Task) -> Iterator[Metric]:
-    """What lm-eval says of a task's metrics, one for each filter of its answers."""
-    sieves = [sieve.name for sieve in getattr(task, "_filters", [])] or ["none"]
-    directions = task.higher_is_better()
-    for name in {**directions, **task.aggregation()}:
-        higher = directions.get(name)
-        whole = task.aggregation().get(name, mean) is not mean
+    """A task's metrics in lm-eval, one for each filter of its answers."""
+    filters = [each.name for each in getattr(task, "_filters", [])] or ["none"]
+    directions, aggregates = task.higher_is_better(), task.aggregation()
+    for name in {**directions, **aggregates}:
+        better = {True: "higher", False: "lower"}.get(directions.get(name), "none")
+        how = "mean" if aggregates.get(name, mean) is mean else "given"
         unit = "share" if name in _SHARES else name
-        better = "higher" if higher else "lower" if higher is False else "none"
-        for sieve in sieves:
-            label = name if sieve == "none" else f"{name},{sieve}"
-            how = "given" if whole else "mean"
+        for each in filters:
+            label = name if each == "none" else f"{name},{each}"
             yield Metric(name=label, unit=unit, better=better, aggregate=how)
 
 
 def figures(context: Context, records: list[Record]) -> list[Record]:
-    """lm-eval's aggregates that are no means, and what it says of its groups of tasks."""
+    """lm-eval's aggregates that are not means, and its figures of groups of tasks."""
     loaded, rows = _tasks(context), []
-    by_run: dict[tuple[str, int], list[Record]] = {}
+    runs: dict[tuple[str, int], list[Record]] = {}
     for record in records:
-        by_run.setdefault((record["by"]["task"], record["by"]["shots"]), []).append(record)
-    for (task, shots), of_run in by_run.items():
+        runs.setdefault((record["by"]["task"], record["by"]["shots"]), []).append(record)
+    for (task, shots), of_run in runs.items():
         for name in of_run[0].get("values", {}):
             aggregate = loaded.tasks[task].aggregation()[name.split(",")[0]]
             values = [record["values"][name] for record in of_run]
-            place = {
-                "metric": name,
-                "task": task,
-                "shots": shots,
-                "aggregate": getattr(aggregate, "__name__", "whole"),
-            }
+            how = getattr(aggregate, "__name__", "whole")
+            place = {"metric": name, "task": task, "shots": shots, "aggregate": how}
             rows.append(place | _resampled(aggregate, values, context.seed))
     for asked in dict.fromkeys(record["shots"] for record in records):
-        runs = {run: r for run, r in by_run.items() if r[0]["shots"] == asked}
+        same = {run: of_run for run, of_run in runs.items() if of_run[0]["shots"] == asked}
         for group in loaded.groups:
-            rows += _group(loaded, group, runs, rows)
+            rows += _group(loaded, group, same, rows)
     return rows
 
 
 def _resampled(aggregate: Any, values: list[Any], seed: int) -> Record:
-    rng = np.random.default_rng(seed)
-    draws = [rng.integers(len(values), size=len(values)) for _ in range(_RESAMPLES)]
+    rng, n = np.random.default_rng(seed), len(values)
+    draws = [rng.integers(n, size=n) for _ in range(_RESAMPLES)]
     drawn = np.array([aggregate([values[index] for index in indices]) for indices in draws])
     low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
     interval = {"stderr": float(drawn.std(ddof=1)), "low": low, "high": high}
-    return {"value": float(aggregate(values)), **interval, "n": len(values)}
+    return {"value": float(aggregate(values)), **interval, "n": n}
 
 
 def _group(
-    loaded: Tasks, group: str, runs: dict[tuple[str, int], list[Record]], given: list[Record]
+    loaded: Tasks, group: str, runs: dict[tuple[str, int], list[Record]], rows: list[Record]
 ) -> Iterator[Record]:
-    """What lm-eval says of a group of tasks."""
-    of_tasks: dict[str, Any] = {}
+    """lm-eval's figures of a group of tasks, from the means and ``rows`` of its tasks."""
+    tasks: dict[str, Any] = {}
     for (task, shots), records in runs.items():
-        of_tasks[task] = {"sample_len": len(records)}
-        figures = {
-            name: _mean_of([record["scores"][name] for record in records])
-            for name in records[0]["scores"]
-        }
-        for row in given:
+        n, scores = len(records), [record["scores"] for record in records]
+        figures: dict[str, tuple[float, Any]] = {}
+        for name in scores[0]:
+            values = [score[name] for score in scores]
+            stderr = float(np.std(values, ddof=1) / n**0.5) if n > 1 else "N/A"
+            figures[name] = float(np.mean(values)), stderr
+        for row in rows:
             if (row.get("task"), row.get("shots")) == (task, shots):
-                figures[row["metric"]] = (row["value"], row["stderr"])
+                figures[row["metric"]] = row["value"], row["stderr"]
+        tasks[task] = {"sample_len": n}
         for label, (value, stderr) in figures.items():
-            name, _, sieve = label.partition(",")
-            of_tasks[task][f"{name},{sieve or 'none'}"] = value
-            of_tasks[task][f"{name}_stderr,{sieve or 'none'}"] = "N/A" if stderr is None else stderr
-    together = dict(loaded.groups[group].aggregate(of_tasks))
-    shots = max(shots for _, shots in runs)
-    for key, value in together.items():
-        name, comma, sieve = key.partition(",")
+            name, _, filter_name = label.partition(",")
+            tasks[task][f"{name},{filter_name or 'none'}"] = value
+            tasks[task][f"{name}_stderr,{filter_name or 'none'}"] = stderr
+    whole = dict(loaded.groups[group].aggregate(tasks))
+    for key, value in whole.items():
+        name, comma, filter_name = key.partition(",")
         if comma and not name.endswith("_stderr"):
-            stderr = together[f"{name}_stderr,{sieve}"]
+            stderr = whole[f"{name}_stderr,{filter_name}"]
             yield {
-                "metric": name if sieve == "none" else key,
+                "metric": name if filter_name == "none" else key,
                 "task": group,
-                "shots": shots,
+                "shots": max(shots for _, shots in runs),
                 "aggregate": "group",
                 "value": float(value),
                 "stderr": None if stderr == "N/A" else float(stderr),
-                "n": together["sample_len"],
+                "n": whole["sample_len"],
             }
-
-
-def _mean_of(scores: list[float]) -> tuple[float, float | None]:
-    """Mean and standard error."""
-    n = len(scores)
-    return float(np.mean(scores)), float(np.std(scores, ddof=1) / n**0.5) if n > 1 else None

@@ -1,4 +1,4 @@
-"""The tasks that a suite names, lm-eval's own, ours in ``tasks/`` or the user's, with their data from the hub or a local folder."""
+"""Tasks of lm-eval, of ``tasks/`` or of the user, with data of the hub or a folder."""
 
 import difflib
 import hashlib
@@ -21,7 +21,7 @@ from diffx.config import UserError
 from diffx.data.hub import asking_hub
 from diffx.errors import reason
 
-_OURS = Path(__file__).with_name("tasks")
+_TASKS = Path(__file__).with_name("tasks")
 _SUFFIXES = {".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -55,47 +55,45 @@ def load_tasks(
     Args:
         names: tasks, groups or tags of lm-eval.
         include_path: a folder of more task YAMLs.
-        data_dir: where the data of all tasks lie, ``<data_dir>/<task>/<split>.jsonl`` or ``.parquet``.
+        data_dir: data of all tasks, ``<data_dir>/<task>/<split>.jsonl`` or ``.parquet``.
         generation: a JSON object of settings of generation, which replace each task's.
         seed: of what tasks draw as they are built.
 
     Raises:
-        UserError: an unknown task, data that cannot be reached, or a task that needs what is not installed.
+        UserError: an unknown task, data that cannot be read, or a missing package.
     """
     for key, folder in (("include_path", include_path), ("data_dir", data_dir)):
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"suite.{key}={folder} cannot be used: there is no such folder")
-    paths: list[str | Path] = [_OURS, *([include_path] if include_path else [])]
+    paths: list[str | Path] = [_TASKS, *([include_path] if include_path else [])]
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=paths)  # seconds: it reads thousands of files
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, 3)
-            accepted = (
-                f"did you mean {', '.join(close)}?"
-                if close
-                else "a task, group or tag of lm-eval, or of suite.include_path"
-            )
+            accepted = "a task, group or tag of lm-eval, or of suite.include_path"
+            if close:
+                accepted = f"did you mean {', '.join(close)}?"
             raise UserError(f"suite.tasks={name} cannot be used: there is no such task; {accepted}")
     loaded = Tasks()
     random.seed(seed)
     np.random.seed(seed)
-    with _data_by_our_rules(data_dir):
+    with _patched_download(data_dir):
         for name in names:
             _add(loaded, name, manager)
     for name, task in loaded.tasks.items():
         loaded.shots[name] = task.get_config("num_fewshot")
         if task.OUTPUT_TYPE == "generate_until":
             task.set_config("generation_kwargs", json.loads(generation), update=True)
-        _tell_failures(task)
+        _name_failures(task)
     return loaded
 
 
-def _tell_failures(task: Any) -> None:
-    """Let an exception of a task's own metric be a ``UserError`` that names the task and the metric."""
+def _name_failures(task: Any) -> None:
+    """Make exceptions of a task's metrics ``UserError`` that name the task and the metric."""
 
-    def told(name: str, function: Any) -> Any:
+    def named(name: str, function: Any) -> Any:
         if not callable(function) or getattr(function, "__module__", "").startswith("lm_eval.api"):
             return function
 
@@ -111,50 +109,55 @@ def _tell_failures(task: Any) -> None:
 
         return called
 
-    for functions in (getattr(task, "_metric_fn_list", {}), getattr(task, "_aggregation_list", {})):
-        functions.update({name: told(name, function) for name, function in functions.items()})
+    metrics = getattr(task, "_metric_fn_list", {})
+    for functions in (metrics, getattr(task, "_aggregation_list", {})):
+        functions.update({name: named(name, function) for name, function in functions.items()})
     scoring = task.get_config("process_results")
     if callable(scoring):
-        metrics = ", ".join(getattr(task, "_metric_fn_list", {})) or scoring.__name__
-        task.set_config("process_results", told(f"{metrics} ({scoring.__name__})", scoring))
+        names = ", ".join(metrics) or scoring.__name__
+        task.set_config("process_results", named(f"{names} ({scoring.__name__})", scoring))
 
 
 def _add(loaded: Tasks, name: str, manager: TaskManager) -> None:
+    refused = f"suite.tasks={name} cannot be used:"
     try:
-        found = manager.load([name])
+        built = manager.load([name])
     except UserError:
         raise
     except Exception as error:  # a task's YAML and code may fail in any way
+        text = f"{error} {error.__cause__}"
+        problem = f"building it failed with {type(error).__name__}: {reason(error)}"
         if "antlr4" in str(error):  # of MATH and its relatives, when they are imported
-            need = "lm-eval's code for it needs antlr4-python3-runtime 4.11, and Hydra 4.9; diffx_math has the same problems"
-            raise UserError(f"suite.tasks={name} cannot be used: {need}") from error
-        if "math_verify" in f"{error} {error.__cause__}":
-            raise UserError(
-                f"suite.tasks={name} cannot be used: math_verify is not installed; run pip install 'diffx[math]'"
-            ) from error
-        raise UserError(
-            f"suite.tasks={name} cannot be used: building it failed with {type(error).__name__}: {reason(error)}"
-        ) from error
-    groups = {
-        group: made for group, made in found.get("groups", {}).items() if made.has_aggregation
-    }
-    for task, made in found["tasks"].items():
-        if getattr(made, "UNSAFE_CODE", False) or getattr(made, "MULTIMODAL", False):
-            raise UserError(
-                f"suite.tasks={task} cannot be used: it runs generated code or needs more than text; choose another task"
+            problem = (
+                "lm-eval's code for it needs antlr4-python3-runtime 4.11, and Hydra 4.9; "
+                "diffx_math has the same problems"
             )
-    loaded.tasks |= found["tasks"]
+        elif "math_verify" in text:
+            problem = "math_verify is not installed; run pip install 'diffx[math]'"
+        raise UserError(f"{refused} {problem}") from error
+    for task_name, task in built["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise UserError(
+                f"suite.tasks={task_name} cannot be used: it runs generated code or needs more "
+                "than text; choose another task"
+            )
+    groups = {name: group for name, group in built["groups"].items() if group.has_aggregation}
+    loaded.tasks |= built["tasks"]
     loaded.groups |= groups
     loaded.items |= (
-        {name: list(found["tasks"])}
+        {name: list(built["tasks"])}
         if name in groups
-        else {task: [task] for task in found["tasks"]}
+        else {task: [task] for task in built["tasks"]}
     )
 
 
 @contextmanager
-def _data_by_our_rules(data_dir: str | None) -> Iterator[None]:
-    """Make lm-eval's tasks read their data through ``_read`` for as long as the context lasts."""
+def _patched_download(data_dir: str | None) -> Iterator[None]:
+    """Let lm-eval's tasks read ``data_dir``, and parquet conversions on the hub.
+
+    A patch: lm-eval 0.4.13 calls a task's ``custom_dataset`` without its name, data set or splits,
+    and an override through ``TaskManager.load`` is the same for all tasks of a group.
+    """
     original = ConfigurableTask.download
 
     def download(
@@ -163,6 +166,7 @@ def _data_by_our_rules(data_dir: str | None) -> Iterator[None]:
         if data_dir is not None:
             task.dataset = _local(task, Path(data_dir) / task.config.task)
             return
+        path, name = task.DATASET_PATH, task.DATASET_NAME
         try:
             try:
                 with asking_hub(task.DATASET_PATH or ""):
@@ -170,25 +174,22 @@ def _data_by_our_rules(data_dir: str | None) -> Iterator[None]:
             except RuntimeError as error:
                 if "scripts are no longer supported" not in str(error):
                     raise
-                # the hub keeps a parquet conversion of data sets that come with a loading script, a folder a configuration
-                task.dataset = datasets.load_dataset(
-                    task.DATASET_PATH, data_dir=task.DATASET_NAME, revision="refs/convert/parquet"
-                )
-        except Exception as error:  # of the hub, the network, or the files themselves
+                # the hub converts data sets with a script to parquet, a folder a configuration
+                revision = "refs/convert/parquet"
+                task.dataset = datasets.load_dataset(path, data_dir=name, revision=revision)
+        except Exception as error:  # of the hub, the network or the files
             files = (dataset_kwargs or {}).get("data_files", {})
-            names = files.values() if isinstance(files, dict) else [files]
-            source = ", ".join(map(str, names)) or "/".join(
-                filter(None, (task.DATASET_PATH, task.DATASET_NAME))
-            )
-            copies = " and ".join(
-                f"DIR/{task.config.task}/{split}.jsonl" for split in _splits(task)
-            )
+            files = files.values() if isinstance(files, dict) else [files]
+            source = ", ".join(map(str, files)) or "/".join(filter(None, (path, name)))
+            folder = f"DIR/{task.config.task}"
+            copies = " and ".join(f"{folder}/{split}.jsonl" for split in _splits(task))
             raise UserError(
-                f"suite.tasks={task.config.task} cannot be used: its data set {source} cannot be read: {reason(error)}; "
-                f"suite.data_dir=DIR reads a local copy, {copies} (or .parquet)"
+                f"suite.tasks={task.config.task} cannot be used: its data set {source} cannot be "
+                f"read: {reason(error)}; suite.data_dir=DIR reads a local copy, {copies} "
+                "(or .parquet)"
             ) from error
 
-    ConfigurableTask.download = download  # there is no other way in
+    ConfigurableTask.download = download
     try:
         yield
     finally:
@@ -196,24 +197,20 @@ def _data_by_our_rules(data_dir: str | None) -> Iterator[None]:
 
 
 def _splits(task: ConfigurableTask) -> list[str]:
-    """The splits that a task reads: what it measures, and what it draws demonstrations from."""
+    """The splits that a task reads: the measured one, and that of the demonstrations."""
     config, shown = task.config, task.fewshot_cfg
-    measured = config.test_split or config.validation_split
-    drawn = (
-        None
-        if shown.split is None and shown.samples
-        else shown.split or config.training_split or config.validation_split
-    )
-    return list(dict.fromkeys(split for split in (measured, drawn) if split))
+    splits = [config.test_split or config.validation_split]
+    if shown.split is not None or not shown.samples:
+        splits.append(shown.split or config.training_split or config.validation_split)
+    return [split for split in dict.fromkeys(splits) if split]
 
 
 def _local(task: ConfigurableTask, folder: Path) -> datasets.DatasetDict:
+    refused = f"suite.data_dir={folder.parent} cannot be used:"
     files = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix in _SUFFIXES}
-    missing = [split for split in _splits(task) if split not in files]
-    if missing:
-        raise UserError(
-            f"suite.data_dir={folder.parent} cannot be used: {folder} has no {missing[0]}.jsonl or .parquet"
-        )
+    for split in _splits(task):
+        if split not in files:
+            raise UserError(f"{refused} {folder} has no {split}.jsonl or .parquet")
     try:
         return datasets.DatasetDict(
             {
@@ -224,25 +221,20 @@ def _local(task: ConfigurableTask, folder: Path) -> datasets.DatasetDict:
             }
         )
     except Exception as error:  # of the files
-        raise UserError(
-            f"suite.data_dir={folder.parent} cannot be used: a file in {folder} cannot be read: {reason(error)}"
-        ) from error
+        raise UserError(f"{refused} a file in {folder} cannot be read: {reason(error)}") from error
 
 
 def digest(task: Task, with_demonstrations: bool) -> str:
-    """SHA-256 of a task's documents, of those that demonstrations are drawn from, and of how it makes prompts and scores of them."""
-    config = {
-        key: value
-        for key, value in task.dump_config().items()
-        if key not in ("metadata", "num_fewshot", "dataset_kwargs")
-    }
-    known = hashlib.sha256(
+    """SHA-256 of a task's config, documents and possible demonstrations."""
+    ignored = ("metadata", "num_fewshot", "dataset_kwargs")
+    config = {key: value for key, value in task.dump_config().items() if key not in ignored}
+    shown = task.sampler.df if with_demonstrations and hasattr(task, "sampler") else []
+    hasher = hashlib.sha256(
         json.dumps([config, task.VERSION], default=_name, sort_keys=True).encode()
     )
-    shown = task.sampler.df if with_demonstrations and hasattr(task, "sampler") else []
     for document in (*task.eval_docs, *shown):
-        known.update(json.dumps(document, default=str, sort_keys=True).encode())
-    return known.hexdigest()
+        hasher.update(json.dumps(document, default=str, sort_keys=True).encode())
+    return hasher.hexdigest()
 
 
 def _name(value: Any) -> str:

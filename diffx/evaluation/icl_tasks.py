@@ -1,11 +1,12 @@
-"""Labelled texts for in-context classification: data sets of the hub, JSON lines, and a mapping of invented words."""
+"""Labelled texts: data sets of the hub, JSON lines, and a mapping of invented words."""
 
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from diffx.config import UserError
 from diffx.data.hub import asking_hub
@@ -13,8 +14,8 @@ from diffx.errors import reason
 from diffx.evaluation.suite import Context
 from diffx.files import json_sha256, open_text, parse_json
 
-_CONVERTED = "refs/convert/parquet"  # the hub's own conversion: `datasets` no longer runs a data set's script
-# name: (data set, subset, revision, text column, label column, a label that is left out)
+_CONVERTED = "refs/convert/parquet"  # `datasets` no longer runs a data set's script
+# name: (data set, subset, revision, text column, label column, a label that is skipped)
 HUB_TASKS: dict[str, tuple[str, str | None, str | None, str, str, str | None]] = {
     "trec": ("CogComp/trec", None, _CONVERTED, "text", "coarse_label", None),
     "trec_fine": ("CogComp/trec", None, _CONVERTED, "text", "fine_label", None),
@@ -33,7 +34,7 @@ class Task:
         name: as results name it.
         labels: all labels, sorted.
         train: rows to take demonstrations from.
-        test: rows to take queries from; None where the data has no such split, and they come out of ``train``.
+        test: rows to take queries from; None without such a split: they come out of ``train``.
     """
 
     name: str
@@ -42,15 +43,15 @@ class Task:
     test: list[Row] | None
 
     def draw(self, seed: int, queries: int, by_class: bool) -> tuple[list[Row], list[Row]]:
-        """Draw queries, and demonstrations in an order of which every suite takes the first ones.
+        """Draw queries and shuffled demonstrations.
 
-        Neither a query's number nor the demonstrations depend on how many queries are asked for, but for those that then lack.
+        The number of queries changes neither their order nor that of the demonstrations.
 
         Args:
             seed: of both.
             queries: how many at most.
-            by_class: the classes take turns in the order, each round in an order of its own, so that the first k·C rows hold
-                k of each of C classes; otherwise it is a plain shuffle.
+            by_class: the classes take turns, so that the first k·C demonstrations hold k of each of
+                C classes.
 
         Raises:
             UserError: there are too few rows for the queries.
@@ -61,7 +62,8 @@ class Task:
         if test is None:
             if queries >= len(train):
                 raise UserError(
-                    f"suite.queries={queries} cannot be used: {self.name} has {len(train)} texts, demonstrations included"
+                    f"suite.queries={queries} cannot be used: {self.name} has {len(train)} texts, "
+                    "demonstrations included"
                 )
             train, test = train[:-queries], train[: -queries - 1 : -1]
         else:
@@ -70,35 +72,36 @@ class Task:
 
 
 def alternate(rows: Sequence[Row], choose: random.Random) -> list[Row]:
-    """Let the classes take turns: each round has one row of every class that has one left, in an order of its own."""
+    """Let the classes take turns: a round has a row of each class with rows left."""
     classes = defaultdict(list)
     for row in rows:
         classes[row[1]].append(row)
-    rounds = [
-        [row for row in turn if row is not None]
-        for turn in zip_longest(*(classes[label] for label in sorted(classes)))
-    ]
-    for turn in rounds:
+    result: list[Row] = []
+    for rows_of_round in zip_longest(*(classes[label] for label in sorted(classes))):
+        turn = [row for row in rows_of_round if row is not None]
         choose.shuffle(turn)
-    return list(chain.from_iterable(rounds))
+        result += turn
+    return result
 
 
 def load_tasks(context: Context) -> list[Task]:
     """Load ``suite.tasks``.
 
     Raises:
-        UserError: a task that cannot be read, has fewer than two labels, or two of one name.
+        UserError: a task cannot be read or has fewer than two labels, or two have one name.
     """
     names = context.suite.tasks
     tasks = [_load(name, context.suite.labels, context.seed) for name in names]
     for task in tasks:
         if sum(other.name == task.name for other in tasks) > 1:
             raise UserError(
-                f"suite.tasks={','.join(names)} cannot be used: two tasks would be called {task.name}; rename a file"
+                f"suite.tasks={','.join(names)} cannot be used: two tasks would be called "
+                f"{task.name}; rename a file"
             )
         if len(task.labels) < 2:
             raise UserError(
-                f"suite.tasks={task.name} cannot be used: its texts have {len(task.labels)} labels; two are needed"
+                f"suite.tasks={task.name} cannot be used: its texts have {len(task.labels)} "
+                "labels; two are needed"
             )
         context.sources[task.name] = json_sha256([task.train, task.test])
     return tasks
@@ -111,9 +114,9 @@ def _load(name: str, labels: int, seed: int) -> Task:
         return _from_hub(name)
     path = Path(name).expanduser()
     if not path.is_file():
-        known = ", ".join([*HUB_TASKS, "synthetic"])
         raise UserError(
-            f"suite.tasks={name} cannot be used: there is no such file; it must be {known} or a path of JSON lines"
+            f"suite.tasks={name} cannot be used: there is no such file; it must be "
+            f"{', '.join(HUB_TASKS)}, synthetic or a path of JSON lines"
         )
     rows = _read_lines(path)
     short = path.name.removesuffix(".gz").removesuffix(".jsonl")
@@ -121,58 +124,50 @@ def _load(name: str, labels: int, seed: int) -> Task:
 
 
 def _read_lines(path: Path) -> list[Row]:
-    rows = []
+    refused = f"suite.tasks={path} cannot be used:"
     try:
         with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = parse_json(line)
-                    values = [
-                        str(row[key]).strip()
-                        for key in ("text", "label")
-                        if isinstance(row, dict) and isinstance(row.get(key), str)
-                    ]
-                    if len(values) < 2 or not all(values):
-                        raise UserError(
-                            f'suite.tasks={path} cannot be used: line {number} is not {{"text": "...", "label": "..."}}'
-                        )
-                    rows.append((values[0], values[1]))
+            lines = [(n, parse_json(line)) for n, line in enumerate(file, 1) if line.strip()]
     except (OSError, EOFError, ValueError) as error:
         raise UserError(
-            f"suite.tasks={path} cannot be used: {reason(error)}; it must be UTF-8 JSON lines, or those in .gz"
+            f"{refused} {reason(error)}; it must be UTF-8 JSON lines, or those in .gz"
         ) from error
+    rows = []
+    for number, row in lines:
+        values: list[Any] = [None]
+        if isinstance(row, dict):
+            values = [row.get("text"), row.get("label")]
+        if not all(isinstance(value, str) and value.strip() for value in values):
+            form = '{"text": "...", "label": "..."}'
+            raise UserError(f"{refused} line {number} is not {form}")
+        rows.append((values[0].strip(), values[1].strip()))
     return rows
 
 
 def _from_hub(name: str) -> Task:
-    """A label reads as the data set names it, with spaces for underscores."""
+    """A data set of the hub; labels have spaces for underscores."""
     import datasets  # slow to import, and most runs need no hub
 
-    where, subset, revision, text, label, left_out = HUB_TASKS[name]
+    path, subset, revision, text, label, skipped = HUB_TASKS[name]
+    splits = []
     try:
-        with asking_hub(where):
-            splits = [
-                datasets.load_dataset(where, subset, revision=revision, split=split)
-                for split in ("train", "test")
-            ]
-        train, test = (
-            [(row[text].strip(), split.features[label].int2str(row[label])) for row in split]
-            for split in splits
-        )
-    except Exception as error:  # any library below may fail here, each with an exception of its own
-        local = 'give a path of JSON lines {"text", "label"} in its place'
+        for split in ("train", "test"):
+            with asking_hub(path):
+                rows = datasets.load_dataset(path, subset, revision=revision, split=split)
+            names = rows.features[label].int2str
+            pairs = [(row[text].strip(), names(row[label])) for row in rows]
+            splits.append([(body, tag.replace("_", " ")) for body, tag in pairs if tag != skipped])
+    except Exception as error:  # each library has its exceptions
         raise UserError(
-            f"suite.tasks={name} cannot be used: {where} cannot be fetched: {reason(error)}; {local}"
+            f"suite.tasks={name} cannot be used: {path} cannot be fetched: {reason(error)}; "
+            'give a path of JSON lines {"text", "label"} in its place'
         ) from error
-    train, test = (
-        [(body, tag.replace("_", " ")) for body, tag in rows if tag != left_out]
-        for rows in (train, test)
-    )
+    train, test = splits
     return Task(name, sorted({tag for _, tag in train + test}), train, test)
 
 
 def _synthetic(labels: int, seed: int) -> Task:
-    """Invented words, of which four belong to each label, an invented word too: only the demonstrations tell which."""
+    """Invented words, four to each label, which is one too: only the demonstrations tell which."""
     choose = random.Random(f"{seed}/synthetic/{labels}")
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     words: list[str] = []
@@ -182,8 +177,6 @@ def _synthetic(labels: int, seed: int) -> Task:
             words.append(word)
     names = words[:labels]
     texts = [(word, names[place % labels]) for place, word in enumerate(words[labels:])]
-    train, test = (
-        choose.choices(texts, k=_SYNTHETIC_ROWS),
-        choose.choices(texts, k=_SYNTHETIC_QUERIES),
-    )
+    train = choose.choices(texts, k=_SYNTHETIC_ROWS)
+    test = choose.choices(texts, k=_SYNTHETIC_QUERIES)
     return Task("synthetic", sorted(names), train, test)

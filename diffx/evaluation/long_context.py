@@ -1,9 +1,7 @@
-"""Loss by position in long texts, and where it falls: on repeated pairs of tokens (AR-hit) or on the rest.
+"""Loss by position in long texts, on repeated pairs of tokens (AR-hit) and on the rest.
 
-AR-hit (Arora et al., "Zoology", arXiv 2312.04927; arXiv 2410.05258, ablations): the last token of an n-gram that the context holds
-already and that is not frequent in the training text, so that it can be known from the context alone. Here n is 2.
-
-Notation: T tokens of a text, V vocabulary.
+AR-hit (Arora et al., "Zoology", arXiv 2312.04927): the last token of an n-gram that is in the
+context and is not frequent in the training text. Here n is 2. Notation: T tokens, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,43 +23,38 @@ _BLOCK = 1 << 24  # training tokens counted at once
 
 
 def plan(context: Context) -> list[Example]:
-    """Cut ``suite.texts`` texts of ``suite.length`` scored tokens, evenly spread, out of the documents laid end to end.
+    """Cut ``suite.texts`` texts of ``suite.length`` scored tokens out of the documents.
 
     Raises:
         UserError: the model cannot read so many tokens, or the documents are too short.
     """
     suite, lm = context.suite, context.lm
-    length, texts = int(suite.length or lm.context), len(context.limited(list(range(suite.texts))))
+    length, texts = int(suite.length or lm.context), len(context.limited(range(suite.texts)))
     if lm.limit is not None and length > lm.limit:
         raise UserError(
             f"suite.length={length} cannot be used: the model reads {lm.limit} tokens at most"
         )
     documents = context.documents()
-    context.sources["tokenizer"] = context.lm.tokenizer.fingerprint  # texts are cut in tokens
-    groups = (
-        lm.encode_batch(documents[first : first + _GROUP])
-        for first in range(0, len(documents), _GROUP)
-    )
+    context.sources["tokenizer"] = lm.tokenizer.fingerprint  # texts are cut in tokens
     corpus = np.concatenate(
-        [np.array([lm.tokenizer.eot_id, *tokens], np.int32) for group in groups for tokens in group]
+        [
+            np.array([lm.tokenizer.eot_id, *tokens], np.int32)
+            for first in range(0, len(documents), _GROUP)
+            for tokens in lm.encode_batch(documents[first : first + _GROUP])
+        ]
     )
-    own = (
-        length + 1 - len(lm.prefix)
-    )  # the first token of a text is only read, and the last one only scored
-    if len(corpus) < texts * own:
-        source = label(context.data)
+    size = length + 1 - len(lm.prefix)  # the first token of a text is not scored
+    if len(corpus) < texts * size:
         raise UserError(
-            f"suite.texts={texts} cannot be used: {source} has {len(corpus)} tokens, and each text takes {own}; ask for less"
+            f"suite.texts={texts} cannot be used: {label(context.data)} has {len(corpus)} tokens, "
+            f"and each text takes {size}; ask for less"
         )
-    starts = [text * (len(corpus) // texts) for text in range(texts)]
-    rows = [
-        np.concatenate([np.array(lm.prefix, np.int32), corpus[start : start + own]])
-        for start in starts
-    ]
-    return [
-        Example(f"{length}/{number}", {"tokens": row, "corpus": corpus})
-        for number, row in enumerate(rows)
-    ]
+    prefix, step = np.array(lm.prefix, np.int32), len(corpus) // texts
+    examples = []
+    for number in range(texts):
+        tokens = np.concatenate([prefix, corpus[number * step : number * step + size]])
+        examples.append(Example(f"{length}/{number}", {"tokens": tokens, "corpus": corpus}))
+    return examples
 
 
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
@@ -72,23 +65,22 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     repeats = [repeated(example.data["tokens"]) for example in examples]
     pairs = [pair_keys(example.data["tokens"]) for example in examples]
     where, train = _training_tokens(context, examples[0].data["corpus"])
-    wanted = np.unique(
-        np.concatenate([keys[repeat] for keys, repeat in zip(pairs, repeats, strict=True)])
-    )
+    parts = [keys[repeat] for keys, repeat in zip(pairs, repeats, strict=True)]
+    wanted = np.unique(np.concatenate(parts))
     frequent = wanted[count_pairs(train, wanted) > suite.frequent]
     for example, keys, repeat in zip(examples, pairs, repeats, strict=True):
-        loss = token_losses(context.lm, example.data["tokens"].tolist(), suite.chunk)
-        hits = repeat & ~np.isin(keys, frequent)
-        length = {"length": len(loss)}
-        rows = [{"metric": "nll", "value": float(loss.mean()), "weight": len(loss), **length}]
-        for name, part in (("ar_hit", hits), ("others", ~hits)):
-            if part.any():
-                value, weight = float(loss[part].mean()), int(part.sum())
-                rows.append({"metric": f"nll/{name}", "value": value, "weight": weight, **length})
-        share = {"value": float(hits.mean()), "weight": len(loss), **length}
-        rows.append({"metric": "ar_hit share", **share})
+        tokens = example.data["tokens"].tolist()
+        loss = token_losses(context.lm, tokens, suite.chunk)
+        hits, n = repeat & ~np.isin(keys, frequent), len(loss)
+        means = [("nll", loss), ("nll/ar_hit", loss[hits]), ("nll/others", loss[~hits])]
+        means.append(("ar_hit share", hits))
+        rows: list[Record] = [
+            {"metric": name, "value": float(of.mean()), "weight": len(of), "length": n}
+            for name, of in means
+            if len(of)
+        ]
         sums = loss.cumsum()
-        for position in _positions(len(loss)):
+        for position in (*(1 << power for power in range((n - 1).bit_length())), n):
             value = float(sums[position - 1] / position)
             rows.append({"metric": "cumulative nll", "value": value, "position": position})
         yield {
@@ -96,16 +88,11 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             "by": {},
             "scores": {},
             "rows": rows,
-            "tokens": len(loss),
+            "tokens": n,
             "ar_hits": int(hits.sum()),
             "frequent": f"over {suite.frequent} times in {where}",
-            "begin": context.lm.decode(example.data["tokens"][:32].tolist()),
+            "begin": context.lm.decode(tokens[:32]),
         }
-
-
-def _positions(length: int) -> list[int]:
-    """The powers of two below the length, and the length."""
-    return [*(1 << power for power in range((length - 1).bit_length())), length]
 
 
 def pair_keys(tokens: np.ndarray) -> np.ndarray:
@@ -115,14 +102,14 @@ def pair_keys(tokens: np.ndarray) -> np.ndarray:
 
 
 def repeated(tokens: np.ndarray) -> np.ndarray:
-    """For each token (T,) but the first, whether the pair that it ends stood in the text before, bool (T - 1,)."""
+    """For each token (T,) but the first, whether its pair is repeated, bool (T - 1,)."""
     keys = pair_keys(tokens)
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
     return first[which] < np.arange(len(keys))
 
 
 def count_pairs(tokens: TokenArray, wanted: np.ndarray) -> np.ndarray:
-    """How often each of the ``wanted`` pairs, sorted keys (n,), stands in ``tokens``, int64 (n,)."""
+    """Counts, int64 (n,), of ``wanted`` pairs, sorted keys (n,), in ``tokens``."""
     counts = np.zeros(len(wanted), np.int64)
     for start in range(0, len(tokens) - 1 if len(wanted) else 0, _BLOCK):
         keys = pair_keys(tokens.read(start, min(start + _BLOCK + 1, len(tokens)))[0])
@@ -132,14 +119,15 @@ def count_pairs(tokens: TokenArray, wanted: np.ndarray) -> np.ndarray:
 
 
 def _training_tokens(context: Context, corpus: np.ndarray) -> tuple[str, TokenArray]:
-    """The tokens that the model was trained on; those of the evaluated corpus for a model of which they are not known or not here."""
+    """The training tokens of the model, or where they are missing those of the evaluated corpus."""
     data = context.lm.loaded.data
     if data is not None:
         try:
             return "the training tokens", open_data(data, context.lm.tokenizer).train
         except (UserError, RunError) as error:
             context.reporter.warn(
-                f"frequent pairs are counted in the evaluated corpus: the training text is not here ({error})"
+                "frequent pairs are counted in the evaluated corpus: the training text is missing "
+                f"({error})"
             )
     return "the evaluated corpus", TokenArray([corpus])
 
@@ -147,34 +135,36 @@ def _training_tokens(context: Context, corpus: np.ndarray) -> tuple[str, TokenAr
 def token_losses(lm: LanguageModel, tokens: Sequence[int], chunk: int) -> np.ndarray:
     """Negative log-likelihood, in nats, of each token (T,) but the first, fp64 (T - 1,).
 
-    The text is read behind a key/value cache, ``chunk`` tokens at a time: memory grows with T, and with chunk · V. Without a cache it is
-    read at once.
+    With a key/value cache ``chunk`` tokens are read at a time: memory grows with T, and with
+    chunk · V. Without a cache the text is read at once.
     """
     inputs, targets = list(tokens[:-1]), torch.tensor(tokens[1:], device=lm.device)
     if not lm.caches:
         places = torch.arange(len(inputs))
-        return (
-            -lm.score(torch.tensor([inputs]), torch.zeros_like(places), places, targets)[0]
-            .double()
-            .cpu()
-            .numpy()
-        )
+        ids = torch.tensor([inputs])
+        return -lm.score(ids, torch.zeros_like(places), places, targets)[0].double().cpu().numpy()
     state = lm.start([inputs[:1]])
     losses = [F.cross_entropy(state.logits, targets[:1], reduction="none")]
     for start in range(1, len(inputs), chunk):
-        part = inputs[start : start + chunk]
-        state, logits = lm.extend(state, [0], [part])
-        losses.append(
-            F.cross_entropy(logits[0], targets[start : start + len(part)], reduction="none")
-        )
+        state, (logits,) = lm.extend(state, [0], [inputs[start : start + chunk]])
+        part = targets[start : start + chunk]
+        losses.append(F.cross_entropy(logits, part, reduction="none"))
     return torch.cat(losses).double().cpu().numpy()
 
 
 def declare(context: Context) -> Declaration:
-    """The whole loss, its two parts (each token counts the same), and the loss of the first tokens."""
+    """The loss, its two parts (each token counts the same), and the loss of the first tokens."""
     loss = {"unit": "nats per token", "better": "lower"}
-    parts = [f"nll/{name}" for name in ("ar_hit", "others")]
-    frequent = f"AR-hits leave out pairs seen over {context.suite.frequent} times in training"
+    parts = ["nll/ar_hit", "nll/others"]
+    curve = Picture(
+        kind="curve",
+        title="Loss of the first tokens",
+        metrics=["cumulative nll"],
+        x="position",
+        xlabel="tokens",
+        ylabel="nats per token up to there",
+        log="x",
+    )
     return Declaration(
         metrics=[
             *metrics(["nll", *parts], aggregate="weighted mean", **loss),
@@ -186,16 +176,11 @@ def declare(context: Context) -> Declaration:
             Table(by=["position"], label="first {position} tokens", metrics=["cumulative nll"]),
         ],
         pictures=[
-            Picture(
-                kind="curve",
-                title="Loss of the first tokens",
-                metrics=["cumulative nll"],
-                x="position",
-                xlabel="tokens",
-                ylabel="nats per token up to there",
-                log="x",
-            ),
+            curve,
             Picture(kind="bars", title="Repeated pairs and the rest", metrics=parts, x="metric"),
         ],
-        notes=[f"{frequent}; bands and lines: 95% intervals over texts."],
+        notes=[
+            f"AR-hits leave out pairs seen over {context.suite.frequent} times in training; "
+            "bands and lines: 95% intervals over texts."
+        ],
     )

@@ -1,15 +1,15 @@
-"""The largest attention logits and hidden states of a model, and their medians (arXiv 2410.05258, table 5).
+"""The largest attention logits and hidden states, and medians (arXiv 2410.05258, table 5).
 
-Absolute values are counted: of the scaled causal logits of every query map (both maps of a differential head), as they enter the
-softmax, and of every layer's output. Ranks are exact. A median is read off a histogram whose bins are 1/64 wide at most in relation to
-their value, linearly within a bin, so it is off by less than 1.6%; magnitudes below 2^-20 count as 2^-20.
-
-Notation: B batch, T tokens, D model width. Maps are formed a block of rows at a time, so memory grows with T and not with T x T.
+Magnitudes of the scaled causal logits of every query map (both of a differential head), and of
+every layer's output. Ranks are exact. A median is interpolated in a
+histogram, whose bins have a relative width of at most 1/64; magnitudes below 2^-20 count as
+2^-20. Notation: B batch, T tokens, D model width; memory grows with T.
 """
 
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,8 @@ from diffx.results.published import published
 
 LOGITS, STATES = _GROUPS = ("attention logits", "hidden states")
 
-_SHIFT = 17  # a bin is all floats that share sign, exponent and the first 6 bits of the fraction
-_INFINITE = 255 << 6  # the bin of what is masked
+_SHIFT = 17  # a bin is all floats that share exponent and the first 6 bits of the fraction
+_INFINITE = 255 << 6  # the bin of masked logits
 _LOWEST = (127 - 20) << 6  # the bin of 2^-20
 _ELEMENTS = 2**18  # of a map that are formed at once
 _WINDOWS = "mean over windows"
@@ -47,57 +47,48 @@ class Tally:
     counts: np.ndarray = field(default_factory=lambda: np.zeros(_INFINITE, dtype=np.int64))
 
     def add(self, values: Tensor) -> None:
-        """Count |values|, of any shape; infinite ones are masked and do not count."""
+        """Count |values|, of any shape, but for infinite ones, which are masked."""
         values = values.float().abs().flatten()
-        counts = (
-            torch.bincount(values.view(torch.int32) >> _SHIFT, minlength=_INFINITE)
-            .cpu()
-            .numpy()[:_INFINITE]
-        )  # device sync
+        bins = torch.bincount(values.view(torch.int32) >> _SHIFT, minlength=_INFINITE)
+        counts = bins.cpu().numpy()[:_INFINITE]  # device sync
         self.counts += counts
         floor = self.top[-1] if len(self.top) == self.keep else -1.0
         used = counts.nonzero()[0]
-        if not len(used) or _edge(used[-1] + 1) <= floor:  # as in most blocks
-            return
-        candidates = values[(values > floor) & (values < torch.inf)]
-        self._keep(candidates.topk(min(self.keep, len(candidates))).values.tolist())
+        if len(used) and _edge(used[-1] + 1) > floor:  # false for most blocks
+            values = values[(values > floor) & (values < torch.inf)]
+            self._keep(values.topk(min(self.keep, len(values))).values.tolist())
 
     def merge(self, layer: dict[str, Any]) -> None:
-        """Add what another tally's ``record`` gave."""
+        """Add another tally's ``record``."""
         self._keep(layer["top"])
         self.counts[layer["first"] : layer["first"] + len(layer["counts"])] += layer["counts"]
 
     def record(self) -> dict[str, Any]:
-        """What merges again: the largest, and the histogram from its first bin in use to its last."""
+        """The largest, and the used part of the histogram, as JSON."""
         counts = self.counts.copy()
         counts[_LOWEST] += counts[:_LOWEST].sum()
         counts[:_LOWEST] = 0
         used = counts.nonzero()[0]
         first, last = int(used[0]), int(used[-1])
-        return {
-            "top": [float(f"{value:.7g}") for value in self.top],
-            "first": first,
-            "counts": counts[first : last + 1].tolist(),
-        }
+        top = [float(f"{value:.7g}") for value in self.top]
+        return {"top": top, "first": first, "counts": counts[first : last + 1].tolist()}
 
     def figures(self, ranks: list[int]) -> dict[str, float]:
-        """The magnitudes of these ranks, where there are so many, and the median."""
+        """The magnitudes of the ranks that exist, and the median."""
         figures = {f"top-{rank}": self.top[rank - 1] for rank in ranks if rank <= len(self.top)}
-        below = self.counts.cumsum()
-        middle = below[-1] / 2
-        found = np.searchsorted(below, middle)
-        low, high = _edge(found), _edge(found + 1)
-        return figures | {
-            "median": low
-            + (high - low) * (middle - (below[found] - self.counts[found])) / self.counts[found]
-        }
+        sums = self.counts.cumsum()
+        middle = sums[-1] / 2
+        index = np.searchsorted(sums, middle)
+        share = 1 - (sums[index] - middle) / self.counts[index]
+        low, high = _edge(index), _edge(index + 1)
+        return figures | {"median": low + (high - low) * share}
 
     def _keep(self, values: list[float]) -> None:
         self.top = list(heapq.merge(self.top, values, reverse=True))[: self.keep]
 
 
 def plan(context: Context) -> list[Example]:
-    """Windows of the documents laid end to end, each twice: for its logits and for its states.
+    """Windows of the joined documents, each twice: for its logits and for its states.
 
     Raises:
         UserError: a window does not fit in the model, or there is no text.
@@ -107,25 +98,27 @@ def plan(context: Context) -> list[Example]:
     if length > (lm.limit or length) or length <= len(lm.prefix):
         most = f" and {lm.limit} at most, which is all that the model reads" if lm.limit else ""
         raise UserError(
-            f"suite.length={length} cannot be used with {lm.name}: it must be more than {len(lm.prefix)}{most}"
+            f"suite.length={length} cannot be used with {lm.name}: it must be more than "
+            f"{len(lm.prefix)}{most}"
         )
     documents = iter(context.documents())
-    context.sources["tokenizer"] = context.lm.tokenizer.fingerprint  # windows are cut in tokens
+    context.sources["tokenizer"] = lm.tokenizer.fingerprint  # windows are cut in tokens
     text: list[int] = []
     windows: list[list[int]] = []
-    left = suite.tokens
-    while left > len(lm.prefix):
-        size = min(length, left) - len(lm.prefix)
+    remaining = suite.tokens
+    while remaining > len(lm.prefix):
+        size = min(length, remaining) - len(lm.prefix)
         while len(text) < size and (document := next(documents, None)) is not None:
             text += [*lm.encode(document), lm.tokenizer.eot_id]
         if not text:
             context.reporter.warn(
-                f"suite.tokens={suite.tokens}: the text has only {suite.tokens - left} tokens, which are all measured"
+                f"suite.tokens={suite.tokens}: the text has only {suite.tokens - remaining} "
+                "tokens, which are all measured"
             )
             break
         windows.append(lm.prefix + text[:size])
         text = text[size:]
-        left -= len(windows[-1])
+        remaining -= len(windows[-1])
     if not windows:
         raise UserError("data= cannot be used: it has no text")
     return [
@@ -136,10 +129,10 @@ def plan(context: Context) -> list[Example]:
 
 
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
-    """Read each window once and yield what was counted in it.
+    """Read each window once and yield a record for its logits and one for its states.
 
     Raises:
-        RunError: queries, keys or states that are not finite.
+        RunError: queries, keys or states are not finite.
     """
     lm, ranks = context.lm, context.suite.top
     keep = max(ranks)
@@ -149,9 +142,8 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     for window, asked in windows.items():
         tallies = _read(lm, list(window), {example.data["task"] for example in asked}, keep)
         for example in asked:
-            layers = [
-                tally.record() for tally in tallies[example.data["task"]] if tally.top
-            ]  # a layer without attention has no logits
+            # a layer without attention has no logits
+            layers = [tally.record() for tally in tallies[example.data["task"]] if tally.top]
             whole = _merged(layers, keep)
             yield {
                 "id": example.id,
@@ -164,49 +156,46 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
 
 
 def declare(context: Context) -> Declaration:
-    """Ranks and median of everything, of each layer, and means over windows, which have an interval."""
+    """Ranks and median of all layers and of each, and means over windows."""
     names = [*(f"top-{rank}" for rank in context.suite.top), "median"]
     shown = [name for name in names if name in ("top-1", "top-10", "top-100", "median")] or names
+    options = {"unit": "magnitude", "better": "lower"}
+    curves = Picture(
+        kind="curve",
+        title="{panel} by layer",
+        metrics=shown,
+        x="layer",
+        panels=["task"],
+        xlabel="layer",
+        ylabel="magnitude",
+        log="y",
+    )
     return Declaration(
         metrics=[
-            *metrics(names, unit="magnitude", better="lower", aggregate="given"),
-            *metrics([f"{name}, {_WINDOWS}" for name in names], unit="magnitude", better="lower"),
+            *metrics(names, aggregate="given", **options),
+            *metrics([f"{name}, {_WINDOWS}" for name in names], **options),
         ],
         tables=[
             Table(by=["task"], label="{task}"),
             Table(by=["task", "layer"], label="{task}, layer {layer}", compared=False),
         ],
-        pictures=[
-            Picture(
-                kind="curve",
-                title="{panel} by layer",
-                metrics=shown,
-                x="layer",
-                panels=["task"],
-                xlabel="layer",
-                ylabel="magnitude",
-                log="y",
-            )
-        ],
+        pictures=[curves],
         references=published("outliers"),
         notes=["Dashed and dotted lines: published figures over all layers."],
     )
 
 
-def figures(context: Context, records: list[Record]) -> list[Record]:
+def figures(context: Context, records: list[Record]) -> Iterator[Record]:
     """The ranks and the median over all windows, of all layers together and of each."""
-    ranks, rows = context.suite.top, []
-    parts: list[tuple[int | None, list[Any]]]
+    ranks = context.suite.top
     for task in _GROUPS:
-        of_task = [record["layers"] for record in records if record["by"]["task"] == task]
-        parts = [(None, [layer for layers in of_task for layer in layers])]
-        parts += enumerate(map(list, zip(*of_task, strict=True)))  # layer by layer
-        for layer, tallies in parts:
+        windows = [record["layers"] for record in records if record["by"]["task"] == task]
+        layers = list(map(list, zip(*windows, strict=True)))
+        for layer, tallies in [(None, chain.from_iterable(layers)), *enumerate(layers)]:
+            place = {"task": task, "layer": layer, "n": len(windows)}
             for name, value in _merged(tallies, max(ranks)).figures(ranks).items():
                 how = "median" if name == "median" else "rank"
-                place = {"task": task, "layer": layer, "n": len(of_task)}
-                rows.append({"metric": name, "aggregate": how, "value": value, **place})
-    return rows
+                yield {"metric": name, "aggregate": how, "value": value, **place}
 
 
 def _read(
@@ -250,5 +239,6 @@ def _merged(layers: list[dict[str, Any]], keep: int) -> Tally:
 def _require_finite(layer: int, *tensors: Tensor) -> None:
     if not all(tensor.isfinite().all() for tensor in tensors):  # device sync
         raise RunError(
-            f"layer {layer} gives values that are not finite: the weights are broken, or dtype= is too narrow for them"
+            f"layer {layer} gives values that are not finite: the weights are broken, or dtype= is "
+            "too narrow for them"
         )

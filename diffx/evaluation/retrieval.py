@@ -1,54 +1,45 @@
-"""Multi-needle retrieval (arXiv 2410.05258, section 3.4): magic numbers of cities, hidden in text, asked for at its end.
+"""Multi-needle retrieval (arXiv 2410.05258, section 3.4): magic numbers of cities, hidden in text.
 
-The first queried needle stands at the depth, the others at random places. A score is the share of the asked numbers that are right:
-
-    greedy        the numbers in the greedy continuation, in the order asked
-    constrained   each number chosen by its likelihood among all those in the text
-
-A length counts the whole input in the model's tokens, with the room for the answer.
+The first queried needle is at the depth, the others at random places. A score is the share of the
+asked numbers that are right: ``greedy`` in the greedy continuation, in order; ``constrained`` by
+likelihood among all numbers in the text. A length counts the whole input and answer in tokens.
 """
 
 import re
 from collections.abc import Iterator
+from itertools import product
 
 from diffx.config import UserError
 from diffx.data.needles import CITIES, Haystack, Needles, Sample, draw_needles, question_of
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.scoring import generations, loglikelihoods
 from diffx.evaluation.suite import Context, Example, Record
-from diffx.results.declare import Average, Declaration, Metric, Picture, Reference, Table
+from diffx.results.declare import Average, Declaration, Picture, Reference, Table, metrics
 from diffx.results.published import published
 
 _CHUNK = 32768  # tokens read between two writings of records
 
 
 def plan(context: Context) -> list[Example]:
-    """Cases, lengths, depths and samples; the needles depend on the seed, the case and the depth, not on the model.
+    """Cases, lengths, depths and samples; needles depend on seed, case and depth only.
 
     Raises:
-        UserError: a length that the model cannot read, that does not hold the needles, or is more than the text.
+        UserError: the model cannot read a length, or it does not hold the needles or exceeds the
+            text.
     """
     suite = context.suite
     most = min(context.lm.context, 4096)
     examples = []
-    for needles, asked in suite.cases:
-        group = _case(needles, asked)
-        for length in suite.lengths or [most // 4, most // 2, most]:
-            for depth in suite.depths:
-                data = {
-                    "task": group,
-                    "draw": group,
-                    "needles": needles,
-                    "asked": asked,
-                    "length": length,
-                    "depth": depth,
-                }
-                cell = []
-                for number in range(suite.samples):
-                    name = f"{group}/depth={depth:g}/{number}"  # the same needles at every length
-                    place = data | {"number": number, "example": name}
-                    cell.append(Example(f"{name}/T={length}", place))
-                examples += context.limited(cell)
+    for (needles, asked), length, depth in product(
+        suite.cases, suite.lengths or [most // 4, most // 2, most], suite.depths
+    ):
+        case = _case(needles, asked)
+        data = {"task": case, "draw": case, "needles": needles, "asked": asked}
+        data |= {"length": length, "depth": depth}
+        for number in context.limited(range(suite.samples)):
+            name = f"{case}/depth={depth:g}/{number}"  # the same needles at every length
+            sample = data | {"number": number, "example": name}
+            examples.append(Example(f"{name}/T={length}", sample))
     return long_enough(context, haystack_of(context), examples, "suite.lengths")
 
 
@@ -58,85 +49,80 @@ def haystack_of(context: Context) -> Haystack:
 
 
 def needles_of(context: Context, example: Example) -> Needles:
-    """The needles of an example."""
+    """The needles of an example, the same at every length."""
     data = example.data
-    draw = f"{context.seed}/{data['draw']}/{data['depth']:g}/{data['number']}"  # the same at every length
+    draw = f"{context.seed}/{data['draw']}/{data['depth']:g}/{data['number']}"
     return draw_needles(draw, data["needles"], data["asked"], data["depth"], context.suite.digits)
 
 
 def hide(context: Context, haystack: Haystack, example: Example) -> Sample:
-    """The example's sample, with which the model's input has the example's length at most."""
-    return haystack.hide(
-        needles_of(context, example),
-        example.data["length"] - len(context.lm.prefix + context.lm.suffix),
-    )
+    """The example's sample, whose input has at most the example's length."""
+    tokens = example.data["length"] - len(context.lm.prefix + context.lm.suffix)
+    return haystack.hide(needles_of(context, example), tokens)
 
 
 def long_enough(
     context: Context, haystack: Haystack, examples: list[Example], key: str
 ) -> list[Example]:
-    """Leave out default lengths that do not hold the needles, and refuse what cannot be asked.
+    """Drop default lengths that do not hold the needles, and refuse what cannot be asked.
 
     Args:
-        context: what the suite works with.
+        context: the suite's context.
         haystack: the text.
         examples: of every length.
-        key: the lengths' setting; the lengths are the default's where it is null.
+        key: the setting of the lengths, null for the default ones.
 
     Raises:
-        UserError: as ``plan`` says, or no default length holds the needles.
+        UserError: see ``plan``; or no default length holds the needles.
     """
     lm, digits = context.lm, context.suite.digits
     needles = max(example.data["needles"] for example in examples)
     if needles > min(len(CITIES), 9 * 10 ** (digits - 1)):
         raise UserError(
-            f"suite.digits={digits} cannot be used with {needles} needles: there are not so many numbers; give more digits"
+            f"suite.digits={digits} cannot be used with {needles} needles: there are not so many "
+            "numbers; give more digits"
         )
-    least = len(lm.prefix + lm.suffix) + max(
-        haystack.least(needles_of(context, example)) for example in examples
-    )
+    text = max(haystack.least(needles_of(context, example)) for example in examples)
+    least = text + len(lm.prefix + lm.suffix)
     lengths = sorted({example.data["length"] for example in examples})
-    short = [length for length in lengths if length < least]
-    what = f"{needles} needles, question and answer take {least} tokens"
+    short, longest = [length for length in lengths if length < least], lengths[-1]
+    needed = f"{needles} needles, question and answer take {least} tokens"
     if short and getattr(context.suite, key.removeprefix("suite.")) is not None:
-        raise UserError(f"{key}={short[0]} cannot be used: {what}; give more")
+        raise UserError(f"{key}={short[0]} cannot be used: {needed}; give more")
     if short == lengths:
-        cases = key.replace("length", "case")
-        ways = f"give fewer needles by {cases}, or more tokens by {key}"
         raise UserError(
-            f"{key}=null cannot be used with {lm.name}: {what}, and the longest default is {lengths[-1]}; {ways}"
+            f"{key}=null cannot be used with {lm.name}: {needed}, and the longest default is "
+            f"{longest}; give fewer needles by {key.replace('length', 'case')}, or more tokens by "
+            f"{key}"
         )
     if short:
-        context.reporter.warn(f"{key}=null leaves out {' and '.join(map(str, short))}: {what}")
+        context.reporter.warn(f"{key}=null leaves out {' and '.join(map(str, short))}: {needed}")
         examples = [example for example in examples if example.data["length"] >= least]
-    if lengths[-1] > (lm.limit or lengths[-1]):
+    if longest > (lm.limit or longest):
         raise UserError(
-            f"{key}={lengths[-1]} cannot be used with {lm.name}: it reads {lm.limit} tokens at most"
+            f"{key}={longest} cannot be used with {lm.name}: it reads {lm.limit} tokens at most"
         )
-    if lengths[-1] > lm.context:
+    if longest > lm.context:
         context.reporter.warn(
-            f"{key}={lengths[-1]} is more than the {lm.context} tokens that {lm.name} was trained on"
+            f"{key}={longest} is more than the {lm.context} tokens that {lm.name} was trained on"
         )
     try:
-        haystack.hide(needles_of(context, examples[0]), lengths[-1])
+        haystack.hide(needles_of(context, examples[0]), longest)
     except ValueError as error:
         raise UserError(
-            f"{key}={lengths[-1]} cannot be used: {error}; choose more text by data=, or give less"
+            f"{key}={longest} cannot be used: {error}; choose more text by data=, or give less"
         ) from error
     return examples
 
 
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
-    """Ask, the longest first, a few at a time."""
+    """Ask, the longest first, in chunks."""
     lm, haystack = context.lm, haystack_of(context)
-    left = sorted(examples, key=lambda example: -example.data["length"])
-    while left:
-        size = max(
-            1,
-            _CHUNK // left[0].data["length"],
-            0 if context.batch == "auto" else int(context.batch),
-        )
-        chunk, left = left[:size], left[size:]
+    batch = 0 if context.batch == "auto" else int(context.batch)
+    todo = sorted(examples, key=lambda example: -example.data["length"])
+    while todo:
+        size = max(1, _CHUNK // todo[0].data["length"], batch)
+        chunk, todo = todo[:size], todo[size:]
         samples = [hide(context, haystack, example) for example in chunk]
         prompts = [lm.prompt(*_parts(sample.prompt)) for sample in samples]
         room = max(map(len, lm.encode_batch([sample.needles.answer for sample in samples])))
@@ -168,31 +154,30 @@ def numbers_in(text: str) -> list[str]:
 
 
 def _choose(context: Context, samples: list[Sample]) -> list[list[str]]:
-    """The likeliest number for each asked city, of those in the text; each is asked for by itself, so that no answer helps another."""
+    """The likeliest number in the text for each asked city; each city is asked for by itself."""
     lm = context.lm
-    requests, places = [], []
-    for index, sample in enumerate(samples):
+    requests: list[tuple[list[int], list[int]]] = []
+    for sample in samples:
         needles, before = sample.needles, lm.prefix + lm.encode(sample.context)
-        for place in range(needles.asked):
-            question, start = _parts(question_of([needles.cities[place]]))
+        for city in needles.cities[: needles.asked]:
+            question, start = _parts(question_of([city]))
             if lm.suffix:
-                asked = before + _behind(lm, [question])[0] + lm.suffix
-                requests += [
-                    (asked, lm.encode(f"{start.lstrip()} {number}")) for number in needles.numbers
-                ]
+                asked = before + _encode_after(lm, [question])[0] + lm.suffix
+                texts = [lm.encode(f"{start.lstrip()} {number}") for number in needles.numbers]
             else:
-                texts = _behind(lm, [f"{question}{start} {number}" for number in needles.numbers])
-                requests += [(before, tokens) for tokens in texts]
-            places += [(index, place, number) for number in needles.numbers]
-    best: dict[tuple[int, int], tuple[float, str]] = {}
-    for (index, place, number), (score, _) in zip(
-        places, loglikelihoods(lm, requests, context.batch), strict=True
-    ):
-        if (index, place) not in best or score > best[index, place][0]:
-            best[index, place] = (score, number)
+                asked = before
+                texts = _encode_after(
+                    lm, [f"{question}{start} {number}" for number in needles.numbers]
+                )
+            requests += [(asked, tokens) for tokens in texts]
+    scores = iter(loglikelihoods(lm, requests, context.batch))
     return [
-        [best[index, place][1] for place in range(sample.needles.asked)]
-        for index, sample in enumerate(samples)
+        [
+            max((next(scores)[0], -place, number) for place, number in enumerate(numbers))[2]
+            for _ in range(sample.needles.asked)
+        ]
+        for sample in samples
+        for numbers in [sample.needles.numbers]
     ]
 
 
@@ -202,57 +187,51 @@ def _parts(prompt: str) -> tuple[str, str]:
     return text + mark, start
 
 
-def _behind(lm: LanguageModel, texts: list[str]) -> list[list[int]]:
-    """Encode texts as they are behind another text: some tokenizers begin a text with a blank."""
+def _encode_after(lm: LanguageModel, texts: list[str]) -> list[list[int]]:
+    """Encode texts as they are after another text: some tokenizers begin a text with a blank."""
     stop = lm.encode(".")
     return [tokens[len(stop) :] for tokens in lm.encode_batch([f".{text}" for text in texts])]
 
 
 def _share(said: list[str], asked: list[str]) -> float:
-    return sum(mine == right for mine, right in zip(said, asked, strict=False)) / len(asked)
+    return sum(map(str.__eq__, said, asked)) / len(asked)
 
 
 def declare(context: Context) -> Declaration:
-    """Shares by case, by case and length, and by cell of the grid of lengths and depths.
+    """Shares by case, by case and length, and by length and depth.
 
-    The same needles are hidden at every length, so that a case's examples are its needles, each
-    with its mean over lengths.
+    The same needles are hidden at every length: a case's examples are means over lengths.
     """
-    names = ["greedy", *(["constrained"] if context.suite.constrained else [])]
+    suite = context.suite
+    names = ["greedy", "constrained"] if suite.constrained else ["greedy"]
+    label = "{task} T={length}"
     guessing = [
-        Reference(
-            label="guessing",
-            metric="constrained",
-            value=1 / needles,
-            by={"task": _case(needles, asked)},
-        )
-        for needles, asked in context.suite.cases
+        Reference(label="guessing", metric="constrained", value=1 / n, by={"task": _case(n, asked)})
+        for n, asked in suite.cases
     ]
+    pictures = [
+        Picture(
+            kind="heat",
+            title="{panel}",
+            metrics=[name],
+            x="length",
+            y="depth",
+            panels=["task", "metric"],
+            xlabel="tokens",
+            ylabel="depth of the answer",
+            limits=[0, 1],
+        )
+        for name in names
+    ]
+    cell = label + " depth {depth:.0%}"
     return Declaration(
-        metrics=[Metric(name=name, unit="share of numbers right") for name in names],
+        metrics=metrics(names, unit="share of numbers right"),
         tables=[
             Table(by=["task"], label="{task}", average=Average(over=["task"])),
-            Table(by=["task", "length"], label="{task} T={length}", compared=False),
-            Table(
-                by=["task", "length", "depth"],
-                label="{task} T={length} depth {depth:.0%}",
-                compared=False,
-            ),
+            Table(by=["task", "length"], label=label, compared=False),
+            Table(by=["task", "length", "depth"], label=cell, compared=False),
         ],
-        pictures=[
-            Picture(
-                kind="heat",
-                title="{panel}",
-                metrics=[name],
-                x="length",
-                y="depth",
-                panels=["task", "metric"],
-                xlabel="tokens",
-                ylabel="depth of the answer",
-                limits=[0, 1],
-            )
-            for name in names
-        ],
+        pictures=pictures,
         references=[*published("retrieval"), *guessing],
     )
 

@@ -1,15 +1,15 @@
-"""What suites and the runner hand each other.
+"""The interface between suites and the runner.
 
-A suite is a module with three functions, and a fourth where a figure is no aggregate over examples:
+A suite is a module with three functions, and a fourth for figures that no aggregate gives:
 
-    plan(context) -> list[Example]                        what is asked, always the same; refuses what cannot be measured
-    answer(context, examples) -> Iterator[Record]         one record an example, as soon as it is known
-    declare(context) -> Declaration                       its metrics, tables, pictures and published figures
-    figures(context, records) -> Iterable[dict]           rows of the table of results that the suite works out itself
+    plan(context) -> list[Example]              the same for every model; refuses bad settings
+    answer(context, examples) -> Iterator[Record]      one record an example, as soon as it is known
+    declare(context) -> Declaration             its metrics, tables, pictures and published figures
+    figures(context, records) -> Iterable[dict]         more rows of the table of results
 
-A record is a JSON-able dict with ``id``; ``by``, the columns of ``diffx.results.table.BY`` that apply; ``scores``, name to figure;
-``example``, which pairs models, if it is not the id; ``rows``, rows of the table with columns of their own; and what the model saw
-and said.
+A record is a JSON-able dict with ``id``; ``by``, columns of ``diffx.results.table.BY``; ``scores``,
+name to figure; optionally ``example``, which pairs models in place of the id, and ``rows``, rows of
+the table with further columns; and the model's input and output.
 """
 
 import math
@@ -32,7 +32,7 @@ Record = dict[str, Any]
 
 @dataclass(slots=True)
 class Example:
-    """One thing that a model is asked.
+    """One question to a model.
 
     Attributes:
         id: unique in the suite, and the same for every model.
@@ -50,10 +50,11 @@ class Context:
     Attributes:
         job: the job.
         lm: the model.
-        folder: where the results go; a suite may keep files of its own in it.
+        folder: the folder of results.
         reporter: for lines and warnings.
-        sources: SHA-256 (or revision) of each data source that the plan read; part of the settings hash.
-        bar: the progress display, while the examples are answered; a suite may say more on it than records done.
+        sources: SHA-256 (or revision) of each data source that the plan read; part of the settings
+            hash.
+        bar: the progress display while examples are answered.
     """
 
     job: EvalJob
@@ -78,39 +79,36 @@ class Context:
         """Sequences at once, or ``auto``."""
         return self.job.batch
 
-    def limited(self, examples: list[Any]) -> list[Any]:
-        """The first ``limit`` of a group's examples, or that share of them."""
+    def limited(self, examples: Any) -> Any:
+        """The first ``limit`` of a sequence of examples, or that share of them."""
         limit = self.job.limit
         return examples[: math.ceil(len(examples) * limit) if isinstance(limit, float) else limit]
 
     @property
     def data(self) -> DataConfig:
-        """The text's source: ``data=``, else what the model was trained on, where that is known, else Python's source."""
+        """The source of text: ``data=``, else the model's training data, else Python's source."""
         return self.job.data or self.lm.loaded.data or StdlibData()
 
     @cached_property
     def _texts(self) -> tuple[list[str], str]:
-        own, data = self.lm.loaded.data, self.data
-        seen = own is not None and all(
-            getattr(own, key, None) == getattr(data, key, None) for key in ("kind", "path", "name")
+        trained, keys = self.lm.loaded.data, ("kind", "path", "name")
+        held_out = trained is not None and all(
+            getattr(trained, key, None) == getattr(self.data, key, None) for key in keys
         )
-        return read_texts(data, held_out=seen)
+        return read_texts(self.data, held_out=held_out)
 
     def documents(self) -> list[str]:
-        """The documents of ``data=``, in a fixed order; of the text that the model was trained on only those that were held out."""
-        self.sources["data"] = self._texts[1]
-        return self._texts[0]
+        """The documents of ``data``, in a fixed order; only held-out ones of the training data."""
+        documents, self.sources["data"] = self._texts
+        return documents
 
 
 def rows_of(records: Iterable[Record], declaration: Declaration) -> Iterator[dict[str, Any]]:
-    """The table's rows of single examples: a record's ``scores``, and what stands in its ``rows``."""
+    """The table's rows of single examples: a record's ``scores`` and ``rows``."""
     for record in records:
-        common = {
-            "example": record.get("example", record["id"]),
-            "aggregate": EXAMPLE,
-            **record["by"],
-        }
+        example = {"example": record.get("example", record["id"]), "aggregate": EXAMPLE}
         scores = [{"metric": name, "value": value} for name, value in record["scores"].items()]
         for row in (*scores, *record.get("rows", ())):
             metric = declaration.metric(row["metric"])
-            yield {"unit": metric.unit, "better": metric.better} | common | row
+            unit = {"unit": metric.unit, "better": metric.better}
+            yield unit | example | record["by"] | row

@@ -1,4 +1,4 @@
-"""Generated text against references, and generated texts against each other; libraries do the counting."""
+"""Scores of generated texts against references and against each other."""
 
 from collections.abc import Sequence
 
@@ -13,36 +13,32 @@ _WORDS = Tokenizer13a()
 
 
 def answer_scores(answer: str, references: Sequence[str]) -> dict[str, float]:
-    """Exact match and token F1 (0 to 1) with the nearest reference, as SQuAD normalises and counts them (arXiv 1606.05250, section 6.1)."""
-    # The places of the answers do not count.
-    scores = squad(
-        {"id": "0", "prediction_text": answer},
-        {"id": "0", "answers": {"text": list(references), "answer_start": [0]}},
-    )
+    """Exact match and token F1 (0 to 1), nearest reference, as in SQuAD (arXiv 1606.05250)."""
+    # the start is not used
+    target = {"id": "0", "answers": {"text": list(references), "answer_start": [0]}}
+    scores = squad({"id": "0", "prediction_text": answer}, target)
     return {name: float(scores[name]) / 100 for name in ("exact_match", "f1")}
 
 
 def summary_scores(summary: str, references: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, -2 and -L (F-measure of word stems, 0 to 1), each with its nearest reference (Lin, 2004)."""
-    return {
-        name: float(score.fmeasure)
-        for name, score in _ROUGE.score_multi(references, summary).items()
-    }
+    """ROUGE-1, -2 and -L (F-measure of stems, 0 to 1) with the nearest reference (Lin, 2004)."""
+    scores = _ROUGE.score_multi(references, summary)
+    return {name: float(score.fmeasure) for name, score in scores.items()}
 
 
 def diversity(texts: Sequence[str], most: int = 100) -> dict[str, float]:
     """How much the texts of one task differ, from 0 to 1.
 
-    ``distinct_n``, n = 1, 2, 3: different n-grams per n-gram of all texts (Li et al., arXiv 1510.03055); more is more diverse, but it also
-    falls with the number and the length of the texts, so compare it between equal numbers and look at the length.
-    ``self_bleu``: mean BLEU of each text with all others as its references (Zhu et al., arXiv 1802.01886); less is more diverse.
+    ``distinct_n``, n = 1, 2, 3: distinct n-grams per n-gram (Li et al., arXiv 1510.03055); it falls
+    with the number and the length of the texts, so compare equal numbers. ``self_bleu``: mean BLEU
+    of each text with all others as references (Zhu et al., arXiv 1802.01886); lower is diverse.
 
     Args:
-        texts: the generations; of more than ``most`` the first are taken, since the work grows with their square.
-        most: texts compared at most.
+        texts: the generations.
+        most: the first texts that are compared; the work grows with their square.
 
     Returns:
-        The figures that can be formed: none without words, no ``self_bleu`` of a single text.
+        The figures that are defined: none without words, no ``self_bleu`` of a single text.
     """
     texts = list(texts[:most])
     words = [_WORDS(text.lower()).split() for text in texts]
@@ -52,9 +48,7 @@ def diversity(texts: Sequence[str], most: int = 100) -> dict[str, float]:
         if grams:
             figures[f"distinct_{n}"] = len(set(grams)) / len(grams)
     if len(texts) > 1 and figures:
-        each = [
-            _BLEU.sentence_score(text, texts[:i] + texts[i + 1 :]).score
-            for i, text in enumerate(texts)
-        ]
-        figures["self_bleu"] = sum(each) / len(each) / 100
+        others = [texts[:i] + texts[i + 1 :] for i in range(len(texts))]
+        scores = [_BLEU.sentence_score(*pair).score for pair in zip(texts, others, strict=True)]
+        figures["self_bleu"] = sum(scores) / len(scores) / 100
     return figures
