@@ -1,7 +1,8 @@
 """Speed and memory of a model: training, reading a prompt, and decoding after it.
 
 A figure is the median over rounds; a short call is repeated within its round. Training is forward
-and backward in the run's ``train.precision`` (else ``auto``), the rest runs in ``dtype``. Memory is the peak of tensors, with the weights. Notation: B sequences, T tokens.
+and backward in the run's ``train.precision`` (else ``auto``), the rest runs in ``dtype``.
+Memory is the peak of tensors, with the weights. Notation: B sequences, T tokens.
 """
 
 import gc
