@@ -145,7 +145,7 @@ class LanguageModel:
         ids, padding = self._padded(texts)
         if self._decoder:
             dtype = self.model.output_weight.dtype
-            cache: Any = KVCache(self.model.config, *tuple(ids.shape), self.device, dtype)
+            cache: Any = KVCache(self.model.config, len(ids), ids.shape[1], self.device, dtype)
         else:
             cache = DynamicCache(config=self.model.config)
         prefix = Prefix(torch.empty(0), [list(text) for text in texts], cache)

@@ -7,7 +7,7 @@ histogram, whose bins have a relative width of at most 1/64; magnitudes below 2^
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -229,7 +229,7 @@ def _edge(number: np.intp) -> float:
     return float((np.array([number], dtype=np.int32) << _SHIFT).view(np.float32)[0])
 
 
-def _merged(layers: list[dict[str, Any]], keep: int) -> Tally:
+def _merged(layers: Iterable[dict[str, Any]], keep: int) -> Tally:
     whole = Tally(keep)
     for layer in layers:
         whole.merge(layer)

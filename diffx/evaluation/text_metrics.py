@@ -15,8 +15,8 @@ _WORDS = Tokenizer13a()
 def answer_scores(answer: str, references: Sequence[str]) -> dict[str, float]:
     """Exact match and token F1 (0 to 1), nearest reference, as in SQuAD (arXiv 1606.05250)."""
     # the start is not used
-    target = {"id": "0", "answers": {"text": list(references), "answer_start": [0]}}
-    scores = squad({"id": "0", "prediction_text": answer}, target)
+    answers: dict[str, list[str] | list[int]] = {"text": list(references), "answer_start": [0]}
+    scores = squad({"id": "0", "prediction_text": answer}, {"id": "0", "answers": answers})
     return {name: float(scores[name]) / 100 for name in ("exact_match", "f1")}
 
 
