@@ -16,7 +16,10 @@ bench = typer.Typer(help="Measure side by side.", **SETTINGS)
 
 @bench.command("train")
 def bench_train(
-    out: Annotated[Path | None, typer.Option(help="The .json file for the figures, with rows in a .parquet beside it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .json file for the figures, with rows in a .parquet beside it."),
+    ] = None,
     size: Annotated[
         list[str], typer.Option(help="A size of diffx train; may be given several times.")
     ] = ["nano", "25m"],  # noqa: B006 - Typer's way
@@ -48,7 +51,10 @@ def bench_eval(
     checkpoint: Annotated[
         str, typer.Option(help="A Llama of the Hugging Face hub, by name or folder.")
     ],
-    out: Annotated[Path | None, typer.Option(help="The .json file for the figures, with rows in a .parquet beside it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .json file for the figures, with rows in a .parquet beside it."),
+    ] = None,
     documents: Annotated[int, typer.Option(min=1, help="Documents of each kind of request.")] = 24,
     rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 3,
     device: Annotated[
@@ -74,7 +80,10 @@ def bench_adapt(
     base: Annotated[
         str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")
     ],
-    out: Annotated[Path | None, typer.Option(help="The .json file for the figures, with rows in a .parquet beside it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .json file for the figures, with rows in a .parquet beside it."),
+    ] = None,
     seq_len: Annotated[int, typer.Option(min=1, help="Context length in tokens.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
@@ -102,7 +111,10 @@ def bench_quantize(
     checkpoint: Annotated[
         str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")
     ],
-    out: Annotated[Path | None, typer.Option(help="The .json file for the figures, with rows in a .parquet beside it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .json file for the figures, with rows in a .parquet beside it."),
+    ] = None,
     seq_len: Annotated[int, typer.Option(min=1, help="Context length in tokens.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
@@ -129,7 +141,10 @@ def bench_quantize(
 
 @bench.command("attention")
 def bench_attention(
-    out: Annotated[Path | None, typer.Option(help="The .json file for the figures, with rows in a .parquet beside it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .json file for the figures, with rows in a .parquet beside it."),
+    ] = None,
     heads: Annotated[
         int, typer.Option(min=2, help="Heads of the baseline; two make a differential one.")
     ] = 16,

@@ -24,6 +24,7 @@ from diffx.config.eval import EvalJob
 from diffx.console import Bar, Reporter
 from diffx.data.texts import read_texts
 from diffx.evaluation.model import LanguageModel
+from diffx.files import read_json
 from diffx.results.declare import Declaration
 from diffx.results.table import EXAMPLE
 
@@ -95,7 +96,18 @@ class Context:
         held_out = trained is not None and all(
             getattr(trained, key, None) == getattr(self.data, key, None) for key in keys
         )
-        return read_texts(self.data, held_out=held_out)
+        texts, digest = read_texts(self.data, held_out=held_out)
+        path = self.lm.loaded.folder / "data.json"
+        if held_out and self.data.kind in ("text", "stdlib") and path.is_file():
+            recorded = read_json(path).get("val", {}).get("bytes")
+            size = sum(len(text.encode()) for text in texts)
+            if recorded not in (None, size):
+                self.reporter.warn(
+                    f"{self.lm.name} held out {recorded:,} bytes of its text, and {size:,} are "
+                    "held out today (the text changed, or another version of diffx split it): it "
+                    "may have been trained on a part of them"
+                )
+        return texts, digest
 
     def documents(self) -> list[str]:
         """The documents of ``data``, in a fixed order; only held-out ones of the training data."""

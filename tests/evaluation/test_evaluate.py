@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import re
 import subprocess
 import sys
@@ -385,3 +386,16 @@ def test_damaged_records_of_an_unfinished_evaluation_are_measured_again(measure,
     path.write_bytes(cut(path.read_bytes()))
     measure("seed=9")
     assert without_time(folder) == before and len(read_records(folder)) == 12
+
+
+def test_text_that_was_held_out_otherwise_is_warned_of(runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "transformer", run, ignore=shutil.ignore_patterns("evals"))
+    words = ["suite=long_context", "suite.texts=1", "suite.length=16", "wandb.mode=disabled"]
+    evaluate(compose("eval", [f"checkpoint={run}", *words, "device=cpu"]), [])
+    assert "held out" not in capsys.readouterr().out
+    data = json.loads((run / "data.json").read_text())
+    data["val"]["bytes"] += 1
+    (run / "data.json").write_text(json.dumps(data))
+    evaluate(compose("eval", [f"checkpoint={run}", *words, "device=cpu", "force=true"]), [])
+    assert "may have been trained on a part" in " ".join(capsys.readouterr().out.split())
