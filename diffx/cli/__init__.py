@@ -270,8 +270,7 @@ def _quantize(job: Any, words: list[str]) -> dict[int, str]:
 
     \b
     Groups: method=attention_logits | activations | weights   suite= data=
-    Keys:   checkpoint= bits=[16,8,6,4] suite.KEY= data.path= limit= force=, all of them: --doc all
-            method.scope= (logits, activations)  method.scheme= method.group_size= (weights)
+    Keys:   checkpoint= bits=[16,8,6,4] suite.KEY= method.KEY= limit=, all of them: --doc all
     Examples:
       diffx quantize checkpoint=runs/x
       diffx quantize -m checkpoint=runs/transformer,runs/diff method=activations bits=[8,6,4]

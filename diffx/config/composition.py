@@ -1,4 +1,4 @@
-"""Composition of a command's config from the files in ``conf/``, the schemas and the user's words."""
+"""Composition of a command's config from ``conf/``, the schemas and the user's words."""
 
 import copy
 from collections.abc import Iterator
@@ -62,14 +62,14 @@ class UserConfigsFirst(SearchPathPlugin):
 
 @contextmanager
 def composer(config_dir: Path | None = None) -> Iterator[Any]:
-    """Initialize Hydra on the configs of diffx and on the user's folder, and give the Hydra object."""
+    """Initialize Hydra on the configs of diffx and of the user; gives the Hydra object."""
     UserConfigsFirst.use(config_dir)
     register_schemas()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         yield GlobalHydra.instance().hydra
 
 
-# Only the configs of diffx are kept: those of --config-dir may change while a process runs.
+# Only configs of diffx are kept: those of --config-dir may change while a process runs.
 _compositions: dict[tuple[Any, ...], DictConfig] = {}
 _groups: dict[str, dict[str, list[str]]] = {}
 
@@ -111,7 +111,7 @@ def compose_config(app: Any, name: str, words: list[str], *, several: bool = Fal
 
 
 def config_groups(app: Any, name: str) -> dict[str, list[str]]:
-    """The groups of a primary config and the options of each, such as ``ablation/diff_v1_no_norm``."""
+    """The groups of a primary config and their options, such as ``ablation/diff_v1_no_norm``."""
     if name in _groups and UserConfigsFirst.folder is None:
         return _groups[name]
     loader = app.config_loader

@@ -119,7 +119,6 @@ class AdaptJob:
     """``diffx adapt-dex``.
 
     Attributes:
-        kind: tells a saved config's schema.
         base: the pretrained model: a name or folder of the Hugging Face hub.
         revision: the hub's revision.
         trust_remote_code: run Python code that comes with the model; a resumed run needs it again.

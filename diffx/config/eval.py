@@ -33,7 +33,7 @@ class Dtype(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class JudgeConfig:
-    """Who says whether an answer is faithful to its text; ``none`` leaves the generations unjudged."""
+    """Who judges whether an answer is faithful to its text; ``none`` judges nothing."""
 
     kind: str = "none"
 
@@ -77,7 +77,6 @@ class ExportJob:
     """``diffx export``.
 
     Attributes:
-        kind: tells a saved config's schema.
         checkpoint: a run, trained or adapted (``runs/x``, ``runs/x@best``, ``runs/x@1000``).
         out: the folder to write, which must not exist.
         format: ``hf``: a folder that ``transformers`` loads.
@@ -108,7 +107,6 @@ class EvalJob:
     """``diffx eval``.
 
     Attributes:
-        kind: tells a saved config's schema.
         checkpoint: a run folder (``runs/x``, ``runs/x@best``, ``runs/x@1000``), or a name or folder
             of the Hugging Face hub.
         suite: what is measured.
@@ -124,8 +122,7 @@ class EvalJob:
         seed: of everything that is drawn.
         force: measure again where results with the same settings exist.
         revision: the hub's revision.
-        trust_remote_code: run Python code that comes with a model of the hub, or with the base of
-            an adapted run.
+        trust_remote_code: run Python code of a model of the hub, or of the base of an adapted run.
     """
 
     kind: str = "eval"

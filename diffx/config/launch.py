@@ -55,8 +55,7 @@ _TEXT_KEYS = ("prompt", "train.sample_prompt", "suite.system_instruction")
 class SweepJob:
     """The function that Hydra calls for each job of a sweep, in this process or in a launcher's.
 
-    An exception does not reach Hydra, which would print it in another form: its line goes to
-    standard error at once and to the sweep's folder.
+    The line of an exception goes to standard error at once, and to the sweep's folder.
 
     Attributes:
         job_class: the dataclass that the config becomes.
@@ -64,7 +63,7 @@ class SweepJob:
         given: the words of the command line, with several values for a key.
         argv: the command line.
         unwritten: failed jobs that could not be written to the sweep's folder.
-        process: the id of the process that made this object; a launcher's jobs may run in others.
+        process: the id of the process that made this object.
     """
 
     job_class: type
@@ -126,8 +125,7 @@ def compose(name: str, words: list[str], config_dir: Path | None = None) -> Any:
     Raises:
         UserError: the words do not compose to a valid config.
     """
-    words = [_plain_text(word) for word in words]
-    with composer(config_dir) as app, _one_line(app, name, words):
+    with _composer(name, words, config_dir) as (app, words):
         cfg = compose_config(app, name, words)
         with open_dict(cfg):
             del cfg["hydra"]
@@ -144,23 +142,12 @@ def show_config(
     doc: str | None = None,
     info: str | None = None,
 ) -> None:
-    """Print what the words compose to, and run nothing.
-
-    Args:
-        name: the primary config.
-        words: the user's words in Hydra's grammar.
-        config_dir: a folder of configs that come before those of diffx.
-        cfg: print the config: its ``job``, its ``hydra`` or ``all``.
-        resolve: resolve the interpolations of that config.
-        package: print only this part of it.
-        doc: print the meaning of this key, of the keys of this group, or of ``all``.
-        info: print what Hydra knows about ``searchpath``, ``defaults`` and so on.
+    """Print what the words compose to, and run nothing; the arguments are the command's options.
 
     Raises:
         UserError: the words do not compose to a valid config, or a key does not exist.
     """
-    words = [_plain_text(word) for word in words]
-    with composer(config_dir) as app, _one_line(app, name, words):
+    with _composer(name, words, config_dir) as (app, words):
         config = _composition(app, name, words, several=True)
         if package and OmegaConf.select(config, package) is None:
             raise UserError(unknown(package, list(keys(config))))  # Hydra would end the process
@@ -174,19 +161,12 @@ def show_config(
             app.show_cfg(name, words, cfg, package, resolve)
 
 
-def _compose_of_several(name: str, words: list[str], config_dir: Path | None) -> Any:
-    try:
-        return compose(name, words, config_dir)
-    except UserError as error:
-        raise UserError(f"{error} ({words[0]} of the list)") from error
-
-
 def _suites(name: str, words: list[str]) -> list[list[str]]:
     """For ``diffx eval`` with ``suite=[a,b]``, the words of each suite; else none."""
     lists = [word for word in words if name == "eval" and re.fullmatch(r"suite=\[.*\]", word)]
     if not lists:
         return []
-    suites = [suite.strip() for suite in lists[-1][len("suite=[") : -1].split(",")]
+    suites = [suite.strip() for suite in lists[-1][7:-1].split(",")]
     accepted = "it must be a suite, or a list such as [retrieval,outliers]"
     refuse(not all(suites), lists[-1], accepted)
     others = [word for word in words if not word.startswith("suite=")]
@@ -205,7 +185,7 @@ def launch(
     """Run one command's job, or its sweep through Hydra.
 
     Args:
-        name: the primary config, and the job it becomes.
+        name: the primary config.
         work: gets the job and the words that set it; importable by name, since launchers pickle it.
             With ``suite=[a,b]`` it gets a list of the jobs, and returns the exit code.
         words: in Hydra's grammar: ``key=value``, ``~key``, ``+key=value``.
@@ -222,13 +202,17 @@ def launch(
     """
     suites = _suites(name, words)
     if suites and not multirun:
-        jobs = [_compose_of_several(name, suite, config_dir) for suite in suites]
+        jobs = []
+        for suite in suites:
+            try:
+                jobs.append(compose(name, suite, config_dir))
+            except UserError as error:
+                raise UserError(f"{error} ({suite[0]} of the list)") from error
         return cast(int, work(jobs, words))
     if suites:
         choices = ",".join(suite[0].removeprefix("suite=") for suite in suites)
         words = [*suites[0][1:], f"suite={choices}"]
-    words = [_plain_text(word) for word in words]
-    with composer(config_dir) as app, _one_line(app, name, words):
+    with _composer(name, words, config_dir) as (app, words):
         cfg = _composition(app, name, words, several=multirun)
         single = not (multirun or cfg.hydra.mode is RunMode.MULTIRUN)
         if single:
@@ -245,8 +229,7 @@ def launch(
     if "run" in cfg:
         refuse(cfg.run.dir is not None, f"run.dir={cfg.run.dir}", _RUN_DIR)
     sweep = new_path("hydra.sweep.dir", cfg.hydra.sweep.dir)
-    no_folder = sweep.exists() and not sweep.is_dir()
-    refuse(no_folder, f"hydra.sweep.dir={sweep}", "it is no folder; choose another")
+    refuse(sweep.is_file(), f"hydra.sweep.dir={sweep}", "it is no folder; choose another")
     made = [folder for folder in (sweep, *sweep.parents) if not folder.exists()]
     for stale in (_FAILED, _DONE, BEST):
         (sweep / stale).unlink(missing_ok=True)
@@ -293,7 +276,7 @@ def _report_sweep(sweep: Path, sweep_job: SweepJob) -> tuple[list[Any], list[Any
 
 
 def _composition(app: Any, name: str, words: list[str], several: bool) -> DictConfig:
-    """Compose the only job's config, or with ``several`` what the configs of the jobs have in common."""
+    """Compose the only job's config, or with ``several`` what all jobs' configs share."""
     if several:
         return compose_config(app, name, words, several=True)
     try:
@@ -306,7 +289,7 @@ def _composition(app: Any, name: str, words: list[str], several: bool) -> DictCo
 
 
 def _plain_text(word: str) -> str:
-    """Quote the value of a key that holds free text, unless it is quoted already or null."""
+    """Quote the value of a key of free text, unless it is quoted already or null."""
     key, _, value = word.partition("=")
     if key not in _TEXT_KEYS or value[:1] in ("'", '"') or value == "null":
         return word
@@ -332,6 +315,14 @@ def _hydra_main(sweep_job: SweepJob, name: str, words: list[str]) -> None:
 
 
 @contextmanager
+def _composer(name: str, words: list[str], config_dir: Path | None) -> Iterator[Any]:
+    """Give the Hydra object and the quoted words; what Hydra raises becomes a ``UserError``."""
+    words = [_plain_text(word) for word in words]
+    with composer(config_dir) as app, _one_line(app, name, words):
+        yield app, words
+
+
+@contextmanager
 def _one_line(app: Any, name: str, words: list[str]) -> Iterator[None]:
     """Turn what Hydra raises while it composes into a ``UserError``."""
     try:
@@ -344,15 +335,14 @@ def _one_line(app: Any, name: str, words: list[str]) -> Iterator[None]:
             raise
         if misplaced := _misplaced(app, name, words):
             raise UserError(misplaced) from error
-        try:
+        groups = {}
+        with suppress(HydraException):  # the user's configs may break the primary one
             groups = config_groups(app, name)
-        except HydraException:  # the user's configs break the primary one
-            groups = {}
         raise UserError(explain(error, words, groups)) from error
 
 
 def _misplaced(app: Any, name: str, words: list[str]) -> str | None:
-    """Name a user's file that lacks its package line, or the command that an experiment is for."""
+    """Describe a user's file without a package line, or an experiment of another command."""
     options = [word.partition("=")[::2] for word in words]
     choices = [(group, choice) for group, value in options for choice in value.split(",")]
     for group, choice in choices:

@@ -1,7 +1,4 @@
-"""Architectures. ``num_heads`` (H) and ``num_kv_heads`` (H_kv) are always those of the baseline Transformer.
-
-One dataclass an architecture, told apart by ``kind``; ``models/`` has one attention module for each.
-"""
+"""Architectures. ``num_heads`` (H) and ``num_kv_heads`` (H_kv) are those of the baseline."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -10,7 +7,7 @@ from omegaconf import MISSING
 
 from diffx.config.checks import check_fields, require
 
-_MOST = {  # beyond these, parameter counts overflow or a model of one feature takes minutes to build
+_MOST = {  # beyond these, parameter counts overflow or a narrow model takes minutes to build
     "hidden_size": 2**24,
     "num_layers": 10**4,
     "num_heads": 2**24,

@@ -100,7 +100,6 @@ class QuantizeJob(EvalJob):
     """``diffx quantize``: the keys of ``diffx eval``, and these.
 
     Attributes:
-        kind: tells a saved config's schema.
         method: what is quantized.
         bits: at which widths the suite is run; 16 is the model as it is, always measured too.
     """

@@ -1,4 +1,4 @@
-"""The training recipe, the tracker, the run folder; and the jobs, one a command, that gather them."""
+"""The training recipe, the tracker, the run folder, and the jobs of the commands."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -215,7 +215,6 @@ class TrainJob:
     """``diffx train``.
 
     Attributes:
-        kind: tells a saved config's schema.
         model: the architecture and its shape.
         data: the text.
         tokenizer: text to tokens.
@@ -245,7 +244,6 @@ class PrepareJob:
     """``diffx data prepare``.
 
     Attributes:
-        kind: tells a saved config's schema.
         data: the text.
         tokenizer: text to tokens.
         out: the folder to write; an unfinished one is taken up where it stopped.
@@ -278,7 +276,6 @@ class GenerateJob:
     """``diffx generate``.
 
     Attributes:
-        kind: tells a saved config's schema.
         checkpoint: a run folder, ``@best`` or ``@STEP`` after it.
         prompt: text to continue; ``-`` reads it from standard input.
         prompt_file: a UTF-8 file to continue instead.
@@ -288,8 +285,7 @@ class GenerateJob:
         top_p: draw among the likeliest whose probabilities reach p; 1 is all.
         device: where to compute.
         seed: of the draws.
-        trust_remote_code: run Python code that comes with a model of the hub, or with the base of
-            an adapted run.
+        trust_remote_code: run Python code of a model of the hub, or of the base of an adapted run.
     """
 
     kind: str = "generate"
