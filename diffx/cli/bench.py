@@ -124,9 +124,8 @@ def bench_quantize(
     """
     from diffx.bench.quantize import bench_quantize
 
-    bench_quantize(
-        out=out, checkpoint=checkpoint, seq_len=seq_len, batch=batch, rounds=rounds, device=device
-    )
+    sizes = {"seq_len": seq_len, "batch": batch, "rounds": rounds}
+    bench_quantize(out=out, checkpoint=checkpoint, device=device, **sizes)
 
 
 @bench.command("attention")
@@ -158,15 +157,8 @@ def bench_attention(
     """
     from diffx.bench.attention import bench_attention
 
-    bench_attention(
-        out=out,
-        heads=heads,
-        width=width,
-        seq_lens=seq_len,
-        rounds=rounds,
-        dtype=dtype,
-        device=device,
-    )
+    sizes = {"heads": heads, "width": width, "rounds": rounds}
+    bench_attention(out=out, seq_lens=seq_len, dtype=dtype, device=device, **sizes)
 
 
 @bench.command("profile")
