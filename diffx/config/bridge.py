@@ -164,8 +164,8 @@ def from_plain(schema: Any, saved: Any) -> Any:
 
 def _no_interpolations(value: Any, key: str = "") -> None:
     if isinstance(value, str) and _INTERPOLATION.search(value):
-        reason = "a saved config has no interpolations; a text has \\${ in its place"
-        raise UserError(f"{key}={value} cannot be used: {reason}")
+        reason = "which a saved config must not have; a text has \\${ in its place"
+        raise UserError(f"{key}={value} has an interpolation, {reason}")
     if isinstance(value, Mapping):
         for name, item in value.items():
             _no_interpolations(name, f"a key of {key}")

@@ -38,16 +38,17 @@ def require(condition: bool, key: str, value: Any, accepted: str) -> None:
     refuse(not condition, f"{key}={value}", f"it must be {accepted}")
 
 
-def refuse(condition: bool, setting: str, reason: str) -> None:
+def refuse(condition: bool, setting: str, reason: str, other: str = "") -> None:
     """Raise ``UserError`` if ``condition`` holds.
 
     Args:
         condition: must be false.
         setting: the key and its value, as a user would type them (``suite=speed``).
         reason: why the setting cannot be used, and what is accepted.
+        other: another setting with which the first cannot be used.
     """
     if condition:
-        raise UserError(f"{setting} cannot be used: {reason}")
+        raise UserError(f"{setting} cannot be used{other and f' with {other}'}: {reason}")
 
 
 def check_fields(

@@ -90,15 +90,17 @@ class DexConfig:
         require(criterion or self.heads.endswith(".json"), "dex.heads", self.heads, accepted)
         refuse(
             self.k is not None and (self.heads == "all" or not criterion),
-            f"dex.k={self.k} with dex.heads={self.heads}",
+            f"dex.k={self.k}",
             "dex.heads gives the number of heads; leave dex.k out",
+            f"dex.heads={self.heads}",
         )
         if self.variant is Variant.fixed_lambda:
             self.init = Init.zeros
         refuse(
             self.anneal_steps == 0 and self.variant.anneals and self.init is Init.zeros,
-            "dex.anneal_steps=0 with dex.init=zeros",
+            "dex.anneal_steps=0",
             "W_D = 0 and lambda = 0 have no gradient; give more steps, or dex.init=linear",
+            "dex.init=zeros",
         )
 
 

@@ -152,8 +152,9 @@ class EvalJob:
         check_seed("seed", self.seed)
         refuse(
             self.judge.kind != "none" and self.suite.kind != "hallucination",
-            f"judge={self.judge.kind} with suite={self.suite.name}",
+            f"judge={self.judge.kind}",
             "only suite=hallucination is judged",
+            f"suite={self.suite.name}",
         )
 
 

@@ -90,8 +90,9 @@ class Weights(MethodConfig):
         check_fields(self, "method", "group_size", POSITIVE)
         refuse(
             self.group_size is not None and self.scheme is not Scheme.weight_only,
-            f"method.group_size={self.group_size} with method.scheme={self.scheme.value}",
+            f"method.group_size={self.group_size}",
             "only weight_only has groups",
+            f"method.scheme={self.scheme.value}",
         )
 
 

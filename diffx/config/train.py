@@ -136,8 +136,9 @@ class TrainConfig:
         )
         refuse(
             self.compile and self.mask_documents,
-            "train.mask_documents=true with train.compile=true",
+            "train.mask_documents=true",
             "every batch cuts other documents and would compile anew",
+            "train.compile=true",
         )
         count_fields(self, "train", "batch_tokens steps tokens")
         names = "seq_len micro_batch_size log_every eval_every save_every keep_last"
