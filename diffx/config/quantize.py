@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from diffx.config.checks import POSITIVE, check_fields, refuse, require
+from diffx.config.checks import check_fields, refuse, require
 from diffx.config.eval import EvalJob
 
 EXACT = 16  # bits at which nothing is quantized
@@ -87,7 +87,7 @@ class Weights(MethodConfig):
     skip: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_fields(self, "method", "group_size", POSITIVE)
+        check_fields(self, "method", "group_size", "1 or more, or null", lambda size: size >= 1)
         refuse(
             self.group_size is not None and self.scheme is not Scheme.weight_only,
             f"method.group_size={self.group_size}",
