@@ -125,13 +125,11 @@ class Reporter:
         text = (f"job {number} " if number else "") + name + (f" ({unit})" if unit else "")
         task = bars.add_task(text, total=total, completed=done, note="")
         try:
-            yield Bar(
-                self,
-                name,
-                total,
-                done,
-                lambda n, note: bars.update(task, completed=n, note=note),
-            )
+
+            def update(done: int, note: str) -> None:
+                bars.update(task, completed=done, note=note)
+
+            yield Bar(self, name, total, done, update)
         finally:
             bars.remove_task(task)
             if first:

@@ -1,4 +1,4 @@
-"""Where a run's figures go: ``metrics.jsonl`` always, Weights & Biases as well if it works. W&B never stops a run."""
+"""The tracker of a run's figures: ``metrics.jsonl``, and Weights & Biases if it works."""
 
 import json
 import time
@@ -14,9 +14,9 @@ from diffx.files import read_json_lines, write_text
 
 
 class Tracker:
-    """Writes one JSON object a line to ``<run>/metrics.jsonl`` and mirrors it to W&B.
+    """Writes one JSON object a line to ``<run>/metrics.jsonl`` and sends it to W&B.
 
-    A resumed run cuts ``metrics.jsonl`` back to its checkpoint's step first, so no line is there twice.
+    A resumed run cuts ``metrics.jsonl`` back to its checkpoint's step first.
 
     Args:
         run_dir: the run folder.
@@ -77,10 +77,9 @@ class Tracker:
         Raises:
             RunError: the run folder was deleted or moved.
         """
-        if not self._path.exists():  # what is written to a deleted file is lost in silence
-            raise RunError(
-                f"{self._path} was deleted or moved while the run was going; it ends at step {step}"
-            )
+        if not self._path.exists():  # else the lines would be lost without an error
+            reason = f"was deleted or moved while the run was going; it ends at step {step}"
+            raise RunError(f"{self._path} {reason}")
         row = {"step": step, "tokens": tokens, "time": round(self.seconds, 3), **metrics}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -95,10 +94,8 @@ class Tracker:
             def send() -> None:
                 import wandb
 
-                table = wandb.Table(
-                    columns=["step", "prompt", "continuation"], data=[[step, *row] for row in rows]
-                )
-                self._run.log({"samples": table}, step=step)
+                columns, data = ["step", "prompt", "continuation"], [[step, *row] for row in rows]
+                self._run.log({"samples": wandb.Table(columns=columns, data=data)}, step=step)
 
             self._safely(send)
 
@@ -112,10 +109,8 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
-        if self._run is not None:
-            self._safely(
-                lambda: self._run.finish(exit_code=int(kind is not None))
-            )  # waits for an upload, two minutes at most
+        if self._run is not None:  # waits for an upload, two minutes at most
+            self._safely(lambda: self._run.finish(exit_code=int(kind is not None)))
 
     def _safely(self, call: Callable[[], None]) -> None:
         """Run a W&B call; on any failure say so once and go on without W&B."""
@@ -127,7 +122,7 @@ class Tracker:
 
 
 class NullTracker(Tracker):
-    """Takes the figures and keeps none: what every process but the main one has."""
+    """Keeps no figures; for every process but the main one."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -151,16 +146,16 @@ def show_evaluation(
     picture: Path | None,
     warn: Callable[[str], None],
 ) -> None:
-    """Show a finished evaluation as a W&B run of its own (job type ``eval``); W&B failing never stops an evaluation.
+    """Show a finished evaluation as a W&B run of job type ``eval``.
 
     Args:
         folder: the evaluation's folder; the same folder is the same W&B run.
-        wandb: the tracker's settings; nothing is done where the mode is ``disabled``.
+        wandb: the tracker's settings; with the mode ``disabled`` nothing is done.
         name: the run's name in W&B.
         config: the resolved settings, shown in W&B.
         columns: names of the metrics table's columns.
         rows: its rows.
-        figures: what stands in the run's summary.
+        figures: the run's summary.
         picture: a PNG, if one was drawn.
         warn: called with one line when W&B fails.
     """
@@ -171,9 +166,8 @@ def show_evaluation(
 
         run = _open(folder, wandb, name, config, job_type="eval")
         shown = {"picture": Image(str(picture))} if picture is not None else {}
-        run.log(
-            {"metrics": Table(columns=list(columns), data=[list(row) for row in rows]), **shown}
-        )
+        table = Table(columns=list(columns), data=[list(row) for row in rows])
+        run.log({"metrics": table, **shown})
         run.summary.update(figures)
         run.finish()
     except Exception as error:  # W&B raises many kinds; none is worth an evaluation
@@ -191,11 +185,9 @@ def _open(
     """Start the W&B run of a folder, or go on with it."""
     import wandb
 
-    # One id a folder, so that what is resumed goes on in the same W&B run.
     id_file = folder / "wandb_id.txt"
-    if config.mode is WandbMode.online and not wandb.login(
-        prompt=False
-    ):  # else init would wait at a prompt
+    # Without a key, init would wait at a prompt.
+    if config.mode is WandbMode.online and not wandb.login(prompt=False):
         raise RuntimeError("no API key: `wandb login`, or set WANDB_API_KEY")
     run = wandb.init(
         id=id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None,
@@ -223,9 +215,7 @@ def _open(
 
 
 def _stopped(error: Exception) -> str:
-    return (
-        f"W&B stopped ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-    )
+    return f"W&B stopped ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -240,16 +230,14 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a metrics file, without a last line that was torn by a kill; a missing file has no lines.
+    """Read a metrics file without a last line torn by a kill; a missing file has no lines.
 
     Raises:
         UserError: a line is damaged.
     """
     rows = read_json_lines(path)
     for number, row in enumerate(rows, 1):
-        if not all(
-            isinstance(row.get(key), int | float) and abs(row[key]) < MOST
-            for key in ("step", "tokens")
-        ):
+        counts = [row.get("step"), row.get("tokens")]
+        if not all(isinstance(value, int | float) and abs(value) < MOST for value in counts):
             raise UserError(f"{path} is damaged: line {number} has no `step` or no `tokens`")
     return rows

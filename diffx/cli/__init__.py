@@ -1,11 +1,11 @@
-"""The command line: one Typer command each. Nothing slow to import is imported before a command runs."""
+"""The command line, by Typer. Nothing slow is imported before a command runs."""
 
 import os
 import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from typer.exceptions import TyperException
@@ -38,7 +38,7 @@ def _diffx(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Train and compare models with differential attention, adapt pretrained ones to it (DEX), evaluate, quantize and export them.
+    """Train, adapt (DEX), evaluate, compare, quantize, export models with differential attention.
 
     \b
     Examples:
@@ -47,59 +47,253 @@ def _diffx(
       diffx eval checkpoint=runs/x suite=retrieval
       diffx adapt-dex base=HuggingFaceTB/SmolLM2-135M data=text data.path=books/
 
-    `diffx COMMAND --help` shows a command's options, `diffx COMMAND --doc all` the meaning of each key.
+    `diffx COMMAND --help` shows the options, `diffx COMMAND --doc all` the meaning of each key.
     """
 
 
+_Work = TypeVar("_Work", bound=Callable[..., Any])
+_Multirun = Annotated[
+    bool, typer.Option("--multirun", "-m", help="Run every combination of a=1,2 b=x,y.")
+]
+_Cfg = Annotated[
+    Literal["job", "hydra", "all"] | None,
+    typer.Option(help="Print the composed config; run nothing."),
+]
+_Doc = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="Print the meaning of a key (train.lr), a group (train) or all; run nothing.",
+    ),
+]
+_Resolve = Annotated[bool, typer.Option("--resolve", help="Print it with interpolations resolved.")]
+_Package = Annotated[
+    str | None, typer.Option("--package", "-p", help="Print only this part of it, such as train.")
+]
+_Info = Annotated[
+    Literal["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"] | None,
+    typer.Option(help="Print Hydra's view of the configs; run nothing."),
+]
+_ConfigDir = Annotated[
+    Path | None, typer.Option(help="A folder of configs; it comes before those of diffx.")
+]
+
+
+def _composed(
+    commands: typer.Typer,
+    name: str,
+    config: str,
+    after: Callable[[list[Any], Path | None], None] | None = None,
+) -> Callable[[_Work], _Work]:
+    """Make a command of a function that does the work of a job; its docstring is the help text.
+
+    Args:
+        commands: the group that gets the command.
+        name: the command's name.
+        config: the primary config.
+        after: gets the results of the jobs.
+    """
+
+    def candidates(ctx: typer.Context, incomplete: str) -> list[str]:
+        from diffx.config.completion import complete
+
+        words, config_dir = ctx.params.get("words") or [], ctx.params.get("config_dir")
+        return complete(config, words, incomplete, config_dir)
+
+    def decorate(work: _Work) -> _Work:
+        def command(
+            words: Annotated[
+                list[str] | None,
+                typer.Argument(
+                    metavar="KEY=VALUE", help="Config groups and keys.", autocompletion=candidates
+                ),
+            ] = None,
+            multirun: _Multirun = False,
+            cfg: _Cfg = None,
+            doc: _Doc = None,
+            resolve: _Resolve = False,
+            package: _Package = None,
+            info: _Info = None,
+            config_dir: _ConfigDir = None,
+        ) -> None:
+            from diffx.config.launch import launch, show_config
+
+            if resolve or package:
+                cfg = cfg or "job"
+            flags = {"--cfg": cfg, "--info": info, "--doc": doc, "--multirun": multirun}
+            shown = [flag for flag, value in flags.items() if value]
+            if len(shown) > 1:
+                raise UserError(f"{shown[-1]} with {shown[0]} cannot be used: ask for one of them")
+            words = words or []
+            if shown and not multirun:
+                show_config(config, words, config_dir, cfg, resolve, package, doc, info)
+                return
+            try:
+                code = launch(
+                    config, work, words, multirun=multirun, config_dir=config_dir, after=after
+                )
+            except Stopped as stop:  # Typer would make 130 of it
+                print(stop, file=sys.stderr)
+                code = 0
+            raise typer.Exit(code)
+
+        command.__doc__ = work.__doc__
+        commands.command(name)(command)
+        return work
+
+    return decorate
+
+
+@_composed(app, "train", "train")
 def _train(job: Any, words: list[str]) -> float | None:
-    """Train or adapt; returns the held-out loss, which a sweeper such as optuna minimises."""
+    """Train a model.
+
+    Without arguments: a small DIFF V1 on 3.6M tokens of Python's source, in minutes on two cores.
+
+    \b
+    Groups: model= size= data= tokenizer= experiment=
+    Keys:   train.steps= train.lr= data.path= seed= device= run.dir=, all of them: --doc all
+    Examples:
+      diffx train
+      diffx train model=transformer data=text 'data.path=books/*.txt' train.tokens=20M
+      diffx train -m model=transformer,diff_v1 seed=0,1
+      diffx train -m model=transformer,diff_v1 hydra.sweep.dir=runs/SWEEP train.resume=auto
+      diffx train train.resume=auto run.dir=runs/x
+    """
     from diffx.train.run import run_job
 
-    return _loss(run_job(job, words))
-
-
-def _loss(run: Path) -> float | None:
-    summary = run / "summary.json"
+    summary = run_job(job, words) / "summary.json"
+    # A sweeper such as optuna minimises the held-out loss.
     return float(read_json(summary, {"val/loss": float})["val/loss"]) if summary.exists() else None
 
 
-def _generate(job: Any, words: list[str]) -> None:
-    from diffx.evaluation.generate import generate_text
+@_composed(app, "adapt-dex", "adapt")
+def _adapt(job: Any, words: list[str]) -> float | None:
+    """Adapt a pretrained model with DEX, or with one of its controls.
 
-    generate_text(job)
+    base= is a causal model of the Hugging Face hub, by name or folder. Without a network: any
+    folder with config.json, safetensors and tokenizer.json. The default text is Python's source.
 
-
-def _eval(job: Any, words: list[str]) -> Any:
-    from diffx.evaluation.run import evaluate, evaluate_all
-
-    return evaluate_all(job) if isinstance(job, list) else str(evaluate(job, words))
-
-
-def _quantize(job: Any, words: list[str]) -> dict[int, str]:
-    """Quantize; returns the folder of results for each number of bits."""
-    from diffx.quantization.run import quantize
-
-    return {bits: str(folder) for bits, folder in quantize(job).items()}
-
-
-def _report_quantization(results: list[dict[Any, str]], sweep: Path | None) -> None:
-    from diffx.report.quantized import report_quantization
-
-    folders = [
-        {int(bits): Path(folder) for bits, folder in result.items()} for result in results
-    ]  # JSON's keys are text
-    step = next(iter(folders[0].values())).parents[1]
-    name = folders[0][min(folders[0])].parent.name.rpartition("-")[0] or "quantized"
-    report_quantization(folders, (sweep or step) / f"{name}.png")
+    \b
+    Groups: data= experiment=
+    Keys:   base= dex.variant= dex.heads= dex.k= train.tokens= run.dir=, all of them: --doc all
+    Examples:
+      diffx adapt-dex base=Qwen/Qwen2.5-0.5B data=text data.path=books/ train.tokens=100M
+      diffx adapt-dex base=models/smollm2 train.tokens=200K train.seq_len=256
+      diffx adapt-dex -m base=models/smollm2 dex.variant=dex,attn_only,lora
+    """
+    return _train(job, words)
 
 
+@_composed(app, "export", "export")
 def _export(job: Any, words: list[str]) -> None:
+    """Write a run as a Hugging Face model.
+
+    An adapted run becomes an ordinary model of its base's architecture, with DEX folded into the
+    output projections; fold=false keeps the branch. transformer becomes a Llama, diff_v1 a
+    DiffLlama; a model that these cannot express loads after `import diffx`.
+
+    \b
+    Keys: checkpoint= out= fold= dtype= trust_remote_code= format=hf
+    Examples:
+      diffx export checkpoint=runs/x out=models/x
+      diffx export checkpoint=runs/dex@best out=models/dex dtype=bf16
+      diffx export checkpoint=runs/dex out=models/dex-branch fold=false
+    """
     from diffx.export import export
 
     export(job)
 
 
+@_composed(app, "generate", "generate")
+def _generate(job: Any, words: list[str]) -> None:
+    """Continue a prompt with a trained model.
+
+    The text goes to standard output as it is drawn.
+
+    \b
+    Keys: checkpoint= prompt= prompt_file= max_tokens= temperature= top_k= top_p= seed= device=
+          trust_remote_code=
+
+    \b
+    Examples:
+      diffx generate checkpoint=runs/x prompt="import os"
+      diffx generate checkpoint=runs/x@best temperature=0 max_tokens=64
+      cat story.txt | diffx generate checkpoint=runs/x prompt=-
+    """
+    from diffx.evaluation.generate import generate_text
+
+    generate_text(job)
+
+
+@_composed(app, "eval", "eval")
+def _eval(job: Any, words: list[str]) -> Any:
+    """Measure a model.
+
+    checkpoint= is a run (runs/x, runs/x@best, runs/x@1000) or a model of the Hugging Face hub, by
+    name or folder. Results, records and a picture go to its evals/ folder; an interrupted
+    evaluation goes on, and a finished one is shown again. With a list of suites the model is loaded
+    once, and suite.KEY= must be a key of each; the other suites run where one fails.
+
+    \b
+    Groups: suite=paper_lm | dex_lm | harness | math | retrieval | attention_allocation | icl |
+            icl_order | long_context | outliers | hallucination | speed   data= judge=
+    Keys:   checkpoint= suite.KEY= data.path= batch= limit= force=, all of them: --doc all
+    Examples:
+      diffx eval checkpoint=runs/x suite=[retrieval,outliers]
+      diffx eval checkpoint=Qwen/Qwen2.5-0.5B suite=paper_lm limit=100
+      diffx eval -m checkpoint=runs/a,runs/b suite=outliers data=text data.path=books/
+      diffx eval checkpoint=runs/x suite=harness suite.tasks=[my_task] suite.include_path=tasks/
+    """
+    from diffx.evaluation.run import evaluate, evaluate_all
+
+    return evaluate_all(job) if isinstance(job, list) else str(evaluate(job, words))
+
+
+def _report_quantization(results: list[dict[Any, str]], sweep: Path | None) -> None:
+    from diffx.report.quantized import report_quantization
+
+    # JSON's keys are text.
+    folders = [{int(bits): Path(folder) for bits, folder in row.items()} for row in results]
+    step = next(iter(folders[0].values())).parents[1]
+    name = folders[0][min(folders[0])].parent.name.rpartition("-")[0] or "quantized"
+    report_quantization(folders, (sweep or step) / f"{name}.png")
+
+
+@_composed(app, "quantize", "quantize", after=_report_quantization)
+def _quantize(job: Any, words: list[str]) -> dict[int, str]:
+    """Measure a model at few bits.
+
+    Attention logits or hidden states are rounded while a suite runs, by default the loss on
+    held-out text, or the weights are stored as a smaller model; the figures are compared with those
+    of the unchanged model. Several checkpoints (-m) stand in one table and one picture.
+
+    \b
+    Groups: method=attention_logits | activations | weights   suite= data=
+    Keys:   checkpoint= bits=[16,8,6,4] suite.KEY= method.KEY= limit=, all of them: --doc all
+    Examples:
+      diffx quantize checkpoint=runs/x
+      diffx quantize -m checkpoint=runs/transformer,runs/diff method=activations bits=[8,6,4]
+      diffx quantize checkpoint=Qwen/Qwen2.5-0.5B suite=harness suite.tasks=[hellaswag] limit=200
+      diffx quantize checkpoint=runs/x method=weights bits=[8,4] method.skip=[o_proj]
+    """
+    from diffx.quantization.run import quantize
+
+    return {bits: str(folder) for bits, folder in quantize(job).items()}
+
+
+@_composed(app, "params", "train")
 def _params(job: Any, words: list[str]) -> None:
+    """Count parameters at one shape.
+
+    All architectures side by side, split into the embedding and the rest; no weights are made.
+
+    \b
+    Examples:
+      diffx params
+      diffx params size=25m model.num_kv_heads=8
+      diffx params size=1.4b model.vocab_size=100288
+    """
     from rich.console import Console
 
     from diffx.train.params import parameter_table
@@ -107,278 +301,31 @@ def _params(job: Any, words: list[str]) -> None:
     Console().print(parameter_table(job))
 
 
+@_composed(data, "prepare", "prepare")
 def _prepare(job: Any, words: list[str]) -> None:
+    """Tokenize text once, for data=shards.
+
+    Writes memory-mapped shards, in parallel; an unfinished folder is taken up where it stopped.
+
+    \b
+    Groups: data= tokenizer=
+    Keys:   out= data.path= workers= shard_tokens=
+    Examples:
+      diffx data prepare data=text data.path=books/ out=shards/books
+      diffx data prepare data=text 'data.path=crawl/*.jsonl.zst' out=shards/crawl workers=16
+      diffx data prepare tokenizer=bytes out=shards/stdlib
+    """
     from diffx.console import Reporter
     from diffx.data.prepare import prepare
 
     reporter = Reporter()
     with reporter.progress("corpus", None, unit="MB") as bar:
-        folder = prepare(
-            job,
-            lambda stage, done, total: bar.at(
-                done // 10**6, f"{stage}, {done / total:.0%}" if total else stage
-            ),
-        )
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            bar.at(done // 10**6, f"{stage}, {done / total:.0%}" if total else stage)
+
+        folder = prepare(job, show)
     reporter.line(f"token shards in {folder}")
-
-
-def _composed(
-    config: str,
-    work: Callable[[Any, list[str]], Any],
-    text: str,
-    after: Callable[[list[Any], Path | None], None] | None = None,
-) -> Callable[..., None]:
-    """Make the command that composes ``config`` from its words, does ``work`` with the job, and then ``after`` with the results."""
-
-    def candidates(ctx: typer.Context, incomplete: str) -> list[str]:
-        from diffx.config.completion import complete
-
-        return complete(
-            config, ctx.params.get("words") or [], incomplete, ctx.params.get("config_dir")
-        )
-
-    def command(
-        words: Annotated[
-            list[str] | None,
-            typer.Argument(
-                metavar="KEY=VALUE", help="Config groups and keys.", autocompletion=candidates
-            ),
-        ] = None,
-        multirun: Annotated[
-            bool, typer.Option("--multirun", "-m", help="Run every combination of a=1,2 b=x,y.")
-        ] = False,
-        cfg: Annotated[
-            Literal["job", "hydra", "all"] | None,
-            typer.Option(help="Print the composed config; run nothing."),
-        ] = None,
-        doc: Annotated[
-            str | None,
-            typer.Option(
-                metavar="KEY",
-                help="Print the meaning of a key (train.lr), a group (train) or all; run nothing.",
-            ),
-        ] = None,
-        resolve: Annotated[
-            bool, typer.Option("--resolve", help="Print it with interpolations resolved.")
-        ] = False,
-        package: Annotated[
-            str | None,
-            typer.Option("--package", "-p", help="Print only this part of it, such as train."),
-        ] = None,
-        info: Annotated[
-            Literal["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"] | None,
-            typer.Option(help="Print Hydra's view of the configs; run nothing."),
-        ] = None,
-        config_dir: Annotated[
-            Path | None, typer.Option(help="A folder of configs; it comes before those of diffx.")
-        ] = None,
-    ) -> None:
-        from diffx.config.launch import launch, show_config
-
-        if resolve or package:
-            cfg = cfg or "job"
-        shown = [
-            f"--{flag}" for flag, value in (("cfg", cfg), ("info", info), ("doc", doc)) if value
-        ]
-        if len(shown) > 1:
-            raise UserError(f"{shown[-1]} with {shown[0]} cannot be used: ask for one of them")
-        if shown and multirun:
-            raise UserError(
-                f"--multirun with {shown[0]} cannot be used: it shows one job's config; give each key one value"
-            )
-        if shown:
-            show_config(
-                config,
-                words or [],
-                cfg=cfg,
-                resolve=resolve,
-                package=package,
-                doc=doc,
-                info=info,
-                config_dir=config_dir,
-            )
-            return
-        try:
-            code = launch(
-                config, work, words or [], multirun=multirun, config_dir=config_dir, after=after
-            )
-        except Stopped as stop:  # Typer would make 130 of it
-            print(stop, file=sys.stderr)
-            code = 0
-        raise typer.Exit(code)
-
-    command.__doc__ = text
-    return command
-
-
-app.command("train")(
-    _composed(
-        "train",
-        _train,
-        """Train a model.
-
-        Without arguments: a small DIFF V1 on 3.6M tokens of Python's own source, in minutes on two cores.
-
-        \b
-        Groups: model= size= data= tokenizer= experiment=
-        Keys:   train.steps= train.lr= train.seq_len= data.path= seed= device= run.dir= and more: --cfg job prints all
-
-        \b
-        Examples:
-          diffx train
-          diffx train model=transformer data=text 'data.path=books/*.txt' train.tokens=20M
-          diffx train -m model=transformer,diff_v1,diff_v2 seed=0,1
-          diffx train -m model=transformer,diff_v1,diff_v2 seed=0,1 hydra.sweep.dir=runs/SWEEP train.resume=auto
-          diffx train train.resume=auto run.dir=runs/x
-        """,
-    )
-)
-app.command("adapt-dex")(
-    _composed(
-        "adapt",
-        _train,
-        """Adapt a pretrained model with DEX, or with one of its controls.
-
-        base= is a causal model of the Hugging Face hub, by name or folder. Without a network: any folder with config.json, safetensors and
-        tokenizer.json, with data=text data.path=FILES (or none: Python's own source).
-
-        \b
-        Groups: data= experiment=
-        Keys:   base= dex.variant=dex | dex_plus | attn_only | adapter_only | fixed_lambda | lora | full | dex_mirror
-                dex.heads= dex.k= dex.init= dex.anneal_steps= train.tokens= train.lr= seed= run.dir= and more: --cfg job prints all
-
-        \b
-        Examples:
-          diffx adapt-dex base=Qwen/Qwen2.5-0.5B data=text data.path=books/ train.tokens=100M
-          diffx adapt-dex base=models/smollm2 train.tokens=200K train.seq_len=256 train.batch_tokens=1024
-          diffx adapt-dex -m base=models/smollm2 dex.variant=dex,attn_only,lora hydra.sweep.dir=runs/SWEEP train.resume=auto
-        """,
-    )
-)
-app.command("export")(
-    _composed(
-        "export",
-        _export,
-        """Write a run as a Hugging Face model.
-
-        An adapted run becomes an ordinary model of its base's architecture, with DEX folded into the output projections; fold=false keeps
-        the branch. transformer becomes a Llama, diff_v1 a DiffLlama; what these cannot express loads after `import diffx`.
-
-        \b
-        Keys: checkpoint= out= fold= dtype= trust_remote_code= format=hf
-
-        \b
-        Examples:
-          diffx export checkpoint=runs/x out=models/x
-          diffx export checkpoint=runs/dex@best out=models/dex dtype=bf16
-          diffx export checkpoint=runs/dex out=models/dex-branch fold=false
-        """,
-    )
-)
-app.command("generate")(
-    _composed(
-        "generate",
-        _generate,
-        """Continue a prompt with a trained model.
-
-        The text goes to standard output as it is drawn.
-
-        \b
-        Keys: checkpoint= prompt= prompt_file= max_tokens= temperature= top_k= top_p= seed= device= trust_remote_code=
-
-        \b
-        Examples:
-          diffx generate checkpoint=runs/x prompt="import os"
-          diffx generate checkpoint=runs/x@best temperature=0 max_tokens=64
-          cat story.txt | diffx generate checkpoint=runs/x prompt=-
-        """,
-    )
-)
-app.command("eval")(
-    _composed(
-        "eval",
-        _eval,
-        """Measure a model.
-
-        checkpoint= is a run (runs/x, runs/x@best, runs/x@1000) or a model of the Hugging Face hub, by name or folder. Results, records and
-        a picture go to its evals/ folder; an interrupted evaluation goes on, and a finished one is shown again. With a list of suites
-        the model is loaded once, and suite.KEY= must be a key of each; the other suites run where one fails.
-
-        \b
-        Groups: suite=paper_lm | dex_lm | harness | math | retrieval | attention_allocation | icl | icl_order | long_context | outliers |
-                hallucination | speed   data= judge=
-        Keys:   checkpoint= suite.KEY= data.path= batch= limit= device= dtype= seed= force= and more: --cfg job prints all
-
-        \b
-        Examples:
-          diffx eval checkpoint=runs/x suite=[retrieval,outliers]
-          diffx eval checkpoint=Qwen/Qwen2.5-0.5B suite=paper_lm limit=100
-          diffx eval -m checkpoint=runs/a,runs/b suite=outliers data=text data.path=books/
-          diffx eval checkpoint=runs/x suite=harness suite.tasks=[my_task] suite.include_path=tasks/
-        """,
-    )
-)
-app.command("quantize")(
-    _composed(
-        "quantize",
-        _quantize,
-        """Measure a model at few bits.
-
-        Attention logits or hidden states are rounded while a suite runs, by default the loss on held-out text, or the weights are stored
-        as a smaller model; the figures are held against those of the model as it is. Several checkpoints (-m) stand in one table and one
-        picture.
-
-        \b
-        Groups: method=attention_logits | activations | weights   suite= data=
-        Keys:   checkpoint= bits=[16,8,6,4] suite.KEY= data.path= limit= device= seed= force= and more: --cfg job prints all
-                method.scope= (logits, activations)   method.scheme= method.group_size= method.skip= (weights)
-
-        \b
-        Examples:
-          diffx quantize checkpoint=runs/x
-          diffx quantize -m checkpoint=runs/transformer,runs/diff method=activations bits=[8,6,4]
-          diffx quantize checkpoint=Qwen/Qwen2.5-0.5B suite=harness suite.tasks=[hellaswag] limit=200
-          diffx quantize checkpoint=runs/x method=weights bits=[8,4] method.skip=[o_proj]
-        """,
-        _report_quantization,
-    )
-)
-app.command("params")(
-    _composed(
-        "train",
-        _params,
-        """Count parameters at one shape.
-
-        All architectures side by side, split into the embedding and the rest; no weights are made.
-
-        \b
-        Examples:
-          diffx params
-          diffx params size=25m model.num_kv_heads=8
-          diffx params size=1.4b model.vocab_size=100288
-        """,
-    )
-)
-data.command("prepare")(
-    _composed(
-        "prepare",
-        _prepare,
-        """Tokenize text once, for data=shards.
-
-        Writes memory-mapped shards, in parallel; an unfinished folder is taken up where it stopped.
-
-        \b
-        Groups: data= tokenizer=
-        Keys:   out= data.path= workers= shard_tokens=
-
-        \b
-        Examples:
-          diffx data prepare data=text data.path=books/ out=shards/books
-          diffx data prepare data=text 'data.path=crawl/*.jsonl.zst' tokenizer=tiktoken out=shards/crawl workers=16
-          diffx data prepare tokenizer=bytes out=shards/stdlib
-        """,
-    )
-)
 
 
 @app.command()
@@ -395,7 +342,7 @@ def compare(
 
     Runs: means over seeds, parameters, tokens, the token ratio at equal loss, and the loss curves.
     Adaptations: every variant against attn_only and the base, beside the noise floor.
-    Evaluations: differences to the first checkpoint over the same examples, with bootstrap intervals.
+    Evaluations: differences to the first checkpoint on the same examples, bootstrap intervals.
 
     \b
     Examples:
@@ -416,7 +363,7 @@ def compare(
 
 @cache
 def _program() -> Any:
-    """Make the commands, which takes Typer 20 ms, once."""
+    """Make the commands once, since this takes Typer 20 ms."""
     return typer.main.get_command(app)
 
 
@@ -427,8 +374,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after ``diffx``; those of the command line if ``None``.
 
     Returns:
-        The exit code: 0, 1 for a run that failed, 2 for input that cannot be used, 130 for an interrupt. The latter three come
-        with one line on standard error. Any other exception is a bug, and keeps its traceback.
+        The exit code: 0, 1 for a run that failed, 2 for input that cannot be used, 130 for an
+        interrupt; all but 0 with one line on standard error. Any other exception is a bug.
     """
     try:
         code = _program()(argv, prog_name="diffx", standalone_mode=False) or 0

@@ -11,25 +11,32 @@ SETTINGS: dict[str, Any] = {
     "no_args_is_help": True,
     "context_settings": {"help_option_names": ["--help", "-h"]},
 }
+_Out = Annotated[
+    Path | None, typer.Option(help="The .json file for the figures, with rows in a .parquet file.")
+]
+_Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")]
+_Rounds = Annotated[int, typer.Option(min=1, help="How often each takes its turn.")]
+_Batch = Annotated[int, typer.Option(min=1, help="Sequences at once.")]
+_Model = Annotated[
+    str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")
+]
+_SeqLen = Annotated[int, typer.Option(min=1, help="Context length in tokens.")]
+_SeqLens = Annotated[
+    list[int],
+    typer.Option(min=1, help="A context length in tokens; may be given several times."),
+]
 bench = typer.Typer(help="Measure side by side.", **SETTINGS)
 
 
 @bench.command("train")
 def bench_train(
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The .json file for the figures, with rows in a .parquet beside it."),
-    ] = None,
+    out: _Out = None,
     size: Annotated[
         list[str], typer.Option(help="A size of diffx train; may be given several times.")
     ] = ["nano", "25m"],  # noqa: B006 - Typer's way
-    seq_len: Annotated[
-        list[int], typer.Option(help="A context length in tokens; may be given several times.")
-    ] = [512, 2048],  # noqa: B006
-    rounds: Annotated[int, typer.Option(min=1, help="How often each model takes its turn.")] = 5,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")
-    ] = "auto",
+    seq_len: _SeqLens = [512, 2048],  # noqa: B006
+    rounds: _Rounds = 5,
+    device: _Device = "auto",
 ) -> None:
     """Measure training speed and peak memory.
 
@@ -51,19 +58,14 @@ def bench_eval(
     checkpoint: Annotated[
         str, typer.Option(help="A Llama of the Hugging Face hub, by name or folder.")
     ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The .json file for the figures, with rows in a .parquet beside it."),
-    ] = None,
+    out: _Out = None,
     documents: Annotated[int, typer.Option(min=1, help="Documents of each kind of request.")] = 24,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 3,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")
-    ] = "auto",
+    rounds: _Rounds = 3,
+    device: _Device = "auto",
 ) -> None:
     """Measure the harness adapter's requests a second.
 
-    A Llama converted to diffx's transformer, beside lm-eval's own class on the original, on the same requests.
+    A Llama as diffx's transformer, beside lm-eval's class on the original, on the same requests.
 
     \b
     Examples:
@@ -77,23 +79,17 @@ def bench_eval(
 
 @bench.command("adapt")
 def bench_adapt(
-    base: Annotated[
-        str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The .json file for the figures, with rows in a .parquet beside it."),
-    ] = None,
-    seq_len: Annotated[int, typer.Option(min=1, help="Context length in tokens.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 2,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")
-    ] = "auto",
+    base: _Model,
+    out: _Out = None,
+    seq_len: _SeqLen = 256,
+    batch: _Batch = 2,
+    rounds: _Rounds = 5,
+    device: _Device = "auto",
 ) -> None:
     """Measure what DEX costs on a pretrained model.
 
-    Training steps of dex beside attn_only and peft's LoRA, with peak memory; inference of dex, folded and unfolded, beside the base.
+    Training steps of dex beside attn_only and peft's LoRA, with peak memory; inference of dex,
+    folded and unfolded, beside the base.
 
     \b
     Examples:
@@ -108,23 +104,17 @@ def bench_adapt(
 
 @bench.command("quantize")
 def bench_quantize(
-    checkpoint: Annotated[
-        str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The .json file for the figures, with rows in a .parquet beside it."),
-    ] = None,
-    seq_len: Annotated[int, typer.Option(min=1, help="Context length in tokens.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")
-    ] = "auto",
+    checkpoint: _Model,
+    out: _Out = None,
+    seq_len: _SeqLen = 512,
+    batch: _Batch = 1,
+    rounds: _Rounds = 5,
+    device: _Device = "auto",
 ) -> None:
     """Measure what few bits cost and save.
 
-    Inference, memory and size of weights stored at 8 bits beside the original; attention with rounded logits beside the reference.
+    Inference, memory and size of weights stored at 8 bits beside the original; attention with
+    rounded logits beside the reference.
 
     \b
     Examples:
@@ -134,26 +124,19 @@ def bench_quantize(
     """
     from diffx.bench.quantize import bench_quantize
 
-    bench_quantize(
-        out=out, checkpoint=checkpoint, seq_len=seq_len, batch=batch, rounds=rounds, device=device
-    )
+    sizes = {"seq_len": seq_len, "batch": batch, "rounds": rounds}
+    bench_quantize(out=out, checkpoint=checkpoint, device=device, **sizes)
 
 
 @bench.command("attention")
 def bench_attention(
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The .json file for the figures, with rows in a .parquet beside it."),
-    ] = None,
+    out: _Out = None,
     heads: Annotated[
         int, typer.Option(min=2, help="Heads of the baseline; two make a differential one.")
     ] = 16,
     width: Annotated[int, typer.Option(min=1, max=128, help="Features of a query and a key.")] = 64,
-    seq_len: Annotated[
-        list[int],
-        typer.Option(min=1, help="A context length in tokens; may be given several times."),
-    ] = [1024, 2048],  # noqa: B006
-    rounds: Annotated[int, typer.Option(min=1, help="How often each takes its turn.")] = 5,
+    seq_len: _SeqLens = [1024, 2048],  # noqa: B006
+    rounds: _Rounds = 5,
     dtype: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="The tensors' type.")
     ] = "auto",
@@ -163,7 +146,8 @@ def bench_attention(
 ) -> None:
     """Measure differential attention, forward and backward.
 
-    The operation of diffx beside two padded calls, the four calls of public libraries, and the baseline's attention.
+    The operation of diffx beside two padded calls, the four calls of public libraries, and the
+    baseline's attention.
 
     \b
     Examples:
@@ -173,15 +157,8 @@ def bench_attention(
     """
     from diffx.bench.attention import bench_attention
 
-    bench_attention(
-        out=out,
-        heads=heads,
-        width=width,
-        seq_lens=seq_len,
-        rounds=rounds,
-        dtype=dtype,
-        device=device,
-    )
+    sizes = {"heads": heads, "width": width, "rounds": rounds}
+    bench_attention(out=out, seq_lens=seq_len, dtype=dtype, device=device, **sizes)
 
 
 @bench.command("profile")

@@ -1,9 +1,7 @@
-"""Between the typed dataclasses and YAML: schemas, conversion, and the `config.yaml` of a run folder.
+"""Schemas of the dataclasses, and the ``config.yaml`` of a run folder.
 
-OmegaConf cannot tell which subclass of a group's dataclass a saved config meant, so every group carries a ``kind``.
-
-Saved values hold no interpolation: a file that somebody else wrote must not read this machine's environment variables. A ``${`` that is
-part of a text is saved with a backslash, as on the command line.
+``kind`` tells OmegaConf the subclass of a group's dataclass. Saved values hold no interpolation,
+which could read environment variables; ``${`` in a text is saved with a backslash.
 """
 
 import dataclasses
@@ -20,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffx.config.checks import plain
+from diffx.config.checks import plain, refuse
 from diffx.config.data import DATA_CONFIGS, TOKENIZER_CONFIGS
 from diffx.config.dex import AdaptJob
 from diffx.config.eval import JUDGE_CONFIGS, EvalJob, ExportJob
@@ -50,16 +48,14 @@ GROUPS: dict[str, Mapping[str, type]] = {
     "method": METHOD_CONFIGS,
 }
 
-_INTERPOLATION = re.compile(
-    r"(?<!\\)(?:\\\\)*\$\{"
-)  # behind an odd number of backslashes it is text
+_INTERPOLATION = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # behind an odd number of backslashes: text
 
 Job = TypeVar("Job")
 
 
 @cache
 def register_schemas() -> None:
-    """Store each job's dataclass as ``schema/<job>``, and the others as the options of their groups."""
+    """Store each job's dataclass as ``schema/<job>``, the others as options of their groups."""
     store = ConfigStore.instance()
     for name, job in JOBS.items():
         store.store(group="schema", name=name, node=job)
@@ -78,7 +74,7 @@ def to_typed(cfg: DictConfig, cls: type[Job]) -> Job:
     """Turn a composed config into its job, which runs every check.
 
     Raises:
-        UserError: a key is unknown, or a value is missing, cannot be interpolated, or fails a check.
+        UserError: a key is unknown, or a value is missing, not to interpolate, or fails a check.
     """
     try:
         _check(cfg)
@@ -91,7 +87,7 @@ def to_typed(cfg: DictConfig, cls: type[Job]) -> Job:
 
 
 def _check(cfg: DictConfig, prefix: str = "") -> None:
-    """Refuse keys that ``+key=value`` put past the dataclasses, a ``kind`` that is not its dataclass's, and unusable values."""
+    """Refuse unknown keys, unusable values, and a ``kind`` that is not the dataclass's."""
     cls: Any = OmegaConf.get_type(cfg)
     free = cls is dict  # its keys are another library's
     known = [] if free else list(get_type_hints(cls))
@@ -103,25 +99,17 @@ def _check(cfg: DictConfig, prefix: str = "") -> None:
         if isinstance(value, DictConfig):
             _check(value, f"{name}.")
             continue
-        plain(
-            name,
-            OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value,
-        )
+        if isinstance(value, ListConfig):
+            value = OmegaConf.to_container(value, resolve=True)
+        plain(name, value)
         if (
             key == "kind"
             and not free
-            and value
-            not in (
-                None,
-                *(field.default for field in dataclasses.fields(cls) if field.name == key),
-            )
+            and value not in (None, cls.__dataclass_fields__[key].default)
         ):
-            options = ", ".join(GROUPS.get(prefix[:-1], ()))
-            choice = (
-                f"give {prefix[:-1]}={value} in its place, one of {options}"
-                if prefix
-                else "the command sets it"
-            )
+            group, options = prefix[:-1], ", ".join(GROUPS.get(prefix[:-1], ()))
+            choice = f"give {group}={value} in its place, one of {options}"
+            choice = choice if prefix else "the command sets it"
             raise UserError(f"{name}={value} cannot be set by hand: {choice}")
 
 
@@ -140,11 +128,10 @@ def literal(text: str) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Turn a config into values that YAML and JSON can hold and ``from_plain`` reads back: enums by name, texts escaped."""
+    """Turn a config into values for YAML, JSON and ``from_plain``: enums by name, texts escaped."""
     if dataclasses.is_dataclass(value):
-        return {
-            field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: to_plain(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {to_plain(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -177,9 +164,8 @@ def from_plain(schema: Any, saved: Any) -> Any:
 
 def _no_interpolations(value: Any, key: str = "") -> None:
     if isinstance(value, str) and _INTERPOLATION.search(value):
-        raise UserError(
-            f"{key}={value} has an interpolation, which a saved config must not have; a text has \\${{ in its place"
-        )
+        reason = "which a saved config must not have; a text has \\${ in its place"
+        raise UserError(f"{key}={value} has an interpolation, {reason}")
     if isinstance(value, Mapping):
         for name, item in value.items():
             _no_interpolations(name, f"a key of {key}")
@@ -204,9 +190,8 @@ def load_config(path: Path) -> Any:
     try:
         saved = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read as a saved config: {' '.join(str(error).split())}"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read as a saved config: {reason}") from error
     schema = _schema(saved, path)
     try:
         return from_plain(schema, saved)
@@ -215,20 +200,18 @@ def load_config(path: Path) -> Any:
 
 
 def _schema(saved: Any, path: Path) -> DictConfig:
-    """The structured config that the ``kind`` of a saved config, and of each of its groups, names."""
+    """The structured config of the ``kind`` of a saved config and of each of its groups."""
 
     def of(kinds: Mapping[str, type], node: Any, key: str) -> type:
         kind = str(node.get("kind") if isinstance(node, dict) else None)
-        if kind not in kinds:
-            raise UserError(
-                f"{path} cannot be used: {key}={kind} must be one of {', '.join(kinds)}"
-            )
+        refuse(kind not in kinds, f"{path}", f"{key}={kind} must be one of {', '.join(kinds)}")
         return kinds[kind]
 
     schema = OmegaConf.structured(of(JOBS, saved, "kind"))
     for group in GROUPS.keys() & schema.keys():
         schema[group] = OmegaConf.structured(of(GROUPS[group], saved.get(group), f"{group}.kind"))
     for key in saved.keys() & schema.keys():
-        if isinstance(schema._get_node(key), DictConfig) and not isinstance(saved[key], dict):
-            raise UserError(f"{path} cannot be used: {key} must be a group of keys")
+        group = isinstance(schema._get_node(key), DictConfig)
+        wrong = group and not isinstance(saved[key], dict)
+        refuse(wrong, f"{path}", f"{key} must be a group of keys")
     return schema

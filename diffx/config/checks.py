@@ -1,13 +1,28 @@
-"""Checks that the config dataclasses share; each raises one line that names the key, the value and what is accepted."""
+"""Checks of the config dataclasses; each raises one line with the key, the value and the reason."""
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from diffx.errors import UserError
 
 MOST = 2**63  # whole numbers stay below it, so that every library can hold them
+POSITIVE = "a positive whole number"
+_RULES: dict[str, Callable[[Any], bool]] = {
+    POSITIVE: lambda value: value >= 1,
+    "positive": lambda value: value > 0,
+    "zero or more": lambda value: value >= 0,
+    "2 or more": lambda value: value >= 2,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "between 0 and 1": lambda value: 0 < value < 1,
+    "from 1 to 18": lambda value: 1 <= value <= 18,
+    "from 2 to 100": lambda value: 2 <= value <= 100,
+    "a whole number from 1 to 1,000,000": lambda value: 1 <= value <= 10**6,
+}
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -17,26 +32,55 @@ def require(condition: bool, key: str, value: Any, accepted: str) -> None:
     Args:
         condition: must be true.
         key: the config key, as a user would type it (``model.num_heads``).
-        value: the value it has.
+        value: the value of the key.
         accepted: the values that would be accepted.
     """
-    if not condition:
-        raise UserError(f"{key}={value} cannot be used: it must be {accepted}")
+    refuse(not condition, f"{key}={value}", f"it must be {accepted}")
+
+
+def refuse(condition: bool, setting: str, reason: str, other: str = "") -> None:
+    """Raise ``UserError`` if ``condition`` holds.
+
+    Args:
+        condition: must be false.
+        setting: the key and its value, as a user would type them (``suite=speed``).
+        reason: why the setting cannot be used, and what is accepted.
+        other: another setting with which the first cannot be used.
+    """
+    if condition:
+        raise UserError(f"{setting} cannot be used{other and f' with {other}'}: {reason}")
+
+
+def check_fields(
+    config: Any, group: str, names: str, accepted: str, good: Callable[[Any], bool] | None = None
+) -> None:
+    """Raise ``UserError`` for a field that is not ``None`` and has none of the accepted values.
+
+    Args:
+        config: the dataclass.
+        group: the config group before the field's name (``train``), or an empty text.
+        names: the names of the fields, with spaces between them.
+        accepted: the values that are accepted, such as ``zero or more``.
+        good: tells whether a value is accepted; needed for texts that are not in ``_RULES``.
+    """
+    good = good or _RULES[accepted]
+    for name in names.split():
+        value = getattr(config, name)
+        require(value is None or good(value), f"{group}.{name}".lstrip("."), value, accepted)
 
 
 def path_name(key: str, value: str) -> None:
-    """Raise ``UserError`` unless a value can name a file or folder: no separator, no ``..``, nothing hidden."""
-    accepted = "a name of 1 to 100 characters that does not start with '.' and has no '/', '\\', '=', ',' or control character"
-    require(
-        re.fullmatch(r"(?!\.)[^/\\=,\x00-\x1f\x7f]{1,100}", value) is not None, key, value, accepted
-    )
+    """Raise ``UserError`` unless a value can name a file or folder that is not hidden."""
+    accepted = "a name of 1 to 100 characters that does not start with '.' and has no '/', '\\', "
+    good = re.fullmatch(r"(?!\.)[^/\\=,\x00-\x1f\x7f]{1,100}", value) is not None
+    require(good, key, value, accepted + "'=', ',' or control character")
 
 
 def count(key: str, value: int | str) -> int:
     """Read a count such as ``4096``, ``100M`` or ``1.5B`` (decimal suffixes K, M, B, T).
 
     Raises:
-        UserError: the text is not a count, or the count is not a positive whole number.
+        UserError: the text is not a positive whole number.
     """
     text = str(value).strip().replace("_", "")
     scale = _SUFFIXES.get(text[-1:].upper(), 1)
@@ -45,50 +89,45 @@ def count(key: str, value: int | str) -> int:
     except ValueError:
         number = 0.0
     whole = 1 <= number < MOST and number == int(number)
-    require(whole, key, value, "a positive whole number such as 4096, 100M or 1.5B, below 2^63")
+    require(whole, key, value, f"{POSITIVE} such as 4096, 100M or 1.5B, below 2^63")
     return int(number)
 
 
-def check_seed(key: str, value: int) -> None:
-    """Refuse a seed that not every random generator takes: NumPy's global one, which lm-eval seeds, holds 32 bits.
+def count_fields(config: Any, group: str, names: str) -> None:
+    """Read the named fields of a dataclass with ``count``, except those that are ``None``."""
+    for name in names.split():
+        if (value := getattr(config, name)) is not None:
+            setattr(config, name, count(f"{group}.{name}".lstrip("."), value))
 
-    Raises:
-        UserError: the seed is negative, or 2^32 or more.
-    """
+
+def check_seed(key: str, value: int) -> None:
+    """Raise ``UserError`` unless a seed has 32 bits, as NumPy's global generator requires."""
     require(0 <= value < 2**32, key, value, "a whole number from 0 to 4294967295")
 
 
 def new_path(key: str, value: str | Path) -> Path:
-    """Expand a path to write to, and refuse one below a file.
+    """Expand a path to write to.
 
     Raises:
-        UserError: a parent of the path exists and is no folder, a name in it is too long, or ``~name`` is no user.
+        UserError: a parent of the path is a file, a name is too long, or ``~name`` is no user.
     """
     try:
         path = Path(value).expanduser()
-        parent = next(
-            (place for place in (path, *path.parents) if place.exists() and place != path), None
-        )
+        path.exists()  # raises for a name that is too long
+        parent = next(filter(Path.exists, path.parents), None)
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{key}={value} cannot be used: {reason}") from error
-    if parent is not None and not parent.is_dir():
-        raise UserError(
-            f"{key}={value} cannot be used: {parent} is no folder; choose another place"
-        )
+    below_file = parent is not None and not parent.is_dir()
+    refuse(below_file, f"{key}={value}", f"{parent} is no folder; choose another place")
     return path
 
 
 def plain(key: str, value: Any) -> None:
-    """Refuse values that no option can take: numbers beyond all ranges and text that is not UTF-8.
+    """Raise ``UserError`` for a value that no option can take.
 
-    Args:
-        key: the config key.
-        value: a value of a config, lists and mappings included.
-
-    Raises:
-        UserError: it holds a number that is not finite, a whole number of more than 64 bits, a null character or half of a
-            surrogate pair.
+    These are numbers that are not finite or have more than 64 bits, and text that is not UTF-8 or
+    has a null character. Lists and mappings are searched.
     """
     if isinstance(value, list | tuple | dict):
         for part in value.values() if isinstance(value, dict) else value:
@@ -96,19 +135,9 @@ def plain(key: str, value: Any) -> None:
     elif isinstance(value, float):
         require(math.isfinite(value), key, value, "a finite number")
     elif isinstance(value, int):
-        require(
-            -MOST < value < MOST,
-            key,
-            value if abs(value) < 10**30 else "(a long number)",
-            "below 2^63",
-        )
+        shown = value if abs(value) < 10**30 else "(a long number)"
+        require(abs(value) < MOST, key, shown, "below 2^63")
     elif isinstance(value, str):
+        good = "\0" not in value and value.encode(errors="ignore").decode() == value
         shown = ascii(value if len(value) <= 80 else value[:80] + "…")
-        require(_is_text(value), key, shown, "UTF-8 text without null characters")
-
-
-def _is_text(value: str) -> bool:
-    try:
-        return b"\0" not in value.encode()
-    except UnicodeEncodeError:
-        return False
+        require(good, key, shown, "UTF-8 text without null characters")

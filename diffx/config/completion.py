@@ -1,44 +1,37 @@
-"""Shell completion of the words of a command: config groups, their options, keys and the values of a choice."""
+"""Shell completion: config groups, their options, keys and the values of a choice."""
 
 import re
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from diffx.config.composition import compose_config, composer, config_groups
+from diffx.config.composition import COMPOSITION_ERRORS, compose_config, composer, config_groups
 from diffx.config.messages import keys, names_of
-from diffx.errors import UserError
 
 
 def complete(
     name: str, before: list[str], incomplete: str, config_dir: Path | None = None
 ) -> list[str]:
-    """Words that could stand where ``incomplete`` does.
+    """The words that begin with ``incomplete``.
 
     Args:
         name: the primary config.
-        before: the words before it; they decide which keys exist. Bash hands ``a=b`` over as ``a``, ``=``, ``b``.
+        before: the words before it, which decide which keys exist; Bash splits a word at ``=``.
         incomplete: the beginning of the word.
         config_dir: a folder of configs that come before those of diffx.
     """
     words = re.sub(r" ?= ?", "=", " ".join(before)).split()
-    split = (
-        f"{words.pop().rstrip('=')}="
-        if words and (words[-1].endswith("=") or "=" not in words[-1])
-        else ""
-    )
+    open_word = words and (words[-1].endswith("=") or "=" not in words[-1])
+    split = f"{words.pop().rstrip('=')}=" if open_word else ""
     try:
         with composer(config_dir) as app:
             try:
                 cfg = compose_config(app, name, words, several=True)
-            except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError):
+            except COMPOSITION_ERRORS:
                 cfg = compose_config(app, name, [])
             candidates = _candidates(cfg, config_groups(app, name), split + incomplete)
-    except (UserError, HydraException, yaml.YAMLError):  # the user's folder does not compose
+    except COMPOSITION_ERRORS:  # the user's folder does not compose
         return []
     return [word[len(split) :] for word in candidates]
 
@@ -65,9 +58,9 @@ def _values(cfg: Any, key: str) -> list[str]:
     """The values that a key may take if it is a choice, else its current value."""
     group, _, name = key.rpartition(".")
     parent = OmegaConf.select(cfg, group) if group else cfg
-    hint = (
-        get_type_hints(OmegaConf.get_type(parent)).get(name) if OmegaConf.is_dict(parent) else None
-    )
+    if not OmegaConf.is_dict(parent):
+        return []
+    hint = get_type_hints(OmegaConf.get_type(parent)).get(name)
     if hint is None:
         return []
     if OmegaConf.is_missing(parent, name):

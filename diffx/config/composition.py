@@ -1,4 +1,4 @@
-"""Composition of a command's config from the files in ``conf/``, the schemas and the user's words."""
+"""Composition of a command's config from ``conf/``, the schemas and the user's words."""
 
 import copy
 from collections.abc import Iterator
@@ -7,23 +7,33 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.bridge import register_schemas
-from diffx.errors import UserError
+from diffx.config.checks import refuse
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CONFIGS = next(  # of an installed wheel, or of a checkout
     folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()
+)
+COMPOSITION_ERRORS = (  # of Hydra, OmegaConf and PyYAML
+    HydraException,
+    OmegaConfBaseException,
+    ValueError,
+    TypeError,
+    RecursionError,
+    yaml.YAMLError,
 )
 
 
@@ -39,8 +49,8 @@ class UserConfigsFirst(SearchPathPlugin):
         Raises:
             UserError: the path is not a folder.
         """
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"--config-dir={folder} cannot be used: it must be a folder of configs")
+        missing = folder is not None and not folder.is_dir()
+        refuse(missing, f"--config-dir={folder}", "it must be a folder of configs")
         cls.folder = folder
         Plugins.instance().register(cls)
 
@@ -52,15 +62,14 @@ class UserConfigsFirst(SearchPathPlugin):
 
 @contextmanager
 def composer(config_dir: Path | None = None) -> Iterator[Any]:
-    """Initialize Hydra on the configs of diffx and on the user's folder, and give the Hydra object."""
+    """Initialize Hydra on the configs of diffx and of the user; gives the Hydra object."""
     UserConfigsFirst.use(config_dir)
     register_schemas()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         yield GlobalHydra.instance().hydra
 
 
-# Compositions of config groups, and the groups of a command, by what they were made from. Only the
-# configs of diffx are kept: those of --config-dir may change while a process runs.
+# Only configs of diffx are kept: those of --config-dir may change while a process runs.
 _compositions: dict[tuple[Any, ...], DictConfig] = {}
 _groups: dict[str, dict[str, list[str]]] = {}
 
@@ -68,8 +77,7 @@ _groups: dict[str, dict[str, list[str]]] = {}
 def compose_config(app: Any, name: str, words: list[str], *, several: bool = False) -> DictConfig:
     """Compose a command's config, with the node ``hydra``.
 
-    Hydra takes 0.15 s to compose the config groups and a hundredth of it to set a key, so that the
-    groups are composed once in a process.
+    Hydra takes 0.15 s to compose the config groups, so they are composed once in a process.
 
     Args:
         app: what ``composer`` gave.
@@ -78,16 +86,13 @@ def compose_config(app: Any, name: str, words: list[str], *, several: bool = Fal
         several: the words may give a key several values and leave out a required group.
 
     Raises:
-        HydraException: the words do not compose to a config. Exceptions of OmegaConf and PyYAML,
-            ``ValueError`` and ``TypeError`` come out as well.
+        COMPOSITION_ERRORS: the words do not compose to a config.
     """
     mode = RunMode.MULTIRUN if several else RunMode.RUN
     overrides = OverridesParser.create().parse_overrides(words)
-    groups: list[Override] = []
-    keys: list[Override] = []
-    for override in overrides:
-        is_group = app.config_loader.repository.group_exists(override.key_or_group)
-        (groups if is_group else keys).append(override)
+    is_group = app.config_loader.repository.group_exists
+    groups = [override for override in overrides if is_group(override.key_or_group)]
+    keys = [override for override in overrides if not is_group(override.key_or_group)]
     if (
         UserConfigsFirst.folder is not None
         or any("hydra" in word for word in words)
@@ -106,10 +111,7 @@ def compose_config(app: Any, name: str, words: list[str], *, several: bool = Fal
 
 
 def config_groups(app: Any, name: str) -> dict[str, list[str]]:
-    """The groups of the primary config ``name`` and the options of each.
-
-    A nested option has its path: ``model`` has ``ablation/diff_v1_no_norm``.
-    """
+    """The groups of a primary config and their options, such as ``ablation/diff_v1_no_norm``."""
     if name in _groups and UserConfigsFirst.folder is None:
         return _groups[name]
     loader = app.config_loader

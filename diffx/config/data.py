@@ -5,8 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from diffx.config.checks import count, require
-from diffx.errors import UserError
+from diffx.config.checks import POSITIVE, check_fields, count_fields, require
 
 
 @dataclass(kw_only=True, slots=True)
@@ -15,9 +14,11 @@ class DataConfig:
 
     Attributes:
         kind: the source (set by ``data=``, not by hand).
-        val_fraction: share of the corpus held out, in documents chosen by a hash of their text. Of 150 documents or fewer
-            the share is that of bytes. A text file that is more than 2% of its corpus is cut into pieces of 1%.
-        val_tokens: at most so many held-out tokens are measured: whole documents, or the beginning of one where none is as short.
+        val_fraction: share of the corpus held out, in documents chosen by a hash of their text. Of
+            150 documents or fewer the share is that of bytes. A text file that is more than 2% of
+            its corpus is cut into pieces of 1%.
+        val_tokens: at most so many held-out tokens are measured: whole documents, or the beginning
+            of one where none is as short.
     """
 
     kind: str = MISSING
@@ -25,15 +26,13 @@ class DataConfig:
     val_tokens: int | str = 65536
 
     def __post_init__(self) -> None:
-        require(
-            0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "between 0 and 1"
-        )
-        self.val_tokens = count("data.val_tokens", self.val_tokens)
+        check_fields(self, "data", "val_fraction", "between 0 and 1")
+        count_fields(self, "data", "val_tokens")
 
 
 @dataclass(kw_only=True, slots=True)
 class StdlibData(DataConfig):
-    """The Python standard library's own source, without its tests: code and English docstrings on every machine."""
+    """The source of Python's standard library, without its tests; it is on every machine."""
 
     kind: str = "stdlib"
 
@@ -43,9 +42,10 @@ class TextData(DataConfig):
     """Local files.
 
     Attributes:
-        path: a file, directory or glob, or a list of them (.txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet).
+        path: a file, directory or glob, or a list of them (.txt, .md, .jsonl, .jsonl.gz,
+            .jsonl.zst, .parquet).
         text_key: the field of a JSON line or parquet row that holds the text.
-        prompt_key: a field whose text precedes the text and carries no loss; ``null`` if there is none.
+        prompt_key: a field whose text precedes the text and carries no loss, or ``null``.
     """
 
     kind: str = "text"
@@ -56,20 +56,14 @@ class TextData(DataConfig):
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         paths = [self.path] if isinstance(self.path, str) else self.path
-        if (
-            not isinstance(paths, list)
-            or not paths
-            or not all(isinstance(p, str) and p for p in paths)
-        ):
-            raise UserError(
-                f"data.path={self.path} cannot be used: it must be a path or a list of paths"
-            )
+        good = isinstance(paths, list) and all(isinstance(path, str) and path for path in paths)
+        require(good and paths != [], "data.path", self.path, "a path or a list of paths")
         self.path = paths
 
 
 @dataclass(kw_only=True, slots=True)
 class HubData(DataConfig):
-    """A data set of the Hugging Face hub (or a local folder in its layout), streamed through ``datasets``.
+    """A streamed data set of the Hugging Face hub, or a local folder in its layout.
 
     Attributes:
         name: as ``datasets.load_dataset`` takes it.
@@ -77,9 +71,10 @@ class HubData(DataConfig):
         split: the split to train on; held-out documents are taken from it by ``val_fraction``.
         revision: a git revision, for reproducibility.
         text_key: the column that holds the text.
-        prompt_key: a column whose text precedes the text and carries no loss; ``null`` if there is none.
+        prompt_key: a column whose text precedes the text and carries no loss, or ``null``.
         shuffle_buffer: documents held to shuffle the stream; 0 keeps its order.
-        tokenizer_documents: documents read to train a ``bpe`` tokenizer and to hold out for validation.
+        tokenizer_documents: documents read to train a ``bpe`` tokenizer and to hold out for
+            validation.
     """
 
     kind: str = "hub"
@@ -107,7 +102,7 @@ class ShardsData(DataConfig):
 
 @dataclass(kw_only=True, slots=True)
 class RetrievalData(DataConfig):
-    """Endless samples of the retrieval task: numbers of cities, hidden in text and asked for; loss on the numbers alone.
+    """Endless samples of the retrieval task; the loss is on the numbers alone.
 
     Attributes:
         path: the text, as in ``data=text``; ``null`` is the standard library's source.
@@ -115,8 +110,9 @@ class RetrievalData(DataConfig):
         needles: needles in a sample, at most.
         asked: how many of them a question asks for, at most.
         digits: digits of a number.
-        curriculum: as many samples at the start of training are bare pairs, at first ``city number`` alone, at last ``city is number.``:
-            small models learn the lookup from these in some hundred steps, and hardly ever from text alone.
+        curriculum: as many samples at the start of training are bare pairs, at first ``city
+            number`` alone, at last ``city is number.``: small models learn the lookup from these in
+            some hundred steps, and hardly ever from text alone.
     """
 
     kind: str = "retrieval"
@@ -129,28 +125,19 @@ class RetrievalData(DataConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        require(self.curriculum >= 0, "data.curriculum", self.curriculum, "zero or more")
-        require(self.length >= 1, "data.length", self.length, "a positive whole number")
-        require(1 <= self.digits <= 18, "data.digits", self.digits, "from 1 to 18")
-        require(
-            1 <= self.needles <= min(64, 9 * 10 ** (self.digits - 1)),
-            "data.needles",
-            self.needles,
-            "from 1 to 64, of as many numbers",
-        )
-        require(
-            1 <= self.asked <= self.needles,
-            "data.asked",
-            self.asked,
-            f"from 1 to data.needles={self.needles}",
-        )
+        check_fields(self, "data", "curriculum", "zero or more")
+        check_fields(self, "data", "length", POSITIVE)
+        check_fields(self, "data", "digits", "from 1 to 18")
+        good = 1 <= self.needles <= min(64, 9 * 10 ** (self.digits - 1))
+        require(good, "data.needles", self.needles, "from 1 to 64, of as many numbers")
+        accepted = f"from 1 to data.needles={self.needles}"
+        require(1 <= self.asked <= self.needles, "data.asked", self.asked, accepted)
         self.text()
 
     def text(self) -> DataConfig:
         """The source of the text."""
-        if self.path is None:
-            return StdlibData(val_fraction=self.val_fraction, val_tokens=self.val_tokens)
-        return TextData(path=self.path, val_fraction=self.val_fraction, val_tokens=self.val_tokens)
+        shared: Any = {"val_fraction": self.val_fraction, "val_tokens": self.val_tokens}
+        return StdlibData(**shared) if self.path is None else TextData(path=self.path, **shared)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -172,12 +159,9 @@ class BpeTokenizer(TokenizerConfig):
     vocab_size: int = 1024
 
     def __post_init__(self) -> None:
-        require(
-            257 <= self.vocab_size <= 2**20,
-            "tokenizer.vocab_size",
-            self.vocab_size,
-            "from 257 (all bytes and end of text) to 1048576",
-        )
+        good = 257 <= self.vocab_size <= 2**20
+        accepted = "from 257 (all bytes and end of text) to 1048576"
+        require(good, "tokenizer.vocab_size", self.vocab_size, accepted)
 
 
 @dataclass(kw_only=True, slots=True)

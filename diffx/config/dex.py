@@ -5,10 +5,9 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from diffx.config.checks import check_seed, count, require
+from diffx.config.checks import POSITIVE, check_fields, check_seed, count_fields, refuse, require
 from diffx.config.data import DataConfig
 from diffx.config.train import Device, RunConfig, Schedule, TrainConfig, WandbConfig
-from diffx.errors import UserError
 
 _TOKENS = 10**6  # a short adaptation; the paper: 887M
 CRITERIA = ("entropy_high", "entropy_low", "importance_low", "random", "all")
@@ -29,13 +28,7 @@ class Variant(str, Enum):
     @property
     def branches(self) -> bool:
         """Whether the model gets W_D."""
-        return self in (
-            Variant.dex,
-            Variant.dex_plus,
-            Variant.adapter_only,
-            Variant.fixed_lambda,
-            Variant.dex_mirror,
-        )
+        return self not in (Variant.attn_only, Variant.lora, Variant.full)
 
     @property
     def anneals(self) -> bool:
@@ -62,14 +55,19 @@ class DexConfig:
     """The differential step (arXiv 2505.16333).
 
     Attributes:
-        variant: ``dex``, or a control: ``dex_plus`` (adds), ``attn_only``, ``adapter_only``, ``fixed_lambda``, ``lora``, ``full``;
-            or ``dex_mirror``, which is ``dex_plus`` from the negated W_D: it must train to what ``dex`` does, which checks the machinery.
-        heads: how heads are chosen: ``entropy_high``, ``entropy_low``, ``importance_low``, ``random``, ``all``; or a path of a heads.json.
-        k: heads chosen in each layer; ``null`` is half of them, rounded down. ``heads=all`` and a heads.json know it themselves.
+        variant: ``dex``, or a control: ``dex_plus`` (adds), ``attn_only``, ``adapter_only``,
+            ``fixed_lambda``, ``lora``, ``full``; or ``dex_mirror``, which is ``dex_plus`` from the
+            negated W_D and must train to the same model as ``dex``.
+        heads: how heads are chosen: ``entropy_high``, ``entropy_low``, ``importance_low``,
+            ``random``, ``all``; or a path of a heads.json.
+        k: heads chosen in each layer; ``null`` is half of them, rounded down. It cannot be given
+            with ``heads=all`` or a heads.json.
         share: one W_D a ``layer``, or one a ``head``.
-        init: W_D at the start. ``zeros`` leaves the pretrained model undisturbed until the branch has learnt something; ``linear`` is
-            random, and disturbs it as soon as lambda is not 0. ``fixed_lambda``, whose lambda never is 0, always starts with zeros.
-        anneal_steps: steps T until lambda is the learned one (equation 4); ``null`` is half of the run.
+        init: W_D at the start. ``zeros`` leaves the pretrained model as it is until the branch has
+            learnt something; ``linear`` is random, and changes the model as soon as lambda is not
+            0. ``fixed_lambda``, whose lambda is never 0, always starts with zeros.
+        anneal_steps: steps T until lambda is the learned one (equation 4); ``null`` is half of the
+            run.
         calibration_tokens: tokens of training text by which heads are chosen.
         lora_rank: rank of the ``lora`` variant's adapters, on all four attention projections.
     """
@@ -84,31 +82,26 @@ class DexConfig:
     lora_rank: int = 16
 
     def __post_init__(self) -> None:
-        self.calibration_tokens = count("dex.calibration_tokens", self.calibration_tokens)
-        for key in ("k", "lora_rank"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"dex.{key}", value, "a positive whole number")
-        require(
-            self.anneal_steps is None or self.anneal_steps >= 0,
-            "dex.anneal_steps",
-            self.anneal_steps,
-            "zero or more",
+        count_fields(self, "dex", "calibration_tokens")
+        check_fields(self, "dex", "k lora_rank", POSITIVE)
+        check_fields(self, "dex", "anneal_steps", "zero or more")
+        criterion = self.heads in CRITERIA
+        accepted = f"one of {', '.join(CRITERIA)}, or a heads.json of another run"
+        require(criterion or self.heads.endswith(".json"), "dex.heads", self.heads, accepted)
+        refuse(
+            self.k is not None and (self.heads == "all" or not criterion),
+            f"dex.k={self.k}",
+            "dex.heads gives the number of heads; leave dex.k out",
+            f"dex.heads={self.heads}",
         )
-        if self.heads not in CRITERIA and not self.heads.endswith(".json"):
-            raise UserError(
-                f"dex.heads={self.heads} cannot be used: it must be one of {', '.join(CRITERIA)}, or a heads.json of another run"
-            )
-        if self.k is not None and (self.heads == "all" or self.heads not in CRITERIA):
-            raise UserError(
-                f"dex.k={self.k} cannot be used with dex.heads={self.heads}, which says itself which heads; leave it out"
-            )
         if self.variant is Variant.fixed_lambda:
             self.init = Init.zeros
-        if self.anneal_steps == 0 and self.variant.anneals and self.init is Init.zeros:
-            raise UserError(
-                "dex.anneal_steps=0 cannot be used with dex.init=zeros: W_D = 0 and lambda = 0 have no gradient, so nothing would ever "
-                "move; give more steps, or dex.init=linear"
-            )
+        refuse(
+            self.anneal_steps == 0 and self.variant.anneals and self.init is Init.zeros,
+            "dex.anneal_steps=0",
+            "W_D = 0 and lambda = 0 have no gradient; give more steps, or dex.init=linear",
+            "dex.init=zeros",
+        )
 
 
 def _recipe() -> TrainConfig:
@@ -128,7 +121,6 @@ class AdaptJob:
     """``diffx adapt-dex``.
 
     Attributes:
-        kind: tells a saved config's schema.
         base: the pretrained model: a name or folder of the Hugging Face hub.
         revision: the hub's revision.
         trust_remote_code: run Python code that comes with the model; a resumed run needs it again.
@@ -155,22 +147,15 @@ class AdaptJob:
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
-        if self.train.init_from is not None:
-            raise UserError(
-                f"train.init_from={self.train.init_from} cannot be used: an adaptation starts from base="
-            )
-        if self.train.mask_documents:
-            raise UserError(
-                "train.mask_documents=true cannot be used: a pretrained model reads its text without document masks"
-            )
-        if self.train.fused_attention:
-            raise UserError(
-                "train.fused_attention=true cannot be used: a pretrained model has an attention of its own"
-            )
-        if self.train.sample_tokens:
-            raise UserError(
-                f"train.sample_tokens={self.train.sample_tokens} cannot be used: `diffx generate` draws samples afterwards"
-            )
+        for name, reason in {
+            "init_from": "an adaptation starts from base=",
+            "mask_documents": "a pretrained model reads its text without document masks",
+            "fused_attention": "a pretrained model has an attention of its own",
+            "sample_tokens": "`diffx generate` draws samples afterwards",
+        }.items():
+            value = getattr(self.train, name)
+            shown = "true" if value is True else value
+            refuse(value not in (None, 0), f"train.{name}={shown}", reason)
         if self.train.steps is None and self.train.tokens is None:
             self.train.tokens = _TOKENS
         if self.dex.anneal_steps is None:

@@ -8,14 +8,22 @@ from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
-from diffx.config.checks import check_seed, count, new_path, path_name, require
+from diffx.config.checks import (
+    POSITIVE,
+    check_fields,
+    check_seed,
+    count,
+    new_path,
+    path_name,
+    refuse,
+    require,
+)
 from diffx.config.suite import SuiteConfig
 from diffx.config.train import Device, WandbConfig
-from diffx.errors import UserError
 
 
 class Dtype(str, Enum):
-    """The type of weights and activations. ``auto`` is the checkpoint's own on a GPU and fp32 on a CPU."""
+    """The type of weights and activations; ``auto`` is the checkpoint's on a GPU, fp32 on a CPU."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -25,14 +33,14 @@ class Dtype(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class JudgeConfig:
-    """Who says whether an answer is faithful to its text; ``none`` leaves the generations unjudged."""
+    """Who judges whether an answer is faithful to its text; ``none`` judges nothing."""
 
     kind: str = "none"
 
 
 @dataclass(kw_only=True, slots=True)
 class EndpointJudge(JudgeConfig):
-    """A model behind an OpenAI-compatible endpoint; its key is read from the environment variable ``OPENAI_API_KEY``, if set.
+    """A model behind an OpenAI-compatible endpoint; ``OPENAI_API_KEY`` may hold its key.
 
     Attributes:
         base_url: such as ``http://localhost:8000/v1``.
@@ -52,28 +60,16 @@ class EndpointJudge(JudgeConfig):
     temperature: float | None = 0.0
 
     def __post_init__(self) -> None:
-        if "@" in self.base_url or "?" in self.base_url:
-            raise UserError(
-                "judge.base_url cannot be used: it holds a password or a query; it must be bare, the key in OPENAI_API_KEY"
-            )
-        good = _is_address(self.base_url)
-        require(
-            good,
+        refuse(
+            "@" in self.base_url or "?" in self.base_url,
             "judge.base_url",
-            self.base_url,
-            "an http or https address such as http://localhost:8000/v1",
+            "it holds a password or a query; it must be bare, the key in OPENAI_API_KEY",
         )
-        require(
-            self.concurrency >= 1, "judge.concurrency", self.concurrency, "a positive whole number"
-        )
-        require(self.retries >= 0, "judge.retries", self.retries, "zero or more")
-        require(self.timeout > 0, "judge.timeout", self.timeout, "positive")
-        require(
-            self.temperature is None or self.temperature >= 0,
-            "judge.temperature",
-            self.temperature,
-            "zero or more, or null",
-        )
+        accepted = "an http or https address such as http://localhost:8000/v1"
+        check_fields(self, "judge", "base_url", accepted, _is_address)
+        check_fields(self, "judge", "concurrency", POSITIVE)
+        check_fields(self, "judge", "retries temperature", "zero or more")
+        check_fields(self, "judge", "timeout", "positive")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,12 +77,12 @@ class ExportJob:
     """``diffx export``.
 
     Attributes:
-        kind: tells a saved config's schema.
         checkpoint: a run, trained or adapted (``runs/x``, ``runs/x@best``, ``runs/x@1000``).
         out: the folder to write, which must not exist.
         format: ``hf``: a folder that ``transformers`` loads.
-        fold: fold DEX's branch into the output projections, so that the model is an ordinary one of the base's architecture; ``false``
-            keeps the branch, and the model loads after ``import diffx``.
+        fold: fold DEX's branch into the output projections, so that the model is an ordinary one of
+            the base's architecture; ``false`` keeps the branch, and the model loads after
+            ``import diffx``.
         dtype: of the weights; ``auto`` is fp32.
         trust_remote_code: run Python code that comes with the base of an adapted run.
     """
@@ -102,8 +98,8 @@ class ExportJob:
     def __post_init__(self) -> None:
         require(self.format == "hf", "format", self.format, "hf")
         out = new_path("out", self.out)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"out={self.out} cannot be used: it exists; choose a new folder")
+        exists = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        refuse(exists, f"out={self.out}", "it exists; choose a new folder")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -111,29 +107,28 @@ class EvalJob:
     """``diffx eval``.
 
     Attributes:
-        kind: tells a saved config's schema.
-        checkpoint: a run folder (``runs/x``, ``runs/x@best``, ``runs/x@1000``), or a name or folder of the Hugging Face hub.
+        checkpoint: a run folder (``runs/x``, ``runs/x@best``, ``runs/x@1000``), or a name or folder
+            of the Hugging Face hub.
         suite: what is measured.
-        data: the text that a suite needs; ``null`` is the run's own held-out text, or Python's source for a model of the hub.
+        data: the text that a suite needs; ``null`` is the run's held-out text, or Python's source
+            for a model of the hub.
         judge: who judges generations.
         wandb: the tracker.
         device: where to compute.
         dtype: the model's type; ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         batch: sequences at once, or ``auto``.
-        limit: examples measured at most (in each task or cell), or the share of them that is measured, between 0
-            and 1, rounded up as lm-eval does; ``null`` is all.
+        limit: examples measured at most (in each task or cell), or the share of them that is
+            measured, between 0 and 1, rounded up as lm-eval does; ``null`` is all.
         seed: of everything that is drawn.
         force: measure again where results with the same settings exist.
         revision: the hub's revision.
-        trust_remote_code: run Python code that comes with a model of the hub, or with the base of an adapted run.
+        trust_remote_code: run Python code of a model of the hub, or of the base of an adapted run.
     """
 
     kind: str = "eval"
     checkpoint: str = MISSING
     suite: SuiteConfig = field(default_factory=SuiteConfig)
-    data: Any = (
-        None  # a DataConfig; OmegaConf cannot merge one with its unions into an optional node
-    )
+    data: Any = None  # a DataConfig, whose unions OmegaConf cannot merge into an optional node
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     device: Device = Device.auto
@@ -150,19 +145,17 @@ class EvalJob:
             path_name("suite.name", self.suite.name)
         if self.batch != "auto":
             self.batch = count("batch", self.batch)
-        limit = self.limit or 0
-        good = self.limit is None or 0 < limit < 1 or (isinstance(limit, int) and limit >= 1)
-        require(
-            good,
-            "limit",
-            self.limit,
-            "a positive whole number, a share between 0 and 1, or null for all",
-        )
+        limit = self.limit
+        good = limit is None or 0 < limit < 1 or (isinstance(limit, int) and limit >= 1)
+        accepted = f"{POSITIVE}, a share between 0 and 1, or null for all"
+        require(good, "limit", limit, accepted)
         check_seed("seed", self.seed)
-        if self.judge.kind != "none" and self.suite.kind != "hallucination":
-            raise UserError(
-                f"judge={self.judge.kind} cannot be used with suite={self.suite.name}: only suite=hallucination is judged"
-            )
+        refuse(
+            self.judge.kind != "none" and self.suite.kind != "hallucination",
+            f"judge={self.judge.kind}",
+            "only suite=hallucination is judged",
+            f"suite={self.suite.name}",
+        )
 
 
 def _is_address(url: str) -> bool:
@@ -172,13 +165,7 @@ def _is_address(url: str) -> bool:
     except ValueError:  # an unfinished IPv6 address, or a port that is none
         return False
     named = re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+", host) is not None
-    return (
-        parts.scheme in ("http", "https")
-        and named
-        and url.isascii()
-        and url.isprintable()
-        and " " not in url
-    )
+    return named and parts.scheme in ("http", "https") and re.fullmatch("[!-~]+", url) is not None
 
 
 JUDGE_CONFIGS: dict[str, type[JudgeConfig]] = {"none": JudgeConfig, "endpoint": EndpointJudge}

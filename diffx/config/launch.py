@@ -8,20 +8,20 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from diffx.config.bridge import JOBS, literal, to_typed
-from diffx.config.checks import new_path
+from diffx.config.checks import new_path, refuse
 from diffx.config.composition import (
+    COMPOSITION_ERRORS,
     CONFIGS,
     UserConfigsFirst,
     compose_config,
@@ -35,7 +35,9 @@ from diffx.console import SWEEP_JOB
 from diffx.errors import UserError, describe, one_line
 from diffx.files import append_lines, read_json_lines
 
-_RUN_DIR = "run.dir={} cannot be used in a multirun: each job's folder is <hydra.sweep.dir>/<job number>; set hydra.sweep.dir instead"
+_RUN_DIR = (
+    "each job's folder in a multirun is <hydra.sweep.dir>/<job number>; set hydra.sweep.dir instead"
+)
 _FAILED, _DONE = "failed.jsonl", "jobs.jsonl"
 _HYDRA_RUN: dict[str, Any] = {
     "run.dir": ".",
@@ -53,8 +55,7 @@ _TEXT_KEYS = ("prompt", "train.sample_prompt", "suite.system_instruction")
 class SweepJob:
     """The function that Hydra calls for each job of a sweep, in this process or in a launcher's.
 
-    An exception never reaches Hydra, which would print it in its own way: its line goes to standard
-    error at once and to the sweep's folder.
+    The line of an exception goes to standard error at once, and to the sweep's folder.
 
     Attributes:
         job_class: the dataclass that the config becomes.
@@ -62,7 +63,7 @@ class SweepJob:
         given: the words of the command line, with several values for a key.
         argv: the command line.
         unwritten: failed jobs that could not be written to the sweep's folder.
-        process: the id of the process that made this object; a launcher's jobs may run in others.
+        process: the id of the process that made this object.
     """
 
     job_class: type
@@ -73,7 +74,7 @@ class SweepJob:
     process: int = field(default_factory=os.getpid)
 
     def __call__(self, cfg: DictConfig) -> Any:
-        """Check the config and do the job; returns what ``work`` returns, for a sweeper's objective."""
+        """Check the config and do the job; returns what ``work`` returns, for a sweeper."""
         sys.argv = self.argv
         settings = HydraConfig.get()
         words = cast(list[str], OmegaConf.to_container(settings.overrides.task, resolve=False))
@@ -82,22 +83,18 @@ class SweepJob:
         token = SWEEP_JOB.set(label)
         try:
             if "run" in cfg:
-                if cfg.run.dir is not None:
-                    raise UserError(_RUN_DIR.format(cfg.run.dir))
+                refuse(cfg.run.dir is not None, f"run.dir={cfg.run.dir}", _RUN_DIR)
                 cfg.run.dir = str(sweep / str(settings.job.num))
                 cfg.wandb.group = cfg.wandb.group or sweep.name
             result = self.work(to_typed(cfg, self.job_class), words)
             entry = {"job": settings.job.num, "overrides": words, "result": result}
-            # One write, so that the lines of parallel jobs do not mix.
-            with append_lines(sweep / _DONE) as file:
-                file.write(json.dumps(entry) + "\n")
+            _append(sweep / _DONE, entry)
             return result
         except Exception as error:
             entry = _failure(settings.job.num, words, error)
             print(f"error: job {label}: {one_line(entry['error'])}", file=sys.stderr, flush=True)
             try:
-                with append_lines(sweep / _FAILED) as file:
-                    file.write(json.dumps(entry) + "\n")
+                _append(sweep / _FAILED, entry)
             except OSError:
                 if os.getpid() != self.process:  # only the launcher's error can report it
                     raise
@@ -105,6 +102,11 @@ class SweepJob:
             return None
         finally:
             SWEEP_JOB.reset(token)
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    with append_lines(path) as file:  # one write, so that the lines of parallel jobs do not mix
+        file.write(json.dumps(entry) + "\n")
 
 
 def _failure(number: int, words: list[str], error: Exception) -> dict[str, Any]:
@@ -123,8 +125,7 @@ def compose(name: str, words: list[str], config_dir: Path | None = None) -> Any:
     Raises:
         UserError: the words do not compose to a valid config.
     """
-    words = [_plain_text(word) for word in words]
-    with composer(config_dir) as app, _one_line(app, name, words):
+    with _composer(name, words, config_dir) as (app, words):
         cfg = compose_config(app, name, words)
         with open_dict(cfg):
             del cfg["hydra"]
@@ -134,31 +135,19 @@ def compose(name: str, words: list[str], config_dir: Path | None = None) -> Any:
 def show_config(
     name: str,
     words: list[str],
-    *,
+    config_dir: Path | None = None,
     cfg: str | None = None,
     resolve: bool = False,
     package: str | None = None,
     doc: str | None = None,
     info: str | None = None,
-    config_dir: Path | None = None,
 ) -> None:
-    """Print what the words compose to, and run nothing.
-
-    Args:
-        name: the primary config.
-        words: the user's words in Hydra's grammar.
-        cfg: print the config: its ``job``, its ``hydra`` or ``all``.
-        resolve: resolve the interpolations of that config.
-        package: print only this part of it.
-        doc: print the meaning of this key, of the keys of this group, or of ``all``.
-        info: print what Hydra knows about ``searchpath``, ``defaults`` and so on.
-        config_dir: a folder of configs that come before those of diffx.
+    """Print what the words compose to, and run nothing; the arguments are the command's options.
 
     Raises:
         UserError: the words do not compose to a valid config, or a key does not exist.
     """
-    words = [_plain_text(word) for word in words]
-    with composer(config_dir) as app, _one_line(app, name, words):
+    with _composer(name, words, config_dir) as (app, words):
         config = _composition(app, name, words, several=True)
         if package and OmegaConf.select(config, package) is None:
             raise UserError(unknown(package, list(keys(config))))  # Hydra would end the process
@@ -172,23 +161,14 @@ def show_config(
             app.show_cfg(name, words, cfg, package, resolve)
 
 
-def _compose_of_several(name: str, words: list[str], config_dir: Path | None) -> Any:
-    try:
-        return compose(name, words, config_dir)
-    except UserError as error:
-        raise UserError(f"{error} ({words[0]} of the list)") from error
-
-
 def _suites(name: str, words: list[str]) -> list[list[str]]:
     """For ``diffx eval`` with ``suite=[a,b]``, the words of each suite; else none."""
     lists = [word for word in words if name == "eval" and re.fullmatch(r"suite=\[.*\]", word)]
     if not lists:
         return []
-    suites = [suite.strip() for suite in lists[-1][len("suite=[") : -1].split(",")]
-    if not all(suites):
-        raise UserError(
-            f"{lists[-1]} cannot be used: it must be a suite, or a list such as [retrieval,outliers]"
-        )
+    suites = [suite.strip() for suite in lists[-1][7:-1].split(",")]
+    accepted = "it must be a suite, or a list such as [retrieval,outliers]"
+    refuse(not all(suites), lists[-1], accepted)
     others = [word for word in words if not word.startswith("suite=")]
     return [[f"suite={suite}", *others] for suite in suites]
 
@@ -205,9 +185,9 @@ def launch(
     """Run one command's job, or its sweep through Hydra.
 
     Args:
-        name: the primary config, and the job it becomes.
-        work: gets the job and the words that set it; importable by name, since launchers pickle it. With
-            ``suite=[a,b]`` it gets the jobs of all suites as a list, and returns the exit code.
+        name: the primary config.
+        work: gets the job and the words that set it; importable by name, since launchers pickle it.
+            With ``suite=[a,b]`` it gets a list of the jobs, and returns the exit code.
         words: in Hydra's grammar: ``key=value``, ``~key``, ``+key=value``.
         multirun: run every combination of values.
         config_dir: a folder of configs that come before those of diffx.
@@ -222,16 +202,17 @@ def launch(
     """
     suites = _suites(name, words)
     if suites and not multirun:
-        return cast(
-            int, work([_compose_of_several(name, suite, config_dir) for suite in suites], words)
-        )
+        jobs = []
+        for suite in suites:
+            try:
+                jobs.append(compose(name, suite, config_dir))
+            except UserError as error:
+                raise UserError(f"{error} ({suite[0]} of the list)") from error
+        return cast(int, work(jobs, words))
     if suites:
-        words = [
-            *suites[0][1:],
-            "suite=" + ",".join(suite[0].removeprefix("suite=") for suite in suites),
-        ]
-    words = [_plain_text(word) for word in words]
-    with composer(config_dir) as app, _one_line(app, name, words):
+        choices = ",".join(suite[0].removeprefix("suite=") for suite in suites)
+        words = [*suites[0][1:], f"suite={choices}"]
+    with _composer(name, words, config_dir) as (app, words):
         cfg = _composition(app, name, words, several=multirun)
         single = not (multirun or cfg.hydra.mode is RunMode.MULTIRUN)
         if single:
@@ -245,15 +226,14 @@ def launch(
             after([result], None)
         return 0
 
-    if "run" in cfg and cfg.run.dir is not None:
-        raise UserError(_RUN_DIR.format(cfg.run.dir))
+    if "run" in cfg:
+        refuse(cfg.run.dir is not None, f"run.dir={cfg.run.dir}", _RUN_DIR)
     sweep = new_path("hydra.sweep.dir", cfg.hydra.sweep.dir)
-    if sweep.exists() and not sweep.is_dir():
-        raise UserError(f"hydra.sweep.dir={sweep} cannot be used: it is no folder; choose another")
+    refuse(sweep.is_file(), f"hydra.sweep.dir={sweep}", "it is no folder; choose another")
     made = [folder for folder in (sweep, *sweep.parents) if not folder.exists()]
     for stale in (_FAILED, _DONE, BEST):
         (sweep / stale).unlink(missing_ok=True)
-    # The folder's name holds the time: resolved once, here, it is the same for every job, process and machine.
+    # The folder's name holds the time; it must be the same for every job, process and machine.
     words = [*words, "hydra.sweep.dir='" + str(sweep).replace("'", "\\'") + "'"]
     sweep_job = SweepJob(JOBS[name], work, words, sys.argv)
     try:
@@ -265,34 +245,38 @@ def launch(
             print(f"go on with the sweep: its words and {resume}", file=sys.stderr)
         raise
     finally:
-        lines = read_json_lines(sweep / _DONE, skip_damaged=True)
-        done = {entry["job"]: entry for entry in lines}
-        lines = read_json_lines(sweep / _FAILED, skip_damaged=True)
-        failed = sorted([*lines, *sweep_job.unwritten], key=lambda entry: entry["job"])
-        if failed:
-            jobs = ", ".join(job_label(entry["job"], entry["overrides"], words) for entry in failed)
-            count = f"{len(failed)} jobs" if len(failed) > 1 else "1 job"
-            print(
-                f"error: {count} of the sweep failed: {jobs}; the reasons are in {sweep / _FAILED}",
-                file=sys.stderr,
-            )
-        entries = sorted([*done.values(), *failed], key=lambda entry: entry["job"])
-        if entries and os.environ.get("RANK", "0") == "0":
-            show_sweep(sweep, entries, words)
-        if [path.name for path in sweep.glob("*")] == [
-            "multirun.yaml"
-        ]:  # refused before its first job
+        done, failed = _report_sweep(sweep, sweep_job)
+        # Hydra refused the sweep before its first job.
+        if [path.name for path in sweep.glob("*")] == ["multirun.yaml"]:
             (sweep / "multirun.yaml").unlink()
             with suppress(OSError):
                 for folder in made:
                     folder.rmdir()
     if after and done:
-        after([done[number]["result"] for number in sorted(done)], sweep)
+        after([entry["result"] for entry in done], sweep)
     return min((entry["exit_code"] for entry in failed), default=0)
 
 
+def _report_sweep(sweep: Path, sweep_job: SweepJob) -> tuple[list[Any], list[Any]]:
+    """Print what became of a sweep's jobs; returns the entries of those done and those failed."""
+    number = itemgetter("job")
+    lines = read_json_lines(sweep / _DONE, skip_damaged=True)
+    done = sorted({entry["job"]: entry for entry in lines}.values(), key=number)
+    lines = read_json_lines(sweep / _FAILED, skip_damaged=True)
+    failed = sorted([*lines, *sweep_job.unwritten], key=number)
+    if failed:
+        labels = [job_label(entry["job"], entry["overrides"], sweep_job.given) for entry in failed]
+        jobs = f"{len(failed)} job{'s' if len(failed) > 1 else ''} of the sweep failed"
+        reasons = f"the reasons are in {sweep / _FAILED}"
+        print(f"error: {jobs}: {', '.join(labels)}; {reasons}", file=sys.stderr)
+    entries = sorted([*done, *failed], key=number)
+    if entries and os.environ.get("RANK", "0") == "0":
+        show_sweep(sweep, entries, sweep_job.given)
+    return done, failed
+
+
 def _composition(app: Any, name: str, words: list[str], several: bool) -> DictConfig:
-    """Compose the only job's config, or with ``several`` what the configs of the jobs have in common."""
+    """Compose the only job's config, or with ``several`` what all jobs' configs share."""
     if several:
         return compose_config(app, name, words, several=True)
     try:
@@ -305,7 +289,7 @@ def _composition(app: Any, name: str, words: list[str], several: bool) -> DictCo
 
 
 def _plain_text(word: str) -> str:
-    """Quote the value of a key that holds free text, unless it is quoted already or null."""
+    """Quote the value of a key of free text, unless it is quoted already or null."""
     key, _, value = word.partition("=")
     if key not in _TEXT_KEYS or value[:1] in ("'", '"') or value == "null":
         return word
@@ -316,9 +300,9 @@ def _plain_text(word: str) -> str:
 def _check_single(settings: DictConfig) -> None:
     """Refuse the settings of Hydra that only its own runs of a job would follow."""
     for key, default in _HYDRA_RUN.items():
-        if (value := OmegaConf.select(settings, key)) != default:
-            reason = "Hydra runs sweeps (-m) only; give run.dir=, or set the environment"
-            raise UserError(f"hydra.{key}={value} cannot be used: {reason}")
+        value = OmegaConf.select(settings, key)
+        reason = "Hydra runs sweeps (-m) only; give run.dir=, or set the environment"
+        refuse(value != default, f"hydra.{key}={value}", reason)
 
 
 def _hydra_main(sweep_job: SweepJob, name: str, words: list[str]) -> None:
@@ -331,56 +315,54 @@ def _hydra_main(sweep_job: SweepJob, name: str, words: list[str]) -> None:
 
 
 @contextmanager
+def _composer(name: str, words: list[str], config_dir: Path | None) -> Iterator[Any]:
+    """Give the Hydra object and the quoted words; what Hydra raises becomes a ``UserError``."""
+    words = [_plain_text(word) for word in words]
+    with composer(config_dir) as app, _one_line(app, name, words):
+        yield app, words
+
+
+@contextmanager
 def _one_line(app: Any, name: str, words: list[str]) -> Iterator[None]:
     """Turn what Hydra raises while it composes into a ``UserError``."""
     try:
         yield
     except UserError:
         raise
-    except (
-        HydraException,
-        OmegaConfBaseException,
-        ValueError,
-        TypeError,
-        RecursionError,
-        yaml.YAMLError,
-    ) as error:
-        if isinstance(error, TypeError) and not any(
-            "[" in word for word in words
-        ):  # Hydra raises it for a group that is given a list
+    except COMPOSITION_ERRORS as error:
+        # Hydra raises TypeError for a group that is given a list.
+        if isinstance(error, TypeError) and not any("[" in word for word in words):
             raise
         if misplaced := _misplaced(app, name, words):
             raise UserError(misplaced) from error
-        try:
+        groups = {}
+        with suppress(HydraException):  # the user's configs may break the primary one
             groups = config_groups(app, name)
-        except HydraException:  # the user's configs break the primary one
-            groups = {}
         raise UserError(explain(error, words, groups)) from error
 
 
 def _misplaced(app: Any, name: str, words: list[str]) -> str | None:
-    """Name a user's file that lacks its package line, or the command that an experiment is for."""
+    """Describe a user's file without a package line, or an experiment of another command."""
     options = [word.partition("=")[::2] for word in words]
-    for group, choice in (
-        (group, choice) for group, value in options for choice in value.split(",")
-    ):
+    choices = [(group, choice) for group, value in options for choice in value.split(",")]
+    for group, choice in choices:
         if group not in _PACKAGES:
             continue
         file = (UserConfigsFirst.folder or CONFIGS) / group / f"{choice}.yaml"
-        text = (
-            file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "# @package"
-        )
-        if not re.search(r"^#\s*@package\b", text, re.M):
-            return f"{file} cannot be used: its first line must be `# @package {_PACKAGES[group]}`"
-        fitting = [
-            command
-            for config, command in _COMMANDS.items()
-            if _composes(app, config, f"{group}={choice}")
-        ]
-        if group == "experiment" and fitting and _COMMANDS.get(name) not in fitting:
-            return (
-                f"experiment={choice} cannot be used here: it is for `diffx {' or '.join(fitting)}`"
-            )
+        if file.is_file():
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if not re.search(r"^#\s*@package\b", text, re.M):
+                line = f"# @package {_PACKAGES[group]}"
+                return f"{file} cannot be used: its first line must be `{line}`"
+        if group == "experiment":
+            fitting = [
+                command
+                for config, command in _COMMANDS.items()
+                if _composes(app, config, f"{group}={choice}")
+            ]
+            if fitting and _COMMANDS.get(name) not in fitting:
+                commands = " or ".join(fitting)
+                return f"experiment={choice} cannot be used here: it is for `diffx {commands}`"
     return None
 
 
@@ -391,13 +373,6 @@ def _composes(app: Any, name: str, word: str) -> bool:
         swept = cfg.hydra.sweeper.get("params") or {}
         first = [f"{key}={str(values).partition(',')[0]}" for key, values in swept.items()]
         compose_config(app, name, [word, *first], several=True)
-    except (
-        HydraException,
-        OmegaConfBaseException,
-        ValueError,
-        TypeError,
-        RecursionError,
-        yaml.YAMLError,
-    ):
+    except COMPOSITION_ERRORS:
         return False
     return True

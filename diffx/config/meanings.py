@@ -27,25 +27,20 @@ def explained(cfg: DictConfig, job: type, key: str) -> str:
     Raises:
         UserError: there is no such key.
     """
-    rows = [
-        row
-        for row in _walk(cfg, job)
-        if key == "all" or row[0] == key or row[0].startswith(f"{key}.")
-    ]
-    if not rows:
-        raise UserError(unknown(key, [row[0] for row in _walk(cfg, job)]))
-    texts = []
-    for name, value, meaning, hint in rows:
-        choices = names_of(hint)
-        texts.append(
-            f"{name}={value}\n    {meaning}"
-            + (f"\n    one of: {', '.join(choices)}" if choices else "")
-        )
-    return "\n".join(texts)
+    rows = list(_walk(cfg, job))
+    chosen = [row for row in rows if key in ("all", row[0]) or row[0].startswith(f"{key}.")]
+    if not chosen:
+        raise UserError(unknown(key, [row[0] for row in rows]))
+    lines = []
+    for name, value, meaning, hint in chosen:
+        lines += [f"{name}={value}", f"    {meaning}"]
+        if choices := names_of(hint):
+            lines.append(f"    one of: {', '.join(choices)}")
+    return "\n".join(lines)
 
 
 def commented(cfg: DictConfig, job: type, package: str | None = None, resolve: bool = False) -> str:
-    """The YAML of a job's config, or of the part ``package`` of it, with the meaning of each key behind it, and an experiment's sweep."""
+    """The YAML of a job's config, or of its part ``package``, with the meaning behind each key."""
     means = {name: meaning for name, _, meaning, _ in _walk(cfg, job)}
     part = (
         OmegaConf.select(cfg, package)
@@ -73,7 +68,7 @@ def commented(cfg: DictConfig, job: type, package: str | None = None, resolve: b
 
 
 def _walk(cfg: DictConfig, kind: type, prefix: str = "") -> Iterator[tuple[str, str, str, Any]]:
-    """Each key that is no group: its name, its value as on the command line, what it means, and its type."""
+    """The name, the value as on the command line, the meaning and the type of each key."""
     means, hints = meanings(kind), get_type_hints(kind)
     for name in map(str, cfg):
         if name in ("hydra", "kind"):
@@ -84,18 +79,6 @@ def _walk(cfg: DictConfig, kind: type, prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(node, DictConfig) and inner is not None and inner is not dict:
             yield from _walk(node, inner, f"{prefix}{name}.")
         elif name in means:
-            value = (
-                ""
-                if missing
-                else "null"
-                if node is None
-                else str(node).lower()
-                if isinstance(node, bool)
-                else node
-            )
-            yield (
-                f"{prefix}{name}",
-                str(getattr(value, "value", value)),
-                means[name],
-                hints.get(name),
-            )
+            value = "null" if node is None else getattr(node, "value", node)
+            text = "" if missing else str(value).lower() if isinstance(value, bool) else f"{value}"
+            yield f"{prefix}{name}", text, means[name], hints.get(name)

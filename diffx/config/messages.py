@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's errors as one line that names the word, the reason and the nearest valid names."""
+"""Hydra's and OmegaConf's errors as one line with the word, the reason and the nearest names."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +27,9 @@ _TYPE_NAMES = {
     type(None): "null",
     list: "a list",
 }
-
-
 _HINTS = {
-    "base": "NAME, a causal model of the Hugging Face hub, or without a network base=FOLDER with its config.json, model.safetensors and "
-    "tokenizer.json; the text comes from data=text data.path=FILES, or is Python's own source"
+    "base": "NAME, a causal model of the Hugging Face hub, or without a network base=FOLDER with "
+    "its config.json, model.safetensors and tokenizer.json; data=text data.path=FILES gives text"
 }
 
 
@@ -40,31 +38,31 @@ def explain(
     words: Sequence[str] = (),
     groups: Mapping[str, list[str]] = MappingProxyType({}),
 ) -> str:
-    """Say in one line what is wrong with the words or the YAML behind a composition error.
+    """Describe in one line what is wrong with the words or the YAML behind a composition error.
 
     Args:
-        error: the exception of Hydra or OmegaConf.
+        error: the exception of Hydra, OmegaConf or PyYAML.
         words: the user's words.
         groups: the config groups and their options, to choose the nearest from.
     """
+    text = str(error)
     if isinstance(error, RecursionError):
-        return "the words or a config file cannot be read: they are nested too deeply, or refer to themselves"
-    if isinstance(error, TypeError) or str(error).startswith(
-        "Config group override"
-    ):  # Hydra meets a list, a number, null
+        return "the words or a config file cannot be read: they are nested too deeply or circular"
+    # Hydra got a list, a number or null.
+    if isinstance(error, TypeError) or text.startswith("Config group override"):
         return _no_option(words, groups)
-    cause = (
-        error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
-    )
-    origin = re.match(r"In '(?!hydra/)\S+/\S+': ", str(error))  # a file of a group, not the words
+    direct = isinstance(error, OmegaConfBaseException)
+    cause = error if direct else error.__cause__ or error.__context__
+    origin = re.match(r"In '(?!hydra/)\S+/\S+': ", text)  # a file of a group, not the words
     where = origin[0] if origin else ""
     if isinstance(error, yaml.YAMLError | UnicodeDecodeError):
-        return f"a config file cannot be read: {' '.join(str(error).split())}"
+        return f"a config file cannot be read: {' '.join(text.split())}"
     if isinstance(error, MissingConfigException):
         choice = _unknown_choice(error.missing_cfg_file or "", list(error.options or []), groups)
         return where + choice if choice else _first_line(error)
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} cannot be read: it must be key=value, with quotes around values that hold spaces, brackets or '='"
+        accepted = "key=value, with quotes around values that hold spaces, brackets or '='"
+        return f"{error.override!r} cannot be read: it must be {accepted}"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         if str(cause.full_key) in groups:  # size={a:1}
             return _no_option(words, groups)
@@ -73,44 +71,41 @@ def explain(
         key = str(cause.full_key).removesuffix(".kind")
         return f"{key} is missing: give it as {key}={_HINTS.get(key, '...')}"
     if isinstance(cause, ValidationError) and cause.object_type is not None:
-        accepted = get_type_hints(cause.object_type).get(str(cause.key))
+        hint = get_type_hints(cause.object_type).get(str(cause.key))
         value = "null" if cause.value is None else cause.value
-        if accepted is not None:
-            return f"{where}{cause.full_key}={value} cannot be used: it must be {_accepted(accepted, value)}"
+        if hint is not None:
+            accepted = _accepted(hint, value)
+            return f"{where}{cause.full_key}={value} cannot be used: it must be {accepted}"
     if isinstance(cause, InterpolationResolutionError):
         return f"{cause.full_key} cannot be used: {_first_line(cause)}"
-    if missing := re.match(r"You must specify '(\w+)'", str(error)):
-        return f"{missing[1]} is missing: give it as {missing[1]}=..., one of {', '.join(groups.get(missing[1], []))}"
-    if "--multirun" in str(error):
-        word = str(error).split("'")[1]
-        return (
-            f"{word} has several values: add -m to run each of them, or write a list as key=[a,b]"
-        )
-    return _first_line(error) + (
-        f": {_first_line(cause)}"
-        if isinstance(cause, OmegaConfBaseException) and cause is not error
-        else ""
-    )
+    if missing := re.match(r"You must specify '(\w+)'", text):
+        group, options = missing[1], ", ".join(groups.get(missing[1], []))
+        return f"{group} is missing: give it as {group}=..., one of {options}"
+    if "--multirun" in text:
+        word = text.split("'")[1]
+        return f"{word} has several values: add -m to run each, or write a list as key=[a,b]"
+    nested = isinstance(cause, OmegaConfBaseException) and not direct
+    return _first_line(error) + (f": {_first_line(cause)}" if nested and cause else "")
 
 
 def _no_option(words: Sequence[str], groups: Mapping[str, list[str]]) -> str:
     """The line for a group that is given something else than the name of an option."""
+    names = {word: word.partition("=")[0].lstrip("+~") for word in words}
     chosen = [
-        word
-        for word in words
-        if (key := word.partition("=")[0].lstrip("+~")) in ("", *groups) or key.startswith("hydra/")
+        word for word, key in names.items() if key in ("", *groups) or key.startswith("hydra/")
     ]
     odd = [word for word in chosen if word.partition("=")[2][:1] in ("[", "{")] or chosen
-    return f"{' '.join(odd)} cannot be used: a group takes the name of one of its options, as model=diff_v1 does"
+    accepted = "a group takes the name of one of its options, as model=diff_v1 does"
+    return f"{' '.join(odd)} cannot be used: {accepted}"
 
 
 def unknown(key: str, names: list[str]) -> str:
-    """The line for a key that is none, with the nearest of ``names``."""
+    """The line for an unknown key, with the nearest of ``names``."""
     return f"{key} is not a key{_nearest(key, names)}"
 
 
 def _unknown_choice(missing_file: str, options: list[str], groups: Mapping[str, list[str]]) -> str:
-    """``model/ablation/foo`` is no option of the group ``model``, or of ``hydra/launcher`` and the like."""
+    """The line for ``model/ablation/foo``, or an empty text if the group is unknown."""
     group = next(
         (group for group in groups if missing_file.startswith(f"{group}/")),
         missing_file.rpartition("/")[0],
@@ -119,11 +114,12 @@ def _unknown_choice(missing_file: str, options: list[str], groups: Mapping[str, 
     options = groups.get(group, options)
     if not group or not options:
         return ""
-    return f"{group}={choice} cannot be used: it must be one of {', '.join(options)}{_nearest(choice, options)}"
+    accepted = f"one of {', '.join(options)}{_nearest(choice, options)}"
+    return f"{group}={choice} cannot be used: it must be {accepted}"
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    """``: did you mean a or b?``, or nothing; a key's last part counts alone too (``lr`` is near ``train.lr``)."""
+    """``: did you mean a or b?``, or nothing; ``lr`` is near ``train.lr``."""
     names = list(dict.fromkeys(names))
     near = get_close_matches(name, names, n=3)
     near += [full for full in names if full.endswith(f".{name}") and full not in near]
@@ -131,15 +127,15 @@ def _nearest(name: str, names: list[str]) -> str:
 
 
 def keys(node: Any) -> Iterator[str]:
-    """Every dotted key with a value in the config that ``node`` is a part of, except those of Hydra."""
+    """Every dotted key with a value in the whole config of ``node``, except those of Hydra."""
 
     def below(part: DictConfig, prefix: str) -> Iterator[str]:
         for key in map(str, part):
-            child = part._get_node(key)
-            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-                yield from below(child, f"{prefix}{key}.") if f"{prefix}{key}" != "hydra" else ()
-            else:
-                yield f"{prefix}{key}"
+            child, name = part._get_node(key), f"{prefix}{key}"
+            if not isinstance(child, DictConfig) or child._is_none() or child._is_missing():
+                yield name
+            elif name != "hydra":
+                yield from below(child, f"{name}.")
 
     return below(node._get_root(), "") if node is not None else iter(())
 
@@ -152,21 +148,16 @@ def _accepted(hint: Any, value: Any) -> str:
         return f"one of {', '.join(names)}{_nearest(str(value), names)}"
     if get_origin(hint) is list:
         (part,) = get_args(hint)
-        return (
-            f"a list such as [{value}]"
-            if type(value) is part
-            else f"a list, each part of it {_accepted(part, value)}"
-        )
+        if type(value) is part:
+            return f"a list such as [{value}]"
+        return f"a list, each part of it {_accepted(part, value)}"
     return _TYPE_NAMES.get(hint, "a group of keys, set one by one")
 
 
 def names_of(hint: Any) -> list[str]:
     """The names of an enum; none for any other type."""
-    return (
-        [member.name for member in hint]
-        if isinstance(hint, type) and issubclass(hint, Enum)
-        else []
-    )
+    choice = isinstance(hint, type) and issubclass(hint, Enum)
+    return list(hint.__members__) if choice else []
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,16 +1,13 @@
-"""Architectures. ``num_heads`` (H) and ``num_kv_heads`` (H_kv) are always those of the baseline Transformer.
-
-One dataclass an architecture, told apart by ``kind``; ``models/`` has one attention module for each.
-"""
+"""Architectures. ``num_heads`` (H) and ``num_kv_heads`` (H_kv) are those of the baseline."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 from omegaconf import MISSING
 
-from diffx.config.checks import require
+from diffx.config.checks import check_fields, require
 
-_MOST = {  # beyond these, parameter counts overflow or a model of one feature takes minutes to build
+_MOST = {  # beyond these, parameter counts overflow or a narrow model takes minutes to build
     "hidden_size": 2**24,
     "num_layers": 10**4,
     "num_heads": 2**24,
@@ -44,13 +41,14 @@ class ModelConfig:
         num_layers: decoder blocks.
         num_heads: the baseline's query heads H; the head dimension is d = D / H.
         num_kv_heads: the baseline's key/value heads H_kv; H_kv < H is grouped-query attention.
-        intermediate_size: SwiGLU width in features; ``null`` is 8/3·D rounded up to a multiple of 256.
+        intermediate_size: SwiGLU width in features; ``null`` is 8/3·D rounded up to a multiple of
+            256.
         vocab_size: entries of the embedding; ``null`` is the tokenizer's.
         rope_theta: base of the rotary position embedding.
         norm_eps: epsilon of every RMSNorm.
         tie_embeddings: share one matrix between the input embedding and the output projection.
-        init_std: standard deviation of the normal initialisation of every matrix; ``null`` is 1/sqrt(hidden_size), which is
-            about the usual 0.02 at the papers' sizes and keeps small models from starting too close to zero.
+        init_std: standard deviation of the normal initialisation of every matrix; ``null`` is
+            1/sqrt(hidden_size), about the usual 0.02 at the papers' sizes.
         scale_residual_init: divide the initial ``o_proj`` and ``down_proj`` by sqrt(2·num_layers).
     """
 
@@ -70,34 +68,25 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key, most in _MOST.items():
             value = getattr(self, key)
-            require(
-                value is None or 1 <= value <= most,
-                f"model.{key}",
-                value,
-                f"a positive whole number, {most} at most",
-            )
-        require(self.rope_theta > 0, "model.rope_theta", self.rope_theta, "positive")
-        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "positive")
-        require(
-            self.init_std is None or self.init_std > 0, "model.init_std", self.init_std, "positive"
-        )
+            good = value is None or 1 <= value <= most
+            require(good, f"model.{key}", value, f"a positive whole number, {most} at most")
+        check_fields(self, "model", "rope_theta norm_eps init_std", "positive")
         shape = f"a divisor of model.hidden_size={self.hidden_size}"
         require(self.hidden_size % self.num_heads == 0, "model.num_heads", self.num_heads, shape)
-        require(
-            self.head_dim % 2 == 0,
-            "model.num_heads",
-            self.num_heads,
-            f"{shape} that leaves an even head dimension (RoPE rotates pairs)",
-        )
+        shape += " that leaves an even head dimension (RoPE rotates pairs)"
+        require(self.head_dim % 2 == 0, "model.num_heads", self.num_heads, shape)
         self._check_heads()
 
     def _check_heads(self) -> None:
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            "model.num_kv_heads",
-            self.num_kv_heads,
-            f"a divisor of model.num_heads={self.num_heads}",
-        )
+        self._check_kv_heads(self.num_heads, f"model.num_heads={self.num_heads}")
+
+    def _check_kv_heads(self, heads: int, name: str) -> None:
+        kv_heads = self.num_kv_heads
+        require(heads % kv_heads == 0, "model.num_kv_heads", kv_heads, f"a divisor of {name}")
+
+    def _check_even(self, names: str) -> None:
+        accepted = f"even for model={self.kind}, which pairs heads"
+        check_fields(self, "model", names, accepted, lambda number: number % 2 == 0)
 
     @property
     def head_dim(self) -> int:
@@ -111,19 +100,8 @@ class ModelConfig:
 
     @property
     def ffn_size(self) -> int:
-        """SwiGLU width: ``intermediate_size``, or 8/3·D rounded up to a multiple of 256 as Llama does."""
+        """SwiGLU width: ``intermediate_size``, or Llama's 8/3·D, rounded up to 256s."""
         return self.intermediate_size or -(-8 * self.hidden_size // (3 * 256)) * 256
-
-
-def _require_even(config: ModelConfig, keys: tuple[str, ...]) -> None:
-    for key in keys:
-        value = getattr(config, key)
-        require(
-            value % 2 == 0,
-            f"model.{key}",
-            value,
-            f"even for model={config.kind}, which pairs heads",
-        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -148,7 +126,7 @@ class TransformerWideHeadConfig(ModelConfig):
 
     def _check_heads(self) -> None:
         ModelConfig._check_heads(self)
-        _require_even(self, ("num_heads", "num_kv_heads"))
+        self._check_even("num_heads num_kv_heads")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -158,26 +136,23 @@ class Transformer1p5hConfig(ModelConfig):
     kind: str = "transformer_1p5h"
 
     def _check_heads(self) -> None:
-        _require_even(self, ("num_heads",))
+        self._check_even("num_heads")
         heads = 3 * self.num_heads // 2
-        require(
-            heads % self.num_kv_heads == 0,
-            "model.num_kv_heads",
-            self.num_kv_heads,
-            f"a divisor of 1.5·num_heads={heads}",
-        )
+        self._check_kv_heads(heads, f"1.5·num_heads={heads}")
 
 
 @dataclass(kw_only=True, slots=True)
 class DiffV1Config(ModelConfig):
-    """Differential Transformer V1 (2410.05258): h = H/2 heads, each the difference of two maps of width d.
+    """Differential Transformer V1 (2410.05258): H/2 heads, each the difference of two maps.
 
     Attributes:
-        lambda_init: ``depth`` is 0.8 - 0.6·exp(-0.3·l) with l 0-based; a number in [0, 1) is that constant in every layer.
+        lambda_init: ``depth`` is 0.8 - 0.6·exp(-0.3·l) with l 0-based; a number in [0, 1) is that
+            constant in every layer.
         lambda_scope: one lambda a ``layer`` (the paper) or a ``head``.
         sublayer_norm: RMSNorm over each head's 2d-wide output, before the factor 1 - lambda_init.
         sublayer_norm_gain: give that norm a learned gain of size 2d.
-        halve: ``head_count`` keeps d (the paper); ``head_dim`` keeps H heads and cuts d, the commonest failed reproduction.
+        halve: ``head_count`` keeps d (the paper); ``head_dim`` keeps H heads and cuts d, the
+            commonest failed reproduction.
     """
 
     kind: str = "diff_v1"
@@ -190,26 +165,18 @@ class DiffV1Config(ModelConfig):
     def _check_heads(self) -> None:
         ModelConfig._check_heads(self)
         if self.halve is Halve.head_count:
-            _require_even(self, ("num_heads", "num_kv_heads"))
+            self._check_even("num_heads num_kv_heads")
         else:
-            require(
-                self.head_dim % 4 == 0,
-                "model.num_heads",
-                self.num_heads,
-                "such that the head dimension is a multiple of 4 with model.halve=head_dim",
-            )
-        number = self.lambda_init if not isinstance(self.lambda_init, str) else -1.0
-        require(
-            self.lambda_init == "depth" or 0 <= number < 1,
-            "model.lambda_init",
-            self.lambda_init,
-            "'depth' or a number in [0, 1)",
-        )
+            accepted = "such that the head dimension is a multiple of 4 with model.halve=head_dim"
+            require(self.head_dim % 4 == 0, "model.num_heads", self.num_heads, accepted)
+        value = self.lambda_init
+        good = value == "depth" or (not isinstance(value, str) and 0 <= value < 1)
+        require(good, "model.lambda_init", value, "'depth' or a number in [0, 1)")
 
 
 @dataclass(kw_only=True, slots=True)
 class DiffV2Config(ModelConfig):
-    """Differential Transformer V2 (January 2026): 2H query heads of d, lambda = sigmoid(x W_lambda) per token and head."""
+    """Differential Transformer V2 (January 2026): 2H query heads, lambda per token and head."""
 
     kind: str = "diff_v2"
 

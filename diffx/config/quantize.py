@@ -6,16 +6,14 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from diffx.config.checks import require
+from diffx.config.checks import check_fields, refuse, require
 from diffx.config.eval import EvalJob
-from diffx.errors import UserError
 
 EXACT = 16  # bits at which nothing is quantized
-_SEES_ATTENTION = ("attention_allocation", "outliers")
 
 
 class LogitScope(str, Enum):
-    """Attention logits that share a scale, all of one text and layer: a ``map`` (A1 or A2 over all heads), a ``head`` or a ``row``."""
+    """Attention logits of a text and layer that share a scale; ``map`` is A1 or A2 of all heads."""
 
     map = "map"
     head = "head"
@@ -23,7 +21,7 @@ class LogitScope(str, Enum):
 
 
 class Scheme(str, Enum):
-    """What is stored and computed with: integer weights of any width, or the 8-bit forms in which activations are rounded too."""
+    """What is stored and computed with: integer weights of any width, or 8-bit forms."""
 
     weight_only = "weight_only"
     int8_dynamic = "int8_dynamic"
@@ -32,7 +30,7 @@ class Scheme(str, Enum):
 
 
 class StateScope(str, Enum):
-    """Hidden states that share a scale, all of one text and layer: the whole ``tensor`` (T, D), or a ``token``."""
+    """Hidden states of a text and layer that share a scale; ``tensor`` is all, (T, D)."""
 
     tensor = "tensor"
     token = "token"
@@ -71,13 +69,16 @@ class Activations(MethodConfig):
 
 @dataclass(kw_only=True, slots=True)
 class Weights(MethodConfig):
-    """Weights of the linear layers but the output projection, stored at few bits by torchao: a model that is saved and loaded like any.
+    """Weights of the linear layers but the output projection, stored at few bits by torchao.
 
     Attributes:
-        scheme: ``weight_only``; ``int8_dynamic`` also rounds activations to 8 bits, each token by its own scale; ``float8`` stores 8-bit
-            floats; ``float8_dynamic`` multiplies them too, on hardware that can.
-        group_size: weights of a row that share a scale, with ``weight_only``; ``null`` is the whole row at 8 bits, and 32 at fewer.
-        skip: layers to leave as they are, by whole parts of their names, such as ``o_proj`` or ``layers.0``.
+        scheme: ``weight_only``; ``int8_dynamic`` also rounds activations to 8 bits, with a scale
+            for each token; ``float8`` stores 8-bit floats; ``float8_dynamic`` multiplies them too,
+            on hardware that can.
+        group_size: weights of a row that share a scale, with ``weight_only``; ``null`` is the whole
+            row at 8 bits, and 32 at fewer.
+        skip: layers to leave as they are, by whole parts of their names, such as ``o_proj`` or
+            ``layers.0``.
     """
 
     kind: str = "weights"
@@ -86,16 +87,13 @@ class Weights(MethodConfig):
     skip: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        require(
-            self.group_size is None or self.group_size >= 1,
-            "method.group_size",
-            self.group_size,
-            "1 or more, or null",
+        check_fields(self, "method", "group_size", "1 or more, or null", lambda size: size >= 1)
+        refuse(
+            self.group_size is not None and self.scheme is not Scheme.weight_only,
+            f"method.group_size={self.group_size}",
+            "only weight_only has groups",
+            f"method.scheme={self.scheme.value}",
         )
-        if self.group_size is not None and self.scheme is not Scheme.weight_only:
-            raise UserError(
-                f"method.group_size cannot be used with method.scheme={self.scheme.value}: only weight_only has groups"
-            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -103,7 +101,6 @@ class QuantizeJob(EvalJob):
     """``diffx quantize``: the keys of ``diffx eval``, and these.
 
     Attributes:
-        kind: tells a saved config's schema.
         method: what is quantized.
         bits: at which widths the suite is run; 16 is the model as it is, always measured too.
     """
@@ -118,25 +115,19 @@ class QuantizeJob(EvalJob):
         for bits in self.bits:
             require(2 <= bits <= EXACT, "bits", bits, f"from 2 to {EXACT}")
         if isinstance(self.method, Weights):
-            widths = (
-                (*range(2, 9), EXACT) if self.method.scheme is Scheme.weight_only else (8, EXACT)
-            )
+            scheme = self.method.scheme
+            widths = (*range(2, 9), EXACT) if scheme is Scheme.weight_only else (8, EXACT)
+            accepted = f"{', '.join(map(str, widths))} with method.scheme={scheme.value}"
             for bits in self.bits:
-                require(
-                    bits in widths,
-                    "bits",
-                    bits,
-                    f"{', '.join(map(str, widths))} with method.scheme={self.method.scheme.value}",
-                )
+                require(bits in widths, "bits", bits, accepted)
             return
-        if self.suite.kind == "speed":
-            raise UserError(
-                "suite=speed cannot be used: a simulated quantization says nothing about speed"
-            )
-        if self.suite.kind in _SEES_ATTENTION:
-            raise UserError(
-                f"suite={self.suite.name} cannot be used: it looks at the attention of the model as it is; choose one that reads or answers"
-            )
+        speed = self.suite.kind == "speed"
+        refuse(speed, "suite=speed", "a simulated quantization says nothing about speed")
+        refuse(
+            self.suite.kind in ("attention_allocation", "outliers"),
+            f"suite={self.suite.name}",
+            "it measures the attention of the model as it is; choose one that reads or answers",
+        )
 
 
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
@@ -148,7 +139,5 @@ METHOD_CONFIGS: dict[str, type[MethodConfig]] = {
 
 def change_settings(method: MethodConfig, bits: int) -> dict[str, Any]:
     """What decides the figures besides the suite's own settings, JSON-able."""
-    return {
-        "bits": bits,
-        **{key: getattr(value, "value", value) for key, value in asdict(method).items()},
-    }
+    settings = {key: getattr(value, "value", value) for key, value in asdict(method).items()}
+    return {"bits": bits, **settings}

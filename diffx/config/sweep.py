@@ -1,4 +1,4 @@
-"""The end of a sweep: a table of its jobs, the best trial, and the command that compares its runs."""
+"""The end of a sweep: a table of its jobs, the best trial, the command that compares its runs."""
 
 import os
 import shlex
@@ -42,22 +42,17 @@ def show_sweep(sweep: Path, entries: list[dict[str, Any]], given: list[str]) -> 
         overrides = " ".join(word for word in entry["overrides"] if word not in given)
         rows.append([entry["job"], overrides, state, folder])
     losses = any(isinstance(entry.get("result"), float) for entry in entries)
-    table = make_table(
-        "Sweep", ["job", "overrides", "val/loss" if losses else "result", "folder"], rows
-    )
+    columns = ["job", "overrides", "val/loss" if losses else "result", "folder"]
+    table = make_table("Sweep", columns, rows)
     table.columns[1].justify = table.columns[3].justify = "left"
     reporter = Reporter()
     reporter.table(table)
     if (sweep / BEST).is_file():
         best = yaml.safe_load((sweep / BEST).read_text(encoding="utf-8"))
         if "best_params" in best:  # of one objective
-            value, words = (
-                best["best_value"],
-                [f"{key}={v}" for key, v in best["best_params"].items()],
-            )
+            value = best["best_value"]
+            words = " ".join(f"{key}={setting}" for key, setting in best["best_params"].items())
             number = next((entry["job"] for entry in entries if entry.get("result") == value), "?")
-            reporter.line(
-                f"best trial of {best['name']}: job {number} ({' '.join(words)}), {value:.4f}"
-            )
+            reporter.line(f"best trial of {best['name']}: job {number} ({words}), {value:.4f}")
     if len(runs) > 1:
         reporter.line(f"diffx compare {shlex.quote(str(sweep))}")

@@ -1,11 +1,20 @@
-"""The training recipe, the tracker, the run folder; and the jobs, one a command, that gather them."""
+"""The training recipe, the tracker, the run folder, and the jobs of the commands."""
 
 from dataclasses import dataclass, field
 from enum import Enum
 
 from omegaconf import MISSING
 
-from diffx.config.checks import check_seed, count, new_path, path_name, require
+from diffx.config.checks import (
+    POSITIVE,
+    check_fields,
+    check_seed,
+    count_fields,
+    new_path,
+    path_name,
+    refuse,
+    require,
+)
 from diffx.config.data import DataConfig, TokenizerConfig
 from diffx.config.model import ModelConfig
 from diffx.errors import UserError
@@ -23,7 +32,7 @@ class Schedule(str, Enum):
 
 
 class Precision(str, Enum):
-    """The type of matrix products; weights and optimizer state stay fp32. ``auto`` is bf16 on a GPU that has it, else fp32."""
+    """The type of matrix products; ``auto`` is bf16 on a GPU that has it, else fp32."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -56,30 +65,37 @@ class TrainConfig:
         tokens: training tokens (100M, 1.5B …), rounded up to whole steps, in place of ``steps``.
         batch_tokens: tokens an optimizer step, over all devices; a multiple of ``seq_len``.
         seq_len: context length T in tokens.
-        micro_batch_size: sequences a device takes at once; ``null`` is the whole batch. Gradients accumulate over the rest.
+        micro_batch_size: sequences a device takes at once; ``null`` is the whole batch. Gradients
+            accumulate over the rest.
         lr: peak learning rate of AdamW.
         min_lr_ratio: final learning rate as a share of ``lr``.
         warmup: linear warmup; in steps if 1 or more, as a share of the run if below 1.
-        schedule: ``linear``, ``cosine``, ``wsd`` (constant, then linear over ``decay_ratio`` of the run) or ``constant``.
+        schedule: ``linear``, ``cosine``, ``wsd`` (constant, then linear over ``decay_ratio`` of the
+            run) or ``constant``.
         decay_ratio: share of the run that ``wsd`` spends in decay.
         beta1: AdamW's decay of the first moment.
         beta2: AdamW's decay of the second moment.
         eps: AdamW's epsilon.
         weight_decay: on matrices only; never on norms, biases or lambda vectors.
         grad_clip: bound on the global gradient norm; 0 turns clipping off.
-        precision: ``auto``, ``fp32`` or ``bf16`` autocast.
+        precision: ``auto``, ``fp32`` or ``bf16`` autocast; weights and optimizer state stay fp32.
         compile: ``torch.compile`` each block.
-        fused_attention: the differential attention of diff_v1 by our Triton kernels, on a GPU; they were proved by Triton's interpreter and
-            compiled for GPUs, but have not been timed on one yet: ``diffx bench attention`` does.
-        activation_checkpointing: recompute each block's activations in the backward pass, all but what attention kernels gave.
+        fused_attention: the differential attention of diff_v1 by Triton kernels, on a GPU; they
+            were tested by Triton's interpreter and compiled for GPUs, but have not been timed on
+            one yet: ``diffx bench attention`` does.
+        activation_checkpointing: recompute each block's activations in the backward pass, all but
+            the outputs of attention kernels.
         mask_documents: attention stays within a document.
         log_every: steps between lines of ``metrics.jsonl``.
-        eval_every: steps between validations; the first is at step 0, the last at the end. ``null`` is a twelfth of the run, 500 at most.
+        eval_every: steps between validations; the first is at step 0, the last at the end.
+            ``null`` is a twelfth of the run, 500 at most.
         save_every: steps between checkpoints; the last step always has one.
         keep_last: newest checkpoints kept, besides the best.
-        resume: ``auto`` (the newest checkpoint in ``run.dir``, or a fresh start), a run folder, or ``null``.
-        init_from: a run whose weights start this one (``runs/x``, ``runs/x@best``, ``runs/x@1000``).
-        sample_prompt: text that the samples at the end continue; empty starts from the end-of-text token.
+        resume: ``auto`` (the newest checkpoint in ``run.dir``, or a fresh start), a run folder, or
+            ``null``.
+        init_from: a run whose weights start this one (``runs/x``, ``runs/x@best``).
+        sample_prompt: text that the samples at the end continue; empty starts from the end-of-text
+            token.
         sample_tokens: length of a sample in tokens; 0 draws none.
     """
 
@@ -113,49 +129,30 @@ class TrainConfig:
     sample_tokens: int = 128
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.tokens is not None:
-            raise UserError(
-                f"train.steps={self.steps} with train.tokens={self.tokens} cannot be used: give one of the two"
-            )
-        if self.compile and self.mask_documents:
-            raise UserError(
-                "train.mask_documents=true cannot be used with train.compile=true: every batch cuts other documents and would compile anew"
-            )
-        self.batch_tokens = count("train.batch_tokens", self.batch_tokens)
-        if self.steps is not None:
-            self.steps = count("train.steps", self.steps)
-        if self.tokens is not None:
-            self.tokens = count("train.tokens", self.tokens)
-        for key in (
-            "seq_len",
-            "micro_batch_size",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "keep_last",
-        ):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"train.{key}", value, "a positive whole number")
-        require(
-            self.batch_tokens % self.seq_len == 0,
-            "train.batch_tokens",
-            self.batch_tokens,
-            f"a multiple of train.seq_len={self.seq_len}",
+        refuse(
+            self.steps is not None and self.tokens is not None,
+            f"train.steps={self.steps} with train.tokens={self.tokens}",
+            "give one of the two",
         )
-        for key in ("lr", "eps"):
-            require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "positive")
-        for key in ("weight_decay", "grad_clip", "warmup", "sample_tokens"):
-            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "zero or more")
-        for key in ("beta1", "beta2"):
-            require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "in [0, 1)")
-        require(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
-        require(0 < self.decay_ratio <= 1, "train.decay_ratio", self.decay_ratio, "in (0, 1]")
-        require(
-            self.warmup <= self.num_steps,
-            "train.warmup",
-            self.warmup,
-            f"at most the run's {self.num_steps} steps",
+        refuse(
+            self.compile and self.mask_documents,
+            "train.mask_documents=true",
+            "every batch cuts other documents and would compile anew",
+            "train.compile=true",
         )
+        count_fields(self, "train", "batch_tokens steps tokens")
+        names = "seq_len micro_batch_size log_every eval_every save_every keep_last"
+        check_fields(self, "train", names, POSITIVE)
+        whole, multiple = self.batch_tokens, f"a multiple of train.seq_len={self.seq_len}"
+        require(int(whole) % self.seq_len == 0, "train.batch_tokens", whole, multiple)
+        check_fields(self, "train", "lr eps", "positive")
+        names = "weight_decay grad_clip warmup sample_tokens"
+        check_fields(self, "train", names, "zero or more")
+        check_fields(self, "train", "beta1 beta2", "in [0, 1)")
+        check_fields(self, "train", "min_lr_ratio", "in [0, 1]")
+        check_fields(self, "train", "decay_ratio", "in (0, 1]")
+        most = f"at most the run's {self.num_steps} steps"
+        require(self.warmup <= self.num_steps, "train.warmup", self.warmup, most)
 
     @property
     def eval_steps(self) -> int:
@@ -197,7 +194,8 @@ class RunConfig:
     """The run folder.
 
     Attributes:
-        dir: its path; ``null`` is ``runs/<date-time>-<name>``. In a multirun it is ``<hydra.sweep.dir>/<job number>``.
+        dir: its path; ``null`` is ``runs/<date-time>-<name>``. In a multirun it is
+            ``<hydra.sweep.dir>/<job number>``.
         name: the run's name; ``null`` is made of the architecture, the data and the seed.
     """
 
@@ -218,7 +216,6 @@ class TrainJob:
     """``diffx train``.
 
     Attributes:
-        kind: tells a saved config's schema.
         model: the architecture and its shape.
         data: the text.
         tokenizer: text to tokens.
@@ -248,7 +245,6 @@ class PrepareJob:
     """``diffx data prepare``.
 
     Attributes:
-        kind: tells a saved config's schema.
         data: the text.
         tokenizer: text to tokens.
         out: the folder to write; an unfinished one is taken up where it stopped.
@@ -264,17 +260,16 @@ class PrepareJob:
     shard_tokens: int | str = "100M"
 
     def __post_init__(self) -> None:
-        require(self.workers >= 0, "workers", self.workers, "zero (one a core) or more")
-        self.shard_tokens = count("shard_tokens", self.shard_tokens)
+        check_fields(self, "", "workers", "zero or more")
+        count_fields(self, "", "shard_tokens")
         new_path("out", self.out)
-        if self.data.kind == "shards":
-            raise UserError(
-                "data=shards cannot be prepared: it is what `diffx data prepare` writes; choose data=text, hub or stdlib"
-            )
-        if self.data.kind == "retrieval":
-            raise UserError(
-                "data=retrieval cannot be prepared: its samples are made as they are needed; choose data=text, hub or stdlib"
-            )
+        reasons = {
+            "shards": "`diffx data prepare` writes it",
+            "retrieval": "its samples are made as they are needed",
+        }
+        if reason := reasons.get(self.data.kind):
+            choice = "choose data=text, hub or stdlib"
+            raise UserError(f"data={self.data.kind} cannot be prepared: {reason}; {choice}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -282,7 +277,6 @@ class GenerateJob:
     """``diffx generate``.
 
     Attributes:
-        kind: tells a saved config's schema.
         checkpoint: a run folder, ``@best`` or ``@STEP`` after it.
         prompt: text to continue; ``-`` reads it from standard input.
         prompt_file: a UTF-8 file to continue instead.
@@ -292,7 +286,7 @@ class GenerateJob:
         top_p: draw among the likeliest whose probabilities reach p; 1 is all.
         device: where to compute.
         seed: of the draws.
-        trust_remote_code: run Python code that comes with a model of the hub, or with the base of an adapted run.
+        trust_remote_code: run Python code of a model of the hub, or of the base of an adapted run.
     """
 
     kind: str = "generate"
@@ -309,11 +303,12 @@ class GenerateJob:
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
-        require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "a positive whole number")
-        require(self.temperature >= 0, "temperature", self.temperature, "zero (greedy) or more")
-        require(self.top_k >= 0, "top_k", self.top_k, "zero (all) or more")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        if self.prompt and self.prompt_file:
-            raise UserError(
-                f"prompt={self.prompt!r} with prompt_file={self.prompt_file} cannot be used: give one of the two"
-            )
+        check_fields(self, "", "max_tokens", POSITIVE)
+        check_fields(self, "", "temperature", "zero or more")
+        check_fields(self, "", "top_k", "zero or more")
+        check_fields(self, "", "top_p", "in (0, 1]")
+        refuse(
+            bool(self.prompt and self.prompt_file),
+            f"prompt={self.prompt!r} with prompt_file={self.prompt_file}",
+            "give one of the two",
+        )
