@@ -1,4 +1,4 @@
-"""The ways in which a command ends early. The command line turns each into one line and an exit code."""
+"""The ways in which a command ends early; each becomes one line and an exit code."""
 
 import errno
 from collections.abc import Iterator
@@ -7,19 +7,19 @@ from textwrap import shorten
 
 
 class UserError(ValueError):
-    """Input that cannot be used: the message names the value, the reason and what would be accepted (exit code 2)."""
+    """Input that cannot be used; the message names value, reason and what is accepted (code 2)."""
 
     exit_code = 2
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on though its input was good: a full disk, a loss that is not finite (exit code 1)."""
+    """A run that cannot go on with good input: a full disk, an infinite loss (code 1)."""
 
     exit_code = 1
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM asked a run to stop, and it saved a checkpoint first: a clean end (exit code 0)."""
+    """SIGINT or SIGTERM stopped a run, and it saved a checkpoint first (code 0)."""
 
     exit_code = 0
 
@@ -34,23 +34,15 @@ _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 
 
 def storage_failure(error: BaseException) -> str | None:
-    """Describe a failure of the file system in one line: a full disk, a folder that cannot be written, a quota.
-
-    Args:
-        error: any exception.
-
-    Returns:
-        The line, or ``None`` if the exception is something else.
-    """
+    """Describe a failure of the file system in one line; ``None`` for another exception."""
     if isinstance(error, OSError) and error.errno in _STORAGE:
         reason = _reason(error)
-    elif "No space left on device" in str(
-        error
-    ):  # safetensors and pyarrow tell a full disk by the text of their own exceptions
-        reason = "No space left on device"
+    elif (full := "No space left on device") in str(error):  # of safetensors and pyarrow
+        reason = full
     else:
         return None
-    return f"{reason}; files that were finished are intact, and the same command goes on once this is mended"
+    intact = "files that were finished are intact"
+    return f"{reason}; {intact}, and the same command goes on once this is mended"
 
 
 def _reason(error: OSError) -> str:
@@ -64,10 +56,8 @@ def storage_errors(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = storage_failure(error)
-        if (
-            failure is None and isinstance(error, OSError) and error.strerror
-        ):  # such as a folder that was deleted meanwhile
-            failure = _reason(error)
+        if failure is None and isinstance(error, OSError) and error.strerror:
+            failure = _reason(error)  # such as a folder that was deleted meanwhile
         if failure is None:
             raise
         raise RunError(f"{what}: {failure}") from error
@@ -82,12 +72,13 @@ def memory_failure(error: BaseException) -> str | None:
     )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or told:
         reason = str(error).strip().partition("\n")[0].partition(". GPU ")[0]
-        return f"out of memory{f': {reason}' if reason else ''}; a smaller model, batch or length takes less"
+        reason = f": {reason}" if reason else ""
+        return f"out of memory{reason}; a smaller model, batch or length takes less"
     return None
 
 
 def path_failure(error: BaseException) -> str | None:
-    """Describe a path that no system has: a name that is too long, or ``~name`` of no user; ``None`` if it is something else."""
+    """Describe an impossible path: too long a name, or ``~name`` of no user; else ``None``."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{error.filename or 'a path'} cannot be used: {error.strerror}"
     if isinstance(error, RuntimeError) and "determine home directory" in str(error):  # pathlib
@@ -96,7 +87,7 @@ def path_failure(error: BaseException) -> str | None:
 
 
 def describe(error: BaseException) -> tuple[int, str] | None:
-    """Give the exit code and the line of an exception that is no defect of diffx; ``None`` for any other."""
+    """The exit code and the line of an exception that is no defect of diffx; else ``None``."""
     if isinstance(error, UserError | RunError | Stopped):
         return error.exit_code, str(error)
     if (line := path_failure(error)) is not None:
@@ -106,7 +97,7 @@ def describe(error: BaseException) -> tuple[int, str] | None:
 
 
 def one_line(text: str) -> str:
-    """Escape what would break a message into lines or could not be printed, such as half of a surrogate pair."""
+    """Escape characters that cannot be printed or would break a message into lines."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )

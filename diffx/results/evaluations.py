@@ -66,8 +66,8 @@ class Evaluation:
         except (KeyError, ValueError) as error:
             reason = "it lacks a good declaration of its suite"
             raise UserError(
-                f"{self.folder / 'results.json'} cannot be used: {reason}; make the evaluation again "
-                "with force=true"
+                f"{self.folder / 'results.json'} cannot be used: {reason}; make the evaluation "
+                "again with force=true"
             ) from error
 
     def rows(self) -> pd.DataFrame:

@@ -151,7 +151,7 @@ class Group:
 
     @property
     def parameters(self) -> dict[str, int] | None:
-        """Parameter counts (embedding, rest, total); None while no run of the group has a summary."""
+        """Parameter counts (embedding, rest, total); None while no run has a summary."""
         counts = (run.summary.get("parameters") for run in self.runs)
         return next((count for count in counts if count), None)
 

@@ -1,4 +1,4 @@
-"""The power law of loss in parameters, loss(N) = a·N^-b + c, and the parameter ratio at equal loss that the papers state."""
+"""The power law of loss in parameters, loss(N) = a·N^-b + c."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ class PowerLaw:
     Attributes:
         a: factor, in nats.
         b: exponent.
-        c: the loss that no size gets below, in nats; 0 if fewer than four sizes were measured, which cannot tell it from the slope.
+        c: the loss that no size gets below, in nats; 0 for fewer than four sizes, which cannot tell
+            it from the slope.
         error: largest relative distance of a measured loss from the curve.
     """
 

@@ -1,4 +1,4 @@
-"""Intervals of means and of differences: scipy's bootstrap over examples, Student's t over seeds."""
+"""Intervals of means and differences: scipy's bootstrap over examples, Student's t over seeds."""
 
 import warnings
 import zlib

@@ -54,7 +54,7 @@ def noise_floor(rows: list[dict[str, Any]]) -> float | None:
 
 
 def _leave_out_unfinished(groups: list[Group]) -> tuple[list[Group], list[str]]:
-    """Drop a group's unfinished runs if it has finished ones: their last loss is not a final one."""
+    """Drop the unfinished runs of a group that has finished ones: their last loss is not final."""
     kept, warnings = [], []
     for group in groups:
         finished = [run for run in group.runs if run.finished]
@@ -124,7 +124,7 @@ def _curve(tokens: np.ndarray, values: np.ndarray) -> dict[str, list[float]]:
 
 
 def _difference_curve(group: Group, base: Group) -> dict[str, list[float]] | None:
-    """The group's validation curves minus the baseline's, seed by seed; None without shared seeds."""
+    """The group's validation curves minus the baseline's by seed; None without shared seeds."""
     (tokens, losses), (base_tokens, base_losses) = group.curves(), base.curves()
     grid = tokens[(tokens >= base_tokens[0]) & (tokens <= base_tokens[-1])]
     base_at = {
@@ -191,7 +191,7 @@ def _scaling(groups: list[Group]) -> dict[str, Any] | None:
 
 
 def _equal_parameters(kind: str, base: str, laws: Laws) -> dict[str, Any]:
-    """How many parameters an architecture needs for the fitted loss of the baseline's largest size."""
+    """The parameters that an architecture needs for the loss of the baseline's largest size."""
     sizes, _, law = laws[kind]
     largest, base_law = laws[base][0][-1], laws[base][2]
     loss = base_law.loss(largest)

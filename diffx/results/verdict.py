@@ -121,8 +121,8 @@ def on_training(baselines: Sequence[str], rows: Sequence[Row], scaling: Row | No
     sentences += [ratio["sentence"] for ratio in equal]
     if equal:
         sentences.append(
-            "(Read off the mean validation curves; where the learning rate decays, a curve's middle "
-            "lies above the end of a shorter run.)"
+            "(Read off the mean validation curves; where the learning rate decays, a curve's "
+            "middle lies above the end of a shorter run.)"
         )
     if scaling:
         sentences += [law["sentence"] for law in scaling["laws"]]
