@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pandas as pd
 import zstandard
 from torch import nn
 
@@ -176,13 +177,11 @@ def measure(
     return folder
 
 
-def _write(
-    module: ModuleType, context: Context, records: list[Record], facts: dict[str, Any]
-) -> list[Row]:
-    """Write the files of a finished evaluation, and return its metrics."""
-    lm, folder, suite = context.lm, context.folder, context.suite
-    loaded, job = lm.loaded, lm.loaded.job
-    declaration: Declaration = module.declare(context)
+def make_rows(
+    module: ModuleType, context: Context, records: list[Record], declaration: Declaration
+) -> pd.DataFrame:
+    """The rows of an evaluation: those of its examples, and those that the suite works out."""
+    lm, loaded, job = context.lm, context.lm.loaded, context.lm.loaded.job
     common = {
         "checkpoint": lm.name,
         "architecture": loaded.architecture,
@@ -190,13 +189,22 @@ def _write(
         "seed": job.seed if job else None,
         "step": loaded.step,
         "tokens": loaded.step * job.train.batch_tokens if job else None,
-        "source": suite.name,
+        "source": context.suite.name,
     }
     rows = [common | row for row in rows_of(records, declaration)]
     for row in module.figures(context, records) if hasattr(module, "figures") else ():
         metric = declaration.metric(row["metric"])
         rows.append({"unit": metric.unit, "better": metric.better} | common | row)
-    frame = make_frame(rows)
+    return make_frame(rows)
+
+
+def _write(
+    module: ModuleType, context: Context, records: list[Record], facts: dict[str, Any]
+) -> list[Row]:
+    """Write the files of a finished evaluation, and return its metrics."""
+    lm, folder, suite = context.lm, context.folder, context.suite
+    declaration: Declaration = module.declare(context)
+    frame = make_rows(module, context, records, declaration)
     metrics = aggregate(frame, declaration)
     for entry in metrics:
         entry["published"] = references_of(entry, declaration)
@@ -210,7 +218,7 @@ def _write(
     ):
         file.writelines(json.dumps(record) + "\n" for record in records)
     write_frame(frame, folder / ROWS)
-    checkpoint = {"name": lm.name, "step": loaded.step, "fingerprint": loaded.fingerprint}
+    checkpoint = {key: getattr(lm.loaded, key) for key in ("name", "step", "fingerprint")}
     results = {
         "suite": suite.name,
         "settings_hash": folder.name,

@@ -74,7 +74,7 @@ def documents(tmp_path_factory):
 @pytest.fixture
 def summarize():
     """The rows of results that a suite makes of records, by label and metric; drawn into ``path`` if it is given."""
-    from diffx.evaluation.run import _make_frame
+    from diffx.evaluation.run import make_rows
     from diffx.results.aggregate import aggregate, references_of
     from diffx.results.draw import draw_results
 
@@ -84,7 +84,7 @@ def summarize():
             type(declaration).from_json(json.loads(json.dumps(declaration.as_json())))
             == declaration
         )
-        frame = _make_frame(module, context, records, declaration)
+        frame = make_rows(module, context, records, declaration)
         rows = aggregate(frame, declaration)
         for row in rows:
             row["published"] = references_of(row, declaration)
