@@ -45,7 +45,9 @@ def tiny(tokenizer, wrap):
 
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message.role }}>{{ message.content }}<|endoftext|>{% endfor %}"
+    "{% for message in messages %}"
+    "<{{ message.role }}>{{ message.content }}<|endoftext|>"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
@@ -73,7 +75,7 @@ def documents(tmp_path_factory):
 
 @pytest.fixture
 def summarize():
-    """The rows of results that a suite makes of records, by label and metric; drawn into ``path`` if it is given."""
+    """Aggregate a suite's records into rows of results; draw them into ``path`` if given."""
     from diffx.evaluation.run import _make_frame
     from diffx.results.aggregate import aggregate, references_of
     from diffx.results.draw import draw_results
