@@ -305,7 +305,7 @@ MORE = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a trained run and two evaluations; the working directory of the tests."""
+    """A folder with a run, its evaluation and a copy of both; the tests run in this folder."""
     folder = tmp_path_factory.mktemp("trained") / "place"
     folder.mkdir()
     rows = [{"text": f"Document {n} says that {n} times {n} is {n * n}. " * 3} for n in range(30)]

@@ -45,7 +45,7 @@ def measure(context):
 
 
 def parts(record, prefix):
-    """Positions of the bytes of the answer's sentence and of the noise, read from the prompt."""
+    """Masks of the bytes of the answer's sentence and of the noise, read from the prompt."""
     prompt = record["prompt"]
     city = re.search(r"the magic number of (\w+)\? ", prompt)[1]
     found = re.search(rf" ?The magic number of {city} is \d+\.", prompt)
