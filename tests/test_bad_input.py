@@ -1,4 +1,4 @@
-"""Arbitrary values for every key, and damaged files: each command succeeds, or ends with one ``error:`` line and exit code 1 or 2."""
+"""Arbitrary values for every key, and damaged files: success, or one ``error:`` line."""
 
 import copy
 import json
@@ -149,7 +149,7 @@ def composed():
 
 
 def check_value(composed, place, picked, value, path):
-    """Put a value where a key is: the job is refused in one line, or can be saved and read again."""
+    """Set a key to a value: the job is refused in one line, or is saved and read back."""
     name, cfg, names = composed[place % len(composed)]
     key = picked if isinstance(picked, str) else names[picked % len(names)]
     cfg = copy.deepcopy(cfg)
@@ -230,8 +230,10 @@ def test_many_words(word):
 
 
 TINY = (
-    "data=text data.path=text.jsonl tokenizer=bytes model.hidden_size=16 model.num_layers=1 model.num_heads=2 model.num_kv_heads=2 "
-    "train.steps=2 train.seq_len=128 train.batch_tokens=128 train.sample_tokens=0 wandb.mode=disabled device=cpu data.val_tokens=300"
+    "data=text data.path=text.jsonl tokenizer=bytes model.hidden_size=16 model.num_layers=1 "
+    "model.num_heads=2 model.num_kv_heads=2 train.steps=2 train.seq_len=128 "
+    "train.batch_tokens=128 train.sample_tokens=0 wandb.mode=disabled device=cpu "
+    "data.val_tokens=300"
 )
 EVAL = (
     "eval checkpoint=run suite=icl suite.shots=[1] suite.queries=2 wandb.mode=disabled device=cpu"
@@ -264,7 +266,10 @@ COMMANDS = {
         "tokenizer.json",
     ),
 }
-SHORT = "data=text data.path=text.jsonl train.steps=2 train.seq_len=32 train.batch_tokens=64 data.val_tokens=100 wandb.mode=disabled device=cpu"
+SHORT = (
+    "data=text data.path=text.jsonl train.steps=2 train.seq_len=32 train.batch_tokens=64 "
+    "data.val_tokens=100 wandb.mode=disabled device=cpu"
+)
 OTHERS = {  # of an export, and of a run that was adapted from it
     EVAL.replace("=run", "=hub"): (
         "config.json",
@@ -300,7 +305,7 @@ MORE = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a trained run and its evaluation, twice; the current one while the tests run."""
+    """A folder with a run, its evaluation and a copy of both; the tests run in this folder."""
     folder = tmp_path_factory.mktemp("trained") / "place"
     folder.mkdir()
     rows = [{"text": f"Document {n} says that {n} times {n} is {n * n}. " * 3} for n in range(30)]

@@ -1,4 +1,4 @@
-"""Completion through the variable that the shell's script sets. Bash hands ``a=b`` over as three words."""
+"""Completion through the shell script's variable; Bash passes ``a=b`` as three words."""
 
 import os
 import subprocess

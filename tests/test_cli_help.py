@@ -27,8 +27,11 @@ COMMANDS = [
 
 
 def run(*words, code="from diffx.cli import main; sys.exit(main())"):
-    """Run diffx in a process of its own; returns it, with the modules it imported and the processor time it took."""
-    report = "import atexit, sys, json; atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr)); "
+    """Run diffx in a new process; return it with its imported modules and processor time."""
+    report = (
+        "import atexit, sys, json; "
+        "atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr)); "
+    )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", report + code, *words], capture_output=True, text=True, timeout=120
@@ -40,7 +43,8 @@ def run(*words, code="from diffx.cli import main; sys.exit(main())"):
 
 
 def fastest(*words):
-    """The second of two runs has compiled modules and a warm file cache; processor time leaves a busy machine out of it."""
+    # The second run finds compiled modules and a warm file cache; processor time, unlike wall time,
+    # does not count what other processes do.
     return min((run(*words) for _ in range(2)), key=lambda done: done.seconds)
 
 

@@ -10,8 +10,9 @@ from diffx.cli import main
 
 DATA = ["data=text", "data.path=text.jsonl"]
 TINY = (
-    "tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 "
-    "train.steps=2 train.seq_len=16 train.batch_tokens=32 train.sample_tokens=4 wandb.mode=disabled device=cpu data.val_tokens=500"
+    "tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 "
+    "model.num_kv_heads=2 train.steps=2 train.seq_len=16 train.batch_tokens=32 "
+    "train.sample_tokens=4 wandb.mode=disabled device=cpu data.val_tokens=500"
 )
 WORDS = [*DATA, *TINY.split()]
 

@@ -1,4 +1,4 @@
-"""constraints.txt pins what pyproject.toml asks for, once for each Python version, and the README's commands use it."""
+"""constraints.txt pins the dependencies for each Python version; the README uses it."""
 
 import re
 from pathlib import Path
@@ -82,7 +82,8 @@ def test_every_direct_dependency_has_one_pin_within_its_bounds(python):
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_a_torch_that_is_there_is_kept(python):
-    # torch 2.6 wants sympy 1.13.1, torch 2.11 and 2.12 setuptools below 82; the CUDA libraries are pinned by torch itself.
+    # torch 2.6 needs sympy 1.13.1, torch 2.11 and 2.12 setuptools below 82;
+    # torch itself pins the CUDA libraries.
     assert not {"torch", "sympy", "setuptools"} & pins(python).keys()
     assert not [name for name in pins(python) if name.startswith(("nvidia-", "cuda-"))]
 

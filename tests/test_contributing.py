@@ -1,4 +1,4 @@
-"""``CONTRIBUTING.md`` is right: a variant of attention and a suite are added to a copy by its words, and everything takes them."""
+"""A variant of attention and a suite, added as ``CONTRIBUTING.md`` says, work everywhere."""
 
 import filecmp
 import json
@@ -19,11 +19,12 @@ from diffx.ops import attention
 
 
 class ToyAttention(Attention):
-    """The second map of each head, times a half for every second head and a quarter for the others, is subtracted."""
+    """Subtract the second map of each head, times 1/2 and 1/4 for alternating heads."""
 
     def __init__(self, config, layer):
         heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
-        super().__init__(config, layer, queries=(2 * heads, d), keys=(kv_heads, d), values=(kv_heads, d), features=heads * d)
+        sizes = {"queries": (2 * heads, d), "keys": (kv_heads, d), "values": (kv_heads, d)}
+        super().__init__(config, layer, **sizes, features=heads * d)
 
     def lambda_value(self, x):
         return torch.tensor([0.5, 0.25], device=x.device).repeat(self.queries[0] // 4)
@@ -59,7 +60,8 @@ from diffx.results.declare import Declaration, Metric, Picture, Table
 
 
 def plan(context):
-    return context.limited([Example(str(n), {"text": text}) for n, text in enumerate(context.suite.texts)])
+    texts = enumerate(context.suite.texts)
+    return context.limited([Example(str(n), {"text": text}) for n, text in texts])
 
 
 def answer(context, examples):
@@ -104,8 +106,9 @@ NEW_SUITE = {
     "diffx/evaluation/surprise.py": SUITE,
 }
 TRAIN = (
-    "train model=diff_toy model.hidden_size=32 model.num_layers=2 model.num_heads=4 model.num_kv_heads=2 tokenizer=bytes "
-    "data=text data.path=text.jsonl data.val_tokens=500 train.steps=4 train.seq_len=256 train.batch_tokens=256 train.log_every=1 "
+    "train model=diff_toy model.hidden_size=32 model.num_layers=2 model.num_heads=4 "
+    "model.num_kv_heads=2 tokenizer=bytes data=text data.path=text.jsonl data.val_tokens=500 "
+    "train.steps=4 train.seq_len=256 train.batch_tokens=256 train.log_every=1 "
     "train.sample_tokens=4 run.dir=run"
 )
 SUITES = [
@@ -180,7 +183,10 @@ def test_a_variant_and_a_suite_by_the_words_of_the_guide(tmp_path):
         "quantize checkpoint=run bits=[8] suite.texts=2",
         "export checkpoint=run out=out",
     ]
-    script = "import sys; from diffx.cli import main\nfor line in sys.argv[1:]:\n    assert main(line.split()) == 0, line"
+    script = (
+        "import sys; from diffx.cli import main\nfor line in sys.argv[1:]:\n"
+        "    assert main(line.split()) == 0, line"
+    )
     words = [
         f"{command} wandb.mode=disabled"
         if command.split()[0] in ("train", "eval", "quantize")

@@ -1,4 +1,4 @@
-"""Bad input, by the table: each is one line that starts with ``error:`` and names the culprit, with exit code 2; nothing is made."""
+"""Bad input: one ``error:`` line that names the culprit, exit code 2, nothing made."""
 
 import gzip
 import json
@@ -25,16 +25,20 @@ from diffx.hub.configs import DexModelConfig
 
 TEXT = "data=text data.path=text/good.jsonl"
 TINY = (
-    "tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 train.steps=2 train.seq_len=16 "
-    "train.batch_tokens=32 train.sample_tokens=0 wandb.mode=disabled device=cpu data.val_tokens=500"
+    "tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 "
+    "model.num_kv_heads=2 train.steps=2 train.seq_len=16 train.batch_tokens=32 "
+    "train.sample_tokens=0 wandb.mode=disabled device=cpu data.val_tokens=500"
 )
 
-ADAPT = f"{TEXT} train.steps=2 train.seq_len=16 train.batch_tokens=32 wandb.mode=disabled device=cpu data.val_tokens=500"
+ADAPT = (
+    f"{TEXT} train.steps=2 train.seq_len=16 train.batch_tokens=32 wandb.mode=disabled device=cpu "
+    "data.val_tokens=500"
+)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, hf_folder, tokenizer):
-    """A folder with a trained run, text and models of several kinds of badness, and things that look like what they are not."""
+    """A folder with a trained run, and with unusable texts, models and other files."""
     folder = tmp_path_factory.mktemp("place")
     text = folder / "text"
     text.mkdir()
@@ -522,7 +526,8 @@ TABLE = [
     # Addresses and texts.
     *(
         (
-            f"eval checkpoint=trained suite=hallucination judge=endpoint judge.model=y judge.base_url='{url}'",
+            "eval checkpoint=trained suite=hallucination judge=endpoint judge.model=y "
+            f"judge.base_url='{url}'",
             [f"judge.base_url={url}"],
         )
         for url in (

@@ -1,4 +1,4 @@
-"""`diffx export`: what it writes loads in a process that knows nothing of the run, and says the same."""
+"""`diffx export`: its folder loads in a process without the run, with the same results."""
 
 import json
 import os
@@ -25,11 +25,15 @@ from diffx.evaluation.model import LanguageModel
 from diffx.loading import load
 
 COMMON = (
-    "data=text data.val_tokens=1000 train.steps=4 train.seq_len=32 train.batch_tokens=64 train.lr=1e-2 train.sample_tokens=0 "
-    "train.save_every=2 train.eval_every=4 wandb.mode=disabled device=cpu"
+    "data=text data.val_tokens=1000 train.steps=4 train.seq_len=32 train.batch_tokens=64 "
+    "train.lr=1e-2 train.sample_tokens=0 train.save_every=2 train.eval_every=4 "
+    "wandb.mode=disabled device=cpu"
 )
 DEX = "dex.anneal_steps=8 dex.init=linear dex.calibration_tokens=128 dex.lora_rank=2"
-OURS = "tokenizer=bytes model.hidden_size=32 model.num_layers=2 model.num_heads=4 model.num_kv_heads=2 train.warmup=1"
+OURS = (
+    "tokenizer=bytes model.hidden_size=32 model.num_layers=2 model.num_heads=4 "
+    "model.num_kv_heads=2 train.warmup=1"
+)
 RUNS = {
     "dex": "dex.variant=dex",
     "dex_plus": "dex.variant=dex_plus dex.share=head",
@@ -146,7 +150,7 @@ def read(model, ids):
 
 
 def assert_same(exported, run, tolerance):
-    """The logits and the greedy text of an exported folder, as transformers loads and generates, are the run's."""
+    """Logits and greedy text of an exported folder in transformers equal those of the run."""
     loaded, theirs = load(str(run), Device.cpu), AutoModelForCausalLM.from_pretrained(exported)
     tokenizer = AutoTokenizer.from_pretrained(exported)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
@@ -440,7 +444,7 @@ def test_evaluations_are_equal(suite, run, export, place):
 
 @pytest.mark.parametrize("name", ["transformer", pytest.param("diff_v2", marks=pytest.mark.slow)])
 def test_lm_evals_own_figures_of_an_export_are_the_runs(name, run, export, place):
-    """Likelihoods of choices, of whole texts (longer than the context) and generated answers, through lm-eval's class for transformers."""
+    """Likelihoods of choices and long texts, and answers, by lm-eval's class for transformers."""
     (place / "more").mkdir(exist_ok=True)
     rows = (
         {"text": f"Of the number {n} little is known, but that it comes before {n + 1}. " * (n + 1)}
@@ -548,11 +552,14 @@ def test_an_export_that_does_not_say_the_same_is_not_written(run, place, monkeyp
 
 
 def test_an_export_is_measured_as_its_run_is(tmp_path, monkeypatch):
-    """The first token, the context and the held-out text are those of the run, with ``data=`` and without."""
+    """The first token, context and held-out text are the run's, with ``data=`` and without."""
     monkeypatch.chdir(tmp_path)
     rows = ({"text": f"Note {n}. The square of {n} is {n * n}. " * 4} for n in range(100))
     Path("text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    keys = "tokenizer=bytes size=pico train.steps=2 train.seq_len=48 train.batch_tokens=96 train.sample_tokens=0 data.val_fraction=0.2"
+    keys = (
+        "tokenizer=bytes size=pico train.steps=2 train.seq_len=48 train.batch_tokens=96 "
+        "train.sample_tokens=0 data.val_fraction=0.2"
+    )
     off = ["wandb.mode=disabled", "device=cpu"]
     assert (
         main(

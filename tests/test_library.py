@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM
 import diffx
 from diffx.cli import main
 
-TINY = "size=pico tokenizer=bytes train.seq_len=32 train.batch_tokens=64 train.sample_tokens=0 data.val_tokens=500 wandb.mode=disabled"
+TINY = (
+    "size=pico tokenizer=bytes train.seq_len=32 train.batch_tokens=64 train.sample_tokens=0 "
+    "data.val_tokens=500 wandb.mode=disabled"
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,10 @@ def words(folder):
     return [*TINY.split(), "data=text", "data.path=text.jsonl", "device=cpu", "train.steps=2"]
 
 
-KEYS = "data=text data.path=text.jsonl train.steps=2 train.seq_len=16 train.batch_tokens=32 data.val_tokens=200"
+KEYS = (
+    "data=text data.path=text.jsonl train.steps=2 train.seq_len=16 train.batch_tokens=32 "
+    "data.val_tokens=200"
+)
 
 
 @pytest.fixture(scope="module")

@@ -110,13 +110,16 @@ def test_a_folder_that_is_neither(tmp_path):
 
 @pytest.mark.slow
 def test_a_model_of_the_hub_is_known_by_its_commit(hf_folder, tmp_path):
-    """From the hub's cache, laid out as huggingface_hub does, in a process of its own that reads the variable."""
+    """From the hub's cache, in its layout, in a new process that reads the variable."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     cached = tmp_path / "hub" / "models--org--tiny"
     shutil.copytree(hf_folder, cached / "snapshots" / commit)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
-    script = "from diffx.loading import load; found = load('org/tiny'); print(found.fingerprint, found.folder)"
+    script = (
+        "from diffx.loading import load; found = load('org/tiny'); "
+        "print(found.fingerprint, found.folder)"
+    )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True

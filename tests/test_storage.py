@@ -1,4 +1,4 @@
-"""A full disk, a folder that cannot be written, what a killed process has left: one line, no work lost, nothing left behind."""
+"""A full disk, an unwritable folder, files of a killed process: one line, no work lost."""
 
 import errno
 import gzip
@@ -27,8 +27,10 @@ from diffx.files import (
 )
 
 TRAIN = (
-    "train model=transformer tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 train.steps=2 "
-    "train.seq_len=64 train.batch_tokens=128 train.warmup=1 train.sample_tokens=0 data=text data.path=text.jsonl data.val_tokens=500"
+    "train model=transformer tokenizer=bytes model.hidden_size=32 model.num_layers=1 "
+    "model.num_heads=4 model.num_kv_heads=2 train.steps=2 train.seq_len=64 "
+    "train.batch_tokens=128 train.warmup=1 train.sample_tokens=0 data=text "
+    "data.path=text.jsonl data.val_tokens=500"
 )
 ICL = "suite=icl suite.shots=[1] suite.queries=12 suite.labels=3"
 QUIET = "wandb.mode=disabled device=cpu"

@@ -56,7 +56,8 @@ def test_input_that_cannot_be_used(hf_folder, tokenizer, tmp_path):
     ):
         folder = tmp_path / f"other{len(options)}"
         config = AutoConfig.for_model(
-            "llama" if options else "mistral", vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            "llama" if options else "mistral", vocab_size=tokenizer.vocab_size, hidden_size=16,
+            intermediate_size=16, num_hidden_layers=1,
             num_attention_heads=2, num_key_value_heads=2, **options,
         )  # fmt: skip
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)

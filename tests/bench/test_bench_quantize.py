@@ -29,7 +29,8 @@ def test_figures_and_table(hf_folder, tmp_path, capsys):
     }
     size, memory = report["bytes"]["on disk"], report["bytes"]["prefill"]
     assert list(size) == list(memory) == names
-    # 4 bytes of a weight become 1, and each row has a scale of 4; the embedding and the output projection, two matrices, stay.
+    # 4 bytes of a weight become 1, and each row has a scale of 4 bytes;
+    # the embedding and the output projection, two matrices, are not quantized.
     whole = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
     rows = 2 * (2 * 32 + 2 * 16 + 2 * 64 + 32)
     saved = 3 * whole - 4 * rows

@@ -1,4 +1,4 @@
-"""Words reach the job as they were written, a user's own configs come first, and sweeps keep count of their failures."""
+"""Config values, the user's config files, and sweeps, in which single jobs may fail."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from diffx.console import Reporter
 
 
 class Work:
-    """Stands in for training: keeps what it was given, makes the run folder, and fails for the seeds it was told to."""
+    """A stand-in for training that records its jobs and raises the failure given for a seed."""
 
     def __init__(self, failures=None, losses=None):
         self.losses = losses or {}
@@ -249,7 +249,8 @@ def test_a_failed_job_is_recorded_and_the_others_go_on(here, capfd, failures, co
     assert [job.seed for job in work.jobs] == [0, 1, 2, 3]
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     expected = [
-        f"error: job {seed} (seed={seed}): {'' if isinstance(e, UserError | RunError) else 'ZeroDivisionError: '}{e}"
+        f"error: job {seed} (seed={seed}): "
+        f"{'' if isinstance(e, UserError | RunError) else 'ZeroDivisionError: '}{e}"
         for seed, e in failures.items()
     ]
     assert told[:-1] == expected, "each is told once, when it happens"

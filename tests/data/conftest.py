@@ -16,7 +16,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def rows():
-    """120 small documents with prompts, some of them twice, with characters of one to four bytes."""
+    """120 small documents with prompts, some repeated, with characters of 1 to 4 bytes."""
     choose = random.Random(0)
     words = [
         "the",

@@ -86,7 +86,7 @@ def test_ranks_share_the_same_batch(corpus):
 
 
 def test_no_held_out_document_is_trained_on(corpus, texts_of, rows):
-    """Every window of 12 bytes of a held-out document that no training document has is absent from the batches."""
+    """No batch has 12 bytes in a row that only held-out documents contain."""
     key = corpus.data.prompt_key
     documents = {(row["prompt"] if key else "") + row["text"] for row in rows}
     held_out = set(texts_of(corpus.val, corpus.tokenizer))

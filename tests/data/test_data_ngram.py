@@ -100,7 +100,7 @@ def test_baselines(jsonl, tmp_path):
         assert found[name]["bpb"] == pytest.approx(
             found[name]["nats"] * corpus.val.n_tokens / corpus.val.n_bytes / math.log(2)
         )
-    # The larger vocabulary is measured on the same documents, though its cap in tokens would admit more of them.
+    # The larger vocabulary is measured on the same documents, though its cap would admit more.
     other = open_data(data, BpeTokenizer(vocab_size=4096))
     val = other.shards.held_out(like=corpus.val)
     assert val.n_bytes == corpus.val.n_bytes and val.n_tokens < corpus.val.n_tokens

@@ -127,7 +127,7 @@ def test_prompts_carry_no_loss(jsonl, rows, texts_of):
 
 
 def test_a_long_document_is_measured_in_part(tmp_path):
-    """Of books that are all longer than the cap; cut between characters, and other tokenizers measure the same bytes."""
+    """Books longer than the cap are cut between characters, alike for every tokenizer."""
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text(f"Büchér {name} sind läng. " * 500)
     data, bytes_tokenizer = text(tmp_path, val_tokens=100), make_tokenizer(BytesTokenizer(), ())
@@ -166,8 +166,12 @@ def test_at_least_one_document_is_held_out(tmp_path, texts_of):
 @pytest.mark.parametrize("form", ["txt", "jsonl"])
 @pytest.mark.parametrize("fraction", [0.05, 0.3])
 def test_the_fraction_is_met_with_four_books(tmp_path, texts_of, form, fraction):
-    books = {name: "".join(f"{name} {line} of the book.\n" + "\n" * (line % 5 == 0) for line in range(length))
-             for name, length in (("a", 2000), ("b", 1500), ("c", 2500), ("d", 40))}  # fmt: skip
+    books = {
+        name: "".join(
+            f"{name} {line} of the book.\n" + "\n" * (line % 5 == 0) for line in range(length)
+        )
+        for name, length in (("a", 2000), ("b", 1500), ("c", 2500), ("d", 40))
+    }
     for name, book in books.items():
         (tmp_path / f"{name}.{form}").write_text(
             book if form == "txt" else json.dumps({"text": book})
@@ -315,11 +319,14 @@ def test_an_interrupted_prepare_goes_on(jsonl, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_killed_prepare_goes_on(jsonl, tmp_path):
     script = (
-        "import sys, time; import diffx.data.prepare as p; from diffx.config.data import *; from diffx.config.train import PrepareJob\n"
+        "import sys, time; import diffx.data.prepare as p; from diffx.config.data import *; "
+        "from diffx.config.train import PrepareJob\n"
         "p._GROUP_DOCUMENTS = 5\n"
         "data = TextData(path=sys.argv[1], val_fraction=0.2, prompt_key='prompt')\n"
-        "job = PrepareJob(data=data, tokenizer=BpeTokenizer(vocab_size=280), out=sys.argv[2], workers=1, shard_tokens=500)\n"
-        "p.prepare(job, progress=lambda stage, done, total: time.sleep(0.1 if stage == 'tokenizing' else 0))"
+        "job = PrepareJob(data=data, tokenizer=BpeTokenizer(vocab_size=280), out=sys.argv[2], "
+        "workers=1, shard_tokens=500)\n"
+        "p.prepare(job, progress=lambda stage, done, total: "
+        "time.sleep(0.1 if stage == 'tokenizing' else 0))"
     )
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", script, str(jsonl), str(out)], env=os.environ)

@@ -91,7 +91,8 @@ def test_a_lone_text_file_is_cut_into_documents(tmp_path):
 
 def test_hashes_are_of_the_bytes(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abc")
-    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    # FIPS 180-2, appendix B.1
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert list(file_hashes(source_files(TextData(path=str(tmp_path)))).values()) == [known]
 
 

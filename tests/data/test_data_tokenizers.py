@@ -90,9 +90,11 @@ def test_all_reload_in_another_process(tmp_path):
             if path.suffix not in (".json", ".tiktoken")
         ]
     script = (
-        "import sys, json; from diffx.data import load_tokenizer; texts = json.loads(sys.argv.pop());"
+        "import sys, json; from diffx.data import load_tokenizer; "
+        "texts = json.loads(sys.argv.pop());"
         "found = map(load_tokenizer, sys.argv[1:]);"
-        "print(json.dumps([[t.kind, t.fingerprint, t.eot_id, t.vocab_size, t.encode_batch(texts)] for t in found]))"
+        "print(json.dumps([[t.kind, t.fingerprint, t.eot_id, t.vocab_size, "
+        "t.encode_batch(texts)] for t in found]))"
     )
     command = [
         sys.executable,

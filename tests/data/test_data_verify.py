@@ -1,4 +1,4 @@
-"""Shards that were altered are noticed, whatever was altered; what was verified is not read again."""
+"""Altered shards are detected; shards that were verified are not read again."""
 
 import json
 import os

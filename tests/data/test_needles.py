@@ -1,4 +1,4 @@
-"""Needles stand where they should, in as much text as fits, and are the same wherever they are drawn."""
+"""Needles: their positions, the amount of text around them, and reproducible draws."""
 
 import re
 

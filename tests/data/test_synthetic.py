@@ -1,4 +1,4 @@
-"""The retrieval task as training data: what a sample holds, what is scored, exact resumption, and a run from end to end."""
+"""The retrieval task as training data: samples, scored tokens, exact resumption, a whole run."""
 
 import json
 import re
@@ -58,7 +58,8 @@ def check_sample(corpus, inputs, targets):
     assert inputs[0] == eot
     whole = corpus.tokenizer.decode([token for token in inputs.tolist() if token != eot])
     context, question, answers = re.split(
-        r"( What (?:is|are) the magic numbers? of [\w, ]+\? The magic numbers? of [\w, ]+? (?:is|are))",
+        r"( What (?:is|are) the magic numbers? of [\w, ]+\? "
+        r"The magic numbers? of [\w, ]+? (?:is|are))",
         whole,
     )
     told = dict(NEEDLE.findall(context))
@@ -210,7 +211,8 @@ def test_refusals(corpus, text):
         corpus.batches(200, 4, seed=0)
     with pytest.raises(
         UserError,
-        match=r"data\.length=100 cannot be used: a sample may take \d+ tokens without text; give more",
+        match=r"data\.length=100 cannot be used: a sample may take \d+ tokens without text; "
+        r"give more",
     ):
         open_data(RetrievalData(path=text, length=100, needles=3), BytesTokenizer())
     with pytest.raises(
@@ -226,9 +228,18 @@ def test_refusals(corpus, text):
 
 
 def test_a_run_resumes_exactly(text, tmp_path):
-    model = "model=diff_v1 model.hidden_size=16 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 model.intermediate_size=16"
-    data = f"data=retrieval data.length=300 data.needles=2 data.val_tokens=600 tokenizer=bytes data.path={text}"
-    recipe = "train.seq_len=300 train.batch_tokens=600 train.warmup=1 train.log_every=1 train.schedule=constant train.sample_tokens=0"
+    model = (
+        "model=diff_v1 model.hidden_size=16 model.num_layers=1 model.num_heads=4 "
+        "model.num_kv_heads=2 model.intermediate_size=16"
+    )
+    data = (
+        "data=retrieval data.length=300 data.needles=2 data.val_tokens=600 tokenizer=bytes "
+        f"data.path={text}"
+    )
+    recipe = (
+        "train.seq_len=300 train.batch_tokens=600 train.warmup=1 train.log_every=1 "
+        "train.schedule=constant train.sample_tokens=0"
+    )
     words = f"{model} {data} {recipe} wandb.mode=disabled device=cpu".split()
     assert main(["train", *words, f"run.dir={tmp_path}/whole", "train.steps=4"]) == 0
     assert main(["train", *words, f"run.dir={tmp_path}/part", "train.steps=2"]) == 0

@@ -105,7 +105,7 @@ def family(request):
 
 @pytest.fixture(scope="session")
 def make_model():
-    """Make a model of a family; biases and gains are random too, so that none of them goes unnoticed."""
+    """Make a model of a family; its biases and gains are random, so that each has an effect."""
 
     def make(family, **changes):
         config = {**FAMILIES, **OTHERS}[family]()
@@ -152,7 +152,7 @@ def read(inputs_of):
 
 @pytest.fixture(scope="session")
 def put(inputs_of):
-    """Put a variant into a model: ``put(model, "dex", heads=[[0, 2]] * 2, anneal_steps=8, init="linear")``."""
+    """Put a variant into a model: ``put(model, "dex", heads=[[0, 2]] * 2, init="linear")``."""
 
     def put(model, variant="dex", heads=None, anneal_steps=8, seed=0, **options):
         layers = find_layers(model, inputs_of(model))
@@ -166,7 +166,7 @@ def put(inputs_of):
 
 @pytest.fixture(scope="session")
 def shake():
-    """Give everything that is trained other values, so that no part of it stays what it was at the start."""
+    """Change the values of all trained parameters, so that none keeps its initial value."""
 
     @torch.no_grad()
     def shake(adapted, size=0.1):

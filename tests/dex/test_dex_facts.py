@@ -1,4 +1,4 @@
-"""The facts that DEX must keep (arXiv 2505.16333, and what follows from it), on a tiny random model of each family."""
+"""Properties of DEX (arXiv 2505.16333) on a tiny random model of each family."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What is trained: exactly what the table of variants says, and nothing else moves, whatever the family's projections look like."""
+"""What is trained is what the table of variants says, in every family; nothing else changes."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from transformers.pytorch_utils import Conv1D
 from diffx.config.dex import Share
 from diffx.dex.attach import fold, parameter_counts
 
-# Each family's own names for queries, keys, values and output, by which the table is read: (the projections, fused or not).
+# Names of the queries', keys', values' and output projections of each family; where projections
+# are fused, a name repeats.
 NAMES = {
     "phi": ("q_proj", "k_proj", "v_proj", "dense"),
     "opt": ("q_proj", "k_proj", "v_proj", "out_proj"),
@@ -182,7 +183,8 @@ def test_gradients_are_those_of_finite_differences(make_model, put, shake, input
 
 
 def test_counts(make_model, put):
-    # Llama: hidden 32, keys and values 16, 2 layers, heads 8 wide; q and o 32 x 32, FFN 3 x 32 x 48, embedding 48 x 32 twice.
+    # Llama: hidden 32, keys and values 16, 2 layers, heads 8 wide;
+    # q and o 32 x 32, FFN 3 x 32 x 48, embedding 48 x 32 twice.
     model = make_model("llama")
     base = sum(parameter.numel() for parameter in model.parameters())
     counts = parameter_counts(put(model))

@@ -1,4 +1,4 @@
-"""How heads are chosen: the scores against transformers' own maps and finite differences, k, the seed, and heads.json."""
+"""Choice of heads: scores against transformers' maps and finite differences; heads.json."""
 
 import json
 
@@ -202,7 +202,8 @@ def test_a_model_that_does_not_show_its_maps(make_model):
     from transformers import AutoModelForCausalLM, GptOssConfig
 
     config = GptOssConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, vocab_size=48, head_dim=8,
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=48, head_dim=8,
         num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

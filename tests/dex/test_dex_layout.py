@@ -1,4 +1,4 @@
-"""Where a model's attention is, for every family by the same rule; what has none of the kind is refused in one line."""
+"""Finding the attention of a model, by one rule for all families; other models are refused."""
 
 import pytest
 import torch
@@ -22,7 +22,8 @@ def test_llama(make_model):
     assert len(layers) == 2
     assert layers[1] == Layer(
         stem + "o_proj", 4, 8,
-        [Projection(stem + "q_proj", list(range(32)))], [Projection(stem + "k_proj", list(range(16)))],
+        [Projection(stem + "q_proj", list(range(32)))],
+        [Projection(stem + "k_proj", list(range(16)))],
         [Projection(stem + "v_proj", list(range(16)))],
     )  # fmt: skip
 
@@ -67,7 +68,7 @@ def test_heads_of_another_width_than_the_models_share(make_model):
 
 
 def test_what_enters_the_output_projection_is_head_after_head(make_model, inputs_of):
-    """O_i = A_i V_i with the maps that transformers itself returns: the V found so is one for the heads of a group, and no other."""
+    """V, solved from O_i = A_i V_i with transformers' maps, is shared only by a group's heads."""
     model = make_model("qwen2").double()
     layer, inputs = find(model)[0], []
     model.get_submodule(layer.output).register_forward_pre_hook(
@@ -113,7 +114,9 @@ GROUPED |= {
     "pad_token_id": None,
 }
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
-UNUSUAL = {  # routers that are linear maps and give two tensors, masks and states by keyword, outputs that are changed in place
+# Routers that are linear maps and return two tensors, masks and states passed by keyword,
+# outputs that are changed in place.
+UNUSUAL = {
     "llama4": lambda: t.Llama4TextConfig(
         **GROUPED, head_dim=8, num_local_experts=2, intermediate_size_mlp=48
     ),

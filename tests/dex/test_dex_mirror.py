@@ -1,4 +1,4 @@
-"""Adding from the negated W_D is subtracting: trained side by side, the two stay equal to the last bit."""
+"""Adding with a negated W_D is subtracting: both train to the same bits."""
 
 import torch
 

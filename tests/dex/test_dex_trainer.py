@@ -36,7 +36,8 @@ def trainer(model, folder, steps=6, callbacks=(), **options):
     texts = [{"input_ids": row, "labels": row} for row in TEXTS]
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=4, max_steps=steps, learning_rate=1e-2,
-        lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, save_steps=3,
+        lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True,
+        logging_steps=1, save_steps=3,
         **options,
     )  # fmt: skip
     return Trainer(

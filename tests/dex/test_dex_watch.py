@@ -1,4 +1,4 @@
-"""What is logged of the branch, against the formulas worked out directly; and what is said of it in words."""
+"""Logged figures of the branch, against the formulas; and the sentences about them."""
 
 import pytest
 import torch
@@ -73,14 +73,16 @@ def test_looking_changes_nothing(watched, inputs_of, read):
         (
             "dex",
             [0.0, 0.0],
-            "the branch is OFF at the end (it changes the chosen heads' output by 0.00% on average): what was gained came",
+            "the branch is OFF at the end "
+            "(it changes the chosen heads' output by 0.00% on average): what was gained came",
         ),
         ("adapter_only", [0.0, 0.0], "the model is the pretrained one, in effect"),
         ("dex", [1.0, 0.0], "the branch is ON in 1 of 2 layers at the end"),
         (
             "dex",
             [1.0, 1.0],
-            "the branch is ON in every layer at the end (it changes the chosen heads' output by 50.00% on average)",
+            "the branch is ON in every layer at the end (it changes the chosen heads' output "
+            "by 50.00% on average)",
         ),
     ],
 )

@@ -45,7 +45,9 @@ def tiny(tokenizer, wrap):
 
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message.role }}>{{ message.content }}<|endoftext|>{% endfor %}"
+    "{% for message in messages %}"
+    "<{{ message.role }}>{{ message.content }}<|endoftext|>"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

@@ -1,4 +1,4 @@
-"""Our decoders as lm-eval sees them, against lm-eval's own class on the same weights in transformers."""
+"""Our decoders in lm-eval, against lm-eval's class for transformers with the same weights."""
 
 import json
 import random
@@ -75,7 +75,7 @@ def both(request, hf_folder, tokenizer):
 
 @pytest.fixture(scope="module")
 def requests():
-    """Requests of each kind: shared, single and empty contexts, some too long for the model, of one token and of more."""
+    """Requests with shared, single, empty and too long contexts, of one token and of more."""
     rng = random.Random(0)
     pairs = []
     for _ in range(12):

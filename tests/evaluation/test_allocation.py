@@ -1,4 +1,4 @@
-"""The allocation suite: where a row's weight is counted, against maps that were made by hand and by transformers."""
+"""The allocation suite: counted weights against maps made by hand and by transformers."""
 
 import re
 
@@ -45,7 +45,7 @@ def measure(context):
 
 
 def parts(record, prefix):
-    """Bytes of the answer's sentence and of the noise, of all positions: as a reader finds them in the prompt."""
+    """Masks of the bytes of the answer's sentence and of the noise, read from the prompt."""
     prompt = record["prompt"]
     city = re.search(r"the magic number of (\w+)\? ", prompt)[1]
     found = re.search(rf" ?The magic number of {city} is \d+\.", prompt)
@@ -145,7 +145,7 @@ def test_summary_and_picture(context, summarize, tmp_path):
 
 
 def test_the_average_over_depths_takes_them_as_independent(context, summarize):
-    """Samples of the same number at two depths share nothing: not even a shift of one against the other narrows the interval."""
+    """Samples of the same number at two depths are independent: their shift changes no interval."""
     made = context()
     random = np.random.default_rng(0).normal(size=20)
     heads = {name: [[0.0]] for name in ("answer", "noise", "|answer|", "|noise|")}
@@ -184,6 +184,7 @@ def test_refusals(context, wrap, tiny):
     lm.context = 64
     with pytest.raises(
         UserError,
-        match=r"suite\.length=null cannot be used with tiny: .+ is 64; .+ suite\.case, .+ suite\.length$",
+        match=r"suite\.length=null cannot be used with tiny: .+ is 64; .+ suite\.case, .+ "
+        r"suite\.length$",
     ):
         allocation.plan(context(lm, length=None))

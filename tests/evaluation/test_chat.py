@@ -22,13 +22,17 @@ QUESTIONS = [
 SUITES = {
     "retrieval": "suite.cases=[[1,1],[2,2]] suite.lengths=[250] suite.depths=[0.5] suite.samples=2",
     "icl": "suite.shots=[2] suite.queries=3",
-    "icl_order": "suite.shots=2 suite.orders=2 suite.seeds=[0] suite.queries=2 suite.arrangements=[random]",
+    "icl_order": "suite.shots=2 suite.orders=2 suite.seeds=[0] suite.queries=2 "
+    "suite.arrangements=[random]",
     "hallucination": "suite.tasks=[questions.jsonl] suite.max_tokens=4",
 }
 
 
 def run(suite, folder, documents, *more):
-    keys = f"checkpoint={folder} suite={suite} {SUITES[suite]} data=text data.path={documents} wandb.mode=disabled device=cpu".split()
+    keys = (
+        f"checkpoint={folder} suite={suite} {SUITES[suite]} data=text data.path={documents} "
+        "wandb.mode=disabled device=cpu".split()
+    )
     return main(["eval", *keys, *more])
 
 
@@ -127,7 +131,8 @@ def test_the_template_of_a_model(chat_folder):
             r"suite.system_instruction=Be brief. cannot be used: .* has no system role",
         ),
         (
-            "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}",
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+            "{{ messages[0].content }}",
             "Be brief.",
             r"suite.system_instruction=Be brief. cannot be used: .* has no system role",
         ),

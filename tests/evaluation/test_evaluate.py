@@ -2,8 +2,8 @@
 
 import errno
 import json
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,9 +18,10 @@ from diffx.evaluation import icl, run
 from diffx.evaluation.run import evaluate, read_records
 
 TINY = (
-    "tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 model.num_kv_heads=2 train.steps=4 train.save_every=2 "
-    "train.seq_len=128 train.batch_tokens=256 train.warmup=1 train.sample_tokens=0 wandb.mode=disabled device=cpu data.val_tokens=500 "
-    "data=text train.eval_every=4"
+    "tokenizer=bytes model.hidden_size=32 model.num_layers=1 model.num_heads=4 "
+    "model.num_kv_heads=2 train.steps=4 train.save_every=2 train.eval_every=4 "
+    "train.seq_len=128 train.batch_tokens=256 train.warmup=1 train.sample_tokens=0 "
+    "data=text data.val_tokens=500 wandb.mode=disabled device=cpu"
 )
 SUITE = "suite=icl suite.shots=[1,2] suite.queries=6 suite.labels=3 wandb.mode=disabled device=cpu"
 
@@ -50,7 +51,7 @@ def runs(documents, tmp_path_factory):
 
 @pytest.fixture
 def measure(runs):
-    """Evaluate the first run: ``measure("limit=2")``; what was measured before is gone with ``force``."""
+    """Evaluate the first run: ``measure("limit=2")``; ``force`` deletes earlier results."""
 
     def measured(*words, spec="transformer"):
         return evaluate(compose("eval", [f"checkpoint={runs}/{spec}", *SUITE.split(), *words]), [])
@@ -100,7 +101,10 @@ def test_settings_and_checkpoints_have_folders_of_their_own(measure):
     assert measure(spec="transformer@2").parent.parent.name == "2"
 
 
-SEVERAL = "suite=[icl,icl_order] suite.shots=2 suite.queries=4 suite.labels=3 limit=2 wandb.mode=disabled device=cpu"
+SEVERAL = (
+    "suite=[icl,icl_order] suite.shots=2 suite.queries=4 suite.labels=3 limit=2 "
+    "wandb.mode=disabled device=cpu"
+)
 
 
 def test_several_suites_load_the_model_once(measure, runs, monkeypatch, capsys):

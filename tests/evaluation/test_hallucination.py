@@ -1,4 +1,4 @@
-"""Summaries and answers: how tasks are read and drawn, what the model sees, what is recorded, and the picture."""
+"""Summaries and answers: tasks, their samples, prompts, records, and the picture."""
 
 import gzip
 import json
@@ -41,7 +41,7 @@ def write(path, rows):
 
 @pytest.fixture
 def ask(tiny, tmp_path):
-    """A context: ``ask([tasks], limit=2, samples=...)``; its model is tiny, reads bytes, and was trained on 256 of them."""
+    """Make a context of a tiny bytes model: ``ask([tasks], limit=2, samples=...)``."""
 
     def make(tasks, kind="transformer", limit=None, seed=0, **settings):
         suite = HallucinationSuite(name="hallucination", tasks=tasks, **settings)

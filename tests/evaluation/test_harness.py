@@ -1,4 +1,4 @@
-"""Tasks of lm-eval through ``diffx eval``, against lm-eval's own evaluator and class on the same weights."""
+"""Tasks of lm-eval in ``diffx eval``, against lm-eval's evaluator with the same weights."""
 
 import importlib
 import json
@@ -274,14 +274,17 @@ def test_gen_kwargs_that_cannot_be_used(context, options, message):
     [
         (
             "process_results: !function own.score",
-            r"suite.tasks=own cannot be used: its metric exact_match \(score\) failed with KeyError",
+            r"suite.tasks=own cannot be used: its metric exact_match \(score\) "
+            r"failed with KeyError",
         ),
         (
-            "metric_list: [{metric: !function own.metric, aggregation: mean, higher_is_better: true}]",
+            "metric_list: [{metric: !function own.metric, aggregation: mean, "
+            "higher_is_better: true}]",
             "suite.tasks=own cannot be used: its metric metric failed with TypeError: bad metric$",
         ),
         (
-            "metric_list: [{metric: exact_match, aggregation: !function own.aggregate, higher_is_better: true}]",
+            "metric_list: [{metric: exact_match, aggregation: !function own.aggregate, "
+            "higher_is_better: true}]",
             "suite.tasks=own cannot be used: its metric exact_match failed with ZeroDivisionError",
         ),
     ],
@@ -488,7 +491,8 @@ def test_data_from_a_local_folder(context, folder, tmp_path):
     asked = {"tasks": ["local_choice"], "data_dir": str(tmp_path / "data")}
     with pytest.raises(
         UserError,
-        match=r"suite.data_dir=\S+data cannot be used: \S+local_choice has no train.jsonl or .parquet$",
+        match=r"suite.data_dir=\S+data cannot be used: \S+local_choice "
+        r"has no train.jsonl or .parquet$",
     ):
         harness.plan(context(**asked))
     (data / "train.jsonl").write_text("".join(lines[3:]))
@@ -506,7 +510,8 @@ def test_data_from_a_local_folder(context, folder, tmp_path):
     [
         (
             {"tasks": ["local_choise"]},
-            r"suite.tasks=local_choise cannot be used: there is no such task; did you mean local_choice",
+            r"suite.tasks=local_choise cannot be used: there is no such task; "
+            r"did you mean local_choice",
         ),
         (
             {"include_path": "nowhere"},
@@ -523,11 +528,13 @@ def test_data_from_a_local_folder(context, folder, tmp_path):
         ),
         (
             {"tasks": ["diffx_svamp"]},
-            r"its data set https://\S+/svamp/test.jsonl cannot be read: .*DIR/diffx_svamp/test.jsonl \(or .parquet\)$",
+            r"its data set https://\S+/svamp/test.jsonl cannot be read: "
+            r".*DIR/diffx_svamp/test.jsonl \(or .parquet\)$",
         ),
         (
             {"tasks": ["absent"]},
-            r"suite.tasks=absent cannot be used: its data set nobody/nothing/some cannot be read: .*DIR/absent/dev.jsonl",
+            r"suite.tasks=absent cannot be used: its data set nobody/nothing/some "
+            r"cannot be read: .*DIR/absent/dev.jsonl",
         ),
         ({"tasks": ["sampled"]}, "suite.tasks=sampled cannot be used: it samples its answers"),
         ({"tasks": ["broken"]}, "suite.tasks=broken cannot be used: building it failed with"),
@@ -537,7 +544,8 @@ def test_data_from_a_local_folder(context, folder, tmp_path):
         ),
         (
             {"tasks": ["needs_antlr"]},
-            r"suite.tasks=needs_antlr cannot be used: .* needs antlr4-python3-runtime 4.11, and Hydra 4.9; diffx_math",
+            r"suite.tasks=needs_antlr cannot be used: .* needs antlr4-python3-runtime 4.11, "
+            r"and Hydra 4.9; diffx_math",
         ),
     ],
 )
@@ -550,7 +558,8 @@ def test_what_cannot_be_used(context, folder, tmp_path, monkeypatch, options, me
     (more / "choice.yaml").write_text(CHOICE.format(folder=folder))
     (more / "generate.yaml").write_text(GENERATE.format(folder=folder))
     (more / "absent.yaml").write_text(
-        "task: absent\ndataset_path: nobody/nothing\ndataset_name: some\nvalidation_split: dev\noutput_type: loglikelihood_rolling\n"
+        "task: absent\ndataset_path: nobody/nothing\ndataset_name: some\n"
+        "validation_split: dev\noutput_type: loglikelihood_rolling\n"
     )
     sampled = GENERATE.replace("do_sample: false", "do_sample: true, temperature: 0.7").replace(
         "local_generate", "sampled"
@@ -569,7 +578,8 @@ def test_what_cannot_be_used(context, folder, tmp_path, monkeypatch, options, me
     )
     (more / "utils.py").write_text("raise ModuleNotFoundError(\"No module named 'math_verify'\")\n")
     (more / "antlr.py").write_text(
-        "raise AssertionError('`sympy`, `math_verify` and `antlr4-python3-runtime==4.11` are required')\n"
+        "raise AssertionError('`sympy`, `math_verify` and "
+        "`antlr4-python3-runtime==4.11` are required')\n"
     )
     made = context(
         **{"folder": more, "tasks": ["local_choice"]}
@@ -626,7 +636,8 @@ def test_scripts_are_read_from_their_parquet_conversion(context, tmp_path, monke
                 "choices": ["a", "b"],
                 "answer": "2",
             },
-            'Read the following table regarding "Pens" and answer a question.\na | 1\nb | 2\nWhich is more? Choose from: a, b.',
+            'Read the following table regarding "Pens" and answer a question.\na | 1\nb | 2\n'
+            "Which is more? Choose from: a, b.",
         ),
     ],
 )

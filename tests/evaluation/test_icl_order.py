@@ -67,7 +67,8 @@ def test_null_fills_half_of_the_context(context):
     assert shots == (128 - longest) // line and f"/{shots}/" in examples[0].id
     with pytest.raises(
         UserError,
-        match=r"^suite\.shots=30 cannot be used: synthetic has \d+ demonstrations that fit into the model's 256",
+        match=r"^suite\.shots=30 cannot be used: synthetic has \d+ demonstrations "
+        r"that fit into the model's 256",
     ):
         icl_order.plan(context(shots=30))
     with pytest.raises(UserError, match=r"^suite\.shots=null cannot be used"):

@@ -23,7 +23,11 @@ YES, NO = '{"faithful": true}', '{"faithful": false}'
 
 
 class Endpoint:
-    """A server; ``reply(number, prompt)`` returns the judge's words, (status, body), or what writes to the socket; it may wait."""
+    """A server of a judge.
+
+    ``reply(number, prompt)`` returns the text of a completion, (status, body), or a function that
+    writes to the socket; it may wait.
+    """
 
     def __init__(self):
         self.requests, self.keys, self.active, self.most = [], [], 0, 0
@@ -430,13 +434,15 @@ def test_a_prompt_that_is_refused(endpoint, cache):
         ('{"why": {"year": "wrong"}, "faithful": false}', False),
         ('{"faithful": true, "why": "it is not {\\"faithful\\": false}"}', True),
         (
-            'I would say {"faithful": true} at first, but the year is wrong.\n```json\n{\n  "faithful": false\n}\n```\nDone.',
+            'I would say {"faithful": true} at first, but the year is wrong.\n```json\n{\n'
+            '  "faithful": false\n}\n```\nDone.',
             False,
         ),
         ("Perhaps.</think>no", False),
         ('<think>Say {"faithful": true}? Hm, the year', None),
         (
-            '<|channel|>analysis<|message|>{"faithful": true}?<|end|><|start|>assistant<|channel|>final<|message|>No<|return|>',
+            '<|channel|>analysis<|message|>{"faithful": true}?<|end|>'
+            "<|start|>assistant<|channel|>final<|message|>No<|return|>",
             False,
         ),
         ('<|channel|>analysis<|message|>Perhaps {"faithful": true} or', None),
@@ -559,7 +565,10 @@ def test_another_judge_is_another_evaluation_and_force_asks_again(
         for n in range(2)
     )
     (tmp_path / "boxes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = f"checkpoint={hf_folder} suite=hallucination suite.tasks=[boxes.jsonl] suite.max_tokens=3 wandb.mode=disabled device=cpu"
+    words = (
+        f"checkpoint={hf_folder} suite=hallucination suite.tasks=[boxes.jsonl] suite.max_tokens=3 "
+        "wandb.mode=disabled device=cpu"
+    )
 
     def run(*more):
         folder = evaluate(compose("eval", [*words.split(), *more]), [])

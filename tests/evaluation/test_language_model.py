@@ -1,4 +1,4 @@
-"""One face for our models and transformers': everything equals plain forward passes, whatever is cached, padded or chosen."""
+"""One interface to our models and transformers': all results equal plain forward passes."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_prefixes_of_different_lengths(lm):
 
 
 def test_loglikelihoods(lm):
-    """Shared contexts, single ones and repeated requests, in any batches, equal one text at a time."""
+    """Shared, single and repeated contexts, in any batches, equal one text at a time."""
     contexts = ["The number is", "A", "The number is", "Something quite different, and longer:"]
     continuations = [" one", " twenty-two", " x"]
     requests = [(lm.encode(a), lm.encode(b)) for a in contexts for b in continuations] + [

@@ -163,7 +163,8 @@ def test_too_little_text_or_context_is_one_line(context, wrap, tiny):
     total = len(long_context.plan(context())[0].data["corpus"])
     with pytest.raises(
         UserError,
-        match=rf"^suite\.texts=4 cannot be used: data\.path=.* has {total} tokens, and each text takes {total}; ",
+        match=rf"^suite\.texts=4 cannot be used: data\.path=.* has {total} tokens, "
+        rf"and each text takes {total}; ",
     ):
         long_context.plan(context(length=total))
     assert len(long_context.plan(context(length=total, limit=1))) == 1

@@ -69,7 +69,7 @@ def read(prompt):
 
 @pytest.fixture
 def oracle(monkeypatch):
-    """Answer every prompt by what ``say`` makes of the right numbers, and like the number best that ``like`` chooses."""
+    """Answer prompts by ``say`` of the right numbers; prefer the number ``like`` chooses."""
 
     def use(say, like=lambda needles, city: needles[city]):
         def generations(lm, prompts, max_tokens, stop=(), batch="auto"):
@@ -170,7 +170,10 @@ def test_constrained_choice_is_that_of_full_forward_passes(context, tiny, kind):
         for chosen, city in zip(record["chosen"], re.split(r", | and ", cities), strict=True):
             likelihoods = {}
             for number in record["needles"].values():
-                whole = f"{text} What is the magic number of {city}? The magic number of {city} is {number}"
+                whole = (
+                    f"{text} What is the magic number of {city}? "
+                    f"The magic number of {city} is {number}"
+                )
                 ids = torch.tensor([[lm.tokenizer.eot_id, *lm.encode(whole)]])
                 steps = lm.model(ids)[0, :-1].double().log_softmax(-1)
                 likelihoods[number] = steps.gather(1, ids[0, 1:, None])[-len(number) :].sum().item()
@@ -229,13 +232,15 @@ def test_default_lengths_that_are_too_short_are_left_out(context, tiny, monkeypa
     }
     (warning,) = warnings
     assert re.fullmatch(
-        r"suite\.lengths=null leaves out 100 and 200: 3 needles, question and answer take 2\d\d tokens",
+        r"suite\.lengths=null leaves out 100 and 200: 3 needles, "
+        r"question and answer take 2\d\d tokens",
         warning,
     )
     lm.context = 64
     with pytest.raises(
         UserError,
-        match=r"suite\.lengths=null cannot be used with tiny: .+ is 64; .+ suite\.cases, .+ suite\.lengths$",
+        match=r"suite\.lengths=null cannot be used with tiny: .+ is 64; .+ suite\.cases, .+ "
+        r"suite\.lengths$",
     ):
         retrieval.plan(context(lm, lengths=None))
 
@@ -243,7 +248,8 @@ def test_default_lengths_that_are_too_short_are_left_out(context, tiny, monkeypa
 def test_refusals(context, wrap, tiny):
     with pytest.raises(
         UserError,
-        match=r"suite\.lengths=200 cannot be used: 3 needles, question and answer take (\d+) tokens",
+        match=r"suite\.lengths=200 cannot be used: 3 needles, "
+        r"question and answer take (\d+) tokens",
     ) as error:
         retrieval.plan(context(lengths=[200, 500], samples=1))
     least = int(re.search(r"take (\d+)", str(error.value))[1])
@@ -256,7 +262,8 @@ def test_refusals(context, wrap, tiny):
         retrieval.plan(context(wrap(tiny().model, limit=512), lengths=[512, 600]))
     with pytest.raises(
         UserError,
-        match=r"suite\.lengths=100000 cannot be used: the text has only \d+ tokens; choose more text by data=",
+        match=r"suite\.lengths=100000 cannot be used: the text has only \d+ tokens; "
+        r"choose more text by data=",
     ):
         retrieval.plan(context(lengths=[100000]))
     with pytest.raises(UserError, match=r"suite\.digits=1 cannot be used with 10 needles"):

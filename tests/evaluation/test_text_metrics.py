@@ -1,4 +1,4 @@
-"""Metrics of generated text against figures from elsewhere: by hand, from a library's own documentation, from NLTK."""
+"""Metrics of generated text against figures computed by hand, from documentation, from NLTK."""
 
 import pytest
 from nltk.translate.bleu_score import sentence_bleu

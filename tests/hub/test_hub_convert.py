@@ -71,8 +71,9 @@ def test_theirs_to_ours(way, kv_heads, tied):
     _, to_theirs, from_theirs, their_config, their_model = WAYS[way]
     torch.manual_seed(0)
     config = their_config(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=kv_heads, intermediate_size=96,
-        vocab_size=50, rope_theta=500.0, tie_word_embeddings=tied, initializer_range=0.15, rms_norm_eps=1e-5,
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=kv_heads,
+        intermediate_size=96, vocab_size=50, rope_theta=500.0, tie_word_embeddings=tied,
+        initializer_range=0.15, rms_norm_eps=1e-5,
     )  # fmt: skip
     theirs = their_model(config).eval()
     ours = from_theirs(theirs)

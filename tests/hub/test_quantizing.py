@@ -1,4 +1,4 @@
-"""Quantized logits in whole models: ours and the same model as one of transformers' must agree, though the two take different ways."""
+"""Quantized logits in whole models: our model and the same model in transformers agree."""
 
 import copy
 from contextlib import ExitStack
@@ -96,7 +96,7 @@ def test_many_bits_change_nothing_and_few_bits_do(model):
 
 @pytest.mark.parametrize("kind", ["diff_v1", "registered", "llama", "llamas of one config"])
 def test_two_models_in_one_process_attend_each_in_its_way(kind):
-    """Contexts of two models overlap: each model computes what it computes alone, in any order of calls."""
+    """Contexts of two models overlap: each model computes what it computes alone."""
     first, second = ours("diff_v1" if kind in ("diff_v1", "registered") else "transformer"), None
     if kind == "diff_v1":
         second = copy.deepcopy(first)

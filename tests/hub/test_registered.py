@@ -1,4 +1,4 @@
-"""Our decoders as models of transformers: registration whatever is imported first, the cache, padding, the loss, saving."""
+"""Our decoders as models of transformers: registration, cache, padding, loss, saving."""
 
 import copy
 import inspect
@@ -75,7 +75,10 @@ def folder(tmp_path_factory):
 def test_registration_where_transformers_was_loaded_before(
     folder,
 ):  # the other way round is what the exports' tests do
-    script = "from transformers import AutoConfig, AutoModelForCausalLM; AutoConfig; AutoModelForCausalLM; import diffx\n"
+    script = (
+        "from transformers import AutoConfig, AutoModelForCausalLM; AutoConfig; "
+        "AutoModelForCausalLM; import diffx\n"
+    )
     script += f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
     script += (
         f"print(type(model).__name__, type(AutoConfig.from_pretrained({str(folder)!r})).__name__)"
@@ -87,7 +90,10 @@ def test_registration_where_transformers_was_loaded_before(
 
 
 def test_importing_diffx_loads_neither_transformers_nor_torch():
-    script = "import sys, diffx; print([name for name in ('torch', 'transformers', 'omegaconf') if name in sys.modules])"
+    script = (
+        "import sys, diffx; "
+        "print([name for name in ('torch', 'transformers', 'omegaconf') if name in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True
@@ -306,7 +312,7 @@ def test_what_cannot_be_right_is_refused(pair):
 
 @pytest.mark.parametrize("kind", MODEL_CONFIGS)
 def test_generate_writes_what_the_whole_text_read_anew_gives(kind):
-    """Greedy, beams and draws of a batch with padding on the left, with a cache; against no cache, and a loop without ``generate``."""
+    """Greedy, beam and sampled text of a padded batch, with and without a cache, and by a loop."""
     ours = build_model(MODEL_CONFIGS[kind](**SHAPE))
     init_weights(ours, 0)
     theirs = to_diffx(ours.eval()).eval()
@@ -358,15 +364,16 @@ def test_generate_goes_on_from_a_cache_and_returns_states(pair):
 
 
 def steps_of_trainer(model, folder, accumulate):
-    """Losses that Trainer logs in two steps over 8 texts each, and the weights that it ends with."""
+    """The losses that Trainer logs in two steps of 8 texts, and the trained model."""
     texts = [
         {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in TEXTS
     ]
     texts[1]["labels"] = texts[1]["labels"].clone()
     texts[1]["labels"][:7] = -100  # micro-batches have other numbers of targets
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=8 // accumulate, gradient_accumulation_steps=accumulate, max_steps=2,
-        learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, data_seed=0,
+        output_dir=str(folder), per_device_train_batch_size=8 // accumulate,
+        gradient_accumulation_steps=accumulate, max_steps=2, learning_rate=1e-2, logging_steps=1,
+        save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, data_seed=0,
         max_grad_norm=0.0,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=texts)
@@ -392,7 +399,7 @@ def test_trainer_accumulates_gradients_as_it_does_for_llama(tmp_path):
 
 
 def test_trainer_knows_an_adapted_model_by_its_base(hf_folder, tmp_path):
-    """A branch that is zero: the losses of its base, with accumulation and without; columns are found by the arguments' names."""
+    """With a zero branch, the losses are the base's, with and without accumulation."""
     losses = []
     for accumulate in (None, 1, 4):
         base = AutoModelForCausalLM.from_pretrained(hf_folder)

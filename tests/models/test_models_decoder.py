@@ -152,7 +152,10 @@ def test_parameter_counts():
     ],
 )
 def test_published_sizes(width, layers, diff_heads, ffn, billions):
-    """The published shapes on the meta device; their counts take a feed-forward width of 8/3·D, which we round up to be whole."""
+    """The published shapes on the meta device.
+
+    The published counts take a feed-forward width of 8/3·D, which we round up to be whole.
+    """
     heads = 2 * diff_heads
     config = DiffV1Config(
         hidden_size=width,

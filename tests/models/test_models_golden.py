@@ -21,7 +21,7 @@ OURS = {
 
 
 def run_case(name, dtype, implementation):
-    """Run our module on a case by an implementation; return {tensor: (ours, the golden one)} for outputs and all gradients."""
+    """Run our module on a case; return {tensor: (ours, golden)} for outputs and gradients."""
     case, golden = CASES[name], load_file(GOLDEN / f"{name}.safetensors")
     pairs = 2 if case["arch"] == "diff_v1" else 1  # a config counts the baseline's heads
     config = CONFIGS[case["arch"]](
@@ -62,7 +62,8 @@ def run_case(name, dtype, implementation):
 @pytest.mark.parametrize("impl", ["blocks", "sdpa"])
 def test_golden(name, dtype, rtol, impl):
     for tensor, (ours, golden) in run_case(name, dtype, impl).items():
-        # lambda's gradient sums over the whole batch and cancels: inputs rounded to bf16 alone move it by 3e-2
+        # lambda's gradient sums over the whole batch and cancels:
+        # inputs rounded to bf16 alone change it by 3e-2
         bound = (
             10 * rtol
             if "lambda_" in tensor and "proj" not in tensor and dtype != torch.float64

@@ -1,4 +1,4 @@
-"""Every implementation against the reference, which is itself held to formulas written out head by head."""
+"""Every implementation against the reference, and the reference against explicit formulas."""
 
 import math
 from functools import partial
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from diffx.ops import attention, attention_maps, differential_attention, differential_attention_maps
 
 FAST = ["sdpa", "blocks"]
-# (B, Tq, Tk, H, H_kv, d): grouped and not, cached, decoding one token, more rows than a block, odd sizes
+# (B, Tq, Tk, H, H_kv, d): grouped and not, cached, one token, more rows than a block, odd sizes
 SHAPES = [
     (2, 9, 9, 4, 4, 8),
     (1, 70, 70, 8, 4, 4),
@@ -48,7 +48,7 @@ def outputs_and_gradients(op, *inputs):
 def assert_same(actual, expected, rtol):
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
-        # each tensor relative to its own norm; a gradient that is zero in theory (a single key) has none
+        # Relative to the norm of each tensor; a gradient that is zero in theory has none.
         assert (a - e).norm().item() <= rtol * max(e.norm().item(), 1e-3)
 
 
@@ -182,7 +182,7 @@ def test_memory_is_linear(impl):
 
 @pytest.mark.parametrize("impl", FAST)
 def test_measured_memory_is_linear(impl):
-    """What the allocator hands out, inside kernels too: twice for twice the length, where maps would take four times."""
+    """Allocated memory, also inside kernels, doubles with the length; maps would quadruple it."""
     peaks = []
     for length in (1024, 2048, 4096, 8192):
         inputs = tensors((1, length, length, 2, 2, 4), differential=True, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Quantized logits against an oracle in NumPy and float64 that forms every map whole, entry by entry."""
+"""Quantized logits against a float64 oracle in NumPy that forms every map."""
 
 from itertools import pairwise
 

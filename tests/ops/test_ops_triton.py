@@ -1,4 +1,4 @@
-"""The Triton kernels, through the interpreter where there is no GPU, against explicit maps in fp64; and that they compile for GPUs."""
+"""The Triton kernels, interpreted without a GPU, against fp64 maps; they compile for GPUs."""
 
 import json
 import os
@@ -291,21 +291,27 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from diffx.ops import triton_attention, triton_kernels
 
-POINTERS = {"LAM": "*fp32", "LSE": "*fp32", "SUMS": "*fp32", "LOW": "*i32", "HIGH": "*i32", "FIRST": "*i32", "LAST": "*i32"}
+POINTERS = dict.fromkeys(("LAM", "LSE", "SUMS"), "*fp32")
+POINTERS |= dict.fromkeys(("LOW", "HIGH", "FIRST", "LAST"), "*i32")
 shared = {}
-for capability, d, dtype, name in ((80, 64, torch.bfloat16, "*bf16"), (90, 128, torch.float32, "*fp32")):
+CASES = ((80, 64, torch.bfloat16, "*bf16"), (90, 128, torch.float32, "*fp32"))
+for capability, d, dtype, name in CASES:
     for kernel in ("forward", "row_sums", "keys", "queries", "decode"):
         function = getattr(triton_kernels, f"{kernel}_kernel")
-        sizes = triton_attention._launch_options(kernel, d, dtype) | {"D": d} | ({"R": 2, "BLOCK_R": 16} if kernel == "decode" else {})
+        sizes = triton_attention._launch_options(kernel, d, dtype) | {"D": d}
+        if kernel == "decode":
+            sizes |= {"R": 2, "BLOCK_R": 16}
         options = {key: sizes.pop(key) for key in ("num_warps", "num_stages")}
         signature = {}
         for argument in function.arg_names:
-            kind = POINTERS.get(argument, name if argument.isupper() else "fp32" if argument in ("scale", "factor") else "i32")
+            scalar = "fp32" if argument in ("scale", "factor") else "i32"
+            kind = POINTERS.get(argument, name if argument.isupper() else scalar)
             signature[argument] = "constexpr" if argument in sizes else kind
         if kernel == "decode":
             signature["OUT"] = "*fp32"
         constants = {(function.arg_names.index(key),): value for key, value in sizes.items()}
-        done = compile(ASTSource(function, signature, constexprs=constants), target=GPUTarget("cuda", capability, 32), options=options)
+        source = ASTSource(function, signature, constexprs=constants)
+        done = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         shared[f"{capability} {d} {kernel}"] = done.metadata.shared
 print(json.dumps(shared))
 """

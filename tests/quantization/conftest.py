@@ -5,9 +5,10 @@ import pytest
 from diffx.cli import main
 
 TRAIN = (
-    "tokenizer=bytes model.hidden_size=32 model.num_layers=2 model.num_heads=4 model.num_kv_heads=2 model.init_std=0.2 train.steps=2 "
-    "train.seq_len=64 train.batch_tokens=128 train.sample_tokens=0 wandb.mode=disabled device=cpu data.val_tokens=2000 "
-    "data.val_fraction=0.2 data=text"
+    "tokenizer=bytes model.hidden_size=32 model.num_layers=2 model.num_heads=4 "
+    "model.num_kv_heads=2 model.init_std=0.2 train.steps=2 train.seq_len=64 "
+    "train.batch_tokens=128 train.sample_tokens=0 wandb.mode=disabled device=cpu "
+    "data.val_tokens=2000 data.val_fraction=0.2 data=text"
 )
 
 
@@ -29,6 +30,9 @@ def runs(tmp_path_factory):
             ("diff_v1", 1),
             ("diff_v2", 0),
         ):
-            where = f"run.dir={folder}/{kind}-{seed} data.path={folder}/text.jsonl model={kind} seed={seed}"
+            where = (
+                f"run.dir={folder}/{kind}-{seed} data.path={folder}/text.jsonl "
+                f"model={kind} seed={seed}"
+            )
             assert main(["train", *TRAIN.split(), *where.split()]) == 0
     return folder

@@ -1,4 +1,4 @@
-"""``diffx quantize``: each width is the suite on a model that is quantized as the definition says; one report at the end."""
+"""``diffx quantize``: the suite on a quantized model at each width, and the report."""
 
 import json
 
@@ -42,7 +42,10 @@ def whole_loss(model, ids, context):
 
 @pytest.mark.parametrize("method", ["attention_logits", "activations"])
 def test_the_suite_gives_the_loss_of_a_forward_pass_over_the_whole_text(runs, method, monkeypatch):
-    """Against a plain forward pass; the first token, which the suite reads alone, has but one key, which no rounding moves."""
+    """Against a plain forward pass.
+
+    The suite reads the first token alone: it has one key, so that no rounding changes it.
+    """
     monkeypatch.chdir(runs)
     job = compose("quantize", words(runs, f"method={method}", "bits=[3]", "seed=5"))
     folder = quantize(job)[3]
@@ -189,7 +192,10 @@ def test_16_bits_is_the_evaluation_of_the_model_as_it_is(runs, monkeypatch):
 
 def test_a_score_of_which_more_is_better_turns_the_sign(runs, monkeypatch):
     monkeypatch.chdir(runs)
-    icl = "suite=icl suite.shots=[1] suite.queries=12 suite.labels=3 wandb.mode=disabled device=cpu bits=[2]"
+    icl = (
+        "suite=icl suite.shots=[1] suite.queries=12 suite.labels=3 wandb.mode=disabled device=cpu "
+        "bits=[2]"
+    )
     found = quantize(compose("quantize", [f"checkpoint={runs}/diff_v1-0", *icl.split()]))
     report = analyse_quantization([found])
     (model,) = report["models"]

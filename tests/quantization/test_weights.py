@@ -1,4 +1,4 @@
-"""``method=weights``: what torchao stores is what was asked for, loads as any model does, and is measured as it is."""
+"""``method=weights``: what torchao stores, how it loads, and its evaluation."""
 
 import json
 import shutil
@@ -71,7 +71,10 @@ def loss(folder):
     ],
 )
 def test_stored_weights_are_the_nearest_of_their_grid(runs, kind, bits, group, monkeypatch):
-    """Against NumPy in fp64: w = q·s with whole q and s = max|w| / (2^(bits-1) - 1/2) over a group, off by half a step at most."""
+    """Against NumPy in fp64: w = q·s with integer q, off by half a step at most.
+
+    The scale of a group is s = max|w| / (2^(bits-1) - 1/2).
+    """
     monkeypatch.chdir(runs)
     skip = "method.skip=[layers.0.self_attn.o_proj,up_proj]"
     found = quantize(
@@ -141,7 +144,10 @@ def test_it_loads_and_is_measured_like_any_model(runs, kind, tmp_path, monkeypat
 @pytest.mark.slow
 def test_an_adapted_run_is_folded_first(runs, tmp_path, hf_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    keys = f"data=text data.path={runs}/text.jsonl train.steps=2 train.seq_len=32 train.batch_tokens=64 data.val_tokens=500"
+    keys = (
+        f"data=text data.path={runs}/text.jsonl train.steps=2 train.seq_len=32 "
+        "train.batch_tokens=64 data.val_tokens=500"
+    )
     assert (
         main(
             [
@@ -216,7 +222,10 @@ def test_a_sweep_tells_sizes(runs, tmp_path, monkeypatch, capsys):
 def test_speed_can_be_measured(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     copy(runs / "transformer-0", "run")
-    speed = "suite=speed suite.lengths=[16] suite.batches=[1] suite.rounds=2 suite.decode_tokens=4 suite.train=false"
+    speed = (
+        "suite=speed suite.lengths=[16] suite.batches=[1] suite.rounds=2 suite.decode_tokens=4 "
+        "suite.train=false"
+    )
     assert (
         main(
             [
@@ -296,7 +305,10 @@ def test_models_that_cannot_be_quantized_are_refused(runs, gpt2, hf_folder, tmp_
 def test_a_quantized_model_without_torchao_is_one_line(hf_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = stored(quantize(compose("quantize", words(hf_folder, "bits=[8]"))), 8)
-    script = "import sys; sys.modules['torchao'] = None; from diffx.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = (
+        "import sys; sys.modules['torchao'] = None; from diffx.cli import main; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
     command = [
         sys.executable,
         "-c",

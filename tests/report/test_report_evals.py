@@ -1,4 +1,4 @@
-"""`diffx compare A B suite=S`: what it says of two evaluations, which ones it takes, what it refuses."""
+"""`diffx compare A B suite=S`: its report, the evaluations it takes, what it refuses."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def evaluated(tmp_path, monkeypatch):
         size=1000,
         **results,
     ):
-        """`records` is a list of (example, columns, scores); `given` are rows that the suite worked out itself."""
+        """`records`: a list of (example, columns, scores); `given`: rows of the suite itself."""
         folder = tmp_path / run / "evals" / str(step) / suite / digest
         folder.mkdir(parents=True)
         if not finished:
@@ -91,7 +91,7 @@ def evaluated(tmp_path, monkeypatch):
 
 
 def cells(rates, n=100, name="greedy", seed=0):
-    """`n` scores of 0 or 1 in each task, drawn so that a higher rate never answers wrongly what a lower one answers rightly."""
+    """`n` scores of 0 or 1 in each task; a higher rate is right wherever a lower rate is."""
     luck = np.random.default_rng(seed).random((len(rates), n))
     return [
         (f"{task}/{i}", {"task": task}, {name: float(luck[row, i] < rate)})
@@ -152,8 +152,8 @@ def test_differences_are_paired_by_example(evaluated, capsys):
     )
     out = " ".join(capsys.readouterr().out.split())
     assert (
-        f"{average['difference']:+.3f} [{average['low']:+.3f}, {average['high']:+.3f}] over 200 examples"
-        in out
+        f"{average['difference']:+.3f} [{average['low']:+.3f}, {average['high']:+.3f}] "
+        "over 200 examples" in out
     )
     assert "retrieval: b (step 20) against a (step 20)" in out and "+0.220" in out
     picture = imread("compared.png")

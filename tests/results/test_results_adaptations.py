@@ -1,4 +1,4 @@
-"""Adaptations compared: the base as a row, every variant against attn_only and the base, beside the spread over seeds."""
+"""Comparison of adaptations with the base and attn_only, beside the spread over seeds."""
 
 import json
 
@@ -60,7 +60,7 @@ def adapt_run(tmp_path):
 
 @pytest.fixture
 def controls(adapt_run, tmp_path):
-    """Gains of .10 for attn_only, .1005 for dex and its mirror image, .004 for adapter_only, .15 for full; three seeds."""
+    """Runs of each variant and seed, with these gains over the base."""
     gains = {
         "dex": 0.1005,
         "attn_only": 0.1,
@@ -100,7 +100,7 @@ def test_table_picture_and_sentences(controls, capsys):
         and rows["base"]["difference_to_base"] is None
     )
     assert all(row["baseline"] == "attn_only" for row in rows.values())
-    # The seeds move dex and attn_only alike: paired, their difference is certain, and yet far below the noise.
+    # The seeds change dex and attn_only alike: paired, their difference is certain, yet small.
     gap = rows["dex"]["difference"]
     assert [gap[key] for key in ("mean", "low", "high")] == pytest.approx([-0.0005] * 3) and gap[
         "pairs"
@@ -113,12 +113,15 @@ def test_table_picture_and_sentences(controls, capsys):
     assert figures["noise_floor"] == pytest.approx(0.01, rel=1e-6)
     for sentence in (
         "Noise floor: 0.0100 nats a token",
-        "by more than the noise, with intervals that exclude zero: adapter_only (0.0960 worse), full (0.0500 better).",
+        "by more than the noise, with intervals that exclude zero: "
+        "adapter_only (0.0960 worse), full (0.0500 better).",
         "Different by less than the noise, though the interval excludes zero: dex (0.0005 better).",
         "Not to be told from attn_only: lora.",
-        "dex ends 0.1005 nats a token below the base; attn_only, which has no branch, gains 100% of that.",
+        "dex ends 0.1005 nats a token below the base; attn_only, which has no branch, "
+        "gains 100% of that.",
         "dex, seed 0: the branch is OFF at the end.",
-        "dex and its mirror image dex_mirror end with the same loss, as they must (to the last digit).",
+        "dex and its mirror image dex_mirror end with the same loss, as they must "
+        "(to the last digit).",
         "to the base", "1.23K", "-0.1005 [-0.1253, -0.0757]",
     ):  # fmt: skip
         assert sentence in printed
@@ -168,7 +171,8 @@ def test_options_that_a_variant_does_not_read_do_not_set_it_apart(adapt_run):
     ]
     groups = group_runs(read_runs(runs))
     assert [group.label for group in groups] == [
-        "attn_only", "lora lora_rank=4", "lora lora_rank=8", "dex init=linear", "dex k=1", "fixed_lambda",
+        "attn_only", "lora lora_rank=4", "lora lora_rank=8", "dex init=linear", "dex k=1",
+        "fixed_lambda",
     ]  # fmt: skip
     assert len(groups[0].runs) == 2
 
@@ -199,6 +203,7 @@ def test_each_base_has_its_row(adapt_run):
 def test_trained_and_adapted_runs_are_not_compared(adapt_run, make_run):
     with pytest.raises(
         UserError,
-        match=r"RUN=.*b cannot be compared with .*a: one was trained from nothing, the other is an adaptation",
+        match=r"RUN=.*b cannot be compared with .*a: one was trained from nothing, "
+        r"the other is an adaptation",
     ):
         read_runs([make_run("a", curve=[(0, 4.0)]), adapt_run("b")])

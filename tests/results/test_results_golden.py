@@ -1,4 +1,4 @@
-"""Comparisons of tiny models that are kept in ``golden/``, against the figures of the code before the table of results.
+"""Comparisons of the tiny models in ``golden/``, against the figures of an earlier version.
 
 ``golden/new`` has run folders of ``diffx train``, ``adapt-dex``, ``eval`` and ``quantize`` without
 their checkpoints; the rounds of ``speed`` are those of the evaluation that gave the old figures.

@@ -29,7 +29,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def make_job(text, tmp_path, monkeypatch):
-    """Make a tiny job on the CPU: ``make_job("folder", "diff_v2", {"rope_theta": 5.0}, seed=1, steps=6)``."""
+    """Make a tiny job on the CPU: ``make_job("folder", "diff_v2", {"rope_theta": 5.0})``."""
     monkeypatch.setenv("DIFFX_CACHE", str(text.parent / "cache"))
 
     def make(name="run", kind="diff_v1", model=None, seed=0, **train):

@@ -24,9 +24,10 @@ from diffx.train import adapt as module
 from diffx.train import loop
 
 RECIPE = (
-    "data=text data.val_tokens=1000 train.steps=8 train.seq_len=32 train.batch_tokens=64 train.lr=1e-2 train.log_every=1 "
-    "train.eval_every=4 train.save_every=4 train.keep_last=9 dex.anneal_steps=6 dex.init=linear dex.calibration_tokens=256 "
-    "dex.lora_rank=2 wandb.mode=disabled device=cpu"
+    "data=text data.val_tokens=1000 train.steps=8 train.seq_len=32 train.batch_tokens=64 "
+    "train.lr=1e-2 train.log_every=1 train.eval_every=4 train.save_every=4 train.keep_last=9 "
+    "dex.anneal_steps=6 dex.init=linear dex.calibration_tokens=256 dex.lora_rank=2 "
+    "wandb.mode=disabled device=cpu"
 )
 LAYERS = ("00", "01")
 GOLDEN = json.loads(
@@ -108,7 +109,8 @@ def test_the_run_folder(run, hf_folder):
     folder = run()
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "adapter", "base.json", "checkpoints", "config.yaml", "data.json", "environment.json", "heads.json", "metrics.jsonl",
+        "adapter", "base.json", "checkpoints", "config.yaml", "data.json", "environment.json",
+        "heads.json", "metrics.jsonl",
         "overrides.yaml", "plots", "summary.json", "tokenizer", "train.log",
     }  # fmt: skip
     assert (folder / "plots" / "heads.png").read_bytes().startswith(b"\x89PNG")
@@ -495,20 +497,24 @@ def test_not_enough_memory_is_said_before_anything_is_made(words, tmp_path, monk
     monkeypatch.setattr(module, "free_memory", lambda device: 2**10)
     line = error_of(capfd, words(f"run.dir={folder}", "dex.variant=full"))
     assert line.startswith(
-        "error: dex.variant=full cannot be trained here: besides the weights it needs 0.0 GiB and more"
+        "error: dex.variant=full cannot be trained here: besides the weights "
+        "it needs 0.0 GiB and more"
     )
     assert "train.micro_batch_size" in line
     monkeypatch.setattr("diffx.dex.pretrained.free_memory", lambda device: 2**10)
     line = error_of(capfd, words(f"run.dir={folder}"))
     assert (
-        "its weights need 0.0 GiB and 0.0 GiB are free; take train.precision=bf16 (half of it), a smaller model"
-        in line
+        "its weights need 0.0 GiB and 0.0 GiB are free; take train.precision=bf16 (half of it), "
+        "a smaller model" in line
     )
     assert not folder.exists()
 
 
 def test_what_is_needed_is_counted_right(words, monkeypatch, tmp_path, capfd):
-    """Two sequences of 32 tokens over 257 entries, thrice in fp32, and three numbers in fp32 for each trained one, to the byte."""
+    """The bytes needed by two sequences of 32 tokens over 257 entries, exactly.
+
+    The logits are held three times in fp32, and each trained parameter takes three numbers more.
+    """
     trained = 2 * (2 * 16 * 32 + 32 * 32) + 2 * (64 + 1)
     needed = 12 * 64 * 257 + 12 * trained
     monkeypatch.setattr(module, "free_memory", lambda device: needed - 1)

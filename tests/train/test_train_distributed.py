@@ -1,4 +1,4 @@
-"""Several processes under torchrun: they compute what one does, resume each other's runs, and report once."""
+"""Several processes under torchrun: same results as one, same checkpoints, one report."""
 
 import dataclasses
 import json

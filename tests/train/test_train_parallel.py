@@ -65,7 +65,7 @@ def test_fused_attention_is_a_property_of_the_model():
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["sdpa", "triton"])
 def test_activations_are_computed_again_but_not_attention(kernels):
-    """Attention runs once a layer and call, matrix products of the blocks twice; the figures are the same."""
+    """Attention runs once per layer and call, matrix products twice; the results are equal."""
     config = MODEL_CONFIGS["diff_v1"](
         vocab_size=50, hidden_size=64, num_layers=3, num_heads=4, intermediate_size=48, init_std=0.2
     )
@@ -84,7 +84,7 @@ def test_activations_are_computed_again_but_not_attention(kernels):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["transformer", "diff_v1", "diff_v2"])
 def test_compiled_blocks_are_not_compiled_again(kind, monkeypatch):
-    """Two steps with a validation between compile all there is; after that nothing does, step after step."""
+    """Two steps and a validation compile everything; later steps compile nothing."""
     monkeypatch.setattr(
         nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager")
     )  # which is quick

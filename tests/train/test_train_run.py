@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they leave behind, and that a killed one ends as if it had not been."""
+"""Whole runs of a tiny model: the files, and killed runs that end as if never killed."""
 
 import dataclasses
 import itertools
@@ -149,7 +149,7 @@ def test_bf16_keeps_fp32_weights(run):
 
 
 def test_the_golden_curve_has_not_moved(run):
-    """Losses of 20 steps as they were when this was written; a refactoring that moves them changed what is computed."""
+    """The losses of 20 steps are the recorded ones: a refactoring must not change them."""
     found = [row["train/loss"] for row in rows(run(steps=20))[1:]]
     expected = json.loads((Path(__file__).parent / "golden_curve.json").read_text())
     assert found == pytest.approx(expected, rel=1e-4)
@@ -159,7 +159,7 @@ def test_the_golden_curve_has_not_moved(run):
 
 
 def killed(job, tmp_path, at, number):
-    """Run a job in a process of its own that gets a signal in the middle of step ``at``; its exit code, and what it ended with."""
+    """Run a job in a process that gets a signal in step ``at``; return exit code and message."""
     child = os.fork()
     if not child:
         step, done = loop._accumulate_gradients, itertools.count(1)
@@ -338,7 +338,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_job, monkeypatch):
     monkeypatch.setattr(loop, "token_losses", broken)
     with pytest.raises(
         RunError,
-        match=r"the loss is nan at step 6 \(batch at batch 5 .*last good checkpoint is .*step_00000004",
+        match=r"the loss is nan at step 6 \(batch at batch 5 .*last good checkpoint is "
+        r".*step_00000004",
     ):
         run_job(make_job(log_every=3), [])
 

@@ -36,7 +36,7 @@ def is_change(event, args, folder):
 
 
 def killed_before(number, job):
-    """Run a job in a process that ends, as by SIGKILL, right before change ``number`` of its folder; whether there are so many."""
+    """Kill a job's process before change ``number`` of its folder; False if there is none."""
     child = os.fork()
     if not child:
         seen = count(1)
@@ -67,7 +67,7 @@ def outcome(folder):
 
 
 def check_kills(make_job, numbers):
-    """Kill a run before each of these changes, start it again with the same words, and compare what it ends as."""
+    """Kill a run before each of these changes, resume it, and compare the final states."""
     rows, weights, files = outcome(run_job(make_job("whole", **SHORT), []))
     job = make_job("killed", **SHORT)
     auto = dataclasses.replace(job, train=dataclasses.replace(job.train, resume="auto"))
