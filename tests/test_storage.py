@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 
 from diffx.cli import main
+from diffx.config import launch
 from diffx.errors import UserError
 from diffx.files import (
     append_lines,
@@ -190,7 +191,8 @@ def test_an_evaluation_on_a_full_disk_goes_on(here, fails, monkeypatch, capfd):
         fails(1, command, "run/evals", "No space left on device")
     assert main(command.split()) == 0
     (folder,) = (here / "run/evals/2/icl").iterdir()
-    assert visible(folder) == ["icl.png", "records.jsonl.zst", "results.json", "settings.json"]
+    files = ["icl.png", "records.jsonl.zst", "results.json", "rows.parquet", "settings.json"]
+    assert visible(folder) == files
     assert json.loads((folder / "results.json").read_text())["examples"] == 12
 
 
@@ -277,7 +279,12 @@ def test_a_sweep_on_a_full_disk_goes_on_and_counts(here, monkeypatch, capfd):
 
 
 def test_a_result_that_cannot_be_written_is_a_failed_job(here, monkeypatch, capfd):
-    monkeypatch.setattr("diffx.config.launch.write_json", raiser(FULL))
+    def full_for_results(path, entry, of=launch._append):
+        if path.name == "jobs.jsonl":
+            raise FULL
+        of(path, entry)
+
+    monkeypatch.setattr(launch, "_append", full_for_results)
     monkeypatch.setattr("diffx.quantization.run.quantize", lambda job: {16: here})
     command = (
         f"quantize -m checkpoint=run seed=0,1 bits=[8] suite.texts=2 hydra.sweep.dir=sweep {QUIET}"

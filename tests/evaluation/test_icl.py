@@ -146,6 +146,7 @@ def test_prompts_read_as_the_template(tiny):
 def test_pieces_make_up_the_tokens_of_the_whole_prompt(template, head):
     words = ["Play the record. ", "What is it like?\n\n", "Label: add to a list\n\nText: ", " (x\n"]
     lm = make_tokenizer(BpeTokenizer(vocab_size=290), words * 20)
+    lm.suffix = []  # as that of a model without a chat template
     rows = [("Play it", "add to a list"), ("What, the record?", "play"), ("add", "what is it")]
     prompts = Prompts(lm, template, ["add to a list", "play", "what is it"])
     (query,) = prompts.queries(["is it"])

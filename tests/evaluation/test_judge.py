@@ -552,7 +552,7 @@ def test_many_unusable_verdicts_are_warned_of(unusable, warned, tmp_path, capfd)
         {"judge": "j", "faithful": None if n < unusable else True, "said": ""} for n in range(10)
     ]
     records = [record(str(n), "Ada") | {"verdict": verdict} for n, verdict in enumerate(told)]
-    figures(SimpleNamespace(reporter=Reporter(), job=None), records)
+    list(figures(SimpleNamespace(reporter=Reporter(), job=None), records))
     assert (f"{unusable}0% of the judge's 10 replies" in capfd.readouterr().out) is warned
 
 

@@ -155,7 +155,7 @@ def test_a_runs_own_training_tokens_decide_what_is_frequent(
     records = list(long_context.answer(made, examples))
     assert (
         records[0]["frequent"] == "over 20 times in the evaluated corpus"
-        and "the training text is not here" in capsys.readouterr().out
+        and "the training text is missing" in capsys.readouterr().out
     )
 
 

@@ -261,7 +261,7 @@ def gpt2(tmp_path_factory, tokenizer):
             "bits=[8] method.skip=[proj]",
             ["method.skip=proj", "q_proj"],
         ),  # a part of a name is a whole one
-        ("bits=[8] method.skip=[self_attn,mlp]", ["no linear layer left"]),
+        ("bits=[8] method.skip=[self_attn,mlp]", ["no linear layer to quantize"]),
         ("bits=[8,4] method.group_size=64", ["method.group_size=64", "divisor of 32"]),
         ("bits=[8] method.group_size=24", ["method.group_size=24", "divisor of 32"]),
         ("bits=[8] method.scheme=float8_dynamic", ["float8_dynamic", "cpu", "8.9"]),
