@@ -278,7 +278,7 @@ def test_what_it_does_not_take_is_said():
         call(q.double(), k.double(), v.double(), lam)
     with pytest.raises(ValueError, match="128 features"):
         call(*draw((1, 4, 4, 2, 1, 160))[:4])
-    with pytest.raises(ValueError, match="a query for each key"):
+    with pytest.raises(ValueError, match="each key must have a query"):
         ours.differential_attention(
             q[:, :1], k, v, lam, True, None, cu_seqlens=torch.tensor([0, 4], device=DEVICE)
         )
