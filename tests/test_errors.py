@@ -428,7 +428,7 @@ TABLE = [
     ),
     ("compare nowhere", ["nowhere"]),
     ("compare notes", ["notes"]),
-    ("compare trained suite=retrieval", ["suite=retrieval", "two or more"]),
+    ("compare suite=retrieval", ["suite=retrieval", "two or more"]),
     ("compare trained notes suite=retreival", ["suite=retreival", "retrieval"]),
     (
         "compare trained nowhere suite=icl",

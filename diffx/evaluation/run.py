@@ -49,7 +49,7 @@ from diffx.files import (
 from diffx.loading import load
 from diffx.results.aggregate import Row, aggregate, references_of
 from diffx.results.declare import Declaration
-from diffx.results.draw import draw_results
+from diffx.results.draw import COLUMNS, cells, draw_results
 from diffx.results.table import ROWS, make_frame, read_frame, write_frame
 from diffx.tracking import show_evaluation
 
@@ -57,7 +57,6 @@ _log = logging.getLogger(__name__)
 _MODULES = {"attention_allocation": "allocation"}  # where the module has another name than the kind
 _RECORDS, _VERDICTS = "records.jsonl", "verdicts_"  # a judge's replies
 _MAX_ROWS = 60  # of a table on the terminal; results.json has all
-_COLUMNS = ("", "metric", "value", "standard\nerror", "95% interval", "n", "published")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +157,14 @@ def measure(
             if judged:
                 records = module.judge(context, records)
             metrics = _write(module, context, records, facts)
-            rows = _show(context, metrics) if table else [_row(metric) for metric in metrics]
+            rows = _show(context, metrics) if table else [cells(metric) for metric in metrics]
             picture = folder / f"{suite.name}.png"
             show_evaluation(
                 folder,
                 job.wandb,
                 f"{lm.name}-{name}",
                 settings,
-                [column.replace("\n", " ") for column in _COLUMNS],
+                [column.replace("\n", " ") for column in COLUMNS],
                 rows,
                 {f"{metric['label']}/{metric['metric']}": metric["value"] for metric in metrics},
                 picture,
@@ -267,7 +266,7 @@ def _finished(context: Context) -> list[Row] | None:
         return None
     try:
         metrics = read_json(path, {"metrics": list})["metrics"]
-        if all(isinstance(cell, str) for metric in metrics for cell in _row(metric)):
+        if all(isinstance(cell, str) for metric in metrics for cell in cells(metric)):
             read_frame(path.with_name(ROWS))
             return list(metrics)
         raise TypeError
@@ -348,20 +347,9 @@ def _answer(module: ModuleType, context: Context, examples: list[Example]) -> li
 
 
 def _show(context: Context, metrics: list[Row]) -> list[list[str]]:
-    rows = [_row(metric) for metric in metrics]
+    rows = [cells(metric) for metric in metrics]
     title = f"{context.suite.name}: {context.lm.name}"
-    context.reporter.table(make_table(title, _COLUMNS, rows[:_MAX_ROWS]))
+    context.reporter.table(make_table(title, COLUMNS, rows[:_MAX_ROWS]))
     if len(rows) > _MAX_ROWS:
         context.reporter.line(f"{len(rows) - _MAX_ROWS} more rows in results.json")
     return rows
-
-
-def _row(metric: Row) -> list[str]:
-    def text(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
-
-    low, high = metric["low"], metric["high"]
-    interval = "-" if low is None else f"{text(low)} to {text(high)}"
-    published = ", ".join(f"{name}: {value:g}" for name, value in metric["published"].items())
-    figures = [text(metric["value"]), text(metric["stderr"]), interval, str(metric["n"] or "-")]
-    return [metric["label"], metric["metric"], *figures, published or "-"]

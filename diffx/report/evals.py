@@ -10,8 +10,9 @@ from diffx.config import UserError
 from diffx.console import Reporter, make_table
 from diffx.report.write import write_report
 from diffx.results import plot
-from diffx.results.aggregate import references_of
+from diffx.results.aggregate import aggregate, references_of
 from diffx.results.compare import compare, examples_apart
+from diffx.results.draw import COLUMNS, cells, draw_results
 from diffx.results.evaluations import Evaluation, find_evaluations, share
 from diffx.results.published import source
 from diffx.results.runs import read_run
@@ -22,8 +23,9 @@ def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
     """Print the differences between evaluations of one suite with the same settings.
 
     Args:
-        words: two checkpoints or more, the baseline first, and ``suite=S``. A checkpoint is what
-            ``diffx eval`` takes, or a folder ``runs/hub/<name>@<revision>``.
+        words: two checkpoints or more, the baseline first, and ``suite=S``; one checkpoint's
+            evaluation is shown again. A checkpoint is what ``diffx eval`` takes, or a folder
+            ``runs/hub/<name>@<revision>``.
         out: the picture; beside it a JSON file of its name holds every figure. None draws nothing.
 
     Raises:
@@ -40,12 +42,14 @@ def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
     suite = suites[0]
     if out is not None:
         plot.check_picture("out", out)
-    if len(specs) < 2:
+    if not specs:
         raise UserError(
-            f"suite={suite} cannot be compared with {len(specs)} checkpoint: give two or more, the "
-            "baseline first"
+            f"suite={suite} cannot be compared with no checkpoint: give two or more, the baseline "
+            "first, or one to see its evaluation again"
         )
     reporter = Reporter()
+    if len(specs) == 1:
+        return _show_one(find_evaluations(specs[0], suite)[0], out, reporter)
     report = analyse_evaluations(
         share([find_evaluations(spec, suite) for spec in specs], reporter.line)
     )
@@ -60,6 +64,24 @@ def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
     if report["published"]:
         reporter.line(f"published: {report['published']}")
     write_report(report, out, draw, reporter)
+
+
+def _show_one(evaluation: Evaluation, out: Path | None, reporter: Reporter) -> None:
+    """Print an evaluation's table, and draw its picture, again: from its rows alone."""
+    frame, declaration = evaluation.rows(), evaluation.declaration
+    rows = aggregate(frame, declaration)
+    for row in rows:
+        row["published"] = references_of(row, declaration)
+    title = f"{evaluation.results['suite']}: {evaluation.label}"
+    reporter.table(make_table(title, COLUMNS, map(cells, rows)))
+    examples = frame.to_dict("records")
+    report = _identity(evaluation) | {"rows": rows}
+    write_report(
+        report,
+        out,
+        lambda _, path: draw_results(rows, examples, declaration, title, path),
+        reporter,
+    )
 
 
 def analyse_evaluations(evaluations: list[Evaluation]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The pictures that a suite declares, drawn from rows of results alone."""
+"""An evaluation's table, and the pictures that its suite declares, out of rows alone."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,20 @@ from diffx.results.declare import Declaration, Picture
 from diffx.results.table import BY
 
 _MOST_COLUMNS = 3
-_PLACES = ("label", "metric", "unit")  # besides the columns of BY
+COLUMNS = ("", "metric", "value", "standard\nerror", "95% interval", "n", "published")
+
+
+def cells(row: Row) -> list[str]:
+    """A row of ``aggregate``, with its ``published`` figures, as the texts of ``COLUMNS``."""
+
+    def text(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+
+    low, high = row["low"], row["high"]
+    interval = "-" if low is None else f"{text(low)} to {text(high)}"
+    published = ", ".join(f"{name}: {value:g}" for name, value in row["published"].items())
+    figures = [text(row["value"]), text(row["stderr"]), interval, str(row["n"] or "-")]
+    return [row["label"], row["metric"], *figures, published or "-"]
 
 
 def draw_results(

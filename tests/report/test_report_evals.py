@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -447,8 +448,7 @@ def test_bad_input_is_one_line(evaluated, tmp_path):
     evaluated("c", records, finished=False)
     evaluated("runs/hub/m@1", records), evaluated("runs/hub/m@2", records)
     (tmp_path / "empty").mkdir()
-    bad("a suite=retrieval", "suite=retrieval", "two or more")
-    bad("a a suite=retrieval", "two or more")
+    bad("suite=retrieval", "suite=retrieval", "two or more")
     bad("a b suite=icl suite=retrieval", "one suite")
     bad("a b suite=retreival", "suite=retreival", "outliers", "retrieval")
     bad("a nowhere suite=retrieval", "RUN=nowhere", "no folder")
@@ -543,3 +543,19 @@ def test_the_command_takes_both_kinds(evaluated, capsys, tmp_path):
     assert (tmp_path / "shown/x.png").exists() and (tmp_path / "shown/x.json").exists()
     assert main(["compare", "a", "b"]) == 2  # no runs
     assert "config.yaml" in capsys.readouterr().err
+
+
+def test_an_evaluation_is_shown_and_drawn_again_from_its_rows(tmp_path, monkeypatch, capsys):
+    golden = Path(__file__).parents[1] / "results" / "golden" / "new"
+    monkeypatch.chdir(golden)
+    out = tmp_path / "again.png"
+    assert main(["compare", "sweep/0", "suite=retrieval", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    (results,) = (golden / "sweep" / "0").glob("evals/*/retrieval/*/results.json")
+    expected = json.loads(results.read_text())["metrics"]
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    names = ("label", "metric", "value", "n")
+    assert [[row[k] for k in names] for row in rows] == [
+        [row[k] for k in names] for row in expected
+    ]
+    assert "N=2 R=2" in shown and imread(out).std() > 0.05
