@@ -75,7 +75,7 @@ def documents(tmp_path_factory):
 
 @pytest.fixture
 def summarize():
-    """The rows of results that a suite makes of records, by label and metric; drawn into ``path`` if it is given."""
+    """The rows that a suite makes of records, by label and metric; drawn if ``path`` is given."""
     from diffx.evaluation.run import make_rows
     from diffx.results.aggregate import aggregate, references_of
     from diffx.results.draw import draw_results
