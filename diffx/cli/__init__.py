@@ -342,7 +342,8 @@ def compare(
 
     Runs: means over seeds, parameters, tokens, the token ratio at equal loss, and the loss curves.
     Adaptations: every variant against attn_only and the base, beside the noise floor.
-    Evaluations: differences to the first checkpoint on the same examples, bootstrap intervals.
+    Evaluations: differences to the first checkpoint on the same examples, bootstrap intervals;
+    that of one checkpoint is shown, and with --out drawn, again.
 
     \b
     Examples:
