@@ -50,7 +50,9 @@ def generate(
     for _ in range(max_tokens):
         with torch.inference_mode():  # not around the yield, where code of the caller runs
             hidden = model.forward_hidden(input_ids, cache=cache)[0, -1]  # (D,)
-            token = sample(F.linear(hidden, weight), temperature, top_k, top_p, generator)
+            # Read again: the parameter of a sharded model is whole only after its forward pass.
+            logits = F.linear(hidden, model.output_weight)
+            token = sample(logits, temperature, top_k, top_p, generator)
         if token == eot_id:
             return
         yield token
