@@ -133,5 +133,7 @@ def _cells(ratio: dict[str, Any]) -> list[str]:
     ]
 
 
-def _number(value: float | None, form: str = ",.5g") -> str:
-    return "-" if value is None else format(value, form)
+def _number(value: float | None, form: str | None = None) -> str:
+    if value is None:
+        return "-"
+    return format(value, form or (",.0f" if abs(value) >= 1000 else ".4g"))
