@@ -184,7 +184,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for metric in metrics
     }
     tallest = max(map(len, places.values()))
-    height = 1.6 + tallest * (0.3 + 0.14 * (len(rivals) - 1))
+    height = 2.2 + tallest * (0.3 + 0.14 * (len(rivals) - 1))
     figure, panels = plot.canvas(math.ceil(len(metrics) / columns), columns, height=height)
     base = report["baseline"]["checkpoint"]
     for axes, metric in zip(panels, metrics, strict=False):
