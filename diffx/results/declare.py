@@ -124,6 +124,10 @@ class Picture:
     def __post_init__(self) -> None:
         known = ("curve", "bars", "dots", "heat", "intervals")
         _require(self.kind in known, f"kind={self.kind}")
+        columns = {*BY, "label", "metric", "unit"}
+        needed = {self.x, self.series, *self.panels, *([self.y] if self.kind == "heat" else [])}
+        _require(needed <= columns, f"columns of the picture {self.title!r}")
+        _check_fields(self.title, ["panel"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,10 +213,14 @@ def _check_columns(names: list[str]) -> None:
 
 
 def _check_label(template: str, names: list[str]) -> None:
-    """A label may come from someone else's file: it may name columns and round figures, no more."""
+    _check_fields(template, names)
+    make_label(template, {name: _SAMPLES[BY[name]] for name in names})
+
+
+def _check_fields(template: str, names: list[str]) -> None:
+    """A text may come from someone else's file: it may name columns and round figures, no more."""
     for _, name, form, _ in Formatter().parse(template):
         _require(name is None or (name in names and len(form or "") <= 3), f"label={template}")
-    make_label(template, {name: _SAMPLES[BY[name]] for name in names})
 
 
 def _require(condition: bool, what: str) -> None:

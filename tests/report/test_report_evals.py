@@ -485,6 +485,7 @@ def test_rows_of_other_columns_are_one_line(evaluated):
     bad("a b suite=retrieval", "rows.parquet cannot be used", "force=true")
 
 
+PICTURE = {"kind": "heat", "title": "{panel}", "x": "length", "y": "depth"}
 TABLE = {"by": ["task"], "label": "{task}", "metrics": None, "average": None, "compared": True}
 
 
@@ -509,6 +510,11 @@ TABLE = {"by": ["task"], "label": "{task}", "metrics": None, "average": None, "c
         {"tables": [TABLE | {"average": {"over": ["nothing"]}}]},
         {"tables": [TABLE | {"average": {"over": ["task"], "label": "{task[0]}"}}]},
         {"tables": [TABLE | {"average": {"over": ["task"], "metrics": {"x": ["greedy"]}}}]},
+        {"pictures": [PICTURE | {"title": "{panel.__class__}"}]},
+        {"pictures": [PICTURE | {"title": "{panel:9999999999}"}]},
+        {"pictures": [PICTURE | {"x": "value"}]},
+        {"pictures": [PICTURE | {"y": None}]},
+        {"pictures": [PICTURE | {"panels": ["nothing"]}]},
         {"metrics": []},
         {"metrics": [{"name": "greedy", "aggregate": "exec"}]},
         {"references": [{"label": "a", "metric": "greedy"}]},
