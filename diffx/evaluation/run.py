@@ -47,7 +47,7 @@ from diffx.files import (
     write_json,
 )
 from diffx.loading import load
-from diffx.results.aggregate import Row, aggregate, references_of
+from diffx.results.aggregate import Row, aggregate
 from diffx.results.declare import Declaration
 from diffx.results.draw import COLUMNS, cells, draw_results
 from diffx.results.table import ROWS, make_frame, read_frame, write_frame
@@ -205,8 +205,6 @@ def _write(
     declaration: Declaration = module.declare(context)
     frame = make_rows(module, context, records, declaration)
     metrics = aggregate(frame, declaration)
-    for entry in metrics:
-        entry["published"] = references_of(entry, declaration)
     with replacing(folder / f"{suite.name}.png", ".png") as temporary:
         title = f"{suite.name}: {lm.name}"
         draw_results(metrics, frame.to_dict("records"), declaration, title, temporary)

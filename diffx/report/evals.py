@@ -70,8 +70,6 @@ def _show_one(evaluation: Evaluation, out: Path | None, reporter: Reporter) -> N
     """Print an evaluation's table, and draw its picture, again: from its rows alone."""
     frame, declaration = evaluation.rows(), evaluation.declaration
     rows = aggregate(frame, declaration)
-    for row in rows:
-        row["published"] = references_of(row, declaration)
     title = f"{evaluation.results['suite']}: {evaluation.label}"
     reporter.table(make_table(title, COLUMNS, map(cells, rows)))
     examples = frame.to_dict("records")
@@ -143,7 +141,8 @@ def _warnings(base: Evaluation, rival: Evaluation, apart: int) -> list[str]:
     if apart:
         both = f"both of {base.label} and {rival.label}"
         lines.append(f"{apart} scores that not {both} have are left out")
-    keys = ("judge", "device") if base.results["suite"] == "speed" else ("judge",)
+    timed = any(metric.ratio for metric in base.declaration.metrics)
+    keys = ("judge", "device") if timed else ("judge",)
     changed = [key for key in keys if base.results.get(key) != rival.results.get(key)]
     models = f"{base.label} and {rival.label}"
     return lines + [f"not comparable: {models} had different {key}s" for key in changed]

@@ -16,9 +16,8 @@ from diffx.results.statistics import (
     median,
     weighted_mean,
 )
-from diffx.results.table import BY, EXAMPLE, by_columns
+from diffx.results.table import AVERAGE, BY, EXAMPLE, by_columns
 
-AVERAGE = "mean of means"
 _STATISTICS: dict[str, Statistic] = {
     "mean": mean,
     "median": median,
@@ -37,8 +36,8 @@ def aggregate(frame: pd.DataFrame, declaration: Declaration) -> list[Row]:
 
     Returns:
         A dict each: ``label``, ``metric``, ``unit``, ``better``, ``aggregate``, the columns of
-        ``BY`` that apply, ``value``, ``stderr``, ``low``, ``high`` and ``n``. Figures that the
-        suite gave itself stand behind the table whose columns they have.
+        ``BY`` that apply, ``value``, ``stderr``, ``low``, ``high``, ``n`` and ``published``. Figures
+        that the suite gave itself stand behind the table whose columns they have.
     """
     examples = frame[frame["aggregate"] == EXAMPLE]
     given = [dict(row) for row in frame[frame["aggregate"] != EXAMPLE].to_dict("records")]
@@ -56,7 +55,7 @@ def aggregate(frame: pd.DataFrame, declaration: Declaration) -> list[Row]:
         rows += sorted(of_table, key=lambda row: order.index(row["label"]))
         if table.average:
             rows += averages(examples, table, table.average, declaration)
-    return rows
+    return [row | {"published": references_of(row, declaration)} for row in rows]
 
 
 def groups_of(examples: pd.DataFrame, table: Table) -> Iterator[tuple[Row, pd.DataFrame]]:

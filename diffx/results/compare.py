@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diffx.results.aggregate import AVERAGE, Row, groups_of, parts_of_averages, per_example, shared
+from diffx.results.aggregate import Row, groups_of, parts_of_averages, per_example, shared
 from diffx.results.declare import Declaration, Metric, Table, make_label
 from diffx.results.statistics import Interval, bootstrap, mean_of_means, weighted_difference
-from diffx.results.table import EXAMPLE, by_columns
+from diffx.results.table import AVERAGE, EXAMPLE, by_columns
 
 Group = tuple[str, Row, str, dict[Any, pd.DataFrame]]  # label, columns, metric, values by part
 

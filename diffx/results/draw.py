@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from diffx.results import plot
-from diffx.results.aggregate import AVERAGE, Row, references_of
+from diffx.results.aggregate import Row, references_of
 from diffx.results.declare import Declaration, Picture
-from diffx.results.table import BY
+from diffx.results.table import AVERAGE, BY
 
 _MOST_COLUMNS = 3
 COLUMNS = ("", "metric", "value", "standard\nerror", "95% interval", "n", "published")

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from diffx.config.checks import new_path
 from diffx.console import figure
 from diffx.errors import UserError
+from diffx.results.table import AVERAGE
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -224,7 +225,7 @@ def intervals(
             known = row.get("low") is not None
             if known:
                 axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=1.8)
-            marker = "D" if row.get("aggregate") == "mean of means" else "o"
+            marker = "D" if row.get("aggregate") == AVERAGE else "o"
             face = colour if known else "white"
             axes.plot(row["value"], y, marker, color=colour, ms=5.5, markerfacecolor=face)
     for number, (name, values) in enumerate((references or {}).items()):

@@ -51,6 +51,7 @@ COLUMNS = {
     "n": "Int64",  # examples
 }
 EXAMPLE = "example"
+AVERAGE = "mean of means"  # the aggregate of an average over groups
 ROWS = "rows.parquet"  # in an evaluation's folder
 
 

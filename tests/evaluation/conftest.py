@@ -77,7 +77,7 @@ def documents(tmp_path_factory):
 def summarize():
     """The rows that a suite makes of records, by label and metric; drawn if ``path`` is given."""
     from diffx.evaluation.run import make_rows
-    from diffx.results.aggregate import aggregate, references_of
+    from diffx.results.aggregate import aggregate
     from diffx.results.draw import draw_results
 
     def make(module, context, records, path=None):
@@ -88,8 +88,6 @@ def summarize():
         )
         frame = make_rows(module, context, records, declaration)
         rows = aggregate(frame, declaration)
-        for row in rows:
-            row["published"] = references_of(row, declaration)
         if path is not None:
             draw_results(rows, frame.to_dict("records"), declaration, "tiny", path)
         by_name = {(row["label"], row["metric"]): row for row in rows}
