@@ -36,8 +36,8 @@ def aggregate(frame: pd.DataFrame, declaration: Declaration) -> list[Row]:
 
     Returns:
         A dict each: ``label``, ``metric``, ``unit``, ``better``, ``aggregate``, the columns of
-        ``BY`` that apply, ``value``, ``stderr``, ``low``, ``high``, ``n`` and ``published``. Figures
-        that the suite gave itself stand behind the table whose columns they have.
+        ``BY`` that apply, ``value``, ``stderr``, ``low``, ``high``, ``n`` and ``published``.
+        Figures that the suite gave itself stand behind the table whose columns they have.
     """
     examples = frame[frame["aggregate"] == EXAMPLE]
     given = [dict(row) for row in frame[frame["aggregate"] != EXAMPLE].to_dict("records")]
