@@ -1,6 +1,7 @@
 """Batches of token windows, the same for every architecture and any number of processes."""
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ def make_batch(rows: list[Row], position: str) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), targets, position)
 
 
-class Batches:
+class Batches(ABC):
     """Base of the endless training batches.
 
     A process takes rows ``rank::world_size`` of each batch.
@@ -71,8 +72,8 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> Batch:
-        raise NotImplementedError
+    @abstractmethod
+    def __next__(self) -> Batch: ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as JSON-able values."""
