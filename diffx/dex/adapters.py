@@ -264,8 +264,16 @@ def load_adapter(
         trust_remote_code: run Python code that comes with a base that is loaded here.
 
     Raises:
-        UserError: the base cannot be loaded, or the adapter is damaged or of another model.
+        UserError: the base cannot be loaded, an option is of a base that is not loaded here, or the
+            adapter is damaged or of another model.
     """
+    given = {"dtype": dtype != "auto", "revision": revision, "trust_remote_code": trust_remote_code}
+    if not isinstance(model, str) and any(given.values()):
+        name_of_option = next(key for key in given if given[key])
+        raise UserError(
+            f"{name_of_option}= cannot be used with a model that is loaded already: give the name "
+            "of its base, or leave the option out"
+        )
     if isinstance(model, str):
         cpu = torch.device("cpu")
         base = load_pretrained("base", model, dtype, cpu, revision, trust_remote_code)

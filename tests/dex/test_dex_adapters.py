@@ -213,6 +213,8 @@ def test_refusals(run, hf_folder, place, tmp_path):
     before = state(base)
     with pytest.raises(UserError, match="other weights"):
         load_adapter(base_model(place / "gpt2"), source)
+    with pytest.raises(UserError, match="dtype= cannot be used with a model that is loaded"):
+        load_adapter(base, source, dtype="bfloat16")
     with pytest.raises(UserError, match=r"adapter\.json"):
         load_adapter(base, run("dex"))
     with pytest.raises(UserError, match="folder=me/adapter"):
