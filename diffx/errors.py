@@ -1,6 +1,7 @@
 """The ways in which a command ends early; each becomes one line and an exit code."""
 
 import errno
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from textwrap import shorten
@@ -94,6 +95,15 @@ def describe(error: BaseException) -> tuple[int, str] | None:
         return UserError.exit_code, line
     line = storage_failure(error) or memory_failure(error)
     return None if line is None else (RunError.exit_code, line)
+
+
+def describe_any(error: Exception) -> tuple[int, str]:
+    """As ``describe``; the traceback of a defect is printed, and its exit code is 1."""
+    described = describe(error)
+    if described is None:
+        traceback.print_exception(error)
+        described = 1, f"{type(error).__name__}: {error}"
+    return described
 
 
 def one_line(text: str) -> str:

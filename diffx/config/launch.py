@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from diffx.config.meanings import commented, explained
 from diffx.config.messages import explain, keys, unknown
 from diffx.config.sweep import BEST, job_label, show_sweep
 from diffx.console import SWEEP_JOB
-from diffx.errors import UserError, describe, one_line
+from diffx.errors import UserError, describe_any, one_line
 from diffx.files import append_lines, read_json_lines
 
 _RUN_DIR = (
@@ -111,11 +110,7 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
 
 def _failure(number: int, words: list[str], error: Exception) -> dict[str, Any]:
     """The entry of a failed job in the sweep's ``failed.jsonl``."""
-    described = describe(error)
-    if described is None:
-        traceback.print_exception(error)
-        described = 1, f"{type(error).__name__}: {error}"
-    code, line = described
+    code, line = describe_any(error)
     return {"job": number, "overrides": words, "error": line, "exit_code": code}
 
 

@@ -10,7 +10,7 @@ from diffx.data.sources import documents
 from diffx.data.tokenizers import decode_documents
 from diffx.files import sha256
 
-_MOST = 64 << 20  # characters; no evaluation needs more
+MAX_CHARACTERS = 64 << 20  # no evaluation needs more
 
 
 def read_texts(data: DataConfig, held_out: bool) -> tuple[list[str], str]:
@@ -41,7 +41,7 @@ def read_texts(data: DataConfig, held_out: bool) -> tuple[list[str], str]:
             if document.key <= threshold:
                 texts.append(f"{document.prompt}{document.text}")
                 length += len(document.text)
-                if length > _MOST:
+                if length > MAX_CHARACTERS:
                     break
     texts = [text for text in texts if text]
     return texts, sha256("\0".join(texts))

@@ -13,7 +13,6 @@ import logging
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -30,7 +29,7 @@ from torch import nn
 from diffx.config import UserError
 from diffx.config.eval import EvalJob
 from diffx.console import Reporter, make_table
-from diffx.errors import describe, one_line, storage_errors
+from diffx.errors import describe_any, one_line, storage_errors
 from diffx.evaluation.adapter import with_chat_template
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context, Example, Record, rows_of
@@ -100,12 +99,9 @@ def evaluate_all(jobs: list[EvalJob]) -> int:
         try:
             measure(job, lm)
         except Exception as error:
-            described = describe(error)
-            if described is None:
-                traceback.print_exception(error)
-                described = 1, f"{type(error).__name__}: {error}"
-            codes.append(described[0])
-            message = f"error: suite={job.suite.name}: {one_line(described[1])}"
+            code, line = describe_any(error)
+            codes.append(code)
+            message = f"error: suite={job.suite.name}: {one_line(line)}"
             print(message, file=sys.stderr, flush=True)
     return min(codes, default=0)
 

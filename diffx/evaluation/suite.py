@@ -22,7 +22,7 @@ from typing import Any
 from diffx.config.data import DataConfig, StdlibData
 from diffx.config.eval import EvalJob
 from diffx.console import Bar, Reporter
-from diffx.data.texts import read_texts
+from diffx.data.texts import MAX_CHARACTERS, read_texts
 from diffx.evaluation.model import LanguageModel
 from diffx.files import read_json
 from diffx.results.declare import Declaration
@@ -99,9 +99,11 @@ class Context:
         texts, digest = read_texts(self.data, held_out=held_out)
         path = self.lm.loaded.folder / "data.json"
         if held_out and self.data.kind in ("text", "stdlib") and path.is_file():
-            recorded = read_json(path).get("val", {}).get("bytes")
+            split = read_json(path).get("val")
+            recorded = split.get("bytes") if isinstance(split, dict) else None
             size = sum(len(text.encode()) for text in texts)
-            if recorded not in (None, size):
+            # Of more text only the beginning is read.
+            if isinstance(recorded, int) and recorded != size and recorded < MAX_CHARACTERS:
                 self.reporter.warn(
                     f"{self.lm.name} held out {recorded:,} bytes of its text, and {size:,} are "
                     "held out today (the text changed, or another version of diffx split it): it "

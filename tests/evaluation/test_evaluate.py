@@ -405,3 +405,6 @@ def test_text_that_was_held_out_otherwise_is_warned_of(runs, tmp_path, capsys):
     (run / "data.json").write_text(json.dumps(data))
     evaluate(compose("eval", [f"checkpoint={run}", *words, "device=cpu", "force=true"]), [])
     assert "may have been trained on a part" in " ".join(capsys.readouterr().out.split())
+    (run / "data.json").write_text(json.dumps(data | {"val": 5}))  # says nothing
+    evaluate(compose("eval", [f"checkpoint={run}", *words, "device=cpu", "force=true"]), [])
+    assert "may have been trained on" not in " ".join(capsys.readouterr().out.split())
