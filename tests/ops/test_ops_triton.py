@@ -236,8 +236,7 @@ def test_autocast_computes_in_its_type():
     assert_close(found, explicit(q, k, v, lam, weights, seen_by_loop(30, 30, True, None)), 1.2e-2)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_a_whole_model(kv_heads):
+def whole_model(kv_heads):
     config = MODEL_CONFIGS["diff_v1"](
         vocab_size=50,
         hidden_size=64,
@@ -249,6 +248,12 @@ def test_a_whole_model(kv_heads):
     )
     model = build_model(config).to(DEVICE)
     init_weights(model, 0)
+    return model
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_whole_model(kv_heads):
+    model = whole_model(kv_heads)
     ids = torch.randint(50, (2, 19), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     found = []
     for implementation in (None, ours):
@@ -364,17 +369,7 @@ def test_documents_of_a_batch_are_one_call(monkeypatch):
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_a_model_generates_with_its_cache_as_it_does_otherwise(kv_heads):
-    config = MODEL_CONFIGS["diff_v1"](
-        vocab_size=50,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=kv_heads,
-        intermediate_size=48,
-        init_std=0.2,
-    )
-    model = build_model(config).to(DEVICE)
-    init_weights(model, 0)
+    model = whole_model(kv_heads)
     ids = torch.randint(50, (1, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     said = []
     for implementation in (None, ours):
