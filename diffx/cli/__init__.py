@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 
 from diffx import __version__
 from diffx.cli.bench import SETTINGS, bench
+from diffx.cli.experiment import experiment
 from diffx.errors import Stopped, UserError, describe, one_line
 from diffx.files import read_json
 
@@ -19,6 +20,7 @@ app = typer.Typer(name="diffx", **SETTINGS)
 data = typer.Typer(help="Prepare training data.", **SETTINGS)
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
+app.add_typer(experiment, name="experiment")
 
 
 _KEPT = "interrupted: what was measured is kept, and the same command (without force=true) goes on"

@@ -22,6 +22,7 @@ from diffx.config.checks import plain, refuse
 from diffx.config.data import DATA_CONFIGS, TOKENIZER_CONFIGS
 from diffx.config.dex import AdaptJob
 from diffx.config.eval import JUDGE_CONFIGS, EvalJob, ExportJob
+from diffx.config.experiment import ExperimentJob
 from diffx.config.messages import explain, unknown
 from diffx.config.model import MODEL_CONFIGS
 from diffx.config.quantize import METHOD_CONFIGS, QuantizeJob
@@ -38,6 +39,7 @@ JOBS: dict[str, type] = {
     "eval": EvalJob,
     "export": ExportJob,
     "quantize": QuantizeJob,
+    "claim": ExperimentJob,
 }
 GROUPS: dict[str, Mapping[str, type]] = {
     "model": MODEL_CONFIGS,
@@ -187,16 +189,25 @@ def load_config(path: Path) -> Any:
         UserError: the file is missing or damaged, holds an interpolation or an unknown key, or
             lacks a key without a default.
     """
-    try:
-        saved = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read as a saved config: {reason}") from error
+    saved = read_yaml(path)
     schema = _schema(saved, path)
     try:
         return from_plain(schema, saved)
     except UserError as error:
         raise UserError(f"{path} cannot be used by this version of diffx: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Read plain values of a YAML file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read as a saved config: {reason}") from error
 
 
 def _schema(saved: Any, path: Path) -> DictConfig:

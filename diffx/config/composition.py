@@ -65,6 +65,7 @@ def composer(config_dir: Path | None = None) -> Iterator[Any]:
     """Initialize Hydra on the configs of diffx and of the user; gives the Hydra object."""
     UserConfigsFirst.use(config_dir)
     register_schemas()
+    GlobalHydra.instance().clear()  # a job of a sweep may compose other jobs
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         yield GlobalHydra.instance().hydra
 

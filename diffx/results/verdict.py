@@ -354,3 +354,31 @@ def _speed_at_equal_loss(
         f"tokens at {ratio:.3f} of its speed, which is {time:.1%} of its time: {less}. Inference "
         "costs at equal loss what it costs at these sizes."
     )
+
+
+# `diffx experiment`.
+
+
+def on_effect(effect: Row) -> str:
+    """The verdict on one effect, with what it rests on.
+
+    Args:
+        effect: of a report of ``diffx experiment``: its fields, ``estimate``, ``low``, ``high`` and
+            ``ruling``.
+    """
+    ruling, name = effect["ruling"], effect["name"]
+    confidence = f"{100 * (1 - ruling['level']):.4g}%"
+    unit = f" {effect['unit']}" if effect["unit"] else ""
+    figures = f"{effect['estimate']:.4g}{unit} [{effect['low']:.4g}, {effect['high']:.4g}]"
+    claim = f"{effect['direction']} by at least {effect['smallest']:.4g}"
+    if effect["measure"] != "difference":
+        claim = f"{effect['direction']}, {effect['smallest']:.4g} or beyond"
+    line = (
+        f"{name}: {ruling['verdict']}. {figures}, {confidence} interval over {ruling['seeds']} "
+        f"paired seeds; of interest is {claim}."
+    )
+    if ruling["verdict"] == "undecided":
+        needed = ruling["seeds_needed"]
+        seeds = "more than 1000 seeds" if needed is None else f"{needed} seeds"
+        line += f" {seeds} would decide it at 80% power, by the spread seen."
+    return line

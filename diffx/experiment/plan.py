@@ -1,0 +1,164 @@
+"""The jobs of an experiment: what each trains and measures, where, and what all of them cost."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffx.config.bridge import to_plain
+from diffx.config.checks import refuse
+from diffx.config.experiment import Experiment, ExperimentJob
+from diffx.config.launch import compose
+from diffx.config.model import ModelConfig
+from diffx.config.train import Device, Precision, TrainJob
+from diffx.experiment.claims import load_experiment, scale_of
+from diffx.files import json_sha256
+from diffx.models import build_model
+from diffx.results.runs import read_run
+from diffx.train.parallel import pick_device
+from diffx.train.throughput import matmul_ceiling
+
+# The share of the matrix-product rate that training reaches, for costs that were not measured: what
+# the smallest models reach on two cores (0.05 to 0.15) and large ones on a GPU (0.3 to 0.5).
+_UTILISATION = {"cpu": 0.1, "mps": 0.3, "cuda": 0.4}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One run of an experiment, with its measurements.
+
+    Attributes:
+        arm: its name in the experiment.
+        seed: of the run.
+        words: of the command that makes the run, ``run.dir`` among them.
+        job: what they compose to.
+        folder: of the run; it is named by the hash of the config, so that experiments share runs.
+        measure: commands, each a list of words that begins with ``eval`` or ``quantize``.
+    """
+
+    arm: str
+    seed: int
+    words: list[str]
+    job: Any
+    folder: Path
+    measure: list[list[str]]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its last step; its measurements may be missing."""
+        return (self.folder / "summary.json").is_file() and read_run(self.folder).finished
+
+
+def make_trials(job: ExperimentJob) -> list[Trial]:
+    """Compose the runs of an experiment, all arms of a seed before the next seed.
+
+    Raises:
+        UserError: the experiment or its scale does not exist, or its words do not compose.
+    """
+    experiment = load_experiment(job.name)
+    scale = scale_of(job.name, experiment, job.scale)
+    base = [f"base={base_folder(job, experiment)}"] if experiment.command == "adapt" else []
+    arms = experiment.arms | scale.arms
+    shared = [*experiment.words, *scale.words, *base, f"device={job.device.value}"]
+    shared += [f"wandb.mode={job.wandb.mode.value}", f"wandb.project={job.wandb.project}"]
+    measure = [
+        line.split() for line in (experiment.measure if scale.measure is None else scale.measure)
+    ]
+    trials = []
+    for seed in job.seeds or range(scale.seeds):
+        for arm, words in arms.items():
+            trial = _trial(job, experiment.command, [*shared, *words, f"seed={seed}"])
+            trials.append(dataclasses.replace(trial, arm=arm, seed=seed, measure=measure))
+    return trials
+
+
+def make_base(job: ExperimentJob) -> Trial | None:
+    """The run of ``diffx train`` that an experiment of DEX starts from; None if there is none."""
+    experiment = load_experiment(job.name)
+    if experiment.command != "adapt" or job.base is not None:
+        return None
+    words = [*experiment.base, *scale_of(job.name, experiment, job.scale).base]
+    refuse(not words, "base=null", f"at scale={job.scale} it must be a model of the hub")
+    return _trial(
+        job, "train", [*words, f"device={job.device.value}", f"wandb.mode={job.wandb.mode.value}"]
+    )
+
+
+def base_folder(job: ExperimentJob, experiment: Experiment) -> str:
+    """The model that an experiment of DEX adapts."""
+    trial = make_base(job)
+    return str(job.base) if trial is None else f"{trial.folder}-exported"
+
+
+def _trial(job: ExperimentJob, command: str, words: list[str]) -> Trial:
+    """One run, in the folder that its config names."""
+    composed = compose(command, words)
+    settings = to_plain(composed)
+    for key in ("run", "wandb", "device"):  # they do not change the figures
+        del settings[key]
+    kind = composed.model.kind if isinstance(composed, TrainJob) else composed.dex.variant.value
+    folder = Path(job.dir) / f"{kind}-{json_sha256(settings)[:10]}"
+    words = [*words, f"run.dir={folder}"]
+    return Trial(arm="", seed=composed.seed, words=words, job=composed, folder=folder, measure=[])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What the jobs of an experiment cost, each run counted once.
+
+    Attributes:
+        runs: how many there are.
+        done: how many of them are finished.
+        tokens: that all runs train on.
+        flops: that training takes; None where a model of the hub is adapted.
+        hours: of the unfinished runs, one after the other; None as ``flops``.
+    """
+
+    runs: int
+    done: int
+    tokens: int
+    flops: float | None
+    hours: float | None
+
+
+def cost_of(trials: list[Trial], device: Device) -> Cost:
+    """Work out what runs cost here.
+
+    The hours of a run are those that a finished run of the same FLOPs took; without one its FLOPs
+    are divided by a share of the matrix-product rate, which is measured.
+    """
+    unique = {trial.folder: trial for trial in trials}
+    done = {folder for folder, trial in unique.items() if trial.finished}
+    tokens = {
+        f: trial.job.train.num_steps * int(trial.job.train.batch_tokens)
+        for f, trial in unique.items()
+    }
+    flops = {f: _flops_per_token(trial) for f, trial in unique.items()}
+    total = None if None in flops.values() else sum(tokens[f] * (flops[f] or 0) for f in unique)
+    hours = None
+    if total is not None:
+        rest = sum(tokens[f] * (flops[f] or 0) for f in unique if f not in done)
+        seconds = sum(read_run(f).summary["seconds"] for f in done)
+        spent = sum(tokens[f] * (flops[f] or 0) for f in done)
+        rate = spent / seconds if seconds else _rate(device)
+        hours = rest / rate / 3600
+    return Cost(
+        runs=len(unique), done=len(done), tokens=sum(tokens.values()), flops=total, hours=hours
+    )
+
+
+def _rate(device: Device) -> float:
+    place = pick_device(device)
+    return matmul_ceiling(place, Precision.fp32) * _UTILISATION[place.type]
+
+
+def _flops_per_token(trial: Trial) -> float | None:
+    if not isinstance(trial.job, TrainJob):
+        return None
+    model: ModelConfig = trial.job.model
+    size = model.vocab_size or getattr(trial.job.tokenizer, "vocab_size", None)
+    with torch.device("meta"):
+        made = build_model(dataclasses.replace(model, vocab_size=size or 100288))
+    return float(made.flops_per_token(trial.job.train.seq_len))
