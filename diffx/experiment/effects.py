@@ -10,7 +10,7 @@ import pandas as pd
 from diffx.config import UserError
 from diffx.config.experiment import Effect
 from diffx.results.curves import tokens_at_equal_loss, tokens_to_reach
-from diffx.results.table import COLUMNS, EXAMPLE
+from diffx.results.table import COLUMNS
 
 ARM = "arm"  # the column that rows of an experiment have beside those of the table of results
 Curve = tuple[np.ndarray, np.ndarray]  # tokens (n,), values (n,)
@@ -101,7 +101,7 @@ def _figure(rows: pd.DataFrame, effect: Effect) -> float:
 
 
 def _selected(rows: pd.DataFrame, select: Mapping[str, Any]) -> pd.DataFrame:
-    chosen = rows[rows["aggregate"] != EXAMPLE]
+    chosen = rows
     for column, value in select.items():
         chosen = chosen[chosen[column].isna() if value is None else chosen[column] == value]
     return chosen.dropna(subset="value")

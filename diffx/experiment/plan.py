@@ -14,7 +14,7 @@ from diffx.config.launch import compose
 from diffx.config.model import ModelConfig
 from diffx.config.train import Device, Precision, TrainJob
 from diffx.experiment.claims import load_experiment, scale_of
-from diffx.files import json_sha256
+from diffx.files import json_sha256, read_json
 from diffx.models import build_model
 from diffx.results.runs import read_run
 from diffx.train.parallel import pick_device
@@ -49,6 +49,17 @@ class Trial:
     def finished(self) -> bool:
         """Whether the run reached its last step; its measurements may be missing."""
         return (self.folder / "summary.json").is_file() and read_run(self.folder).finished
+
+    @property
+    def measured(self) -> Path:
+        """The file that names the folders of results of each command, ``measured.json``."""
+        return self.folder / "measured.json"
+
+    def evaluations(self, command: list[str]) -> list[Path]:
+        """The folders of a command's results; empty if one of them is missing."""
+        names = read_json(self.measured).get(" ".join(command)) if self.measured.exists() else None
+        folders = [self.folder / name for name in names or []]
+        return folders if all((folder / "results.json").is_file() for folder in folders) else []
 
 
 def make_trials(job: ExperimentJob) -> list[Trial]:

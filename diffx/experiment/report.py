@@ -3,7 +3,7 @@
 import math
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
@@ -23,10 +23,11 @@ from diffx.experiment.effects import ARM, cells, natural, onsets, smallest_of, v
 from diffx.experiment.plan import Trial
 from diffx.files import json_sha256, read_json, replacing, write_json, write_text
 from diffx.results import plot
-from diffx.results.read import TRAIN, read_results
+from diffx.results.evaluations import read_evaluation
+from diffx.results.read import TRAIN, curve_rows
 from diffx.results.rule import Ruling, rule
 from diffx.results.runs import read_run
-from diffx.results.table import COLUMNS, EXAMPLE
+from diffx.results.table import COLUMNS, make_frame
 from diffx.results.verdict import on_effect
 
 REPORT, ROWS, RULE = "report.json", "rows.parquet", "rule.json"
@@ -58,25 +59,40 @@ def keep_rule(job: ExperimentJob) -> None:
 
 
 def read_rows(trials: Sequence[Trial]) -> pd.DataFrame:
-    """The rows of finished runs with the column ``arm``: figures of groups, not of examples.
+    """The figures of finished runs, with the column ``arm``.
+
+    These are the held-out losses of every step, the last of the run's other figures, and the
+    aggregated figures of each evaluation that the experiment asks for; of one at few bits ``bits``
+    is set, and ``variant`` is what was rounded.
 
     Raises:
-        UserError: fewer than two runs of an arm are finished, or their recipes differ.
+        UserError: no run is finished, or a file is damaged.
     """
-    finished = [trial for trial in trials if trial.finished]
-    frames = {trial.folder: read_results([trial.folder]) for trial in finished}
-    tagged = []
-    for trial in finished:
-        rows = frames[trial.folder]
-        curve = (rows["source"] == TRAIN) & rows["metric"].isin(_CURVE)
-        last = rows["step"] == rows["step"].max()
-        rows = rows[(rows["aggregate"] != EXAMPLE) & (curve | last)]
-        tagged.append(rows.assign(arm=trial.arm, seed=trial.seed))
-    if not tagged:
-        raise UserError(
-            f"experiment={trials[0].arm} has no finished run; `diffx experiment run` makes them"
-        )
-    return pd.concat(tagged, ignore_index=True)
+    rows = [row for trial in trials if trial.finished for row in _rows_of(trial)]
+    if not rows:
+        raise UserError("no run of this experiment is finished; `diffx experiment run` makes them")
+    frame = make_frame({k: v for k, v in row.items() if k in COLUMNS} for row in rows)
+    return frame.assign(arm=pd.array([row[ARM] for row in rows], dtype="string"))
+
+
+def _rows_of(trial: Trial) -> Iterator[dict[str, Any]]:
+    run = read_run(trial.folder)
+    curve = list(curve_rows(run))
+    last = max(row["step"] for row in curve)
+    place = {ARM: trial.arm, "seed": trial.seed}
+    for row in curve:
+        if row["metric"] in _CURVE or row["step"] == last:
+            yield row | place
+    facts = {key: curve[-1][key] for key in ("checkpoint", "architecture", "parameters")}
+    facts |= {"step": last, "tokens": curve[-1]["tokens"]} | place
+    for command in trial.measure:
+        for folder in trial.evaluations(command):
+            results = read_evaluation(folder).results
+            change = results["settings"].get("change", {})
+            bits = {"bits": change["bits"], "variant": change["kind"]} if change else {}
+            source = {"source": results["suite"]}
+            for row in results["metrics"]:
+                yield facts | source | bits | {k: v for k, v in row.items() if k != "n"}
 
 
 def load_rows(path: Path) -> pd.DataFrame:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffx.config import UserError
-from diffx.config.eval import EvalJob
 from diffx.config.experiment import ExperimentJob
 from diffx.config.launch import compose
 from diffx.console import Reporter, duration, figure, make_table
 from diffx.experiment.plan import Trial, cost_of, make_base, make_trials
 from diffx.export import export
+from diffx.files import read_json, write_json
 
 
 def run_trial(job: ExperimentJob, words: list[str]) -> str:
@@ -27,8 +27,13 @@ def run_trial(job: ExperimentJob, words: list[str]) -> str:
         raise UserError(f"job={job.job} cannot be used: it must be from 0 to {len(trials) - 1}")
     trial = trials[job.job]
     _train(trial)
-    for command, *suite in trial.measure:
-        measure(command, [*suite, f"checkpoint={trial.folder}", f"device={job.device.value}"])
+    for command in trial.measure:
+        if not trial.evaluations(command):
+            shared = [f"checkpoint={trial.folder}", f"device={job.device.value}"]
+            folders = measure(command[0], [*command[1:], *shared])
+            known = read_json(trial.measured) if trial.measured.exists() else {}
+            names = [str(folder.relative_to(trial.folder)) for folder in folders]
+            write_json(trial.measured, known | {" ".join(command): names})
     return str(trial.folder)
 
 
@@ -43,18 +48,16 @@ def prepare(job: ExperimentJob) -> None:
         export(compose("export", [f"checkpoint={trial.folder}", f"out={out}"]))
 
 
-def measure(command: str, words: list[str]) -> None:
-    """Run ``diffx eval`` or ``diffx quantize`` in this process."""
+def measure(command: str, words: list[str]) -> list[Path]:
+    """Run ``diffx eval`` or ``diffx quantize``, and return the folders of results."""
     job = compose(command, [*words, "wandb.mode=disabled"])
     if command == "quantize":
         from diffx.quantization.run import quantize
 
-        quantize(job)
-    else:
-        from diffx.evaluation.run import evaluate
+        return [*quantize(job).values()]
+    from diffx.evaluation.run import evaluate
 
-        assert isinstance(job, EvalJob)
-        evaluate(job, words)
+    return [evaluate(job, words)]
 
 
 def _train(trial: Trial) -> None:
