@@ -32,7 +32,8 @@ class Effect:
             of parameters at equal loss, by two parallel lines of the loss over the logarithm of the
             parameters; ``onset``, the ratio of the tokens until a curve first reaches ``threshold``
             (a run that never does counts with its length).
-        direction: ``lower`` or ``higher``: where the candidate is claimed to be.
+        direction: where the candidate is claimed to be: ``lower``, ``higher``, or ``equal``
+            (nearer to the baseline than ``smallest``).
         smallest: the smallest effect of interest: a difference above 0, or a ratio that is not 1.
         threshold: of ``onset``.
         published: what the paper reports for this effect, in the same unit; null if it prints none.
@@ -57,7 +58,8 @@ class Effect:
 
     def __post_init__(self) -> None:
         require(self.measure in MEASURES, "measure", self.measure, f"one of {', '.join(MEASURES)}")
-        require(self.direction in ("lower", "higher"), "direction", self.direction, "lower, higher")
+        directions = ("lower", "higher", "equal")
+        require(self.direction in directions, "direction", self.direction, ", ".join(directions))
         known = self.smallest != MISSING
         good = not known or (self.smallest > 0 and not (self.ratio and self.smallest == 1))
         require(good, "smallest", self.smallest, "above 0, and as a ratio not 1")
@@ -76,14 +78,12 @@ class Scale:
     Attributes:
         words: of ``diffx train`` or ``diffx adapt-dex``, after those of the experiment.
         seeds: how many, by default; what the pilot's spread asks for.
-        base: words of ``diffx train`` for the model that is adapted, after those of the experiment.
         arms: words of the arms that replace those of the experiment.
         measure: commands that replace those of the experiment.
     """
 
     words: list[str] = field(default_factory=list)
     seeds: int = 5
-    base: list[str] = field(default_factory=list)
     arms: dict[str, list[str]] = field(default_factory=dict)
     measure: list[str] | None = None
 
@@ -102,7 +102,7 @@ class Experiment:
         note: what a reader must know of the design.
         command: ``train`` or ``adapt``, the command of the runs.
         base: words of ``diffx train`` for the model that ``adapt`` starts from, unless ``base=``
-            names another.
+            or the words of the scale name another.
         words: words that all arms share.
         arms: of each arm, by name, its words.
         measure: commands for each finished run: ``eval`` or ``quantize`` and words.

@@ -35,7 +35,7 @@ def values_by_seed(rows: pd.DataFrame, effect: Effect) -> dict[int, float]:
         )
     arms = [*effect.candidate, *effect.baseline]
     seeds = set.intersection(*({*rows.loc[rows[ARM] == arm, "seed"]} for arm in arms))
-    sign = 1 if effect.direction == "higher" else -1
+    sign = _sign(effect)
     return {int(seed): sign * _effect(rows[rows["seed"] == seed], effect) for seed in sorted(seeds)}
 
 
@@ -46,8 +46,12 @@ def smallest_of(effect: Effect) -> float:
 
 def natural(effect: Effect, value: float) -> float:
     """Turn a figure of ``values_by_seed`` back into a difference or a ratio, with its sign."""
-    value = value if effect.direction == "higher" else -value
+    value *= _sign(effect)
     return math.exp(value) if effect.ratio else value
+
+
+def _sign(effect: Effect) -> int:
+    return -1 if effect.direction == "lower" else 1
 
 
 def cells(rows: pd.DataFrame, effect: Effect) -> dict[str, dict[int, float]]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from diffx.config.bridge import to_plain
-from diffx.config.checks import refuse
-from diffx.config.experiment import Experiment, ExperimentJob
+from diffx.config.experiment import ExperimentJob
 from diffx.config.launch import compose
 from diffx.config.model import ModelConfig
 from diffx.config.train import Device, Precision, TrainJob
@@ -70,9 +69,11 @@ def make_trials(job: ExperimentJob) -> list[Trial]:
     """
     experiment = load_experiment(job.name)
     scale = scale_of(job.name, experiment, job.scale)
-    base = [f"base={base_folder(job, experiment)}"] if experiment.command == "adapt" else []
+    trained = make_base(job)
+    base = job.base if trained is None else exported(trained)
     arms = experiment.arms | scale.arms
-    shared = [*experiment.words, *scale.words, *base, f"device={job.device.value}"]
+    shared = [*experiment.words, *scale.words, f"device={job.device.value}"]
+    shared += [] if base is None else [f"base={base}"]
     shared += [f"wandb.mode={job.wandb.mode.value}", f"wandb.project={job.wandb.project}"]
     measure = [
         line.split() for line in (experiment.measure if scale.measure is None else scale.measure)
@@ -86,33 +87,46 @@ def make_trials(job: ExperimentJob) -> list[Trial]:
 
 
 def make_base(job: ExperimentJob) -> Trial | None:
-    """The run of ``diffx train`` that an experiment of DEX starts from; None if there is none."""
+    """The run of ``diffx train`` whose model an experiment of DEX adapts.
+
+    None if it adapts no model, or one of the hub: that of ``base=``, or of the scale's words.
+    """
     experiment = load_experiment(job.name)
-    if experiment.command != "adapt" or job.base is not None:
+    scale = scale_of(job.name, experiment, job.scale)
+    named = any(word.startswith("base=") for word in scale.words)
+    if not experiment.base or named or job.base is not None:
         return None
-    words = [*experiment.base, *scale_of(job.name, experiment, job.scale).base]
-    refuse(not words, "base=null", f"at scale={job.scale} it must be a model of the hub")
-    return _trial(
-        job, "train", [*words, f"device={job.device.value}", f"wandb.mode={job.wandb.mode.value}"]
-    )
+    tracker = f"wandb.mode={job.wandb.mode.value}"
+    return _trial(job, "train", [*experiment.base, f"device={job.device.value}", tracker])
 
 
-def base_folder(job: ExperimentJob, experiment: Experiment) -> str:
-    """The model that an experiment of DEX adapts."""
-    trial = make_base(job)
-    return str(job.base) if trial is None else f"{trial.folder}-exported"
+def exported(trial: Trial) -> Path:
+    """Where the model of ``make_base`` is exported to."""
+    return Path(f"{trial.folder}-exported")
 
 
 def _trial(job: ExperimentJob, command: str, words: list[str]) -> Trial:
     """One run, in the folder that its config names."""
     composed = compose(command, words)
-    settings = to_plain(composed)
+    settings = _changed(composed)
     for key in ("run", "wandb", "device"):  # they do not change the figures
-        del settings[key]
+        settings.pop(key, None)
     kind = composed.model.kind if isinstance(composed, TrainJob) else composed.dex.variant.value
     folder = Path(job.dir) / f"{kind}-{json_sha256(settings)[:10]}"
     words = [*words, f"run.dir={folder}"]
     return Trial(arm="", seed=composed.seed, words=words, job=composed, folder=folder, measure=[])
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The fields of a config that have not their default, so that a new key changes no hash."""
+    settings = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            settings[field.name] = {"kind": getattr(value, "kind", None), **_changed(value)}
+        elif value != field.default:
+            settings[field.name] = to_plain(value)
+    return settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -129,6 +129,7 @@ def analyse(name: str, scale: str, rows: pd.DataFrame) -> dict[str, Any]:
     rulings = rule(
         [[*values.values()] for values in by_seed.values()],
         [smallest_of(effect) for effect in effects],
+        [effect.direction == "equal" for effect in effects],
     )
     return {
         "name": name,
@@ -342,7 +343,7 @@ def draw(report: Mapping[str, Any], rows: pd.DataFrame, path: Path) -> None:
 def _in_units(effect: Effect, published: float, unit: float) -> float:
     """A published figure on the axis of the picture."""
     value = math.log(published) if effect.ratio else published
-    return (value if effect.direction == "higher" else -value) / unit
+    return (-value if effect.direction == "lower" else value) / unit
 
 
 def known_reports(name: str, dir: str) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ from diffx.config import UserError
 from diffx.config.experiment import ExperimentJob
 from diffx.config.launch import compose
 from diffx.console import Reporter, duration, figure, make_table
-from diffx.experiment.plan import Trial, cost_of, make_base, make_trials
+from diffx.experiment.plan import Trial, cost_of, exported, make_base, make_trials
 from diffx.export import export
 from diffx.files import read_json, write_json
 
@@ -43,9 +43,9 @@ def prepare(job: ExperimentJob) -> None:
     if trial is None:
         return
     _train(trial)
-    out = Path(f"{trial.folder}-exported")
-    if not out.exists():
-        export(compose("export", [f"checkpoint={trial.folder}", f"out={out}"]))
+    if not exported(trial).exists():
+        words = [f"checkpoint={trial.folder}", f"out={exported(trial)}"]
+        export(compose("export", words))
 
 
 def measure(command: str, words: list[str]) -> list[Path]:

@@ -1,6 +1,7 @@
 """The rule by which an experiment ends in a verdict, written before its runs.
 
 The rule looks at the interval of an effect, paired by seed, and at the smallest effect of interest.
+A claim that there is no effect is reproduced where the whole interval is smaller than that.
 Several effects of one experiment are corrected by Holm's method (1979), so that the chance of one
 false ``reproduced`` or ``contradicted`` among them is at most 5%.
 """
@@ -34,7 +35,8 @@ class Ruling:
         low: the lower end of the interval at ``level``.
         high: its upper end.
         level: the level of the interval after Holm's correction, such as 0.05.
-        p: of the two-sided t test that the effect is zero.
+        p: of the two-sided t test that the effect is zero; where none is claimed, of the two tests
+            that it is as large as the smallest one of interest.
         seeds: how many seeds there are.
         smallest: the smallest effect of interest.
     """
@@ -55,23 +57,32 @@ class Ruling:
         return seeds_needed(self.std, self.smallest, self.level)
 
 
-def rule(effects: Sequence[Sequence[float]], smallest: Sequence[float]) -> list[Ruling]:
+def rule(
+    effects: Sequence[Sequence[float]],
+    smallest: Sequence[float],
+    equal: Sequence[bool] | None = None,
+) -> list[Ruling]:
     """Rule on the effects of one experiment.
 
     Args:
         effects: of each effect its value for every seed, at least two, positive in the claimed
             direction.
         smallest: of each its smallest effect of interest, above zero.
+        equal: of each whether the claim is that there is no effect of interest.
     """
     values = [np.asarray(effect, dtype=float) for effect in effects]
-    tests = [_p_value(effect) for effect in values]
+    equal = equal or [False] * len(values)
+    tests = [
+        max(_p_value(v + s), _p_value(v - s)) if none else _p_value(v)  # by two tests (TOST)
+        for v, s, none in zip(values, smallest, equal, strict=True)
+    ]
     rulings: dict[int, Ruling] = {}
     level, rejecting = LEVEL, True
     for rank, index in enumerate(sorted(range(len(tests)), key=tests.__getitem__)):
         if rejecting:
             level = LEVEL / (len(tests) - rank)
             rejecting = tests[index] < level
-        rulings[index] = _decide(values[index], smallest[index], tests[index], level)
+        rulings[index] = _decide(values[index], smallest[index], equal[index], tests[index], level)
     return [rulings[index] for index in range(len(tests))]
 
 
@@ -82,13 +93,17 @@ def _p_value(values: np.ndarray) -> float:
     return float(2 * special.stdtr(len(values) - 1, -abs(t)))
 
 
-def _decide(values: np.ndarray, smallest: float, p: float, level: float) -> Ruling:
+def _decide(values: np.ndarray, smallest: float, equal: bool, p: float, level: float) -> Ruling:
     n, estimate, std = len(values), float(values.mean()), float(values.std(ddof=1))
     half = float(special.stdtrit(n - 1, 1 - level / 2)) * std / math.sqrt(n)
     low, high = estimate - half, estimate + half
-    if low > 0:
+    within = -smallest < low and high < smallest
+    if equal:
+        beyond = low > smallest or high < -smallest
+        verdict = "reproduced" if within else "contradicted" if beyond else "undecided"
+    elif low > 0:
         verdict = "reproduced" if estimate >= smallest else "smaller than claimed"
-    elif -smallest < low and high < smallest:
+    elif within:
         verdict = "no such effect at this scale"
     else:
         verdict = "contradicted" if high < 0 else "undecided"

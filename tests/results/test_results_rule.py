@@ -83,3 +83,21 @@ def test_holm_gives_the_smallest_p_the_strictest_level():
     clear, unclear = [1.0, 1.1, 0.9, 1.05], [1.0, -0.6, 0.2, 0.3]
     rulings = rule([unclear, clear, unclear], [0.1] * 3)
     assert [ruling.level for ruling in rulings] == pytest.approx([0.025, 0.05 / 3, 0.025])
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([0.01, -0.01, 0.02, -0.02], "reproduced"),
+        ([0.20, 0.21, 0.19, 0.20], "contradicted"),
+        ([-0.20, -0.21, -0.19, -0.20], "contradicted"),
+        ([0.05, 0.15, 0.02, 0.09], "undecided"),
+    ],
+)
+def test_a_claim_of_no_effect(values, verdict):
+    assert rule([values], [0.1], [True])[0].verdict == verdict
+
+
+def test_an_effect_as_large_as_is_of_interest_is_hardly_ever_called_none():
+    verdicts = [rule([study], [1.0], [True])[0].verdict for study in _studies(1.0, 0.5, 5)]
+    assert np.mean([verdict == "reproduced" for verdict in verdicts]) <= 0.05
