@@ -101,8 +101,9 @@ class Experiment:
         published: the published figures, in a sentence.
         note: what a reader must know of the design.
         command: ``train`` or ``adapt``, the command of the runs.
-        base: words of ``diffx train`` for the model that ``adapt`` starts from, unless ``base=``
-            or the words of the scale name another.
+        bases: words of ``diffx train`` for the models that ``adapt`` starts from, by the beginning
+            of the names of the arms that do (all names begin with ""), unless ``base=`` or the
+            words of the scale name others.
         words: words that all arms share.
         arms: of each arm, by name, its words.
         measure: commands for each finished run: ``eval`` or ``quantize`` and words.
@@ -115,7 +116,7 @@ class Experiment:
     published: str = MISSING
     note: str = ""
     command: str = "train"
-    base: list[str] = field(default_factory=list)
+    bases: dict[str, list[str]] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
     arms: dict[str, list[str]] = field(default_factory=dict)
     measure: list[str] = field(default_factory=list)

@@ -5,7 +5,7 @@ from typing import Any
 from diffx.config.experiment import ExperimentJob
 from diffx.console import Reporter, duration, figure, make_table
 from diffx.experiment.claims import experiment_names, load_experiment
-from diffx.experiment.plan import cost_of, make_base, make_trials
+from diffx.experiment.plan import cost_of, make_bases, make_trials
 from diffx.experiment.report import known_reports, rule_of
 
 NEVER = "never run here"
@@ -37,8 +37,7 @@ def show_list(dir: str, markdown: bool) -> None:
 def _facts(name: str, dir: str) -> list[str]:
     experiment = load_experiment(name)
     job = ExperimentJob(name=name, dir=dir)
-    base = make_base(job)
-    cost = cost_of([*([base] if base else []), *make_trials(job)], job.device)
+    cost = cost_of([*make_bases(job).values(), *make_trials(job)], job.device)
     flops = "-" if cost.flops is None else f"{cost.flops:.1e}"
     hours = "-" if cost.hours is None else duration(cost.hours * 3600)
     state = state_of(name, dir)

@@ -2,6 +2,8 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ import torch
 from diffx.config.bridge import to_plain
 from diffx.config.experiment import ExperimentJob
 from diffx.config.launch import compose
-from diffx.config.model import ModelConfig
 from diffx.config.train import Device, Precision, TrainJob
 from diffx.experiment.claims import load_experiment, scale_of
 from diffx.files import json_sha256, read_json
@@ -69,11 +70,10 @@ def make_trials(job: ExperimentJob) -> list[Trial]:
     """
     experiment = load_experiment(job.name)
     scale = scale_of(job.name, experiment, job.scale)
-    trained = make_base(job)
-    base = job.base if trained is None else exported(trained)
+    bases = make_bases(job)
     arms = experiment.arms | scale.arms
     shared = [*experiment.words, *scale.words, f"device={job.device.value}"]
-    shared += [] if base is None else [f"base={base}"]
+    shared += [] if job.base is None else [f"base={job.base}"]
     shared += [f"wandb.mode={job.wandb.mode.value}", f"wandb.project={job.wandb.project}"]
     measure = [
         line.split() for line in (experiment.measure if scale.measure is None else scale.measure)
@@ -81,27 +81,33 @@ def make_trials(job: ExperimentJob) -> list[Trial]:
     trials = []
     for seed in job.seeds or range(scale.seeds):
         for arm, words in arms.items():
-            trial = _trial(job, experiment.command, [*shared, *words, f"seed={seed}"])
+            adapted = [f"base={exported(bases[arm])}"] if arm in bases else []
+            trial = _trial(job, experiment.command, [*shared, *words, *adapted, f"seed={seed}"])
             trials.append(dataclasses.replace(trial, arm=arm, seed=seed, measure=measure))
     return trials
 
 
-def make_base(job: ExperimentJob) -> Trial | None:
-    """The run of ``diffx train`` whose model an experiment of DEX adapts.
+def make_bases(job: ExperimentJob) -> dict[str, Trial]:
+    """Of each arm of an experiment of DEX the run of ``diffx train`` that it starts from.
 
-    None if it adapts no model, or one of the hub: that of ``base=``, or of the scale's words.
+    Empty where nothing is adapted, or a model of the hub: that of ``base=``, or of the scale.
     """
     experiment = load_experiment(job.name)
     scale = scale_of(job.name, experiment, job.scale)
-    named = any(word.startswith("base=") for word in scale.words)
-    if not experiment.base or named or job.base is not None:
-        return None
-    tracker = f"wandb.mode={job.wandb.mode.value}"
-    return _trial(job, "train", [*experiment.base, f"device={job.device.value}", tracker])
+    arms = experiment.arms | scale.arms
+    words = [*scale.words, *chain.from_iterable(arms.values())]
+    if job.base is not None or any(word.startswith("base=") for word in words):
+        return {}
+    shared = [f"device={job.device.value}", f"wandb.mode={job.wandb.mode.value}"]
+    trials = {
+        name: dataclasses.replace(_trial(job, "train", [*base, *shared]), arm=f"base of {name}")
+        for name, base in experiment.bases.items()
+    }
+    return {arm: trial for arm in arms for name, trial in trials.items() if arm.startswith(name)}
 
 
 def exported(trial: Trial) -> Path:
-    """Where the model of ``make_base`` is exported to."""
+    """Where the model of ``make_bases`` is exported to."""
     return Path(f"{trial.folder}-exported")
 
 
@@ -151,39 +157,33 @@ class Cost:
 def cost_of(trials: list[Trial], device: Device) -> Cost:
     """Work out what runs cost here.
 
-    The hours of a run are those that a finished run of the same FLOPs took; without one its FLOPs
-    are divided by a share of the matrix-product rate, which is measured.
+    The hours follow from the FLOPs a second of the finished runs; without one, from a share of the
+    matrix-product rate, which is measured.
     """
-    unique = {trial.folder: trial for trial in trials}
-    done = {folder for folder, trial in unique.items() if trial.finished}
-    tokens = {
-        f: trial.job.train.num_steps * int(trial.job.train.batch_tokens)
-        for f, trial in unique.items()
-    }
-    flops = {f: _flops_per_token(trial) for f, trial in unique.items()}
-    total = None if None in flops.values() else sum(tokens[f] * (flops[f] or 0) for f in unique)
-    hours = None
-    if total is not None:
-        rest = sum(tokens[f] * (flops[f] or 0) for f in unique if f not in done)
-        seconds = sum(read_run(f).summary["seconds"] for f in done)
-        spent = sum(tokens[f] * (flops[f] or 0) for f in done)
-        rate = spent / seconds if seconds else _rate(device)
-        hours = rest / rate / 3600
-    return Cost(
-        runs=len(unique), done=len(done), tokens=sum(tokens.values()), flops=total, hours=hours
-    )
+    unique = [*{trial.folder: trial for trial in trials}.values()]
+    finished = [trial for trial in unique if trial.finished]
+    tokens = sum(trial.job.train.num_steps * int(trial.job.train.batch_tokens) for trial in unique)
+    cost = Cost(runs=len(unique), done=len(finished), tokens=tokens, flops=None, hours=None)
+    if not all(isinstance(trial.job, TrainJob) for trial in unique):
+        return cost
+    by_arm = {trial.arm: _flops(trial) for trial in unique}  # seeds are alike
+    total = sum(by_arm[trial.arm] for trial in unique)
+    spent = sum(by_arm[trial.arm] for trial in finished)
+    seconds = sum(read_run(trial.folder).summary["seconds"] for trial in finished)
+    rate = spent / seconds if seconds else _rate(device)
+    return dataclasses.replace(cost, flops=total, hours=(total - spent) / rate / 3600)
 
 
+@cache
 def _rate(device: Device) -> float:
     place = pick_device(device)
     return matmul_ceiling(place, Precision.fp32) * _UTILISATION[place.type]
 
 
-def _flops_per_token(trial: Trial) -> float | None:
-    if not isinstance(trial.job, TrainJob):
-        return None
-    model: ModelConfig = trial.job.model
-    size = model.vocab_size or getattr(trial.job.tokenizer, "vocab_size", None)
+def _flops(trial: Trial) -> float:
+    """The FLOPs that training takes by the model's shape."""
+    model, train = trial.job.model, trial.job.train
+    entries = model.vocab_size or getattr(trial.job.tokenizer, "vocab_size", 100288)
     with torch.device("meta"):
-        made = build_model(dataclasses.replace(model, vocab_size=size or 100288))
-    return float(made.flops_per_token(trial.job.train.seq_len))
+        made = build_model(dataclasses.replace(model, vocab_size=entries))
+    return float(made.flops_per_token(train.seq_len) * train.num_steps * int(train.batch_tokens))

@@ -44,7 +44,7 @@ def rule_of(name: str, scale: str) -> dict[str, Any]:
     experiment = load_experiment(name)
     plain = to_plain(experiment)
     decides = {
-        key: plain[key] for key in ("command", "base", "words", "arms", "measure", "effects")
+        key: plain[key] for key in ("command", "bases", "words", "arms", "measure", "effects")
     }
     decides["scale"] = to_plain(scale_of(name, experiment, scale))
     return {"sha256": json_sha256(decides), "rule": decides}

@@ -7,7 +7,7 @@ from diffx.config import UserError
 from diffx.config.experiment import ExperimentJob
 from diffx.config.launch import compose
 from diffx.console import Reporter, duration, figure, make_table
-from diffx.experiment.plan import Trial, cost_of, exported, make_base, make_trials
+from diffx.experiment.plan import Trial, cost_of, exported, make_bases, make_trials
 from diffx.export import export
 from diffx.files import read_json, write_json
 
@@ -38,14 +38,12 @@ def run_trial(job: ExperimentJob, words: list[str]) -> str:
 
 
 def prepare(job: ExperimentJob) -> None:
-    """Train and export the model that an experiment of DEX adapts, unless that was done."""
-    trial = make_base(job)
-    if trial is None:
-        return
-    _train(trial)
-    if not exported(trial).exists():
-        words = [f"checkpoint={trial.folder}", f"out={exported(trial)}"]
-        export(compose("export", words))
+    """Train and export the models that an experiment of DEX adapts, unless that was done."""
+    for trial in make_bases(job).values():
+        if not exported(trial).exists():
+            _train(trial)
+            words = [f"checkpoint={trial.folder}", f"out={exported(trial)}"]
+            export(compose("export", words))
 
 
 def measure(command: str, words: list[str]) -> list[Path]:
@@ -70,17 +68,17 @@ def _train(trial: Trial) -> None:
 def show_plan(job: ExperimentJob, trials: Sequence[Trial]) -> None:
     """Print every job, whether it is done, and the cost; nothing runs."""
     reporter = Reporter()
-    base = make_base(job)
-    jobs = [*trials] if base is None else [base, *trials]
+    bases = {trial.folder: trial for trial in make_bases(job).values()}
+    jobs = [*bases.values(), *trials]
     rows = [
         [
-            number if base is None else number - 1 if number else "base",
-            trial.arm or "base",
+            number if number >= 0 else "",
+            trial.arm,
             trial.seed,
             "done" if trial.finished else "begun" if trial.folder.is_dir() else "",
             " ".join(trial.words),
         ]
-        for number, trial in enumerate(jobs)
+        for number, trial in enumerate(jobs, -len(bases))
     ]
     table = make_table(
         f"{job.name}, scale={job.scale}", ["job", "arm", "seed", "state", "words"], rows

@@ -164,7 +164,7 @@ def test_every_claim_composes_at_its_scales(name):
     [
         (["run", "nothing"], ["nothing", "lm_loss"]),
         (["run", "lm_loss", "scale=pocket"], ["scale=pocket", "laptop"]),
-        (["run", "dex_families", "scale=laptop"], ["scale=laptop", "gpu"]),
+        (["run", "lm_loss", "seeds=[1,x]"], ["seeds", "x"]),
         (["run", "lm_loss", "seeds=1"], ["seeds=1", "2 or more"]),
         (["run", "lm_loss", "seeds=[1,1]"], ["seeds=[1, 1]", "different"]),
         (["run", "lm_loss", "job=3"], ["job=3"]),
