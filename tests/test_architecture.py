@@ -12,6 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A package may import those below it. Packages on one line do not import each other.
 LAYERS = [
     ["cli"],
+    ["experiment"],
     ["report"],
     ["bench"],
     ["analysis"],
@@ -95,6 +96,7 @@ def test_packages_without_torch(path):
     }
     if package_of(path) == "cli":  # no package before a command runs
         own = {"diffx", "diffx.__version__", "diffx.errors", "diffx.files", "diffx.cli.bench"}
+        own |= {"diffx.cli.experiment"}
         assert {module for module in at_once if module.startswith("diffx")} <= own
 
 

@@ -40,6 +40,9 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_can_be_used(command, capsys):
     _, name, *words = shlex.split(command)
+    if name == "experiment":
+        words = [f"name={words[1]}", *words[2:]] if words[1:] else ["name=recall"]
+        name = "claim"
     if name == "data":
         name, words = f"{name} {words[0]}", words[1:]
     if {"--cfg", "--doc"} & set(words) or name in ("params", "compare"):
