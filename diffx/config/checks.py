@@ -15,6 +15,7 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "positive": lambda value: value > 0,
     "zero or more": lambda value: value >= 0,
     "2 or more": lambda value: value >= 2,
+    "5 or more": lambda value: value >= 5,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in (0, 1]": lambda value: 0 < value <= 1,

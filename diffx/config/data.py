@@ -160,7 +160,7 @@ class RecallData(DataConfig):
     """
 
     kind: str = "recall"
-    length: int = 128
+    length: int = 256
     pairs: int = 16
     keys: int = 128
     values: int = 128

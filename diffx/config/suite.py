@@ -254,6 +254,29 @@ class LongContextSuite(SuiteConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class RecallSuite(SuiteConfig):
+    """Accuracy and loss against the number of pairs, of a run of ``data=recall`` (2312.04927).
+
+    Attributes:
+        pairs: numbers of pairs in a sample; ``null`` doubles from 1 to as many as a sample holds,
+            which may be more than in training.
+        samples: samples for each number of pairs.
+        length: tokens of a sample; ``null`` is that of training.
+    """
+
+    kind: str = "recall"
+    pairs: Any = None
+    samples: int = 200
+    length: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.pairs = _counts("suite.pairs", self.pairs, 1, optional=True)
+        _check_numbers(self, "samples")
+        count_fields(self, "suite", "length")
+        check_fields(self, "suite", "length", "5 or more")
+
+
+@dataclass(kw_only=True, slots=True)
 class OutliersSuite(SuiteConfig):
     """The largest attention logits and hidden states, and their medians (2410.05258, table 5).
 
@@ -385,6 +408,7 @@ SUITE_CONFIGS: dict[str, type[SuiteConfig]] = {
     "icl": IclSuite,
     "icl_order": IclOrderSuite,
     "long_context": LongContextSuite,
+    "recall": RecallSuite,
     "outliers": OutliersSuite,
     "hallucination": HallucinationSuite,
     "speed": SpeedSuite,
