@@ -101,6 +101,30 @@ def count_fields(config: Any, group: str, names: str) -> None:
             setattr(config, name, count(f"{group}.{name}".lstrip("."), value))
 
 
+def listed(key: str, value: Any) -> list[Any]:
+    """Return a list as it is and another value as a list; raise ``UserError`` for an empty one."""
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    refuse(not items, f"{key}={value}", "it must have one entry at least")
+    return items
+
+
+def shares(key: str, value: Any) -> list[float]:
+    """Read one or more different numbers from 0 to 1; raise ``UserError`` for others."""
+    items = listed(key, value)
+    good = all(isinstance(item, int | float) and 0 <= item <= 1 for item in items)
+    good = good and len(set(items)) == len(items)
+    require(good, key, value, "different numbers from 0 to 1")
+    return [float(item) for item in items]
+
+
+def texts(key: str, value: Any) -> list[str]:
+    """Read one or more texts that are not empty; raise ``UserError`` for others."""
+    items = listed(key, value)
+    good = all(isinstance(item, str) and item for item in items)
+    require(good, key, value, "a name or a list of names")
+    return items
+
+
 def check_seed(key: str, value: int) -> None:
     """Raise ``UserError`` unless a seed has 32 bits, as NumPy's global generator requires."""
     require(0 <= value < 2**32, key, value, "a whole number from 0 to 4294967295")
