@@ -4,8 +4,9 @@ A sample of T tokens: end of text; n pairs of key and value; then slots of two t
 slots stand the keys again, each with its value behind it, which alone carries loss. As in Zoology's
 code, keys and values of a sample differ from each other, each key is asked for once, and the slots
 are drawn one after the other with probabilities that fall by a power law. Different from that
-code, a value stands behind its query as in text (there a random token does), and distractors are
-keys and values that the sample does not use, so that each query has one answer.
+code, a value stands behind its query as in text (there a random token does); distractors are keys
+and values that the sample does not use, so that each query has one answer; and the queries are in
+random order (there the first pairs are asked for first, so that a place tells of its answer).
 """
 
 import numpy as np
@@ -56,7 +57,7 @@ def make_sample(
     slots = (data.length - first) // 2
     weights = np.arange(1.0, slots + 1) ** (data.power - 1)
     places = random.choice(slots, pairs, replace=False, p=weights / weights.sum())
-    places = first + 2 * places
+    places = first + 2 * random.permutation(places)
     tokens[places], tokens[places + 1] = keys[:pairs], values[:pairs]
     mask = np.zeros(data.length, np.uint8)
     mask[places + 1] = 1

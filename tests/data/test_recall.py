@@ -71,13 +71,14 @@ def test_without_distractors():
 
 @pytest.mark.parametrize("power", [0.01, 0.5, 1.0])
 def test_queries_stand_where_a_power_law_says(power):
-    """Zoology: slots are drawn one after the other, in the order of the pairs."""
+    """Slots are drawn one after the other, as in Zoology, and do not tell which pair is asked."""
     corpus = opened(power=power, length=17, keys=3, values=3, pairs=2)  # six slots behind two pairs
     weights = np.arange(1.0, 7) ** (power - 1)
-    expected = {
+    drawn = {
         (i, j): weights[i] / weights.sum() * weights[j] / (weights.sum() - weights[i])
         for i, j in itertools.permutations(range(6), 2)
     }
+    expected = {(i, j): (drawn[i, j] + drawn[j, i]) / 2 for i, j in drawn}
     seen: Counter = Counter()
     for number in range(3000):
         tokens, mask = make_sample(corpus.data, [9, number], pairs=2)
