@@ -145,13 +145,12 @@ def build(
         threshold = holdout_threshold(source)
         if isinstance(tokenizer, BpeTokenizer):
             tokenizer = make_tokenizer(tokenizer, _training_texts(source, threshold))
-        fields = ("kind", "vocab_size", "eot_id", "fingerprint")
         meta = {
             "format": FORMAT,
             "complete": False,
             "settings": settings,
             "threshold": threshold,
-            "tokenizer": {name: getattr(tokenizer, name) for name in fields},
+            "tokenizer": tokenizer_facts(tokenizer),
             "dtype": token_dtype(tokenizer.vocab_size),
             "masked": getattr(source.data, "prompt_key", None) is not None,
             "sha256": "",
@@ -175,6 +174,12 @@ def build(
         writer.finish()
     finally:
         writer.close()
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what is recorded of a tokenizer."""
+    fields = ("kind", "vocab_size", "eot_id", "fingerprint")
+    return {name: getattr(tokenizer, name) for name in fields}
 
 
 def holdout_threshold(source: Source) -> int:

@@ -54,10 +54,11 @@ class Scratch:
             UserError: the vocabulary, the tokenizer or the weights cannot be used.
         """
         job, kind = self._job, corpus.tokenizer.kind
-        if job.data.kind == "shards" and kind != job.tokenizer.kind and self._tokenizer_given:
+        has_tokenizer = job.data.kind in ("shards", "recall")
+        if has_tokenizer and kind != job.tokenizer.kind and self._tokenizer_given:
             raise UserError(
-                f"tokenizer={job.tokenizer.kind} cannot be used with data=shards: these hold "
-                f"{kind} tokens; leave it out"
+                f"tokenizer={job.tokenizer.kind} cannot be used with data={job.data.kind}: these "
+                f"hold {kind} tokens; leave it out"
             )
         entries = corpus.tokenizer.vocab_size
         size = job.model.vocab_size or entries
