@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,8 @@ class DecoderLM(TemplateLM):
         for texts, context, continuation in requests:
             size = len(continuation)
             if not 1 <= size <= longest:
-                raise RunError(
-                    f"the continuation {texts[1][:60]!r} has {size or 'no'} tokens: it must have "
-                    f"from 1 to {longest} (the model's context)"
-                )
+                failed = f"the continuation {texts[1][:60]!r} has {size or 'no'} tokens"
+                raise RunError(f"{failed}: it must have from 1 to {longest} (the model's context)")
             room = longest + 1 - size  # the last token is predicted, but not read
             pairs.append((context[-room:], continuation))
             self.cut += len(context) > room
@@ -149,30 +147,29 @@ def with_chat_template(lm: LanguageModel, job: EvalJob, system: str | None = Non
     Raises:
         UserError: the template is missing, cannot be used, or refuses the instruction ``system``.
     """
-    setting = "suite.chat_template=true"
-    accepted = "a run has no chat template; only a model of the hub can have one"
-    refuse(isinstance(lm.model, Decoder), setting, accepted)
+    setting, name = "suite.chat_template=true", lm.name
+    problem = "a run has no chat template; only a model of the hub can have one"
+    refuse(isinstance(lm.model, Decoder), setting, problem)
     tokenizer = _tokenizer(lm, job)
-    accepted = f"the tokenizer of {lm.name} has no chat template; choose an instruct model"
-    refuse(not tokenizer.chat_template, setting, accepted)
+    problem = f"the tokenizer of {name} has no chat template; choose an instruct model"
+    refuse(not tokenizer.chat_template, setting, problem)
     fill = partial(tokenizer.apply_chat_template, tokenize=False)
     turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
-    with refusing(setting, f"the template of {lm.name} fails"):
+    with refusing(setting, f"the template of {name} fails"):
         asked, answered = fill(turns[:1], add_generation_prompt=True), fill(turns)
     if system:
         instructed = ""
         with suppress(TemplateError):
             instructed = fill([{"role": "system", "content": system}, *turns[:1]])
-        accepted = f"the chat template of {lm.name} has no system role; set it to null"
-        refuse(system.strip() not in instructed, f"suite.system_instruction={system}", accepted)
-    complete = _USER in asked and _ASSISTANT in answered
-    refuse(not complete, setting, f"the template of {lm.name} leaves out a turn's text")
+        problem = f"the chat template of {name} has no system role; set it to null"
+        refuse(system.strip() not in instructed, f"suite.system_instruction={system}", problem)
+    incomplete = _USER not in asked or _ASSISTANT not in answered
+    refuse(incomplete, setting, f"the template of {name} leaves out a turn's text")
     head, _, middle = asked.rpartition(_USER)
     chat = copy(lm)
-    first, chat.suffix, chat.closing = (
-        tokenizer.encode(text, add_special_tokens=False)
-        for text in (head, middle, answered.rpartition(_ASSISTANT)[2])
-    )
+    texts = (head, middle, answered.rpartition(_ASSISTANT)[2])
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    first, chat.suffix, chat.closing = map(encode, texts)
     chat.prefix = first if first[: len(lm.prefix)] == lm.prefix else lm.prefix + first
     chat.ends = lm.ends | ({*chat.closing[:1]} & {*tokenizer.all_special_ids})
     return chat
@@ -203,10 +200,8 @@ class PretrainedLM:
                 return getattr(self.hflm, method)(requests, disable_tqdm=True)
             except torch.OutOfMemoryError as error:
                 if size == 1:
-                    raise RunError(
-                        f"one request does not fit in the memory of {self.hflm.device}: "
-                        "choose dtype=bf16 or fewer shots"
-                    ) from error
+                    failed = f"one request does not fit in the memory of {self.hflm.device}"
+                    raise RunError(f"{failed}: choose dtype=bf16 or fewer shots") from error
                 size //= 2
 
     def _tokens(self, request: Any) -> int:
@@ -249,37 +244,29 @@ class RecordingLM(LM):
             if isinstance(row.get("request"), str) and "answer" in row
         }
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Score continuations of contexts."""
-        return [tuple(answer) for answer in self._answer("loglikelihood", requests)]
-
-    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Score whole texts."""
-        return self._answer("loglikelihood_rolling", requests)
-
-    def generate_until(self, requests: list[Any]) -> list[str]:
-        """Continue prompts."""
-        return self._answer("generate_until", requests)
-
     def _answer(self, method: str, requests: list[Any]) -> list[Any]:
-        keys, counts = [], Counter[str]()
+        keys, todo, counts = [], [], Counter[str]()
         for request in requests:  # equal requests can have several answers, where they are sampled
             key = hash_args(method, request.args)
             keys.append(f"{key}/{counts[key]}")
             counts[key] += 1
-        pairs = zip(keys, requests, strict=True)
-        todo = [(key, request) for key, request in pairs if key not in self._known]
-        done = len(keys) - len(todo)
-        self._tell(done, len(keys))
-        for first in range(0, len(todo), _CHUNK):
-            names, chunk = zip(*todo[first : first + _CHUNK], strict=True)
-            answers = dict(zip(names, self._ask(method, list(chunk)), strict=True))
+            if keys[-1] not in self._known:
+                todo.append((keys[-1], request))
+        self._tell(len(keys) - len(todo), len(keys))
+        while todo:
+            chunk, todo = todo[:_CHUNK], todo[_CHUNK:]
+            answers = self._ask(method, [request for _, request in chunk])
             with append_lines(self._path) as file:
-                for key, answer in answers.items():
+                for (key, _), answer in zip(chunk, answers, strict=True):
+                    self._known[key] = answer
                     file.write(checked_line({"request": key, "answer": answer}))
-            self._known |= answers
-            self._tell(done + first + len(chunk), len(keys))
-        return [self._known[key] for key in keys]
+            self._tell(len(keys) - len(todo), len(keys))
+        known = [self._known[key] for key in keys]
+        return list(map(tuple, known)) if method == "loglikelihood" else known
+
+    loglikelihood = partialmethod(_answer, "loglikelihood")
+    loglikelihood_rolling = partialmethod(_answer, "loglikelihood_rolling")
+    generate_until = partialmethod(_answer, "generate_until")
 
     @property
     def tokenizer_name(self) -> str:

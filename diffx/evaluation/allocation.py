@@ -7,6 +7,7 @@ noise is the rest of the context; the first token and the question are neither.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def _allocate(lm: LanguageModel, sample: Sample) -> np.ndarray:
 
 def declare(context: Context) -> Declaration:
     """Means by depth, and by layer and head."""
-    axes = {"x": "depth", "xlabel": "depth of the answer", "ylabel": "share of attention"}
+    axes: Any = {"x": "depth", "xlabel": "depth of the answer", "ylabel": "share of attention"}
     bars = [
         Picture(kind="bars", title=f"Attention to the {name}", metrics=[name, f"|{name}|"], **axes)
         for name in ("answer", "noise")

@@ -1,6 +1,7 @@
 """Mathematics tasks of ``tasks/``: their rows in one form, and whether an answer is right."""
 
 import re
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
@@ -8,9 +9,8 @@ from datasets import Dataset
 
 _DIGITS = r"(?<!\d)\d{1,100}(?!\d)"  # bounded, so that a search is linear
 _NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)])-)?"
-    rf"(?:(?:(?P<whole>{_DIGITS})\s+)?(?P<above>{_DIGITS})\s*/\s*(?P<below>{_DIGITS})"
-    rf"|(?P<decimal>(?:{_DIGITS}(?:\.\d{{1,100}})?|\.\d{{1,100}})(?:[eE][-+]?\d{{1,3}})?))"
+    rf"(?P<sign>(?<![\w)])-)?(?P<value>(?:{_DIGITS}\s+)?{_DIGITS}\s*/\s*{_DIGITS}"
+    rf"|(?:{_DIGITS}(?:\.\d{{1,100}})?|\.\d{{1,100}})(?:[eE][-+]?\d{{1,3}})?)"
 )
 _QUESTIONS = ("question", "problem", "content", "input")
 _ANSWERS = ("answer", "Answer", "target")
@@ -102,11 +102,10 @@ def _number(text: str) -> Fraction | None:
     match = _NUMBER.fullmatch(text.strip())
     if match is None:
         return None
-    sign = -1 if match["sign"] else 1
-    if match["decimal"]:
-        return sign * Fraction(match["decimal"])
-    whole, above, below = (int(match[part] or 0) for part in ("whole", "above", "below"))
-    return sign * (whole + Fraction(above, below)) if below else None
+    parts = re.sub(r"\s*/\s*", "/", match["value"]).split()  # of a mixed number
+    with suppress(ZeroDivisionError):
+        return sum(map(Fraction, parts), Fraction()) * (-1 if match["sign"] else 1)
+    return None
 
 
 def _plain(text: str) -> str:

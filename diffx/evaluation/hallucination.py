@@ -84,14 +84,9 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             said = text.strip().partition(stop)[0].rstrip()  # many models begin with an empty line
             scores = score(said, data["references"])
             scores |= {"answer_tokens": len(lm.encode(said)), "empty": float(not said)}
-            yield {
-                "id": chosen[index].id,
-                "by": {"task": data["task"]},
-                **{key: value for key, value in data.items() if key not in ("text", "task")},
-                "prompt": prompt,
-                "answer": said,
-                "scores": scores | {"text_seen": seen},
-            }
+            record = {key: value for key, value in data.items() if key not in ("text", "task")}
+            record |= {"id": chosen[index].id, "by": {"task": data["task"]}, "prompt": prompt}
+            yield record | {"answer": said, "scores": scores | {"text_seen": seen}}
 
 
 def fit(lm: LanguageModel, row: dict[str, Any], max_tokens: int) -> tuple[str, float]:
@@ -188,10 +183,8 @@ def figures(context: Context, records: list[Record]) -> Iterator[Record]:
         unusable = judged.count(None) / len(judged)
         yield place | {"metric": "unusable_verdicts", "value": unusable}
         if unusable > _MAX_UNUSABLE:
-            context.reporter.warn(
-                f"{task}: {unusable:.0%} of the judge's {len(judged)} replies give no verdict; "
-                "`faithful` is a mean over the others"
-            )
+            share = f"{unusable:.0%} of the judge's {len(judged)} replies give no verdict"
+            context.reporter.warn(f"{task}: {share}; `faithful` is a mean over the others")
 
 
 def _prompt(row: dict[str, Any], text: str) -> str:
@@ -210,8 +203,8 @@ def _load(task: str, data_dir: str | None) -> tuple[str, list[dict[str, Any]]]:
     elif data_dir:
         paths = [Path(data_dir).expanduser() / f"{task}{suffix}" for suffix in _SUFFIXES]
         existing = [path for path in paths if path.is_file()]
-        accepted = f"it has no {task}.jsonl or {task}.jsonl.gz; rows as on the hub, or {_ACCEPTED}"
-        refuse(not existing, f"suite.data_dir={data_dir}", accepted)
+        problem = f"it has no {task}.jsonl or {task}.jsonl.gz; rows as on the hub, or {_ACCEPTED}"
+        refuse(not existing, f"suite.data_dir={data_dir}", problem)
         rows = read_rows(existing[0], "suite.data_dir")
     else:
         rows = list(enumerate(_fetch(task), 1))

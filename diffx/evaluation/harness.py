@@ -29,15 +29,13 @@ from diffx.models import Decoder
 from diffx.results.declare import Average, Declaration, Metric, Picture, Table, metrics
 from diffx.results.published import published
 
+_COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # Settings of a run's generation, each with a test of its values and what is accepted.
 _GENERATION: dict[str, tuple[Callable[[Any], bool], str]] = {
     "until": (lambda value: _are_texts(value), "a text or a list of texts"),
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
     "temperature": (lambda value: type(value) in (int, float) and value >= 0, "zero or more"),
-    **dict.fromkeys(
-        ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
-        (lambda value: type(value) is int and value >= 1, POSITIVE),
-    ),
+    **{name: (lambda value: type(value) is int and value >= 1, POSITIVE) for name in _COUNTS},
 }
 _SEED = 1234  # lm-eval's for demonstrations: seed=0 draws the same ones
 _RESAMPLES = 200  # of figures that are not means
@@ -190,21 +188,16 @@ def _records(context: Context, task: Task, samples: list[dict[str, Any]]) -> Ite
             scores["answer_tokens"] = float(np.mean(lengths))
         elif task.OUTPUT_TYPE == "loglikelihood_rolling":
             scores["loglikelihood"] = float(sum(responses))
-        record = {
-            "id": f"{task.task_name}/{task.get_config('num_fewshot')}/{number}",
-            "scores": scores,
-            "prompts": list(dict.fromkeys(each[0] for each in arguments)),
-            "responses": responses,
-            "target": _plain(sample["target"]),
-        }
+        name = f"{task.task_name}/{task.get_config('num_fewshot')}/{number}"
+        prompts = list(dict.fromkeys(each[0] for each in arguments))
+        record = {"id": name, "scores": scores, "prompts": prompts, "responses": responses}
+        record["target"] = _plain(sample["target"])
         if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
             record["choices"] = [each[1] for each in arguments]
         yield record | ({"values": values} if values else {})
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it."""
-
     def convert(other: Any) -> Any:
         return other.tolist() if hasattr(other, "tolist") else str(other)
 

@@ -73,9 +73,9 @@ def load_tasks(
         manager = TaskManager(include_path=paths)  # seconds: it reads thousands of files
     for name in names:
         close = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3))
-        accepted = "a task, group or tag of lm-eval, or of suite.include_path"
-        accepted = f"there is no such task; {f'did you mean {close}?' if close else accepted}"
-        refuse(name not in manager.all_tasks, f"suite.tasks={name}", accepted)
+        advice = "it must be a task, group or tag of lm-eval, or of suite.include_path"
+        problem = f"there is no such task; {f'did you mean {close}?' if close else advice}"
+        refuse(name not in manager.all_tasks, f"suite.tasks={name}", problem)
     loaded = Tasks()
     random.seed(seed)
     np.random.seed(seed)
@@ -136,8 +136,8 @@ def _add(loaded: Tasks, name: str, manager: TaskManager) -> None:
     tasks = built["tasks"]
     for task_name, task in tasks.items():
         unusable = getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False)
-        advice = "it runs generated code or needs more than text; choose another task"
-        refuse(unusable, f"suite.tasks={task_name}", advice)
+        problem = "it runs generated code or needs more than text; choose another task"
+        refuse(unusable, f"suite.tasks={task_name}", problem)
     groups = {key: group for key, group in built["groups"].items() if group.has_aggregation}
     loaded.tasks |= tasks
     loaded.groups |= groups

@@ -43,7 +43,7 @@ def declare(context: Context) -> Declaration:
         n, by = len(task.labels), {"task": task.name}
         label = f"guessing among {n} labels"
         references.append(Reference(label=label, metric="accuracy", value=1 / n, by=by))
-    axes: dict[str, Any] = {"x": "shots", "xlabel": f"demonstrations{a_class}", "log": "x"}
+    axes: Any = {"x": "shots", "xlabel": f"demonstrations{a_class}", "log": "x"}
     axes |= {"ylabel": "accuracy (band: 95% interval)", "limits": [0, 1], "panels": ["task"]}
     return Declaration(
         metrics=metrics(["accuracy"], unit="accuracy"),

@@ -46,7 +46,7 @@ def _plan_task(context: Context, task: Task) -> Iterator[Example]:
             prefix = f"{task.name}/{arrangement}/{shots}/{seed}"
             for order in range(suite.orders):
                 name = f"{prefix}/{order}"
-                data = {"labels": task.labels, "about": {"seed": seed, "order": order}}
+                data: Record = {"labels": task.labels, "about": {"seed": seed, "order": order}}
                 data["by"] = {"task": task.name, "variant": arrangement}
                 data["demonstrations"] = arrange(rows[:shots], arrangement, name)
                 yield from ask_queries(name, prefix, context.limited(queries), data)
@@ -71,7 +71,7 @@ def declare(context: Context) -> Declaration:
         average=Average(over=["task"], by=["variant"], label="average {variant}"),
     )
     title, ylabel = "Orders of the same demonstrations", "accuracy (dot: an order; line: mean)"
-    limits = [0, 1.02]
+    limits: list[float | None] = [0, 1.02]
     return Declaration(
         metrics=[
             *metrics(["accuracy", _ORDER], unit="accuracy"),

@@ -151,19 +151,12 @@ def classify(context: Context, examples: list[Example]) -> Iterator[Record]:
         texts = [example.data["text"] for example in members]
         queries = [query + lm.suffix for query in prompts.queries(texts)]
         for index, label, score in likeliest(lm, shared, queries, prompts.answers, context.batch):
-            example, data, predicted = members[index], members[index].data, first["labels"][label]
-            record = {
-                "id": example.id,
-                "example": data["example"],
-                "by": data["by"],
-                "scores": {"accuracy": float(predicted == data["label"])},
-                **data.get("about", {}),
-                "text": data["text"],
-                "label": data["label"],
-                "predicted": predicted,
-                "log_probability": score,
-                "tokens": len(shared) + len(queries[index]),
-            }
+            example, predicted = members[index], first["labels"][label]
+            data = example.data
+            record = {key: data[key] for key in ("example", "by", "text", "label")}
+            record |= {"id": example.id, "predicted": predicted, "log_probability": score}
+            record["scores"] = {"accuracy": float(predicted == data["label"])}
+            record["tokens"] = len(shared) + len(queries[index])
             if example.id.endswith("/0"):  # the same for all
                 record["demonstrations"] = first["demonstrations"]
-            yield record
+            yield record | data.get("about", {})

@@ -8,6 +8,7 @@ import re
 import string
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -133,8 +134,8 @@ def ask(
     """
     secret = os.environ.get("OPENAI_API_KEY", "").strip()
     valid = secret.isascii() and secret.isprintable()
-    accepted = "it holds a character that a key cannot have; copy it again"
-    refuse(not valid, "OPENAI_API_KEY", accepted)
+    problem = "it holds a character that a key cannot have; copy it again"
+    refuse(not valid, "OPENAI_API_KEY", problem)
     name = f"judge.base_url={judge.base_url} with judge.model={judge.model}"
     endpoint = [judge.base_url, judge.model, judge.temperature]
     keys = [json_sha256([*endpoint, prompt]) for prompt in prompts]
@@ -220,20 +221,17 @@ class _BoundedClient(DefaultAsyncHttpxClient):
         try:
             return await asyncio.wait_for(self._read(request, options), self._seconds)
         except asyncio.TimeoutError:
-            raise _httpx.ReadTimeout(
-                f"no whole reply within judge.timeout={self._seconds:g} seconds", request=request
-            ) from None
+            failed = f"no whole reply within judge.timeout={self._seconds:g} seconds"
+            raise _httpx.ReadTimeout(failed, request=request) from None
 
     async def _read(self, request: Any, options: dict[str, Any]) -> Any:
         response = await super().send(request, **options | {"stream": True})
         content = b""
-        try:
+        async with aclosing(response):
             async for block in response.aiter_raw():
                 content += block
                 if len(content) > _MAX_BYTES:
                     break
-        finally:
-            await response.aclose()
         headers = dict(response.headers)
         if headers.pop("content-encoding", "") == "gzip":  # some servers send it unasked
             try:
@@ -254,9 +252,8 @@ async def _reply(client: AsyncOpenAI, judge: EndpointJudge, prompt: str) -> str:
     try:
         content = parse_json(raw.content)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError):  # such as a page of HTML
-        raise ValueError(
-            "it answers, but not with a chat completion; the address mostly ends in /v1"
-        ) from None
+        wrong = "it answers, but not with a chat completion; the address mostly ends in /v1"
+        raise ValueError(wrong) from None
     return _text(content)
 
 
@@ -267,10 +264,9 @@ def _text(content: Any) -> str:
         return "".join(part for part in parts if isinstance(part, str))
     if content is None or isinstance(content, str):
         return content or ""
-    try:
+    with suppress(RecursionError):
         return json.dumps(content)
-    except RecursionError:
-        return ""
+    return ""
 
 
 def _failure(error: Exception, secret: str) -> str:

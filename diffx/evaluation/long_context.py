@@ -5,6 +5,7 @@ is in the context and is not frequent in the training text. Notation: T tokens.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,8 +48,6 @@ def plan(context: Context) -> list[Example]:
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     """Score the texts one by one."""
     suite = context.suite
-    if not examples:
-        return
     texts = [example.data["tokens"] for example in examples]
     where, train = _training_tokens(context, examples[0].data["corpus"])
     wanted = np.unique(np.concatenate([pair_keys(text)[repeated(text)] for text in texts]))
@@ -67,16 +66,9 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
         for position in (*(1 << power for power in range((n - 1).bit_length())), n):
             value = float(sums[position - 1] / position)
             rows.append({"metric": "cumulative nll", "value": value, "position": position})
-        yield {
-            "id": example.id,
-            "by": {},
-            "scores": {},
-            "rows": rows,
-            "tokens": n,
-            "ar_hits": int(hits.sum()),
-            "frequent": f"over {suite.frequent} times in {where}",
-            "begin": context.lm.decode(tokens[:32]),
-        }
+        record = {"id": example.id, "by": {}, "scores": {}, "rows": rows, "tokens": n}
+        record |= {"ar_hits": int(hits.sum()), "begin": context.lm.decode(tokens[:32])}
+        yield record | {"frequent": f"over {suite.frequent} times in {where}"}
 
 
 def pair_keys(tokens: np.ndarray) -> np.ndarray:
@@ -138,7 +130,8 @@ def declare(context: Context) -> Declaration:
     loss = {"unit": "nats per token", "better": "lower"}
     parts = ["nll/ar_hit", "nll/others"]
     first, title = ["cumulative nll"], "Loss of the first tokens"
-    axes = {"x": "position", "xlabel": "tokens", "ylabel": "nats per token up to there", "log": "x"}
+    axes: Any = {"x": "position", "xlabel": "tokens", "log": "x"}
+    axes |= {"ylabel": "nats per token up to there"}
     return Declaration(
         metrics=[
             *metrics(["nll", *parts], aggregate="weighted mean", **loss),

@@ -56,6 +56,7 @@ class LanguageModel:
         suffix: tokens between a text and its answer, with a chat template.
         closing: tokens that end an answer, with a chat template.
         ends: tokens that end a generation.
+        encode, encode_batch, decode: texts to tokens without special ones, and back.
         pads: whether texts of different lengths can share a cache.
     """
 
@@ -67,34 +68,18 @@ class LanguageModel:
         self.suffix: list[int] = []
         self.closing: list[int] = []
         self.device = next(loaded.model.parameters()).device
+        self.name = loaded.name
+        self.encode, self.encode_batch = self.tokenizer.encode, self.tokenizer.encode_batch
+        self.decode = self.tokenizer.decode
+        config = loaded.model.config
         self._decoder = isinstance(loaded.model, Decoder)
-        self.pads = self._decoder or _full_attention(loaded.model.config)
-        if not self._decoder:
+        self.pads = self._decoder or _full_attention(config)
+        if self._decoder:
+            self.num_layers = config.num_layers
+        else:
+            self.num_layers = config.get_text_config().num_hidden_layers
             self._cache = cache_keyword(loaded.model)
             self._keeps = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
-
-    @property
-    def name(self) -> str:
-        """The model's name, for tables."""
-        return self.loaded.name
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers."""
-        config = self.model.config
-        return config.num_layers if self._decoder else config.get_text_config().num_hidden_layers
-
-    def encode(self, text: str) -> list[int]:
-        """Encode a text, without special tokens."""
-        return self.tokenizer.encode(text)
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Encode several texts."""
-        return self.tokenizer.encode_batch(texts)
-
-    def decode(self, ids: list[int]) -> str:
-        """Turn tokens into text."""
-        return self.tokenizer.decode(ids)
 
     def prompt(self, text: str, answer: str = "") -> list[int]:
         """Tokens of an input: ``prefix``, text, ``suffix`` and the beginning of the answer."""
@@ -103,9 +88,9 @@ class LanguageModel:
         return self.prefix + self.encode(text) + self.suffix + self.encode(answer.lstrip())
 
     @torch.inference_mode()
-    def logits(self, ids: Tensor, keep: int | None = None) -> Tensor:
-        """Logits after the last ``keep`` tokens (all, if None) of ids (B, T), fp32 (B, keep, V)."""
-        return self._forward(ids.to(self.device), keep or ids.shape[1])
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits after each token of ids (B, T), fp32 (B, T, V)."""
+        return self._forward(ids.to(self.device), ids.shape[1])
 
     @torch.inference_mode()
     def score(

@@ -7,7 +7,7 @@ most 1/64; magnitudes below 2^-20 count as 2^-20. Memory grows with T, the token
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -93,10 +93,8 @@ def plan(context: Context) -> list[Example]:
         while len(text) < size and (document := next(documents, None)) is not None:
             text += [*lm.encode(document), lm.tokenizer.eot_id]
         if not text:
-            context.reporter.warn(
-                f"suite.tokens={suite.tokens}: the text has only {suite.tokens - remaining} "
-                "tokens, which are all measured"
-            )
+            few = f"the text has only {suite.tokens - remaining} tokens, which are all measured"
+            context.reporter.warn(f"suite.tokens={suite.tokens}: {few}")
             break
         windows.append(lm.prefix + text[:size])
         text = text[size:]
@@ -122,14 +120,10 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             # a layer without attention has no logits
             layers = [tally.record() for tally in tallies[example.data["task"]] if tally.top]
             magnitudes = _merged(layers, keep).figures(ranks)
-            yield {
-                "id": example.id,
-                "by": {"task": example.data["task"]},
-                "scores": {f"{name}, {_WINDOWS}": value for name, value in magnitudes.items()},
-                "tokens": len(window),
-                "text": lm.decode(list(window)),
-                "layers": layers,
-            }
+            scores = {f"{name}, {_WINDOWS}": value for name, value in magnitudes.items()}
+            record = {"id": example.id, "by": {"task": example.data["task"]}, "scores": scores}
+            record |= {"tokens": len(window), "text": lm.decode(list(window)), "layers": layers}
+            yield record
 
 
 def declare(context: Context) -> Declaration:
@@ -137,7 +131,7 @@ def declare(context: Context) -> Declaration:
     names = [*(f"top-{rank}" for rank in context.suite.top), "median"]
     shown = [name for name in names if name in ("top-1", "top-10", "top-100", "median")] or names
     options = {"unit": "magnitude", "better": "lower"}
-    axes = {"x": "layer", "xlabel": "layer", "ylabel": "magnitude", "log": "y"}
+    axes: Any = {"x": "layer", "xlabel": "layer", "ylabel": "magnitude", "log": "y"}
     title = "{panel} by layer"
     curves = Picture(kind="curve", title=title, metrics=shown, panels=["task"], **axes)
     return Declaration(
@@ -160,7 +154,7 @@ def figures(context: Context, records: list[Record]) -> Iterator[Record]:
     ranks = context.suite.top
     for task in _GROUPS:
         windows = [record["layers"] for record in records if record["by"]["task"] == task]
-        layers = list(map(list, zip(*windows, strict=True)))
+        layers = list(zip(*windows, strict=True))
         for layer, tallies in [(None, chain.from_iterable(layers)), *enumerate(layers)]:
             place = {"task": task, "layer": layer, "n": len(windows)}
             for name, value in _merged(tallies, max(ranks)).figures(ranks).items():
@@ -177,10 +171,9 @@ def _read(
     def attention(layer: int, view: AttentionView) -> None:
         _require_finite(layer, view.q, view.k)
         rows = max(1, _ELEMENTS // len(window))
-        for m in range(view.num_maps):
-            for start in range(0, len(window), rows):
-                stop = min(start + rows, len(window))
-                tallies[LOGITS][layer].add(view.logits(m, start, stop)[..., :stop])
+        for m, start in product(range(view.num_maps), range(0, len(window), rows)):
+            stop = min(start + rows, len(window))
+            tallies[LOGITS][layer].add(view.logits(m, start, stop)[..., :stop])
 
     def hidden(layer: int, states: Tensor) -> None:
         _require_finite(layer, states)

@@ -184,7 +184,7 @@ def declare(context: Context) -> Declaration:
         Reference(label="guessing", metric="constrained", value=1 / n, by={"task": _case(n, asked)})
         for n, asked in suite.cases
     ]
-    axes: dict[str, Any] = {"x": "length", "y": "depth", "limits": [0, 1], "xlabel": "tokens"}
+    axes: Any = {"x": "length", "y": "depth", "limits": [0, 1], "xlabel": "tokens"}
     axes |= {"ylabel": "depth of the answer", "panels": ["task", "metric"], "title": "{panel}"}
     cell = label + " depth {depth:.0%}"
     return Declaration(

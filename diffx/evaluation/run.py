@@ -260,8 +260,8 @@ def _tidy(folder: Path) -> None:
 def _settings(context: Context) -> dict[str, Any]:
     """What decides the results, besides the model; it is hashed."""
     job = context.job
-    settings = {"suite": asdict(job.suite), "sources": context.sources, "dtype": job.dtype.value}
-    settings |= {"limit": job.limit, "seed": job.seed}
+    settings: dict[str, Any] = {"suite": asdict(job.suite), "sources": context.sources}
+    settings |= {"dtype": job.dtype.value, "limit": job.limit, "seed": job.seed}
     if job.judge.kind != "none":
         keys = ("base_url", "model", "temperature")
         settings["judge"] = {key: asdict(job.judge).get(key) for key in keys}

@@ -83,11 +83,8 @@ def loglikelihoods(
     lm: LanguageModel,
     requests: Sequence[tuple[Tokens, Tokens]],
     batch: int | str = "auto",
-    progress: Callable[[int], None] | None = None,
 ) -> list[tuple[float, bool]]:
     """Score continuations of contexts, pairs of one token or more each.
-
-    Calls ``progress`` with the number of requests done; ``batch`` is contexts at once, or ``auto``.
 
     Returns:
         For each request the sum of the continuation's log-probabilities, in nats, and whether
@@ -104,13 +101,6 @@ def loglikelihoods(
     ]
     single = {*range(len(requests))} - {index for context in shared for index in contexts[context]}
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done)
 
     def store(indices: list[int], sums: Tensor, greedy: Tensor) -> None:
         lengths = [len(requests[index][1]) for index in indices]
@@ -138,8 +128,7 @@ def loglikelihoods(
             store([index for _, index in pairs], *log_probabilities(logits, flat))
 
         pairs = [(row, i) for row, context in enumerate(batch_of) for i in contexts[context]]
-        for _ in in_batches(pairs, cost, batch, lm.device, extend):
-            pass
+        deque(in_batches(pairs, cost, batch, lm.device, extend), maxlen=0)  # runs all
 
     def score_single(indices: list[int]) -> None:
         chosen = [requests[index] for index in indices]
@@ -155,10 +144,8 @@ def loglikelihoods(
     def size(index: int) -> int:
         return sum(map(len, requests[index]))
 
-    for batch_of, _ in in_batches(shared, len, batch, lm.device, score_shared, _ALIKE):
-        advance(sum(len(contexts[context]) for context in batch_of))
-    for indices, _ in in_batches(sorted(single), size, batch, lm.device, score_single, _ALIKE):
-        advance(len(indices))
+    deque(in_batches(shared, len, batch, lm.device, score_shared, _ALIKE), maxlen=0)
+    deque(in_batches(sorted(single), size, batch, lm.device, score_single, _ALIKE), maxlen=0)
     return scores
 
 

@@ -55,7 +55,8 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
         read, steps = batch * length, suite.decode_tokens
         parts: list[tuple[dict[str, int], str, Call, Call]] = []  # tokens, memory, calls
         if suite.train:
-            parts.append(({TRAIN: read}, TRAIN_MEMORY, training(lm, ids), training(lm, ids)))
+            call = training(lm, ids)
+            parts.append(({TRAIN: read}, TRAIN_MEMORY, call, call))
         calls = reading(lm, ids[:, 1:], steps), reading(lm, ids[:, 1:], 1)
         parts.append(({PREFILL: read, DECODE: batch * steps}, MEMORY, *calls))
         rounds: dict[str, list[float]] = {}
@@ -89,7 +90,7 @@ def declare(context: Context) -> Declaration:
     names = [*speeds, *memories]
     median: dict[str, Any] = {"aggregate": "median", "ratio": True}
     average = Average(over=["variant", "length"])
-    axis: dict[str, Any] = {"x": "length", "xlabel": "T, tokens of a sequence", "log": "x"}
+    axis: Any = {"x": "length", "xlabel": "T, tokens of a sequence", "log": "x"}
     axis |= {"series": "variant", "limits": [0, None]}
     return Declaration(
         metrics=[

@@ -78,10 +78,10 @@ class Context:
 
     def check_length(self, key: str, length: int, more: int = 0) -> None:
         """Raise ``UserError`` if the model cannot read ``length`` tokens and ``more``."""
-        limit, accepted = self.lm.limit, f"it reads {self.lm.limit} tokens at most"
-        accepted += f", and {more} more are needed" if more else ""
+        limit, needed = self.lm.limit, f", and {more} more are needed" if more else ""
         too_long = limit is not None and length + more > limit
-        refuse(too_long, f"{key}={length}", accepted, self.lm.name)
+        problem = f"it reads {limit} tokens at most{needed}"
+        refuse(too_long, f"{key}={length}", problem, self.lm.name)
 
     @property
     def data(self) -> DataConfig:
