@@ -121,9 +121,9 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             layers = [tally.record() for tally in tallies[example.data["task"]] if tally.top]
             magnitudes = _merged(layers, keep).figures(ranks)
             scores = {f"{name}, {_WINDOWS}": value for name, value in magnitudes.items()}
-            record = {"id": example.id, "by": {"task": example.data["task"]}, "scores": scores}
-            record |= {"tokens": len(window), "text": lm.decode(list(window)), "layers": layers}
-            yield record
+            by = {"task": example.data["task"]}
+            record: Record = {"id": example.id, "by": by, "scores": scores, "tokens": len(window)}
+            yield record | {"text": lm.decode(list(window)), "layers": layers}
 
 
 def declare(context: Context) -> Declaration:
