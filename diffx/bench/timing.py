@@ -23,12 +23,7 @@ Seconds = dict[str, list[float]]  # of a call, by contestant, one for each round
 def time_in_turns(contestants: Mapping[str, Call], rounds: int, device: torch.device) -> Seconds:
     """Time contestants in turn, so that a drift of the machine affects them equally.
 
-    Each contestant is called twice before it counts. Every second round is in reverse order.
-
-    Args:
-        contestants: by name, a call that does the same work each time.
-        rounds: turns of each contestant.
-        device: the device to synchronize.
+    Each is called twice before it counts. Every second round is in reverse order.
     """
 
     def turn(name: str, calls: int = 1) -> float:
@@ -82,12 +77,11 @@ def inference(models: Mapping[str, Any], ids: Tensor, rounds: int) -> dict[str, 
             output = model(input_ids=token, use_cache=True, **{keyword: cache})
             cache, token = output[keyword], output.logits[:, -1:].argmax(-1)
 
-    return {
-        work: time_in_turns(
-            {name: partial(call, model) for name, model in models.items()}, rounds, ids.device
-        )
-        for work, call in (("prefill", prefill), ("decoding", decode))
-    }
+    def seconds(call: Callable[[Any], None]) -> Seconds:
+        calls = {name: partial(call, model) for name, model in models.items()}
+        return time_in_turns(calls, rounds, ids.device)
+
+    return {"prefill": seconds(prefill), "decoding": seconds(decode)}
 
 
 def random_tokens(vocabulary: int, batch: int, length: int, device: torch.device) -> Tensor:
@@ -98,12 +92,13 @@ def random_tokens(vocabulary: int, batch: int, length: int, device: torch.device
 
 def settings(model: Any, ids: Tensor, rounds: int) -> dict[str, Any]:
     """The first fields of a report on inference with ``ids`` (B, T) by a loaded model."""
+    batch, length = ids.shape
     return {
         "machine": machine(ids.device),
         "checkpoint": model.name,
         "dtype": str(model.model.dtype).removeprefix("torch."),
-        "seq_len": ids.shape[1],
-        "batch_size": ids.shape[0],
+        "seq_len": length,
+        "batch_size": batch,
         "decoded_tokens": DECODED,
         "rounds": rounds,
     }
