@@ -8,15 +8,7 @@ from typing import Any
 import torch
 
 from diffx.bench.targets import NO_TARGET, Row, check_file, show_ratios
-from diffx.bench.timing import (
-    Call,
-    check_length,
-    inference,
-    peak_bytes,
-    random_tokens,
-    settings,
-    time_in_turns,
-)
+from diffx.bench.timing import Call, check_length, inference, measure, random_tokens, settings
 from diffx.bench.train import training_step
 from diffx.config.dex import DexConfig, Init, Variant
 from diffx.config.train import Device, Precision
@@ -45,10 +37,9 @@ def bench_adapt(
 ) -> dict[str, Any]:
     """Measure a training step (forward to AdamW) and inference; see ``diffx.bench``.
 
-    Every contestant has the same weights, of ``base`` (a causal model of the hub, by name or
-    folder), and gets the same ``batch`` random sequences of ``seq_len`` tokens. In training they
-    are ``dex``, ``attn_only`` and peft's LoRA; their peak memory, weights included, is measured
-    first, for each alone. At inference they are the base, and ``dex`` folded and unfolded.
+    Every contestant has the weights of ``base`` (a causal model of the hub, by name or folder) and
+    gets the same ``batch`` random sequences of ``seq_len`` tokens: in training ``dex``,
+    ``attn_only`` and peft's LoRA, at inference the base, and ``dex`` folded and unfolded.
 
     Raises:
         UserError: a base that cannot be used or reads less than ``seq_len`` tokens.
@@ -58,34 +49,22 @@ def bench_adapt(
     bf16 = precision_of(torch_device, Precision.auto) is Precision.bf16  # as in an adaptation
     pretrained = load_pretrained("base", base, "auto" if bf16 else torch.float32, torch_device)
     check_length(pretrained, seq_len)
-    ids = torch.tensor([[0, 1]], device=torch_device)
-    adapt = partial(_adapted, pretrained, find_layers(pretrained.model, {"input_ids": ids}))
+    adapt = partial(_adapted, pretrained, find_layers(pretrained.model))
     tokens = random_tokens(pretrained.tokenizer.vocab_size, batch, seq_len + 1, torch_device)
 
     def build(variant: str) -> Call:
         return training_step(ForTraining(adapt(variant).model).train(), tokens)
 
     variants = ("dex", "attn_only", "lora")
-    memory = peak_bytes({variant: partial(build, variant) for variant in variants}, torch_device)
-    steps = {variant: build(variant) for variant in variants}
-    training = time_in_turns(steps, rounds, torch_device)
-    del steps
-    models = {
-        "base": copy.deepcopy(pretrained.model),
-        "folded": fold(adapt("dex")),
-        "unfolded": adapt("dex").model,
-    }
+    report = settings(pretrained, tokens[:, :-1], rounds) | {"bytes": {}, "seconds": {}}
+    report["parameters"] = {variant: parameter_counts(adapt(variant)) for variant in variants}
+    builders = {variant: partial(build, variant) for variant in variants}
+    measure(report, "training step", builders, rounds, torch_device)
+    models: dict[str, Any] = {"base": copy.deepcopy(pretrained.model), "folded": fold(adapt("dex"))}
+    models["unfolded"] = adapt("dex").model
     for model in models.values():  # as diffx eval loads an adapted run
         model.requires_grad_(False).to(pretrained.dtype).eval()
-    report = {
-        **settings(pretrained, tokens[:, :-1], rounds),
-        "parameters": {variant: parameter_counts(adapt(variant)) for variant in variants},
-        "bytes": {"training step": memory},
-        "seconds": {
-            "training step": training,
-            **inference(models, tokens[:, :-1], TURNS * rounds),
-        },
-    }
+    report["seconds"] |= inference(models, tokens[:, :-1], TURNS * rounds)
     title = f"{pretrained.name}, T={seq_len}, batch {batch}, {torch_device}"
     return show_ratios(report, RATIOS, title, out)
 

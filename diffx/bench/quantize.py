@@ -3,6 +3,7 @@
 import tempfile
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from diffx.bench.timing import (
     settings,
     time_in_turns,
 )
-from diffx.config import UserError
+from diffx.config.checks import refuse
 from diffx.config.quantize import QuantizeJob, Scheme, Weights
 from diffx.config.train import Device
 from diffx.dex.pretrained import load_pretrained
@@ -30,20 +31,15 @@ from diffx.quantization.weights import check_weights, quantize_weights, stored_b
 SCHEMES = {"int8": Scheme.weight_only, "int8_dynamic": Scheme.int8_dynamic}
 SCOPES = ("map", "row")
 HEADS, WIDTH = 8, 64  # of the attention with rounded logits: 8 maps, or 4 differential heads
+FIGURES = {"prefill": ("speed", "peak memory"), "decoding": ("speed",), "on disk": ("size",)}
 ROWS: list[Row] = [
     (work, figure, name, "original", NO_TARGET)
-    for name in SCHEMES
-    for work, figure in (
-        ("prefill", "speed"),
-        ("decoding", "speed"),
-        ("prefill", "peak memory"),
-        ("on disk", "size"),
-    )
+    for name, work in product(SCHEMES, FIGURES)
+    for figure in FIGURES[work]
 ]
 ROWS += [
     (work, "time", f"scope {scope}", "reference", (None, 2.5))
-    for work in ("attention", "differential attention")
-    for scope in SCOPES
+    for work, scope in product(("attention", "differential attention"), SCOPES)
 ]
 
 
@@ -60,12 +56,9 @@ def bench_quantize(
             torchao.
     """
     check_file("out", out)
-    loaded = load(checkpoint, Device(device))
-    if loaded.job is not None:
-        raise UserError(
-            f"checkpoint={checkpoint} cannot be used: it is a run; give its export, a folder that "
-            "`diffx export` makes"
-        )
+    loaded, run_device = load(checkpoint, Device(device)), Device(device)
+    export = "it is a run; give its export, a folder that `diffx export` makes"
+    refuse(loaded.job is not None, f"checkpoint={checkpoint}", export)
     check_length(loaded, seq_len)
     dtype, torch_device = loaded.model.dtype, loaded.model.device
     ids = random_tokens(loaded.tokenizer.vocab_size, batch, seq_len, torch_device)
@@ -79,7 +72,7 @@ def bench_quantize(
         folders, models, sizes = {"original": checkpoint}, {"original": loaded.model}, {}
         for name, scheme in SCHEMES.items():
             method = Weights(scheme=scheme)
-            job = QuantizeJob(checkpoint=checkpoint, device=Device(device), method=method, bits=[8])
+            job = QuantizeJob(checkpoint=checkpoint, device=run_device, method=method, bits=[8])
             quantized, change = quantize_weights(job, target, 8, check_weights(job, loaded))
             folders[name], models[name] = change.facts["folder"], quantized.model
             sizes["original"] = change.facts["bytes_before"]
@@ -104,15 +97,15 @@ def _logits(seq_len: int, rounds: int, device: torch.device) -> dict[str, Second
     wide, lam = v.reshape(1, seq_len, HEADS // 2, 2 * WIDTH), torch.tensor(0.5, device=device)
     contestants: dict[str, Any] = {"reference": reference}
     contestants |= {f"scope {scope}": QuantizedLogits(4, scope) for scope in SCOPES}
-    inputs = {"attention": (q, k, v), "differential attention": (q, k, wide, lam)}
-
-    def seconds(work: str) -> Seconds:
+    seconds = {}
+    for work, inputs in {
+        "attention": (q, k, v),
+        "differential attention": (q, k, wide, lam),
+    }.items():
+        operation = work.replace(" ", "_")
         calls = {
-            name: partial(
-                getattr(ops, work.replace(" ", "_")), *inputs[work], causal=True, scale=None
-            )
+            name: partial(getattr(ops, operation), *inputs, causal=True, scale=None)
             for name, ops in contestants.items()
         }
-        return time_in_turns(calls, rounds, device)
-
-    return {work: seconds(work) for work in inputs}
+        seconds[work] = time_in_turns(calls, rounds, device)
+    return seconds

@@ -17,6 +17,7 @@ from diffx.train.throughput import peak_allocation, synchronize
 ROUND_SECONDS = 0.2  # least duration of a turn, so that the overhead of timing is negligible
 DECODED = 32  # tokens
 Call = Callable[[], Any]
+Builders = Mapping[str, Callable[[], Call]]  # by contestant
 Seconds = dict[str, list[float]]  # of a call, by contestant, one for each round
 
 
@@ -45,9 +46,7 @@ def time_in_turns(contestants: Mapping[str, Call], rounds: int, device: torch.de
     return seconds
 
 
-def peak_bytes(
-    builders: Mapping[str, Callable[[], Call]], device: torch.device
-) -> dict[str, int | None]:
+def peak_bytes(builders: Builders, device: torch.device) -> dict[str, int | None]:
     """Measure ``peak_allocation`` of each contestant alone, while it is built and called twice."""
 
     def build_and_call(build: Callable[[], Call]) -> None:
@@ -59,6 +58,16 @@ def peak_bytes(
         name: peak_allocation(partial(build_and_call, build), device)
         for name, build in builders.items()
     }
+
+
+def measure(
+    report: dict[str, Any], work: str, builders: Builders, rounds: int, device: torch.device
+) -> Seconds:
+    """Add to a report the peak bytes of each contestant alone, then its seconds in turns."""
+    report["bytes"][work] = peak_bytes(builders, device)
+    calls = {name: build() for name, build in builders.items()}
+    report["seconds"][work] = time_in_turns(calls, rounds, device)
+    return report["seconds"][work]
 
 
 def inference(models: Mapping[str, Any], ids: Tensor, rounds: int) -> dict[str, Seconds]:

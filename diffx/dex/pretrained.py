@@ -97,13 +97,16 @@ def load_pretrained(
     first, bos = pretrained("a")["input_ids"][0], pretrained.bos_token_id
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [tokenizer.eot_id if ends is None else ends]
-    cached = try_to_load_from_cache(spec, "config.json", revision=revision)
-    commit = Path(str(cached)).parent.name  # names a folder in the cache
+    if folder.is_dir():
+        name, fingerprint = folder.resolve().name, _weights_hash(folder)
+    else:  # the commit names a folder in the cache
+        cached = try_to_load_from_cache(spec, "config.json", revision=revision)
+        name, fingerprint = spec, Path(str(cached)).parent.name
     return Pretrained(
         model,
         tokenizer,
-        name=folder.resolve().name if folder.is_dir() else spec,
-        fingerprint=_weights_hash(folder) if folder.is_dir() else commit,
+        name=name,
+        fingerprint=fingerprint,
         limit=getattr(model.config.get_text_config(), "max_position_embeddings", None),
         prefix=[bos] if bos is not None and first == bos else [],
         ends={tokenizer.eot_id, *ends},

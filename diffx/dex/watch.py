@@ -48,9 +48,8 @@ class Watch:
     def __call__(self, forward: Callable[[], object]) -> dict[str, float]:
         """Run the model once and return statistics of each layer.
 
-        They are ``dex/lambda``, ``dex/ratio`` (||lambda O W_D|| / ||O||), ``dex/cos`` (the cosine
-        of O and lambda O W_D), where O is the output of the chosen heads, and the gradient norms of
-        the last step.
+        They are ``dex/lambda``, ``dex/ratio`` (||lambda O W_D|| / ||O||) and ``dex/cos`` (the
+        cosine of O and lambda O W_D) in the chosen heads, and the gradient norms of the last step.
         """
         if not self._adapted.branches:
             return {}
@@ -58,7 +57,7 @@ class Watch:
         with ExitStack() as stack:
             for layer, branch in enumerate(self._adapted.branches):
                 read = partial(_read, statistics, layer)
-                stack.callback(branch.register_forward_pre_hook(read).remove)
+                stack.enter_context(branch.register_forward_pre_hook(read))
             stack.enter_context(evaluating(self._adapted.model))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             forward()

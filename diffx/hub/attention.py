@@ -1,12 +1,10 @@
-"""Observe and replace the attention of a model.
-
-A ``Decoder`` is observed by hooks, a model of ``transformers`` through its attention interface.
+"""Observe and replace attention: by hooks of a ``Decoder``, by the interface of ``transformers``.
 
 Notation: B batch, T tokens, D model width, M query maps, G key maps.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -32,10 +30,9 @@ _ROWS = 256  # query rows of a map that are computed at once
 _HARMLESS = {
     *("sliding_window", "position_ids", "cache", "past_key_values", "cache_position", "use_cache"),
     *("output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch"),
-    *("logits_to_keep", "layer_idx"),
+    *("logits_to_keep", "layer_idx", "scaling", "is_causal"),
 }
 _HARMLESS_IF_OFF = {"dropout", "output_attentions"}
-_HANDLED = {"scaling", "is_causal"}
 # The name of the cache; renamed in transformers 5.24.
 CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
 
@@ -54,10 +51,8 @@ def observing(
 ) -> Iterator[None]:
     """Call back in forward passes without a cache, within the context.
 
-    Args:
-        model: a ``Decoder``, or a causal model of transformers that uses its attention interface.
-        attention: called with the layer from 0 and its queries and keys.
-        hidden: called with the layer from 0 and its output (B, T, D), the residual stream included.
+    ``attention`` is called with each layer, from 0, and its queries and keys, ``hidden`` with the
+    layer and its output (B, T, D), the residual stream included.
 
     Raises:
         UserError: ``attention`` is given, and the attention of the model cannot be observed.
@@ -103,23 +98,18 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def _unsupported(model: nn.Module, why: str) -> UserError:
-    name = getattr(model, "name_or_path", "") or type(model).__name__
-    return UserError(
-        f"checkpoint={name} cannot be used: {type(model).__name__} {why}; the suite needs a run, "
-        "or a causal model with ordinary attention by transformers' AttentionInterface"
-    )
+    name, kind = getattr(model, "name_or_path", ""), type(model).__name__
+    accepted = "the suite needs a run, or a causal model with transformers' AttentionInterface"
+    return UserError(f"checkpoint={name or kind} cannot be used: {kind} {why}; {accepted}")
 
 
 def _observing(model: nn.Module, callback: Callable[..., None]) -> Callable[..., Any]:
     """An attention function that gives ``callback`` a view of each layer and computes by SDPA."""
     second_call = False  # DiffLlama attends twice with the same maps, to halves of the values
 
-    def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
-    ) -> Any:
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         nonlocal second_call
-        _refuse_extras(model, attention_mask, kwargs, _HANDLED | {"softcap"})
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, M or G, width)
+        q, k, v, causal = _read(model, module, (query, key, value), mask, kwargs, {"softcap"})
         maps, scale = q.shape[2], kwargs.get("scaling")
         order, lam = list(range(maps)), None
         if isinstance(module, DiffLlamaAttention):  # its head j pairs maps j and j + M/2
@@ -131,18 +121,16 @@ def _observing(model: nn.Module, callback: Callable[..., None]) -> Callable[...,
             key_map=[m // (maps // k.shape[2]) for m in order],
             scale=q.shape[3] ** -0.5 if scale is None else scale,
             lam=lam,
-            mask=attention_mask,
+            mask=mask,
             softcap=kwargs.get("softcap"),
-            causal=_causal(module, kwargs),
+            causal=causal,
         )
         if not second_call:
             callback(module.layer_idx, view)
         second_call = lam is not None and not second_call
-        if view.softcap is None:
-            return ALL_ATTENTION_FUNCTIONS["sdpa"](
-                module, query, key, value, attention_mask, **kwargs
-            )
-        return _weigh(view, v), None  # SDPA has no softcap
+        if view.softcap is not None:  # which SDPA does not have
+            return _weigh(view, v), None
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
 
     return attend
 
@@ -167,10 +155,12 @@ def attending_with(model: nn.Module, attend: Callable[..., Any]) -> Iterator[Non
         yield
 
 
-def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
     """Attend with the module's function; with SDPA in another model that shares the config."""
     attend = getattr(module, _ATTEND, None) or ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return attend(module, *args, **kwargs)
+    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -185,14 +175,11 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
         UserError: the model has another attention than queries, keys and a mask.
     """
 
-    def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
-    ) -> Any:
-        _refuse_extras(model, attention_mask, kwargs, _HANDLED)
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, heads, width)
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        q, k, v, causal = _read(model, module, (query, key, value), mask, kwargs)
         sets = 2 if isinstance(module, DiffLlamaAttention) else 1  # all A1 are before all A2
-        causal, scale = _causal(module, kwargs), kwargs.get("scaling")
-        return quantized.attention(q, k, v, causal, scale, mask=attention_mask, sets=sets), None
+        scale = kwargs.get("scaling")
+        return quantized.attention(q, k, v, causal, scale, mask=mask, sets=sets), None
 
     with ExitStack() as stack:
         modules = attention_modules(model)
@@ -204,29 +191,37 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
         yield
 
 
-def _refuse_extras(
-    model: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], handled: set[str]
-) -> None:
-    """Raise ``UserError`` if the attention is more than queries, keys and a boolean mask."""
+def _read(
+    model: nn.Module,
+    module: Any,
+    tensors: tuple[Tensor, ...],
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+    handled: Collection[str] = (),
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Queries, keys and values (B, T, M or G, width), and whether they are causal without a mask.
+
+    Raises:
+        UserError: the attention is more than these and a boolean mask.
+    """
     extra = [
         name
         for name, value in kwargs.items()
-        if value is not None and name not in _HARMLESS | handled
+        if value is not None and name not in {*_HARMLESS, *handled}
         if name not in _HARMLESS_IF_OFF or value
     ]
     if extra or (mask is not None and mask.dtype != torch.bool):
         raise _unsupported(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
-
-
-def _causal(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether attention is causal where ``transformers`` gives no mask."""
-    is_causal = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = kwargs.get("is_causal")
+    q, k, v = (x.transpose(1, 2) for x in tensors)
+    return q, k, v, bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _diffllama_lambda(module: DiffLlamaAttention) -> Tensor:
-    first = (module.lambda_q1 * module.lambda_k1).sum(-1, dtype=torch.float32).exp()
-    second = (module.lambda_q2 * module.lambda_k2).sum(-1, dtype=torch.float32).exp()
+    first, second = (
+        (q * k).sum(-1, dtype=torch.float32).exp()
+        for q, k in ((module.lambda_q1, module.lambda_k1), (module.lambda_q2, module.lambda_k2))
+    )
     return first - second + module.lambda_init
 
 

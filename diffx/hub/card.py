@@ -44,17 +44,11 @@ def training_card(
     parameters: int | None = None,
     library: str = "diffx",
 ) -> ModelCard:
-    """Describe a model that a run trained or adapted.
+    """Describe a model called ``name`` that a run trained, or adapted from ``base``.
 
-    Args:
-        job: the job of the run.
-        name: the name of the model.
-        step: of the checkpoint; the summary's losses of another step are not used.
-        summary: ``summary.json`` of the run; empty if there is none.
-        usage: Python code that loads the model.
-        base: the name of the base of an adapted run.
-        parameters: their number; None takes it from the summary.
-        library: the library that loads it.
+    ``summary`` is that of the run, or empty; its losses count if they are of ``step``. ``usage`` is
+    Python code that loads the model by ``library``. ``parameters`` is their number; None takes it
+    from the summary.
     """
     counts = summary.get("parameters", {})
     rows = {"parameters": parameters or counts.get("total")}
@@ -83,18 +77,22 @@ def training_card(
             "held-out loss of the base": summary.get("base/val/loss"),
         }
     elif summary.get("best/step") == step:
-        rows |= {"held-out loss, nats a token": summary.get("best/val/loss")}
+        rows["held-out loss, nats a token"] = summary.get("best/val/loss")
+    public = isinstance(job.data, HubData) and not _is_local(job.data.name)
     data = ModelCardData(
         pipeline_tag="text-generation",
         base_model=base,
         library_name=library,
         license=license_name,
         tags=["diffx", "differential-attention", variant],
-        datasets=[job.data.name]
-        if isinstance(job.data, HubData) and not _is_local(job.data.name)
-        else None,
+        datasets=[getattr(job.data, "name", "")] if public else None,
     )
-    table = "\n".join(f"| {key} | {_shown(rows[key])} |" for key in rows if rows[key] is not None)
+    formats = {int: "{:,}", float: "{:.4f}"}
+    table = "\n".join(
+        f"| {key} | {formats.get(type(value), '{}').format(value)} |"
+        for key, value in rows.items()
+        if value is not None
+    )
     return ModelCard(
         f"""---
 {data.to_yaml()}
@@ -115,11 +113,6 @@ Made with diffx {version("diffx")}.
 ```
 """
     )
-
-
-def _shown(value: Any) -> str:
-    formats = {int: "{:,}", float: "{:.4f}"}
-    return formats.get(type(value), "{}").format(value)
 
 
 def _data_name(data: DataConfig) -> str:

@@ -25,7 +25,7 @@ from diffx.config.model import DiffV1Config, Halve, LambdaScope, ModelConfig, Tr
 from diffx.models import Decoder, build_model
 
 # Fields of a ``ModelConfig`` and of a config of ``transformers``.
-_NAMES = {
+NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -44,9 +44,7 @@ def to_llama(model: Decoder) -> LlamaForCausalLM:
     """
     config = model.config
     if config.kind != "transformer":
-        raise ValueError(
-            f"model={config.kind} cannot be written as a Llama: only model=transformer can"
-        )
+        raise ValueError(f"model={config.kind} cannot be written as a Llama: model=transformer can")
     llama = LlamaForCausalLM(LlamaConfig(**_shape(config)))
     return _fill(llama, model, _reorder(model.state_dict(), config, _halves, pairs=False))
 
@@ -69,9 +67,7 @@ def to_diffllama(model: Decoder) -> DiffLlamaForCausalLM:
     """
     config = model.config
     if not isinstance(config, DiffV1Config):
-        raise ValueError(
-            f"model={config.kind} cannot be written as a DiffLlama: only model=diff_v1 can"
-        )
+        raise ValueError(f"model={config.kind} cannot be written as a DiffLlama: model=diff_v1 can")
     for key, needed in (
         ("lambda_init", "depth"),
         ("lambda_scope", LambdaScope.layer),
@@ -79,9 +75,7 @@ def to_diffllama(model: Decoder) -> DiffLlamaForCausalLM:
         ("halve", Halve.head_count),
     ):
         if (value := getattr(config, key)) != needed:
-            raise ValueError(
-                f"model.{key}={value} cannot be written as a DiffLlama, which always has {needed}"
-            )
+            raise ValueError(f"model.{key}={value} cannot be in a DiffLlama: it has {needed}")
     state = _reorder(model.state_dict(), config, _halves, pairs=True)
     for name in [name for name in state if name.endswith("sublayer_norm.weight")]:
         gain = state.pop(name)  # (2d,)
@@ -130,7 +124,7 @@ def _reorder(
 
 
 def _shape(config: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(config, key) for key, name in _NAMES.items()} | {
+    return {name: getattr(config, key) for key, name in NAMES.items()} | {
         "intermediate_size": config.ffn_size,
         "rope_theta": config.rope_theta,
         "bos_token_id": None,
@@ -139,10 +133,8 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
 
 
 def _checked_shape(config: PretrainedConfig) -> dict[str, Any]:
-    rope = getattr(config, "rope_parameters", None) or {
-        "rope_theta": config.rope_theta,
-        **(config.rope_scaling or {}),
-    }
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
     for key, value, needed in (
         ("hidden_act", config.hidden_act, "silu"),
         ("attention_bias", config.attention_bias, False),
@@ -154,7 +146,7 @@ def _checked_shape(config: PretrainedConfig) -> dict[str, Any]:
             raise ValueError(
                 f"a {config.model_type} with {key}={value} cannot be converted: it must be {needed}"
             )
-    return {key: getattr(config, name) for key, name in _NAMES.items()} | {
+    return {key: getattr(config, name) for key, name in NAMES.items()} | {
         "intermediate_size": config.intermediate_size,
         "rope_theta": rope["rope_theta"],
     }

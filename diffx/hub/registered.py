@@ -57,10 +57,9 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: DynamicCache | None = None,
     ) -> CausalLMOutputWithPast:
-        """Compute the logits of the next token.
+        """Compute the logits of the next token, as Llama's ``forward`` does.
 
-        The arguments are those of Llama's ``forward``, with the same defaults; any other keyword is
-        a ``TypeError``. Padding may be on either side.
+        Any other keyword is a ``TypeError``. Padding may be on either side.
 
         Args:
             input_ids: (B, T).
@@ -99,10 +98,8 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None:
             shape, needed = tuple(attention_mask.shape), (len(x), length + x.shape[1])
             if shape != needed:
-                raise ValueError(
-                    f"attention_mask has the shape {shape}: it must be {needed}, of all cached and "
-                    "new tokens"
-                )
+                why = f"it must be {needed}, of all cached and new tokens"
+                raise ValueError(f"attention_mask has the shape {shape}: {why}")
             if not bool(attention_mask.all()):  # device sync
                 view = view or _CacheView(DynamicCache())
                 view.valid = attention_mask.bool()
@@ -114,9 +111,8 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         states: list[Tensor] = []
         with ExitStack() as stack:
             for layer in decoder.layers if output_hidden_states else ():
-                stack.enter_context(
-                    layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
-                )
+                hook = layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+                stack.enter_context(hook)
             hidden = decoder.run_layers(x, position_ids, view, cu_seqlens)
         last = isinstance(logits_to_keep, int)
         kept = hidden[:, -logits_to_keep:] if last else hidden[:, logits_to_keep]
@@ -125,21 +121,15 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         if output_hidden_states:
             fields["hidden_states"] = (*states, hidden)
         if labels is not None:
-            fields["loss"] = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
+            sizes = {"vocab_size": config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            fields["loss"] = self.loss_function(logits=logits, labels=labels, **sizes)
         return CausalLMOutputWithPast(logits=logits, **fields)
 
 
-def _pick_cache(
-    cache: DynamicCache | None, past_key_values: DynamicCache | None
-) -> DynamicCache | None:
-    if cache is not None and past_key_values is not None:
+def _pick_cache(cache: DynamicCache | None, older_name: DynamicCache | None) -> DynamicCache | None:
+    if cache is not None and older_name is not None:
         raise ValueError("cache and past_key_values are two names of one argument: give one")
-    cache = past_key_values if cache is None else cache
+    cache = older_name if cache is None else cache
     # A fixed cache returns positions that are not filled yet; one with a window loses tokens.
     if cache is not None and (not isinstance(cache, DynamicCache) or any(cache.is_sliding)):
         raise ValueError(

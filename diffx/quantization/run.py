@@ -23,7 +23,7 @@ from diffx.config.quantize import (
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.run import Change, measure
 from diffx.hub.attention import decoder_blocks, quantizing_logits
-from diffx.loading import Loaded, load
+from diffx.loading import load
 from diffx.ops import QuantizedLogits, absmax_quantize
 from diffx.quantization.weights import check_weights, quantize_weights
 
@@ -40,34 +40,27 @@ def quantize(job: QuantizeJob) -> dict[int, Path]:
     skipped = check_weights(job, loaded) if isinstance(job.method, Weights) else []
     folders = {}
     for bits in sorted({EXACT, *job.bits}, reverse=True):
-        quantized, change = loaded, None
-        if bits != EXACT:
-            quantized, change = _quantized(job, loaded, bits, skipped)
+        model, change, changed = loaded, None, {}
+        if bits != EXACT and isinstance(job.method, Weights):
+            model, change = quantize_weights(job, loaded, bits, skipped)
+            changed["checkpoint"] = model.model.name_or_path
+        elif bits != EXACT:
+            change = _simulated(job.method, bits)
         caches = change is None or change.caches
-        changed = {} if caches else {"batch": 1}
-        if quantized is not loaded:
-            changed["checkpoint"] = quantized.model.name_or_path
-        folders[bits] = measure(
-            EvalJob(**keys | changed), LanguageModel(quantized, caches), change, table=False
-        )
+        if not caches:
+            changed["batch"] = 1
+        evaluation = EvalJob(**keys | changed)
+        folders[bits] = measure(evaluation, LanguageModel(model, caches), change, table=False)
     return folders
 
 
-def _quantized(
-    job: QuantizeJob, loaded: Loaded, bits: int, skipped: list[str]
-) -> tuple[Loaded, Change]:
-    """The model to evaluate at ``bits`` bits, and the change of the job's method to it."""
-    method: Any = job.method
-    if isinstance(method, Weights):
-        return quantize_weights(job, loaded, bits, skipped)
+def _simulated(method: Any, bits: int) -> Change:
+    apply: Any = partial(quantizing_states, bits=bits, scope=method.scope)
     if isinstance(method, AttentionLogits):
-        logits = QuantizedLogits(bits, method.scope.value)
-        apply: Any = partial(quantizing_logits, quantized=logits)
-    else:
-        apply = partial(quantizing_states, bits=bits, scope=method.scope)
+        apply = partial(quantizing_logits, quantized=QuantizedLogits(bits, method.scope.value))
     caches = method.scope in (LogitScope.row, StateScope.token)
-    name, settings = f"{method.kind}-{bits}bit", change_settings(method, bits)
-    return loaded, Change(name, settings, apply, caches=caches)
+    name = f"{method.kind}-{bits}bit"
+    return Change(name, change_settings(method, bits), apply, caches=caches)
 
 
 @contextmanager
