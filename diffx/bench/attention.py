@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffx.bench.targets import NO_TARGET, Row, check_file, show_figures, show_ratios
-from diffx.bench.timing import Call, machine, measure
+from diffx.bench.targets import NO_TARGET, Row, show_figures, show_ratios
+from diffx.bench.timing import Call, begin, measure
 from diffx.config import require
 from diffx.config.checks import refuse
-from diffx.config.train import Device, Precision
+from diffx.config.train import Precision
 from diffx.ops import attention, differential_attention
-from diffx.train.parallel import pick_device
 from diffx.train.throughput import matmul_ceiling
 
 LAMBDA = 0.5
@@ -48,12 +47,8 @@ def bench_attention(
     values, ``four calls`` that of public libraries, with values in halves, ``baseline`` ordinary
     attention, and ``diffx`` one fused operation. Queries and keys have ``width`` features of type
     ``dtype`` (``auto``: fp32 on a CPU, else bf16).
-
-    Raises:
-        UserError: an odd number of heads, or no Triton on a GPU.
     """
-    check_file("out", out)
-    torch_device = pick_device(Device(device))
+    torch_device, report = begin(out, device, heads=heads, width=width, rounds=rounds)
     require(heads % 2 == 0, "heads", heads, "even: two heads make one differential head")
     lacking = torch_device.type == "cuda" and find_spec("triton") is None
     refuse(lacking, "device=cuda", "it needs Triton; pip install 'diffx[triton]' installs it")
@@ -61,9 +56,7 @@ def bench_attention(
     precision = Precision.fp32 if kind is torch.float32 else Precision.bf16
     ceiling, dtype = matmul_ceiling(torch_device, precision), str(kind).removeprefix("torch.")
     rates: dict[str, dict[str, float]] = {}
-    report: dict[str, Any] = {"machine": machine(torch_device), "seconds": {}, "bytes": {}}
-    report |= {"heads": heads, "width": width, "dtype": dtype, "rounds": rounds}
-    report |= {"flops_per_second": rates, "matmul_ceiling": ceiling}
+    report |= {"dtype": dtype, "flops_per_second": rates, "matmul_ceiling": ceiling}
     rows: list[Row] = []
     for seq_len in seq_lens:
         work = f"T={seq_len}"

@@ -13,8 +13,8 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from transformers import LlamaForCausalLM
 
-from diffx.bench.targets import Row, check_file, show_figures, show_ratios
-from diffx.bench.timing import machine, time_in_turns
+from diffx.bench.targets import Row, show_figures, show_ratios
+from diffx.bench.timing import begin, time_in_turns
 from diffx.config import UserError, require
 from diffx.config.eval import EvalJob
 from diffx.config.suite import HarnessSuite
@@ -43,11 +43,8 @@ def bench_eval(
     Of each kind of request there are ``documents``, with one request or four choices each.
     ``checkpoint`` is a Llama of the hub, by name or folder. The report also holds the largest
     difference between answers (of generation, how many differ).
-
-    Raises:
-        UserError: the checkpoint is not a Llama that can be converted.
     """
-    check_file("out", out)
+    torch_device, report = begin(out, device, documents=documents, rounds=rounds)
     loaded = load(checkpoint, Device(device))
     is_llama = isinstance(loaded.model, LlamaForCausalLM)
     require(is_llama, "checkpoint", checkpoint, "a Llama of the hub, to make a transformer of")
@@ -64,24 +61,22 @@ def bench_eval(
         model.hflm.custom_prefix_token_id = loaded.tokenizer.eot_id
         ask[f"HFLM, batch {batch}"] = model.ask
     _, first, *_ = ask
-    report = {"machine": machine(decoder.device), "checkpoint": loaded.name}
-    report |= {"documents": documents, "rounds": rounds}
-    seconds, rates, differences = (
-        report.setdefault(key, {})
-        for key in ("seconds", "requests_per_second", "largest_difference")
-    )
+    rates: dict[str, dict[str, float]] = {}
+    differences: dict[str, dict[str, float]] = {}
+    report |= {"requests_per_second": rates, "largest_difference": differences}
+    report["checkpoint"] = loaded.name
     rows: list[Row] = []
     for work, requests in _requests(documents).items():
         method, target = CASES[work]
         with quiet():
             answers = [ask[name](method, requests) for name in ("diffx", first)]
             calls = {name: partial(call, method, requests) for name, call in ask.items()}
-            times = seconds[work] = time_in_turns(calls, rounds, decoder.device)
+            times = report["seconds"][work] = time_in_turns(calls, rounds, torch_device)
         differences[work] = {first: _difference(method, *answers)}
         rates[work] = {name: len(requests) / statistics.median(times[name]) for name in ask}
         fastest = max(list(ask)[1:], key=rates[work].__getitem__)
         rows.append((work, "speed", "diffx", fastest, (target, None)))
-    title = f"{loaded.name} on {decoder.device}"
+    title = f"{loaded.name} on {torch_device}"
     show_figures(title, {"requests/s": rates, "largest difference to diffx": differences})
     return show_ratios(report, rows, title, out)
 

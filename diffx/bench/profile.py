@@ -37,9 +37,7 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
     """Time the parts of ``steps`` training steps of a job, and trace some further steps.
 
     ``words`` are the arguments of ``diffx train``; ``trace`` is a JSON file for
-    https://ui.perfetto.dev. The report holds the machine, the median seconds of each part, tokens
-    per second of the model and of the loader, seconds of a checkpoint, and FLOPs per second of the
-    model and of a plain matrix product.
+    https://ui.perfetto.dev.
 
     Raises:
         UserError: the job cannot be trained, or ``trace`` cannot be a file.

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from diffx.bench.targets import NO_TARGET, Row, check_file, show_ratios
+from diffx.bench.targets import NO_TARGET, Row, show_ratios
 from diffx.bench.timing import (
     Call,
     Seconds,
-    check_length,
+    begin,
     inference,
+    model_settings,
     peak_bytes,
     random_tokens,
-    settings,
     time_in_turns,
 )
 from diffx.config.checks import refuse
@@ -50,21 +50,16 @@ def bench_quantize(
 
     Inference is that of ``checkpoint`` (a causal model of the hub, by name or folder) on ``batch``
     random sequences of ``seq_len`` tokens. The attention has one sequence of that length.
-
-    Raises:
-        UserError: a checkpoint that cannot be used or reads less than ``seq_len`` tokens, or no
-            torchao.
     """
-    check_file("out", out)
-    loaded, run_device = load(checkpoint, Device(device)), Device(device)
+    torch_device, report = begin(out, device, rounds=rounds)
+    loaded = load(checkpoint, Device(device))
     export = "it is a run; give its export, a folder that `diffx export` makes"
     refuse(loaded.job is not None, f"checkpoint={checkpoint}", export)
-    check_length(loaded, seq_len)
-    dtype, torch_device = loaded.model.dtype, loaded.model.device
+    report |= model_settings(loaded, seq_len, batch)
     ids = random_tokens(loaded.tokenizer.vocab_size, batch, seq_len, torch_device)
 
     def read(folder: str) -> Call:
-        model = load_pretrained("checkpoint", folder, dtype, torch_device).model
+        model = load_pretrained("checkpoint", folder, loaded.model.dtype, torch_device).model
         return torch.inference_mode()(lambda: model(input_ids=ids))
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -72,18 +67,14 @@ def bench_quantize(
         folders, models, sizes = {"original": checkpoint}, {"original": loaded.model}, {}
         for name, scheme in SCHEMES.items():
             method = Weights(scheme=scheme)
-            job = QuantizeJob(checkpoint=checkpoint, device=run_device, method=method, bits=[8])
+            job = QuantizeJob(checkpoint=checkpoint, device=Device(device), method=method, bits=[8])
             quantized, change = quantize_weights(job, target, 8, check_weights(job, loaded))
             folders[name], models[name] = change.facts["folder"], quantized.model
             sizes["original"] = change.facts["bytes_before"]
             sizes[name] = stored_bytes(Path(folders[name]))
         builders = {name: partial(read, folder) for name, folder in folders.items()}
-        memory = peak_bytes(builders, torch_device)
-    report = {
-        **settings(loaded, ids, rounds),
-        "bytes": {"prefill": memory, "on disk": sizes},
-        "seconds": inference(models, ids, rounds) | _logits(seq_len, rounds, torch_device),
-    }
+        report["bytes"] = {"prefill": peak_bytes(builders, torch_device), "on disk": sizes}
+    report["seconds"] = inference(models, ids, rounds) | _logits(seq_len, rounds, torch_device)
     title = f"{loaded.name}, T={seq_len}, batch {batch}, {torch_device}"
     return show_ratios(report, ROWS, title, out)
 

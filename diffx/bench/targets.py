@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffx.config import require
-from diffx.console import Reporter, make_table
+from diffx.console import Reporter, figure, make_table
 from diffx.files import write_json
 from diffx.results.table import EXAMPLE, make_frame, write_frame
 
@@ -98,14 +98,12 @@ def _cells(ratio: dict[str, Any]) -> list[str]:
         ratio["work"],
         ratio["figure"],
         f"{ratio['of']} / {ratio['to']}",
-        _number(ratio["median"], ".3f"),
+        "-" if ratio["median"] is None else f"{ratio['median']:.3f}",
         "-" if once else f"{ratio['low']:.3f} to {ratio['high']:.3f}",
         target,
         {None: "-", True: "yes", False: "no"}[ratio["met"]],
     ]
 
 
-def _number(value: float | None, form: str = "") -> str:
-    if value is None:
-        return "-"
-    return format(value, form or (",.0f" if abs(value) >= 1000 else ".4g"))
+def _number(value: float | None) -> str:
+    return "-" if value is None else figure(value)

@@ -4,14 +4,18 @@ import inspect
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffx.bench.targets import check_file
 from diffx.config import require
+from diffx.config.train import Device
 from diffx.hub.attention import cache_keyword
 from diffx.train.folder import environment
+from diffx.train.parallel import pick_device
 from diffx.train.throughput import peak_allocation, synchronize
 
 ROUND_SECONDS = 0.2  # least duration of a turn, so that the overhead of timing is negligible
@@ -66,8 +70,8 @@ def measure(
     """Add to a report the peak bytes of each contestant alone, then its seconds in turns."""
     report["bytes"][work] = peak_bytes(builders, device)
     calls = {name: build() for name, build in builders.items()}
-    report["seconds"][work] = time_in_turns(calls, rounds, device)
-    return report["seconds"][work]
+    report["seconds"][work] = seconds = time_in_turns(calls, rounds, device)
+    return seconds
 
 
 def inference(models: Mapping[str, Any], ids: Tensor, rounds: int) -> dict[str, Seconds]:
@@ -99,24 +103,20 @@ def random_tokens(vocabulary: int, batch: int, length: int, device: torch.device
     return torch.randint(vocabulary, (batch, length), generator=generator).to(device)
 
 
-def settings(model: Any, ids: Tensor, rounds: int) -> dict[str, Any]:
-    """The first fields of a report on inference with ``ids`` (B, T) by a loaded model."""
-    batch, length = ids.shape
-    return {
-        "machine": machine(ids.device),
-        "checkpoint": model.name,
-        "dtype": str(model.model.dtype).removeprefix("torch."),
-        "seq_len": length,
-        "batch_size": batch,
-        "decoded_tokens": DECODED,
-        "rounds": rounds,
-    }
+def begin(out: Path | None, device: str, **settings: Any) -> tuple[torch.device, dict[str, Any]]:
+    """Check ``out`` and ``device``, and begin a report with its settings."""
+    check_file("out", out)
+    torch_device = pick_device(Device(device))
+    return torch_device, {"machine": machine(torch_device), **settings, "seconds": {}, "bytes": {}}
 
 
-def check_length(model: Any, seq_len: int) -> None:
-    """Raise ``UserError`` if a loaded model reads less than ``seq_len`` tokens."""
+def model_settings(model: Any, seq_len: int, batch: int) -> dict[str, Any]:
+    """The settings of inference by a loaded model; it must read ``seq_len`` tokens."""
     accepted = f"{model.limit} tokens at most, which {model.name} reads"
     require(model.limit is None or seq_len <= model.limit, "seq_len", seq_len, accepted)
+    dtype = str(model.model.dtype).removeprefix("torch.")
+    sizes = {"seq_len": seq_len, "batch_size": batch, "decoded_tokens": DECODED}
+    return {"checkpoint": model.name, "dtype": dtype, **sizes}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DiffLlamaConfig, LlamaConfig
 
-from diffx.bench.targets import Row, check_file, show_figures, show_ratios
-from diffx.bench.timing import Call, machine, measure, random_tokens
+from diffx.bench.targets import Row, show_figures, show_ratios
+from diffx.bench.timing import Call, begin, measure, random_tokens
 from diffx.config import require
 from diffx.config.data import BpeTokenizer
 from diffx.config.launch import compose
 from diffx.config.model import MODEL_CONFIGS, ModelConfig
-from diffx.config.train import Device, TrainConfig
+from diffx.config.train import TrainConfig
 from diffx.hub.convert import NAMES
 from diffx.models import build_model, init_weights
 from diffx.train.adapt import ForTraining
 from diffx.train.optimizer import build_optimizer
-from diffx.train.parallel import autocast, clip_gradients, pick_device
+from diffx.train.parallel import autocast, clip_gradients
 
 PAIRS = (
     ("transformer", "Llama"),
@@ -51,21 +51,15 @@ def bench_train(
     A step is forward, loss, backward, clip and AdamW, on 2,048 random tokens on a CPU and 32,768 on
     a GPU (one sequence, if that is longer). All models of one of the ``sizes`` (choices of
     ``size=``) take turns.
-
-    Raises:
-        UserError: an unknown size, or one that an architecture cannot have.
     """
-    check_file("out", out)
+    torch_device, report = begin(out, device, rounds=rounds)
     for seq_len in seq_lens:
         require(seq_len >= 1, "seq_len", seq_len, "a positive whole number")
     configs = {
         size: {k: compose("train", [f"model={k}", f"size={size}"]).model for k in MODEL_CONFIGS}
         for size in sizes
     }
-    torch_device = pick_device(Device(device))
-    columns = ("parameters", "tokens_per_second", "bytes")
-    report: dict[str, Any] = {"machine": machine(torch_device), "rounds": rounds, "seconds": {}}
-    report |= {column: {} for column in columns}
+    report |= {"parameters": {}, "tokens_per_second": {}}
     rows: list[Row] = []
     for size, seq_len in product(sizes, seq_lens):
         work = f"{size}, T={seq_len}"
@@ -86,6 +80,7 @@ def bench_train(
             rows.append((work, "speed", *pair, (lowest, None)))
     version = report["machine"]["packages"]["transformers"]
     title = f"Training steps on {torch_device} (Llama and DiffLlama of transformers {version})"
+    columns = ("parameters", "tokens_per_second", "bytes")
     show_figures(title, {column.replace("_", " "): report[column] for column in columns})
     return show_ratios(report, rows, title, out)
 

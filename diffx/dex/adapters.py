@@ -52,17 +52,14 @@ class Adapters:
     The original weights are kept and put back, so that no rounding error remains. ``fingerprint``
     is that of the weights; with None, adapters of other weights are not refused.
 
-    Attributes:
-        active: the name of the active adapter; None if the model is the pretrained one.
-        folded: whether the branch is folded into the output projections.
-
     Raises:
         UserError: the model has a branch already, or its attention cannot be analysed.
     """
 
     def __init__(self, model: PreTrainedModel, fingerprint: str | None = None):
-        self.model, self.fingerprint, self.folded = model, fingerprint, False
-        self.active: str | None = None
+        self.model, self.fingerprint = model, fingerprint
+        self.active: str | None = None  # the name of the active adapter
+        self.folded = False  # whether its branch is folded into the output projections
         self._adapters: dict[str, _Adapter] = {}
         self._layers = find_layers(model)
         self._parameters = dict(model.named_parameters())
@@ -72,7 +69,7 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """The names of the adapters, in the order in which they were loaded."""
+        """The names of the adapters, in the order of loading."""
         return list(self._adapters)
 
     def load(self, folder: str | Path, name: str = "default", revision: str | None = None) -> None:
@@ -101,9 +98,9 @@ class Adapters:
         """Make an adapter the active one, its branch not folded; None gives the pretrained model.
 
         Raises:
-            UserError: there is no adapter of this name.
+            UserError: no adapter has the name.
         """
-        self._place(None if name is None else self._checked(name), False)
+        self._place(name, False)
 
     @contextmanager
     def disabled(self) -> Iterator[PreTrainedModel]:
@@ -121,7 +118,8 @@ class Adapters:
         Raises:
             UserError: no adapter is active.
         """
-        self._place(self._checked(self.active), True)
+        self._get(self.active)
+        self._place(self.active, True)
 
     def unfold(self) -> None:
         """Undo ``fold``, bit for bit."""
@@ -131,9 +129,9 @@ class Adapters:
         """Copy an adapter (None: the active one) and its model card into a new or empty folder.
 
         Raises:
-            UserError: there is no such adapter, or the folder holds files.
+            UserError: no adapter has the name, or the folder holds files.
         """
-        source, target = self._adapters[self._checked(name or self.active)].folder, Path(folder)
+        source, target = self._get(name or self.active).folder, Path(folder)
         taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
         refuse(taken, f"folder={folder}", "it exists; choose another")
         shutil.copytree(
@@ -152,30 +150,25 @@ class Adapters:
     ) -> str:
         """Push an adapter (None: the active one) and its model card to the hub.
 
-        The repository is created if it does not exist, ``private`` or not; None takes the default
-        of the user, and for ``token`` the one that ``hf auth login`` stored.
-
-        Returns:
-            The URL of the commit.
+        The repository is created if it does not exist. ``private=None`` is the default of the user,
+        ``token=None`` what ``hf auth login`` stored. Returns the URL of the commit.
         """
-        folder = self._adapters[self._checked(name or self.active)].folder
-        api = HfApi(token=token)
+        folder, api = self._get(name or self.active).folder, HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         options: Any = {"commit_message": commit_message, "allow_patterns": _FILES}
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url)
 
-    def _checked(self, name: str | None) -> str:
+    def _get(self, name: str | None) -> _Adapter:
         if name is None or name not in self._adapters:
             reason = "no adapter is active" if name is None else "no adapter has it"
             raise UserError(f"name={name} cannot be used: {reason}; accepted: {self.names}")
-        return name
+        return self._adapters[name]
 
     def _make(self, path: Path, described: _Description) -> _Adapter:
         """Build an adapter by the code that a run uses, on a copy that shares unchanged weights."""
         config, originals = described.dex, self._parameters
-        changed = [f"{name}.weight" for name in self._modules]
-        if config.variant is Variant.full:
-            changed = list(originals)
+        full = config.variant is Variant.full
+        changed = list(originals) if full else [f"{name}.weight" for name in self._modules]
         parameters = {
             name: nn.Parameter(original.data.clone() if name in changed else original.data, False)
             for name, original in originals.items()
@@ -191,18 +184,18 @@ class Adapters:
                 weights |= read_tensors(path / file, shapes)
         adapted.load(weights, described.step, self.model.dtype)
         fold(adapted, keep_branch=True)
-        outputs = [layer.output for layer in self._layers]
-        branches = dict(zip(outputs, adapted.branches, strict=False))  # some variants have none
-        for name, branch in branches.items():
-            branch.proj = self._modules[name]
+        branches = {}
+        for layer, branch in zip(self._layers, adapted.branches, strict=False):  # or there are none
+            branch.proj = self._modules[layer.output]
+            branches[layer.output] = branch
         self._originals |= {name: originals[name].data for name in changed}
         tuned = {name: parameters[name].data.to(originals[name].dtype) for name in changed}
         return _Adapter(path, tuned, branches)
 
     @torch.no_grad()
     def _place(self, name: str | None, folded: bool) -> None:
-        """Put weights and branches of an adapter into the model; of None, the original weights."""
-        adapter = _Adapter() if name is None else self._adapters[name]
+        """Put the weights and branches of an adapter, or the original weights, into the model."""
+        adapter = _Adapter() if name is None else self._get(name)
         for key, original in self._originals.items():
             parameter = self._parameters[key]  # the model may have been moved since
             parameter.data = adapter.tuned.get(key, original).to(parameter.device, parameter.dtype)
@@ -267,6 +260,6 @@ def _fetched(folder: str | Path, revision: str | None) -> Path:
             return Path(snapshot_download(str(folder), revision=revision, allow_patterns=_FILES))
     except Exception as error:  # huggingface_hub, httpx and the cache raise their own exceptions
         raise UserError(
-            f"folder={folder} cannot be used: there is no such folder here, and from the hub it "
-            f"cannot be loaded: {reason(error)}; it must be the adapter/ of a run"
+            f"folder={folder} cannot be used: it is no folder here, and from the hub it cannot be "
+            f"loaded: {reason(error)}; it must be the adapter/ of a run"
         ) from error

@@ -56,8 +56,7 @@ def attach(
 ) -> Adapted:
     """Attach a variant to a model, in place; weights that it does not train are frozen.
 
-    ``heads`` are those chosen in each of ``layers``, ``anneal_steps`` is T of equation 4, and
-    ``seed`` is that of W_D and LoRA.
+    ``heads`` are those chosen in each of ``layers``, ``anneal_steps`` is T of equation 4.
     """
     adapted, variant = Adapted(model.requires_grad_(False)), config.variant
     if variant is Variant.full:

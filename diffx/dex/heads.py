@@ -81,10 +81,9 @@ def choose_heads(
     text: str = "",
     progress: Callable[[int], None] = lambda done: None,
 ) -> Plan:
-    """Choose k heads in every layer.
+    """Choose k heads in every layer; entropy and importance are those on ``batches``, (B, T) each.
 
-    The entropy and importance criteria use ``batches``, calibration tokens (B, T) each. ``base``
-    and ``text`` are the SHA-256 of weights and calibration text. ``progress`` is called with the
+    ``base`` and ``text`` are the SHA-256 of weights and batches. ``progress`` is called with the
     number of batches read.
 
     Raises:
@@ -101,19 +100,17 @@ def choose_heads(
         try:
             scores = entropies(model, layers, _counted(batches, progress))
         except UserError as error:  # its message names a checkpoint and a suite
+            why = f"the attention of {type(model).__name__} cannot be observed; accepted here"
             raise UserError(
-                f"dex.heads={criterion} cannot be used: the attention of {type(model).__name__} "
-                "cannot be observed; accepted here: importance_low, random, all"
+                f"dex.heads={criterion} cannot be used: {why}: importance_low, random, all"
             ) from error
     elif criterion == "importance_low":
         scores = importances(model, layers, _counted(batches, progress))
     generator = torch.Generator().manual_seed(seed)
     heads = []
     for number, count in enumerate(num_heads):
-        order = torch.arange(count)
-        if criterion == "random":
-            order = torch.randperm(count, generator=generator)
-        elif scores:
+        order = torch.randperm(count, generator=generator)
+        if scores:
             descending = criterion == "entropy_high"
             order = torch.tensor(scores[number]).argsort(descending=descending, stable=True)
         chosen = count if criterion == "all" else k or count // 2

@@ -44,11 +44,10 @@ def training_card(
     parameters: int | None = None,
     library: str = "diffx",
 ) -> ModelCard:
-    """Describe a model called ``name`` that a run trained, or adapted from ``base``.
+    """Describe the model called ``name`` of a run, at ``step``, adapted from ``base`` or trained.
 
-    ``summary`` is that of the run, or empty; its losses count if they are of ``step``. ``usage`` is
-    Python code that loads the model by ``library``. ``parameters`` is their number; None takes it
-    from the summary.
+    ``summary`` is that of the run, or empty. ``usage`` is code that loads the model by ``library``.
+    ``parameters`` is their number; None takes it from the summary.
     """
     counts = summary.get("parameters", {})
     rows = {"parameters": parameters or counts.get("total")}
@@ -63,30 +62,20 @@ def training_card(
         sizes = {key: getattr(job.model, key) for key in _SHAPE}
         shape = ", ".join(f"{key} {size}" for key, size in sizes.items() if size is not None)
         rows["architecture"] = f"{variant}: {shape}"
-    rows |= {
-        "training text": _data_name(job.data),
-        "steps": step,
-        "tokens": step * int(job.train.batch_tokens),
-        "sequence length": job.train.seq_len,
-        "seed": job.seed,
-    }
+    rows |= {"training text": _data_name(job.data), "steps": step}
+    rows |= {"tokens": step * int(job.train.batch_tokens), "sequence length": job.train.seq_len}
+    rows["seed"] = job.seed
+    loss = "held-out loss, nats a token"
     if summary.get("step") == step:
-        rows |= {
-            "held-out loss, nats a token": summary.get("val/loss"),
-            "held-out bits per byte": summary.get("val/bpb"),
-            "held-out loss of the base": summary.get("base/val/loss"),
-        }
+        rows |= {loss: summary.get("val/loss"), "held-out bits per byte": summary.get("val/bpb")}
+        rows["held-out loss of the base"] = summary.get("base/val/loss")
     elif summary.get("best/step") == step:
-        rows["held-out loss, nats a token"] = summary.get("best/val/loss")
+        rows[loss] = summary.get("best/val/loss")
     public = isinstance(job.data, HubData) and not _is_local(job.data.name)
-    data = ModelCardData(
-        pipeline_tag="text-generation",
-        base_model=base,
-        library_name=library,
-        license=license_name,
-        tags=["diffx", "differential-attention", variant],
-        datasets=[getattr(job.data, "name", "")] if public else None,
-    )
+    facts: dict[str, Any] = {"base_model": base, "library_name": library, "license": license_name}
+    facts["datasets"] = [getattr(job.data, "name", "")] if public else None
+    tags = ["diffx", "differential-attention", variant]
+    data = ModelCardData(pipeline_tag="text-generation", tags=tags, **facts)
     formats = {int: "{:,}", float: "{:.4f}"}
     table = "\n".join(
         f"| {key} | {formats.get(type(value), '{}').format(value)} |"

@@ -1,8 +1,4 @@
-"""Configurations and model classes that are registered with ``transformers``.
-
-``import diffx`` has the auto classes of ``transformers`` import this module, so it imports neither
-torch nor a model.
-"""
+"""Classes that ``import diffx`` registers with ``transformers``, without torch and models."""
 
 from importlib import import_module
 from typing import Any

@@ -1,11 +1,9 @@
 """Conversion of ``transformer`` to and from Llama, and of ``diff_v1`` to and from DiffLlama.
 
-The models compute the same function with another order of rows. A ``Decoder`` rotates features 2i
-and 2i+1 of a head, Llama i and i + d/2. Differential head j of a ``Decoder`` has maps 2j and 2j+1;
-in DiffLlama it has maps j and j + H/2, and the wide value is split into heads g and g + H_kv/2.
-DiffLlama's head norm has no gain: the gain is multiplied into ``o_proj``.
-
-Notation: H and H_kv the baseline's heads, d = D/H their width.
+The functions are the same with another order of rows. A ``Decoder`` rotates features 2i and 2i+1 of
+a head, Llama i and i + d/2. Differential head j of a ``Decoder`` has maps 2j and 2j+1, that of
+DiffLlama j and j + H/2, and its value is heads g and g + H_kv/2. DiffLlama's head norm has no gain:
+it is multiplied into ``o_proj``. Notation: H and H_kv heads of the baseline, d = D/H their width.
 """
 
 from collections.abc import Callable
@@ -53,8 +51,7 @@ def from_llama(llama: LlamaForCausalLM) -> Decoder:
     """Convert a Llama to a ``transformer`` with copied weights.
 
     Raises:
-        ValueError: biases, scaled RoPE, another activation, or heads whose widths do not sum to the
-            hidden size.
+        ValueError: biases, scaled RoPE, another activation, or heads of another width than D/H.
     """
     return _decoder(llama, TransformerConfig(**_checked_shape(llama.config)), pairs=False)
 
@@ -95,7 +92,7 @@ def from_diffllama(llama: DiffLlamaForCausalLM) -> Decoder:
 
 
 def _halves(rows: Tensor, groups: int, unit: int) -> Tensor:
-    """Reorder each group, in units of rows, from pairs (0 1, 2 3, …) to halves (0 2 …, 1 3 …)."""
+    """Reorder units of each group of rows from pairs (0 1, 2 3, …) to halves (0 2 …, 1 3 …)."""
     return rows.unflatten(0, (groups, -1, 2, unit)).transpose(1, 2).flatten(0, 3)
 
 

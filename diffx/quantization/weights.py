@@ -70,11 +70,10 @@ def quantize_weights(
 ) -> tuple[Loaded, Change]:
     """Make the model at ``bits`` bits, unless its folder exists, and load it.
 
-    It is stored in the folder of ``loaded``, under ``quantized/<step>/<name>-<hash>/``, and keeps
-    the name and the folder of ``loaded``. ``skipped`` is the result of ``check_weights``.
+    It is stored in the folder of ``loaded``, under ``quantized/<step>/<name>-<hash>/``.
+    ``skipped`` is the result of ``check_weights``.
 
     Raises:
-        UserError: torchao cannot quantize so on this machine.
         RunError: the folder cannot be written.
     """
     method: Any = job.method
@@ -102,23 +101,18 @@ def stored_bytes(folder: Path) -> int:
 
 def _make(job: QuantizeJob, loaded: Loaded, bits: int, skipped: list[str], out: Path) -> None:
     """Quantize the model while ``transformers`` loads it, and save it."""
-    parameter = next(loaded.model.parameters())
-    device, dtype = parameter.device, parameter.dtype
+    weight = next(loaded.model.parameters())
+    device, dtype, trusted = weight.device, weight.dtype, job.trust_remote_code
     with new_model_folder(out, "checkpoint") as folder:
         source, plain = job.checkpoint, folder / "plain"
         if loaded.job is not None:
             source = str(plain)
             write_pretrained(_plain(job, loaded), loaded, plain)
         if bits < _ROW_BITS and device.type == "cpu":
-            Reporter().warn(
-                f"on a CPU torchao stores {bits}-bit weights one to a byte: it computes as at "
-                f"{bits} bits, and is larger"
-            )
+            Reporter().warn(f"on a CPU torchao stores {bits}-bit weights one to a byte")
         config = TorchAoConfig(_recipe(job.method, bits, device), modules_to_not_convert=skipped)
-        pretrained = load_pretrained(
-            "checkpoint", source, dtype, device, job.revision, job.trust_remote_code, config
-        )
-        write_pretrained(pretrained.model, loaded, folder)
+        options = dtype, device, job.revision, trusted, config
+        write_pretrained(load_pretrained("checkpoint", source, *options).model, loaded, folder)
         shutil.rmtree(plain, ignore_errors=True)
 
 
