@@ -12,7 +12,9 @@ from diffx.bench.targets import NO_TARGET, Row, show_figures, show_ratios
 from diffx.bench.timing import Call, begin, measure
 from diffx.config import require
 from diffx.config.checks import refuse
+from diffx.config.eval import Dtype
 from diffx.config.train import Precision
+from diffx.loading import DTYPES
 from diffx.ops import attention, differential_attention
 from diffx.train.throughput import matmul_ceiling
 
@@ -28,7 +30,6 @@ TARGETS: dict[tuple[str, str, int | None], float] = {
 }
 # Floating-point operations of both passes, per query-key pair and differential head, in units of d.
 FLOPS = {"baseline": 28, "padded": 56, "four calls": 56, "diffx": 32}
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def bench_attention(
@@ -52,7 +53,8 @@ def bench_attention(
     require(heads % 2 == 0, "heads", heads, "even: two heads make one differential head")
     lacking = torch_device.type == "cuda" and find_spec("triton") is None
     refuse(lacking, "device=cuda", "it needs Triton; pip install 'diffx[triton]' installs it")
-    kind = TYPES.get(dtype, torch.float32 if torch_device.type == "cpu" else torch.bfloat16)
+    kind = torch.float32 if torch_device.type == "cpu" else torch.bfloat16
+    kind = DTYPES.get(Dtype(dtype), kind)
     precision = Precision.fp32 if kind is torch.float32 else Precision.bf16
     ceiling, dtype = matmul_ceiling(torch_device, precision), str(kind).removeprefix("torch.")
     rates: dict[str, dict[str, float]] = {}

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lm_eval.api.instance import Instance
 from transformers import LlamaForCausalLM
 
@@ -41,8 +40,7 @@ def bench_eval(
     """Measure requests per second on text of a Python module; see ``diffx.bench``.
 
     Of each kind of request there are ``documents``, with one request or four choices each.
-    ``checkpoint`` is a Llama of the hub, by name or folder. The report also holds the largest
-    difference between answers (of generation, how many differ).
+    ``checkpoint`` is a Llama of the hub, by name or folder.
     """
     torch_device, report = begin(out, device, documents=documents, rounds=rounds)
     loaded = load(checkpoint, Device(device))
@@ -60,24 +58,19 @@ def bench_eval(
         # the same start of texts without context
         model.hflm.custom_prefix_token_id = loaded.tokenizer.eot_id
         ask[f"HFLM, batch {batch}"] = model.ask
-    _, first, *_ = ask
     rates: dict[str, dict[str, float]] = {}
-    differences: dict[str, dict[str, float]] = {}
-    report |= {"requests_per_second": rates, "largest_difference": differences}
-    report["checkpoint"] = loaded.name
+    report |= {"checkpoint": loaded.name, "requests_per_second": rates}
     rows: list[Row] = []
     for work, requests in _requests(documents).items():
         method, target = CASES[work]
         with quiet():
-            answers = [ask[name](method, requests) for name in ("diffx", first)]
             calls = {name: partial(call, method, requests) for name, call in ask.items()}
             times = report["seconds"][work] = time_in_turns(calls, rounds, torch_device)
-        differences[work] = {first: _difference(method, *answers)}
         rates[work] = {name: len(requests) / statistics.median(times[name]) for name in ask}
         fastest = max(list(ask)[1:], key=rates[work].__getitem__)
         rows.append((work, "speed", "diffx", fastest, (target, None)))
     title = f"{loaded.name} on {torch_device}"
-    show_figures(title, {"requests/s": rates, "largest difference to diffx": differences})
+    show_figures(title, {"requests/s": rates})
     return show_ratios(report, rows, title, out)
 
 
@@ -105,10 +98,3 @@ def _requests(documents: int) -> dict[str, list[Instance]]:
         work: [Instance(method, doc={}, arguments=each, idx=0) for each in case]
         for (work, (method, _)), case in zip(CASES.items(), arguments, strict=True)
     }
-
-
-def _difference(method: str, answers: list[Any], expected: list[Any]) -> float:
-    if method == "generate_until":
-        return float(np.not_equal(answers, expected).sum())
-    scores = np.array(answers, float) - np.array(expected, float)  # and whether each is the greedy
-    return float(np.abs(scores.reshape(len(answers), -1)[:, 0]).max())

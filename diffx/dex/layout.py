@@ -108,8 +108,9 @@ class _UnclearError(Exception):
 def _trace(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
     names = {module: name for name, module in model.named_modules()}
     layers: list[Layer] = []
-    # linear maps since the last attention, and their outputs
-    before: list[tuple[nn.Module, Tensor]] = []
+    before: list[
+        tuple[nn.Module, Tensor]
+    ] = []  # linear maps since the last attention, with outputs
     # attention before its output projection: its name, its output, its projections
     waiting: list[tuple[str, Tensor, tuple[list[Projection], ...]]] = []
     random = torch.Generator().manual_seed(0)
@@ -118,9 +119,8 @@ def _trace(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
         if waiting:
             raise _UnclearError(f"no linear map reads the output of {waiting[0][0]} as it is")
 
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-    ) -> Any:
+    def attend(module: nn.Module, *tensors: Any, **_: Any) -> Any:
+        query, key, value, _mask = tensors
         check_output_was_read()
         # Random numbers in place of the output, by which the output projection is recognised.
         shape = query.transpose(1, 2).shape[:3]  # (B, T, H)
@@ -133,8 +133,7 @@ def _trace(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
         return output, None
 
     def linear(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        # a router of experts, for example, returns several tensors
-        if not args or not isinstance(output, Tensor):
+        if not args or not isinstance(output, Tensor):  # such as a router of experts
             return output
         if waiting and torch.equal(args[0].flatten(), waiting[0][1].flatten()):
             _, context, parts = waiting.pop()

@@ -4,9 +4,10 @@ Notation: B batch, T tokens, D model width, M query maps, G key maps.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -58,26 +59,23 @@ def observing(
         UserError: ``attention`` is given, and the attention of the model cannot be observed.
     """
     with ExitStack() as stack:
-        if hidden is not None:
-            for layer, block in enumerate(decoder_blocks(model)):
-                give = partial(_give_hidden, hidden, layer)
-                stack.enter_context(block.register_forward_hook(give))
-        if attention is not None and isinstance(model, Decoder):
+        for layer, block in enumerate(decoder_blocks(model) if hidden else ()):
+            hook = partial(_give_hidden, hidden, layer)
+            stack.enter_context(block.register_forward_hook(hook))
+        if attention and isinstance(model, Decoder):
             for module in attention_modules(model):
-                give = partial(_give_view, attention)
-                stack.enter_context(module.register_forward_pre_hook(give))
-        elif attention is not None:
+                hook = partial(_give_view, attention)
+                stack.enter_context(module.register_forward_pre_hook(hook))
+        elif attention:
             stack.enter_context(attending_with(model, _observing(model, attention)))
         yield
 
 
-def _give_hidden(
-    callback: Callable[..., None], layer: int, _: nn.Module, args: Any, output: Any
-) -> None:
+def _give_hidden(callback: Any, layer: int, _: nn.Module, args: Any, output: Any) -> None:
     callback(layer, output[0] if isinstance(output, tuple) else output)
 
 
-def _give_view(callback: Callable[..., None], module: Attention, args: tuple[Any, ...]) -> None:
+def _give_view(callback: Any, module: Attention, args: tuple[Any, ...]) -> None:
     callback(module.layer, module.view(*args[:3]))
 
 
@@ -107,10 +105,10 @@ def _observing(model: nn.Module, callback: Callable[..., None]) -> Callable[...,
     """An attention function that gives ``callback`` a view of each layer and computes by SDPA."""
     second_call = False  # DiffLlama attends twice with the same maps, to halves of the values
 
-    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    def attend(module: Any, *tensors: Any, **options: Any) -> Any:
         nonlocal second_call
-        q, k, v, causal = _read(model, module, (query, key, value), mask, kwargs, {"softcap"})
-        maps, scale = q.shape[2], kwargs.get("scaling")
+        q, k, v, causal = _read(model, module, tensors, options, "softcap")
+        maps, scale = q.shape[2], options.get("scaling")
         order, lam = list(range(maps)), None
         if isinstance(module, DiffLlamaAttention):  # its head j pairs maps j and j + M/2
             order = [m // 2 + m % 2 * (maps // 2) for m in range(maps)]
@@ -121,8 +119,8 @@ def _observing(model: nn.Module, callback: Callable[..., None]) -> Callable[...,
             key_map=[m // (maps // k.shape[2]) for m in order],
             scale=q.shape[3] ** -0.5 if scale is None else scale,
             lam=lam,
-            mask=mask,
-            softcap=kwargs.get("softcap"),
+            mask=tensors[3],
+            softcap=options.get("softcap"),
             causal=causal,
         )
         if not second_call:
@@ -130,14 +128,16 @@ def _observing(model: nn.Module, callback: Callable[..., None]) -> Callable[...,
         second_call = lam is not None and not second_call
         if view.softcap is not None:  # which SDPA does not have
             return _weigh(view, v), None
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *tensors, **options)
 
     return attend
 
 
 @contextmanager
 def attending_with(model: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
-    """Let one model attend with a function of the attention interface of ``transformers``.
+    """Let one model attend with ``attend(module, query, key, value, mask, **options)``.
+
+    The shapes are those of the attention interface of ``transformers``.
 
     Raises:
         UserError: the model does not use that interface.
@@ -175,11 +175,11 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
         UserError: the model has another attention than queries, keys and a mask.
     """
 
-    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-        q, k, v, causal = _read(model, module, (query, key, value), mask, kwargs)
+    def attend(module: Any, *tensors: Any, **options: Any) -> Any:
+        q, k, v, causal = _read(model, module, tensors, options)
         sets = 2 if isinstance(module, DiffLlamaAttention) else 1  # all A1 are before all A2
-        scale = kwargs.get("scaling")
-        return quantized.attention(q, k, v, causal, scale, mask=mask, sets=sets), None
+        scale = options.get("scaling")
+        return quantized.attention(q, k, v, causal, scale, mask=tensors[3], sets=sets), None
 
     with ExitStack() as stack:
         modules = attention_modules(model)
@@ -192,28 +192,24 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
 
 
 def _read(
-    model: nn.Module,
-    module: Any,
-    tensors: tuple[Tensor, ...],
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-    handled: Collection[str] = (),
+    model: nn.Module, module: Any, tensors: tuple[Any, ...], options: dict[str, Any], *handled: str
 ) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Queries, keys and values (B, T, M or G, width), and whether they are causal without a mask.
 
     Raises:
         UserError: the attention is more than these and a boolean mask.
     """
+    *qkv, mask = tensors
     extra = [
         name
-        for name, value in kwargs.items()
+        for name, value in options.items()
         if value is not None and name not in {*_HARMLESS, *handled}
         if name not in _HARMLESS_IF_OFF or value
     ]
     if extra or (mask is not None and mask.dtype != torch.bool):
         raise _unsupported(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
-    causal = kwargs.get("is_causal")
-    q, k, v = (x.transpose(1, 2) for x in tensors)
+    causal = options.get("is_causal")
+    q, k, v = (x.transpose(1, 2) for x in qkv)
     return q, k, v, bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
@@ -228,9 +224,8 @@ def _diffllama_lambda(module: DiffLlamaAttention) -> Tensor:
 def _weigh(view: AttentionView, values: Tensor) -> Tensor:
     """The output (B, T, M, width) of ordinary maps, given values (B, T, G, width)."""
     out = values.new_empty(*view.q.shape[:3], values.shape[3])
-    for m, key in enumerate(view.key_map):
-        for start in range(0, out.shape[1], _ROWS):
-            stop = min(start + _ROWS, out.shape[1])
-            weights = view.head_map(m, start, stop).to(values.dtype)
-            out[:, start:stop, m] = weights @ values[:, :, key]
+    for (m, key), start in product(enumerate(view.key_map), range(0, out.shape[1], _ROWS)):
+        stop = min(start + _ROWS, out.shape[1])
+        weights = view.head_map(m, start, stop).to(values.dtype)
+        out[:, start:stop, m] = weights @ values[:, :, key]
     return out

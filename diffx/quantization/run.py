@@ -10,16 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffx.config import quantize as config
 from diffx.config.eval import EvalJob
-from diffx.config.quantize import (
-    EXACT,
-    AttentionLogits,
-    LogitScope,
-    QuantizeJob,
-    StateScope,
-    Weights,
-    change_settings,
-)
+from diffx.config.quantize import EXACT, LogitScope, QuantizeJob, StateScope
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.run import Change, measure
 from diffx.hub.attention import decoder_blocks, quantizing_logits
@@ -37,11 +30,11 @@ def quantize(job: QuantizeJob) -> dict[int, Path]:
     """
     loaded = load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code)
     keys = {key.name: getattr(job, key.name) for key in fields(EvalJob)} | {"kind": "eval"}
-    skipped = check_weights(job, loaded) if isinstance(job.method, Weights) else []
+    skipped = check_weights(job, loaded) if isinstance(job.method, config.Weights) else []
     folders = {}
     for bits in sorted({EXACT, *job.bits}, reverse=True):
         model, change, changed = loaded, None, {}
-        if bits != EXACT and isinstance(job.method, Weights):
+        if bits != EXACT and isinstance(job.method, config.Weights):
             model, change = quantize_weights(job, loaded, bits, skipped)
             changed["checkpoint"] = model.model.name_or_path
         elif bits != EXACT:
@@ -56,11 +49,11 @@ def quantize(job: QuantizeJob) -> dict[int, Path]:
 
 def _simulated(method: Any, bits: int) -> Change:
     apply: Any = partial(quantizing_states, bits=bits, scope=method.scope)
-    if isinstance(method, AttentionLogits):
+    if isinstance(method, config.AttentionLogits):
         apply = partial(quantizing_logits, quantized=QuantizedLogits(bits, method.scope.value))
     caches = method.scope in (LogitScope.row, StateScope.token)
     name = f"{method.kind}-{bits}bit"
-    return Change(name, change_settings(method, bits), apply, caches=caches)
+    return Change(name, config.change_settings(method, bits), apply, caches=caches)
 
 
 @contextmanager
