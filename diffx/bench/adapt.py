@@ -37,9 +37,9 @@ def bench_adapt(
 ) -> dict[str, Any]:
     """Measure a training step (forward to AdamW) and inference; see ``diffx.bench``.
 
-    Every contestant has the weights of ``base`` (a causal model of the hub, by name or folder) and
-    gets the same ``batch`` random sequences of ``seq_len`` tokens: in training ``dex``,
-    ``attn_only`` and peft's LoRA, at inference the base, and ``dex`` folded and unfolded.
+    All have the weights of ``base``, a hub name or folder, and read the same ``batch`` sequences of
+    ``seq_len`` tokens: in training ``dex``, ``attn_only`` and peft's LoRA, at inference the base,
+    and ``dex`` folded and unfolded.
     """
     torch_device, report = begin(out, device, rounds=rounds)
     bf16 = precision_of(torch_device, Precision.auto) is Precision.bf16  # as in an adaptation

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffx.bench.targets import NO_TARGET, Row, show_figures, show_ratios
-from diffx.bench.timing import Call, begin, measure
+from diffx.bench.timing import Call, attention_inputs, begin, measure
 from diffx.config import require
 from diffx.config.checks import refuse
 from diffx.config.eval import Dtype
@@ -18,7 +18,6 @@ from diffx.loading import DTYPES
 from diffx.ops import attention, differential_attention
 from diffx.train.throughput import matmul_ceiling
 
-LAMBDA = 0.5
 FUSED = {"cpu": "blocks", "cuda": "triton"}
 # The highest accepted ratio of time, by contestant compared with, device and T (None is any).
 TARGETS: dict[tuple[str, str, int | None], float] = {
@@ -43,11 +42,10 @@ def bench_attention(
 ) -> dict[str, Any]:
     """Measure forward and backward of causal attention, on one sequence; see ``diffx.bench``.
 
-    All contestants have ``heads`` heads of the baseline, or half of them with values twice as wide.
-    ``padded`` is two calls of PyTorch's attention with queries and keys padded to the width of the
-    values, ``four calls`` that of public libraries, with values in halves, ``baseline`` ordinary
-    attention, and ``diffx`` one fused operation. Queries and keys have ``width`` features of type
-    ``dtype`` (``auto``: fp32 on a CPU, else bf16).
+    ``baseline`` is ordinary attention of ``heads`` heads, with ``width`` features of type ``dtype``
+    (``auto``: fp32 on a CPU, else bf16). The others have half as many, with values twice as wide:
+    ``padded`` pads queries and keys for two calls of PyTorch's attention, ``four calls`` halves the
+    values as public libraries do, and ``diffx`` is one fused operation.
     """
     torch_device, report = begin(out, device, heads=heads, width=width, rounds=rounds)
     require(heads % 2 == 0, "heads", heads, "even: two heads make one differential head")
@@ -82,23 +80,16 @@ def _step(
     name: str, heads: int, width: int, seq_len: int, dtype: torch.dtype, device: torch.device
 ) -> Call:
     """A call of the forward and backward pass of a contestant."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    q, k, v = (random(1, seq_len, heads, width) for _ in range(3))
-    wide, lam = v.view(1, seq_len, heads // 2, 2 * width), torch.tensor(LAMBDA, device=device)
-    tensors = (q, k, v) if name == "baseline" else (q, k, wide, lam)
-    inputs = [x.detach().requires_grad_() for x in tensors]
     calls: dict[str, Any] = {
         "baseline": partial(attention, impl="sdpa"),
         "padded": partial(differential_attention, impl="sdpa"),
         "four calls": _four_calls,
         "diffx": partial(differential_attention, impl=FUSED.get(device.type, "sdpa")),
     }
-    call = calls[name]
-    d_out = random(*call(*inputs).shape)
+    operation = "attention" if name == "baseline" else "differential_attention"
+    tensors = attention_inputs(heads, width, seq_len, device, dtype)[operation]
+    call, inputs = calls[name], [x.requires_grad_() for x in tensors]
+    d_out = torch.ones_like(call(*inputs))
     return lambda: torch.autograd.grad(call(*inputs), inputs, d_out)
 
 

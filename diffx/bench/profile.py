@@ -26,9 +26,7 @@ from diffx.train.optimizer import build_optimizer
 from diffx.train.throughput import matmul_ceiling, synchronize
 
 PARTS = ("data", "forward", "backward", "clip", "optimizer")
-TRACED = 2  # steps in the trace
-_WARM = 3  # steps before the timed ones
-_SHOWN = 15  # operators in the table
+TRACED, _WARM = 2, 3  # steps in the trace, and before the timed ones
 LOADER = 10.0  # target: tokens per second of the loader, relative to the model
 SAVING = 0.02  # target: share of the time for checkpoints
 
@@ -115,7 +113,7 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
     title = f"{job.model.kind}, {tokens} tokens a step, T={seq_len}, {device}"
     reporter.table(make_table(title, ("part of a step", "ms", "share"), rows))
     order = f"self_{'device' if cuda else 'cpu'}_time_total"
-    operators = recorded.key_averages().table(order, row_limit=_SHOWN, max_name_column_width=40)
+    operators = recorded.key_averages().table(order, row_limit=15, max_name_column_width=40)
     for line in (
         f"operators of {TRACED} steps, by self time\n{operators}",
         f"model {speed:,.0f} tokens/s",
@@ -125,14 +123,7 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
         f"trace: {trace} (open it at https://ui.perfetto.dev)",
     ):
         reporter.line(line)
-    return {
-        "machine": machine(device),
-        "words": words,
-        "seconds": medians,
-        "tokens_per_second": speed,
-        "loader_tokens_per_second": loader,
-        "checkpoint_seconds": saving,
-        "checkpoint_share": share,
-        "flops_per_second": flops,
-        "matmul_ceiling": ceiling,
-    }
+    report: dict[str, Any] = {"machine": machine(device), "words": words, "seconds": medians}
+    report |= {"tokens_per_second": speed, "loader_tokens_per_second": loader}
+    report |= {"checkpoint_seconds": saving, "checkpoint_share": share}
+    return report | {"flops_per_second": flops, "matmul_ceiling": ceiling}

@@ -9,17 +9,8 @@ from typing import Any
 
 import torch
 
+from diffx.bench import timing
 from diffx.bench.targets import NO_TARGET, Row, show_ratios
-from diffx.bench.timing import (
-    Call,
-    Seconds,
-    begin,
-    inference,
-    model_settings,
-    peak_bytes,
-    random_tokens,
-    time_in_turns,
-)
 from diffx.config.checks import refuse
 from diffx.config.quantize import QuantizeJob, Scheme, Weights
 from diffx.config.train import Device
@@ -48,17 +39,17 @@ def bench_quantize(
 ) -> dict[str, Any]:
     """Measure 8-bit weights, and the forward pass of rounded logits; see ``diffx.bench``.
 
-    Inference is that of ``checkpoint`` (a causal model of the hub, by name or folder) on ``batch``
-    random sequences of ``seq_len`` tokens. The attention has one sequence of that length.
+    Inference is that of ``checkpoint``, a hub name or folder, on ``batch`` random sequences of
+    ``seq_len`` tokens. The attention has one sequence of that length.
     """
-    torch_device, report = begin(out, device, rounds=rounds)
+    torch_device, report = timing.begin(out, device, rounds=rounds)
     loaded = load(checkpoint, Device(device))
     export = "it is a run; give its export, a folder that `diffx export` makes"
     refuse(loaded.job is not None, f"checkpoint={checkpoint}", export)
-    report |= model_settings(loaded, seq_len, batch)
-    ids = random_tokens(loaded.tokenizer.vocab_size, batch, seq_len, torch_device)
+    report |= timing.model_settings(loaded, seq_len, batch)
+    ids = timing.random_tokens(loaded.tokenizer.vocab_size, batch, seq_len, torch_device)
 
-    def read(folder: str) -> Call:
+    def read(folder: str) -> timing.Call:
         model = load_pretrained("checkpoint", folder, loaded.model.dtype, torch_device).model
         return torch.inference_mode()(lambda: model(input_ids=ids))
 
@@ -73,30 +64,24 @@ def bench_quantize(
             sizes["original"] = change.facts["bytes_before"]
             sizes[name] = stored_bytes(Path(folders[name]))
         builders = {name: partial(read, folder) for name, folder in folders.items()}
-        report["bytes"] = {"prefill": peak_bytes(builders, torch_device), "on disk": sizes}
-    report["seconds"] = inference(models, ids, rounds) | _logits(seq_len, rounds, torch_device)
+        report["bytes"] = {"prefill": timing.peak_bytes(builders, torch_device), "on disk": sizes}
+    report["seconds"] = timing.inference(models, ids, rounds) | _logits(
+        seq_len, rounds, torch_device
+    )
     title = f"{loaded.name}, T={seq_len}, batch {batch}, {torch_device}"
     return show_ratios(report, ROWS, title, out)
 
 
 @torch.inference_mode()
-def _logits(seq_len: int, rounds: int, device: torch.device) -> dict[str, Seconds]:
+def _logits(seq_len: int, rounds: int, device: torch.device) -> dict[str, timing.Seconds]:
     """Seconds of the forward pass of one sequence with 4-bit logits."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, seq_len, HEADS, WIDTH)
-    q, k, v = (torch.randn(shape, generator=generator).to(device) for _ in range(3))
-    wide, lam = v.reshape(1, seq_len, HEADS // 2, 2 * WIDTH), torch.tensor(0.5, device=device)
     contestants: dict[str, Any] = {"reference": reference}
     contestants |= {f"scope {scope}": QuantizedLogits(4, scope) for scope in SCOPES}
     seconds = {}
-    for work, inputs in {
-        "attention": (q, k, v),
-        "differential attention": (q, k, wide, lam),
-    }.items():
-        operation = work.replace(" ", "_")
+    for operation, inputs in timing.attention_inputs(HEADS, WIDTH, seq_len, device).items():
         calls = {
             name: partial(getattr(ops, operation), *inputs, causal=True, scale=None)
             for name, ops in contestants.items()
         }
-        seconds[work] = time_in_turns(calls, rounds, device)
+        seconds[operation.replace("_", " ")] = timing.time_in_turns(calls, rounds, device)
     return seconds

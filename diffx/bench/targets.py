@@ -37,12 +37,12 @@ def target_ratio(
     else:
         size = report["bytes"][work]
         ratios = [size[of] / size[to]] if size[of] else []
-    median, met = statistics.median(ratios) if ratios else None, None
-    if median is not None and target != NO_TARGET:
-        met = (target[0] or 0) <= median <= (target[1] or math.inf)
-    ends = {"low": min(ratios, default=None), "high": max(ratios, default=None)}
-    ratio = {"work": work, "figure": figure, "of": of, "to": to, "median": median}
-    return ratio | ends | {"target": target, "met": met}
+    ratio: dict[str, Any] = {"work": work, "figure": figure, "of": of, "to": to, "target": target}
+    if not ratios:
+        return ratio | dict.fromkeys(("median", "low", "high", "met"))
+    median = statistics.median(ratios)
+    met = (target[0] or 0) <= median <= (target[1] or math.inf) if target != NO_TARGET else None
+    return ratio | {"median": median, "low": min(ratios), "high": max(ratios), "met": met}
 
 
 def show_figures(title: str, columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:

@@ -103,6 +103,16 @@ def random_tokens(vocabulary: int, batch: int, length: int, device: torch.device
     return torch.randint(vocabulary, (batch, length), generator=generator).to(device)
 
 
+def attention_inputs(
+    heads: int, width: int, seq_len: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[Tensor, ...]]:
+    """Random inputs of one sequence for two operations of ``diffx.ops``, by their names."""
+    generator, shape = torch.Generator().manual_seed(0), (1, seq_len, heads, width)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    wide, lam = v.view(1, seq_len, heads // 2, 2 * width), torch.tensor(0.5, device=device)
+    return {"attention": (q, k, v), "differential_attention": (q, k, wide, lam)}
+
+
 def begin(out: Path | None, device: str, **settings: Any) -> tuple[torch.device, dict[str, Any]]:
     """Check ``out`` and ``device``, and begin a report with its settings."""
     check_file("out", out)

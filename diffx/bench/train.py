@@ -48,9 +48,8 @@ def bench_train(
 ) -> dict[str, Any]:
     """Measure tokens per second and peak memory of a training step; see ``diffx.bench``.
 
-    A step is forward, loss, backward, clip and AdamW, on 2,048 random tokens on a CPU and 32,768 on
-    a GPU (one sequence, if that is longer). All models of one of the ``sizes`` (choices of
-    ``size=``) take turns.
+    A step is forward to AdamW, on 2,048 random tokens on a CPU and 32,768 on a GPU (one sequence,
+    if that is longer). All models of one of the ``sizes`` (of ``size=``) take turns.
     """
     torch_device, report = begin(out, device, rounds=rounds)
     for seq_len in seq_lens:

@@ -20,7 +20,7 @@ from diffx.config.dex import DexConfig, Variant
 from diffx.data.hub import asking_hub
 from diffx.dex.attach import attach, fold
 from diffx.dex.layer import DexProjection, projection_weight
-from diffx.dex.layout import find_layers, names_heads_of
+from diffx.dex.layout import check_heads, find_layers
 from diffx.dex.pretrained import fingerprint_of, load_pretrained
 from diffx.errors import reason
 from diffx.files import read_json
@@ -84,12 +84,10 @@ class Adapters:
             described = from_plain(_Description, read_json(path / DESCRIPTION))
         except UserError as error:
             raise UserError(f"{path / DESCRIPTION} cannot be used: {error}") from error
-        known, base = described.base.get("fingerprint"), described.base.get("name")
-        other = f"it is an adapter of other weights ({base}, {str(known)[:12]})"
+        known = described.base.get("fingerprint")
+        other = f"it is an adapter of other weights ({described.base.get('name')}, {known})"
         refuse(self.fingerprint not in (None, known), f"folder={path}", other)
-        fits = names_heads_of(self._layers, described.heads)
-        lacking = f"{type(self.model).__name__} lacks a layer or heads that it names"
-        refuse(not fits, f"folder={path}", lacking)
+        check_heads(f"folder={path}", self._layers, described.heads)
         with self.disabled():
             self._adapters[name] = self._make(path, described)
         self.activate(name)
@@ -224,11 +222,10 @@ def load_adapter(
     """Load an adapter (``adapter/`` of a run, or a repository of the hub) on its base; activate it.
 
     ``model`` is the base (hub name, folder or model), or the result of an earlier call, for a
-    further adapter. The keywords are options of a base that is loaded here by name;
-    ``trust_remote_code`` runs Python code that comes with it.
+    further adapter. The keywords are for a base that is loaded here by name.
 
     Raises:
-        UserError: the base cannot be loaded, an option does not apply, or the adapter is damaged or
+        UserError: the base cannot be loaded, a keyword does not apply, or the adapter is damaged or
             of another model.
     """
     given = {"dtype": dtype != "auto", "revision": revision, "trust_remote_code": trust_remote_code}

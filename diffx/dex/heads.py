@@ -22,7 +22,7 @@ from diffx.config import UserError
 from diffx.config.bridge import from_plain
 from diffx.config.checks import refuse
 from diffx.config.dex import DexConfig
-from diffx.dex.layout import Layer, evaluating, names_heads_of
+from diffx.dex.layout import Layer, check_heads, evaluating
 from diffx.errors import reason
 from diffx.files import read_json, write_json
 from diffx.hub.attention import observing
@@ -61,9 +61,7 @@ def load_plan(path: Path, base: str, layers: Sequence[Layer]) -> Plan:
         raise UserError(f"{setting} cannot be used: {reason(error)}; {accepted}") from error
     other = f"it is of another model ({plan.base[:12]}, not {base[:12]})"
     refuse(plan.base != base, setting, f"{other}; give one of this model, or a criterion")
-    same = plan.num_heads == [layer.num_heads for layer in layers]
-    lacking = "it names layers or heads that the model does not have"
-    refuse(not same or not names_heads_of(layers, plan.heads), setting, f"{lacking}; choose others")
+    check_heads(setting, layers, plan.heads)
     return plan
 
 

@@ -72,11 +72,12 @@ def find_layers(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = No
         ) from error
 
 
-def names_heads_of(layers: Sequence[Layer], heads: Sequence[Sequence[int]]) -> bool:
-    """Whether ``heads`` gives, for each layer, heads that the layer has."""
+def check_heads(setting: str, layers: Sequence[Layer], heads: Sequence[Sequence[int]]) -> None:
+    """Raise ``UserError`` unless ``heads`` gives, for each layer, heads that the layer has."""
     pairs = zip(layers, heads, strict=False)
     exist = all({*chosen} <= {*range(layer.num_heads)} for layer, chosen in pairs)
-    return exist and len(heads) == len(layers)
+    lacking = "it names layers or heads that the model does not have"
+    refuse(not exist or len(heads) != len(layers), setting, lacking)
 
 
 @contextmanager

@@ -134,12 +134,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _check(
-    key: str,
-    setting: str,
-    config: Any,
-    dtype: torch.dtype | str,
-    device: torch.device,
-    trusted: bool,
+    key: str, setting: str, config: Any, dtype: Any, device: torch.device, trusted: bool
 ) -> None:
     """Refuse a model by its kind, branch or size before its weights are read."""
     custom_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -154,14 +149,11 @@ def _check(
         shape: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     weights_dtype = (config.dtype or torch.float32) if isinstance(dtype, str) else dtype
     needed = sum(parameter.numel() for parameter in shape.parameters()) * weights_dtype.itemsize
-    half = f"{'train.precision' if key == 'base' else 'dtype'}=bf16 (half of it), "
-    half, free = half if weights_dtype is torch.float32 else "", free_memory(device)
-    refuse(
-        needed > free and not hasattr(config, "quantization_config"),
-        setting,
-        f"its weights need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; take "
-        f"{half}a smaller model, or a machine with more memory",
-    )
+    free, option = free_memory(device), "train.precision" if key == "base" else "dtype"
+    half = f"{option}=bf16 (half of it) or " if weights_dtype is torch.float32 else ""
+    why = f"its weights need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+    too_large = needed > free and not hasattr(config, "quantization_config")
+    refuse(too_large, setting, f"{why}; take {half}a smaller model")
 
 
 @torch.no_grad()

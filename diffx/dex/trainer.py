@@ -40,9 +40,8 @@ def get_dex_model(
 ) -> DexForCausalLM:
     """Put a variant with a branch into a causal model, in place, to be trained by ``Trainer``.
 
-    The weights that the variant trains become fp32; the others are frozen. Load the base in fp32,
-    or train with autocast (``bf16=True``). The entropy and importance criteria choose heads by
-    ``calibration``, tokens (B, T) each; ``seed`` is that of W_D and of ``heads=random``.
+    Trained weights become fp32; load the base in fp32, or train with autocast (``bf16=True``).
+    Entropy and importance are those on ``calibration``, tokens (B, T) each.
 
     Raises:
         UserError: the variant has no branch, a setting is missing, or the attention of the model

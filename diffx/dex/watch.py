@@ -16,17 +16,12 @@ _ON = 0.01  # a branch is on if it changes the output of the chosen heads by thi
 
 
 class Watch:
-    """The probe of ``fit`` for the branches of an adapted model.
-
-    Attributes:
-        ratios: ||lambda O W_D|| / ||O|| of each layer, at the last call.
-    """
+    """The probe of ``fit`` for the branches of an adapted model."""
 
     def __init__(self, adapted: Adapted):
-        self._adapted = adapted
+        self._adapted, self._hooked = adapted, False
         self._gradients: dict[str, Tensor] = {}
-        self._hooked = False
-        self.ratios: list[float] = []
+        self.ratios: list[float] = []  # ||lambda O W_D|| / ||O|| of each layer, at the last call
 
     def set_step(self, step: int) -> None:
         """Set t of lambda(t), before a step or an evaluation; record gradient norms from now on."""

@@ -26,7 +26,7 @@ from diffx.ops import QuantizedLogits
 _NAME = "diffx"  # of `_attend` among the attention functions of transformers
 _ATTEND = "_diffx_attend"  # the attribute of a module that holds the function of `attending_with`
 _ROWS = 256  # query rows of a map that are computed at once
-# Keywords of attention functions without effect here: queries and keys are rotated already, and the
+# Keywords of attention functions without effect here, since queries and keys are rotated and the
 # mask holds the window. Any other may change the attention, as sinks and biases do: an error.
 _HARMLESS = {
     *("sliding_window", "position_ids", "cache", "past_key_values", "cache_position", "use_cache"),
@@ -135,9 +135,7 @@ def _observing(model: nn.Module, callback: Callable[..., None]) -> Callable[...,
 
 @contextmanager
 def attending_with(model: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
-    """Let one model attend with ``attend(module, query, key, value, mask, **options)``.
-
-    The shapes are those of the attention interface of ``transformers``.
+    """Let one model attend by ``attend(module, query, key, value, mask, **options)``.
 
     Raises:
         UserError: the model does not use that interface.

@@ -121,9 +121,8 @@ def _is_local(name: str) -> bool:
 
 def _license(base: str, revision: str | None) -> str | None:
     """The license in the model card of a base that is a folder or in the hub's cache."""
-    path: Any = Path(base, CARD)
-    if not Path(base).is_dir():
-        path = try_to_load_from_cache(base, CARD, revision=revision)
+    local = Path(base).is_dir()
+    path: Any = Path(base, CARD) if local else try_to_load_from_cache(base, CARD, revision=revision)
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
     license_name = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict().get("license")

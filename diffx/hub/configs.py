@@ -44,9 +44,9 @@ class DiffxConfig(PretrainedConfig):
 class DexModelConfig(PretrainedConfig):
     """Configuration of an adapted model that keeps its branch.
 
-    ``base`` is the config of the base, with its ``model_type``. ``branches`` has for each layer
-    ``output``, the name of the projection, and arguments of ``DexProjection``, as are ``share``,
-    ``sign`` and ``anneal_steps``. ``step`` is t of equation 4.
+    ``base`` is the config of the base. ``branches`` has for each layer ``output``, the name of the
+    projection, and arguments of ``DexProjection``, as are ``share``, ``sign`` and ``anneal_steps``.
+    ``step`` is t of equation 4.
     """
 
     model_type = "diffx_dex"

@@ -29,8 +29,7 @@ def check_weights(job: QuantizeJob, loaded: Loaded) -> list[str]:
     """The linear layers that are not quantized: the output projection and those the job skips.
 
     Raises:
-        UserError: the model is quantized already, torchao or the hardware lacks a feature, or no
-            layer fits the job.
+        UserError: the model, torchao, the hardware or a layer does not fit the job.
     """
     method: Any = job.method
     install = "it needs torchao 0.15 or newer; pip install 'diffx[torchao]' installs it"
@@ -77,11 +76,11 @@ def quantize_weights(
         RunError: the folder cannot be written.
     """
     method: Any = job.method
-    dtype = next(loaded.model.parameters()).dtype
+    dtype = str(next(loaded.model.parameters()).dtype)
     settings = change_settings(method, bits) | {"group_size": _group(method, bits)}
-    known = json_sha256({"fingerprint": loaded.fingerprint, "dtype": str(dtype), **settings})
-    name = f"{method.scheme.value}-{bits}bit-{known[:12]}"
-    out = loaded.folder / "quantized" / str(loaded.step) / name
+    known = json_sha256({"fingerprint": loaded.fingerprint, "dtype": dtype, **settings})
+    out = loaded.folder / "quantized" / str(loaded.step)
+    out /= f"{method.scheme.value}-{bits}bit-{known[:12]}"
     if job.force:
         shutil.rmtree(out, ignore_errors=True)
     if not out.exists():
@@ -89,8 +88,7 @@ def quantize_weights(
     model = load(str(out), job.device, job.dtype, trust_remote_code=job.trust_remote_code).model
     before = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     facts = {"folder": str(out), "bytes": stored_bytes(out), "bytes_before": before}
-    name, nothing = f"weights-{bits}bit", lambda model: nullcontext()
-    change = Change(name, settings, nothing, caches=True, facts=facts)
+    change = Change(f"weights-{bits}bit", settings, lambda model: nullcontext(), True, facts)
     return replace(loaded, model=model, adapted=None), change
 
 
@@ -117,7 +115,7 @@ def _make(job: QuantizeJob, loaded: Loaded, bits: int, skipped: list[str], out: 
 
 
 def _plain(job: QuantizeJob, loaded: Loaded) -> PreTrainedModel:
-    """The model as one of ``transformers``: of a run, its export with the branch folded."""
+    """The model as one of ``transformers``: of a run, its export."""
     if loaded.job is None:
         return loaded.model
     run = load_run(job.checkpoint, Device.cpu, trust_remote_code=job.trust_remote_code)
