@@ -49,28 +49,31 @@ def training_card(
     ``summary`` is that of the run, or empty. ``usage`` is code that loads the model by ``library``.
     ``parameters`` is their number; None takes it from the summary.
     """
-    counts = summary.get("parameters", {})
-    rows = {"parameters": parameters or counts.get("total")}
-    license_name = None
+    counts, license_name = summary.get("parameters", {}), None
     if isinstance(job, AdaptJob):
-        variant = job.dex.variant.value
-        license_name = _license(job.base, job.revision)
-        rows["architecture"] = f"{base} with DEX, variant {variant}"
-        rows["trained parameters"] = counts.get("trained")
+        variant, license_name = job.dex.variant.value, _license(job.base, job.revision)
+        architecture = f"{base} with DEX, variant {variant}"
     else:
         variant = job.model.kind
         sizes = {key: getattr(job.model, key) for key in _SHAPE}
         shape = ", ".join(f"{key} {size}" for key, size in sizes.items() if size is not None)
-        rows["architecture"] = f"{variant}: {shape}"
-    rows |= {"training text": _data_name(job.data), "steps": step}
-    rows |= {"tokens": step * int(job.train.batch_tokens), "sequence length": job.train.seq_len}
-    rows["seed"] = job.seed
-    loss = "held-out loss, nats a token"
-    if summary.get("step") == step:
-        rows |= {loss: summary.get("val/loss"), "held-out bits per byte": summary.get("val/bpb")}
-        rows["held-out loss of the base"] = summary.get("base/val/loss")
-    elif summary.get("best/step") == step:
-        rows[loss] = summary.get("best/val/loss")
+        architecture = f"{variant}: {shape}"
+    losses = summary if summary.get("step") == step else {}
+    if not losses and summary.get("best/step") == step:
+        losses = {"val/loss": summary.get("best/val/loss")}
+    rows = {
+        "parameters": parameters or counts.get("total"),
+        "architecture": architecture,
+        "trained parameters": counts.get("trained"),  # of an adapted run
+        "training text": _data_name(job.data),
+        "steps": step,
+        "tokens": step * int(job.train.batch_tokens),
+        "sequence length": job.train.seq_len,
+        "seed": job.seed,
+        "held-out loss, nats a token": losses.get("val/loss"),
+        "held-out bits per byte": losses.get("val/bpb"),
+        "held-out loss of the base": losses.get("base/val/loss"),
+    }
     public = isinstance(job.data, HubData) and not _is_local(job.data.name)
     facts: dict[str, Any] = {"base_model": base, "library_name": library, "license": license_name}
     facts["datasets"] = [getattr(job.data, "name", "")] if public else None

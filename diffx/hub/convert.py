@@ -65,12 +65,9 @@ def to_diffllama(model: Decoder) -> DiffLlamaForCausalLM:
     config = model.config
     if not isinstance(config, DiffV1Config):
         raise ValueError(f"model={config.kind} cannot be written as a DiffLlama: model=diff_v1 can")
-    for key, needed in (
-        ("lambda_init", "depth"),
-        ("lambda_scope", LambdaScope.layer),
-        ("sublayer_norm", True),
-        ("halve", Halve.head_count),
-    ):
+    fixed: dict[str, Any] = {"lambda_init": "depth", "lambda_scope": LambdaScope.layer}
+    fixed |= {"sublayer_norm": True, "halve": Halve.head_count}
+    for key, needed in fixed.items():
         if (value := getattr(config, key)) != needed:
             raise ValueError(f"model.{key}={value} cannot be in a DiffLlama: it has {needed}")
     state = _reorder(model.state_dict(), config, _halves, pairs=True)
