@@ -1,6 +1,5 @@
 """``diffx bench profile``: the time of the parts of a training step, as a table and a trace."""
 
-import dataclasses
 import os
 import statistics
 import tempfile
@@ -18,11 +17,11 @@ from diffx.config import RunError
 from diffx.config.launch import compose
 from diffx.console import Reporter, make_table
 from diffx.data import cu_seqlens, open_data
-from diffx.models import build_model, init_weights
 from diffx.train import parallel
 from diffx.train.checkpoint import save_checkpoint
 from diffx.train.loop import token_losses
 from diffx.train.optimizer import build_optimizer
+from diffx.train.scratch import Scratch
 from diffx.train.throughput import matmul_ceiling, synchronize
 
 PARTS = ("data", "forward", "backward", "clip", "optimizer")
@@ -44,13 +43,13 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
     check_file("trace", trace)
     job = compose("train", words)
     train, device = job.train, parallel.pick_device(job.device)
+    reporter, world = Reporter(), parallel.World(device)
     parallel.fused_kernels(train, device)  # refused before the corpus is read
+    scratch = Scratch(job, words, None, world, reporter)
     corpus = open_data(job.data, job.tokenizer)
-    vocabulary = job.model.vocab_size or corpus.tokenizer.vocab_size
-    model = build_model(dataclasses.replace(job.model, vocab_size=vocabulary))
-    init_weights(model, job.seed)
-    model = model.to(device).train()
-    parallel.parallelize(model, model.layers, train, parallel.World(device))
+    scratch.build(corpus, initial=False)
+    model = scratch.model.train()
+    parallel.parallelize(model, model.layers, train, world)
     optimizer = build_optimizer(model, train)
     seq_len, tokens = train.seq_len, int(train.batch_tokens)
     batches = corpus.batches(seq_len, tokens // seq_len, job.seed)
@@ -106,9 +105,8 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
     whole = sum(medians.values())
     speed, loader = tokens / whole, tokens / medians["data"]
     share = saving / (saving + train.save_every * whole)
-    flops = model.flops_per_token(seq_len) * speed
+    flops = scratch.flops_per_token * speed
     ceiling = matmul_ceiling(device, train.precision)
-    reporter = Reporter()
     rows = [[name, f"{1000 * s:.2f}", f"{s / whole:.1%}"] for name, s in medians.items()]
     title = f"{job.model.kind}, {tokens} tokens a step, T={seq_len}, {device}"
     reporter.table(make_table(title, ("part of a step", "ms", "share"), rows))
