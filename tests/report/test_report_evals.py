@@ -422,7 +422,7 @@ def test_the_note_is_whole_where_there_is_one_panel(evaluated, monkeypatch, runs
     compared(*runs)
     (canvas,) = drawn
     canvas.draw_without_rendering()
-    note = canvas.legends[0].get_title()
+    (note,) = [text for text in canvas.texts if "hollow" in text.get_text()]
     assert " ".join(note.get_text().split()).endswith("diamonds: averages")
     box = note.get_window_extent()
     assert (
