@@ -1,4 +1,4 @@
-"""A report's picture, and its figures in a JSON file beside it."""
+"""The end of a report: its sentences, its picture, and its figures in a JSON file beside it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +15,18 @@ def write_report(
     draw: Callable[[dict[str, Any], Path], None],
     reporter: Reporter,
 ) -> None:
-    """Draw a report, and write its figures beside the picture; None as ``out`` writes nothing.
+    """Print a report's sentences, draw it, and write its figures; without ``out`` only print.
 
     Raises:
-        RunError: they cannot be written.
+        RunError: the files cannot be written.
     """
+    for line in report.get("warnings", ()):
+        reporter.warn(line)
+    for part in (report, *report.get("comparisons", ())):
+        for line in part.get("sentences", ()):
+            reporter.line(line)
+    if report.get("published"):
+        reporter.line(f"published: {report['published']}")
     if out is None:
         reporter.line("--out compare.png draws it, and writes every figure to compare.json")
         return

@@ -1,7 +1,6 @@
 """What a suite declares of its results, as data: metrics, tables, pictures and published figures.
 
-The declaration is saved with the results, so that they can be compared and drawn again from their
-folder alone.
+It is saved with the results, which can be compared and drawn again from their folder alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,24 +13,17 @@ from diffx.results.table import BY
 _SAMPLES = {"string": "", "Int64": 0, "Float64": 0.0}  # of the kinds of columns
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One metric.
-
-    Attributes:
-        name: its name.
-        unit: such as ``share``, ``nats``, ``tokens/s``.
-        better: ``higher``, ``lower`` or ``none``.
-        aggregate: how a group's examples become one figure: ``mean``, ``weighted mean``,
-            ``median``; or ``given``, by the suite itself, with no figure an example.
-        ratio: models are compared by their ratio, and not by their difference.
-    """
+    """One metric."""
 
     name: str
-    unit: str = "share"
-    better: str = "higher"
+    unit: str = "share"  # or `nats`, `tokens/s` and so on
+    better: str = "higher"  # or `lower` or `none`
+    # How a group's examples become one figure: `mean`, `weighted mean` or `median`; `given` is
+    # computed by the suite itself, without a figure an example.
     aggregate: str = "mean"
-    ratio: bool = False
+    ratio: bool = False  # models are compared by their ratio instead of their difference
 
     def __post_init__(self) -> None:
         _require(self.better in ("higher", "lower", "none"), f"better={self.better}")
@@ -40,134 +32,87 @@ class Metric:
 
 
 def metrics(names: Iterable[str], **options: Any) -> list[Metric]:
-    """Metrics that differ in nothing but their name."""
+    """Metrics that differ only in their name."""
     return [Metric(name=name, **options) for name in names]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Average:
-    """An average over a table's groups, each counted once.
+    """An average over a table's groups, each counted once."""
 
-    Attributes:
-        over: columns whose combinations are the groups.
-        by: columns of which each combination has an average of its own.
-        label: the row's label; a format string over ``by``.
-        metrics: each averaged metric with the metrics that stand for it in a group, the first that
-            the group has; null averages each metric that every group has.
-    """
-
-    over: list[str]
-    by: list[str] = field(default_factory=list)
-    label: str = "average"
+    over: list[str]  # columns whose combinations are the groups
+    by: list[str] = field(default_factory=list)  # each combination of these has an average
+    label: str = "average"  # of the row; a format string over `by`
+    # Each averaged metric with the metrics that stand for it in a group, the first that the group
+    # has; None averages each metric that every group has.
     metrics: dict[str, list[str]] | None = None
 
     def __post_init__(self) -> None:
-        _check_columns([*self.over, *self.by])
-        _check_label(self.label, self.by)
+        _check_label(self.label, self.by, self.over)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of results: one for each group of examples that share the columns ``by``.
-
-    Attributes:
-        by: columns that tell the groups apart.
-        label: a group's label; a format string over its columns.
-        metrics: the metrics in it; null is all.
-        average: an average over the groups.
-        compared: comparisons of models have the table too.
-    """
+    """Rows of results: one for each group of examples that share the columns ``by``."""
 
     by: list[str]
-    label: str
-    metrics: list[str] | None = None
-    average: Average | None = None
-    compared: bool = True
+    label: str  # of a group; a format string over `by`
+    metrics: list[str] | None = None  # None is all
+    average: Average | None = None  # over the groups
+    compared: bool = True  # comparisons of models have the table too
 
     def __post_init__(self) -> None:
-        _check_columns(self.by)
         _check_label(self.label, self.by)
         if isinstance(self.average, Mapping):
             object.__setattr__(self, "average", Average(**self.average))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A panel, or several of one kind.
+    """A panel, or several of one kind."""
 
-    Attributes:
-        kind: ``curve``, ``bars``, ``dots`` (single examples), ``heat`` or ``intervals``.
-        title: the panel's title; ``{panel}`` is what the panel is of.
-        metrics: what is drawn.
-        x: the column along the horizontal axis; ``metric`` and ``label`` are possible too.
-        y: the column along the vertical axis of a heat map.
-        panels: one panel for each value of these columns (or ``metric``, ``unit``).
-        series: one line or bar for each value of this column (or ``metric``).
-        xlabel: of the horizontal axis.
-        ylabel: of the vertical axis.
-        log: axes that are logarithmic: ``x``, ``y``, ``xy``.
-        limits: of the values.
-    """
-
-    kind: str
-    title: str
-    metrics: list[str] | None = None
-    x: str = "label"
-    y: str | None = None
-    panels: list[str] = field(default_factory=list)
-    series: str = "metric"
+    kind: str  # `curve`, `bars`, `dots` (single examples), `heat` or `intervals`
+    title: str  # `{panel}` is the panel's value of `panels`
+    metrics: list[str] | None = None  # None is all
+    x: str = "label"  # the column along the horizontal axis, or `metric`
+    y: str | None = None  # the column along the vertical axis of a heat map
+    panels: list[str] = field(default_factory=list)  # one for each value of these columns
+    series: str = "metric"  # the column; each value is one line or bar
     xlabel: str = ""
     ylabel: str = ""
-    log: str = ""
-    limits: list[float | None] | None = None
+    log: str = ""  # axes that are logarithmic: `x`, `y`, `xy`
+    limits: list[float | None] | None = None  # of the values
 
     def __post_init__(self) -> None:
         known = ("curve", "bars", "dots", "heat", "intervals")
         _require(self.kind in known, f"kind={self.kind}")
-        columns = {*BY, "label", "metric", "unit"}
         needed = {self.x, self.series, *self.panels, *([self.y] if self.kind == "heat" else [])}
-        _require(needed <= columns, f"columns of the picture {self.title!r}")
+        good = needed <= {*BY, "label", "metric", "unit", "checkpoint"}
+        _require(good, f"columns of the picture {self.title!r}")
         _check_fields(self.title, ["panel"])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A figure to stand beside the measured one: published, or what guessing gives.
+    """A figure to stand beside the measured one: published, or the result of guessing."""
 
-    Attributes:
-        label: what it is of.
-        metric: as in the results.
-        value: the figure.
-        by: columns of the row beside which it stands.
-        average: it stands beside the average over groups.
-        gain: it is how much higher one model is than another, and stands beside comparisons.
-    """
-
-    label: str
+    label: str  # names its source
     metric: str
     value: float
-    by: dict[str, Any] = field(default_factory=dict)
-    average: bool = False
-    gain: bool = False
+    by: dict[str, Any] = field(default_factory=dict)  # columns of the row beside which it stands
+    average: bool = False  # it stands beside the average over groups
+    gain: bool = False  # it is a model's gain over another, and stands beside comparisons
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Declaration:
-    """All that a suite declares.
-
-    Attributes:
-        metrics: by name.
-        tables: in the order in which they are shown.
-        pictures: in the order in which they are drawn.
-        references: published figures and guessing.
-        notes: sentences that belong below the table and the picture.
-    """
+    """All that a suite declares."""
 
     metrics: list[Metric]
     tables: list[Table]
     pictures: list[Picture] = field(default_factory=list)
     references: list[Reference] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # sentences below the table and the picture
 
     def __post_init__(self) -> None:
         averaged = {name for t in self.tables if t.average for name in t.average.metrics or ()}
@@ -189,32 +134,23 @@ class Declaration:
         Raises:
             ValueError: it is no declaration.
         """
-        kinds: dict[str, type] = {
-            "metrics": Metric,
-            "tables": Table,
-            "pictures": Picture,
-            "references": Reference,
-        }
         try:
-            parts = {name: [kind(**item) for item in value[name]] for name, kind in kinds.items()}
-            return cls(**parts, notes=[str(note) for note in value["notes"]])
+            return cls(
+                metrics=[Metric(**item) for item in value["metrics"]],
+                tables=[Table(**item) for item in value["tables"]],
+                pictures=[Picture(**item) for item in value["pictures"]],
+                references=[Reference(**item) for item in value["references"]],
+                notes=[str(note) for note in value["notes"]],
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"no declaration of a suite: {error}") from error
 
 
-def make_label(template: str, columns: Mapping[str, Any]) -> str:
-    """Fill a label's template with the columns of a row."""
-    return template.format(**columns)
-
-
-def _check_columns(names: list[str]) -> None:
-    unknown = {*names} - BY.keys()
+def _check_label(template: str, by: list[str], others: Iterable[str] = ()) -> None:
+    unknown = {*by, *others} - BY.keys()
     _require(not unknown, f"columns {', '.join(sorted(unknown))}")
-
-
-def _check_label(template: str, names: list[str]) -> None:
-    _check_fields(template, names)
-    make_label(template, {name: _SAMPLES[BY[name]] for name in names})
+    _check_fields(template, by)
+    template.format(**{name: _SAMPLES[BY[name]] for name in by})
 
 
 def _check_fields(template: str, names: list[str]) -> None:

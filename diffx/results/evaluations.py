@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from diffx.config import UserError
+from diffx.config.checks import refuse
 from diffx.config.composition import CONFIGS
 from diffx.config.suite import SUITE_CONFIGS
 from diffx.files import read_json
@@ -16,29 +17,17 @@ from diffx.results.declare import Declaration
 from diffx.results.runs import as_word, dotted
 from diffx.results.table import ROWS, read_frame
 
-_RESULTS = {
-    "suite": str,
-    "settings_hash": str,
-    "settings": dict,
-    "checkpoint": dict,
-    "metrics": list,
-    "examples": int,
-}
+_RESULTS = {"suite": str, "settings_hash": str, "settings": dict, "checkpoint": dict}
+_AGAIN = "make the evaluation again with force=true"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A finished evaluation of one checkpoint.
+    """A finished evaluation of one checkpoint."""
 
-    Attributes:
-        label: the checkpoint as the user typed it.
-        folder: holds ``results.json`` and ``rows.parquet``.
-        results: the former.
-    """
-
-    label: str
-    folder: Path
-    results: dict[str, Any]
+    label: str  # the checkpoint as the user typed it
+    folder: Path  # of `results.json` and `rows.parquet`
+    results: dict[str, Any]  # the former
 
     @property
     def run(self) -> Path:
@@ -50,110 +39,78 @@ class Evaluation:
         """When it was finished."""
         return (self.folder / "results.json").stat().st_mtime
 
-    def settings(self) -> dict[str, Any]:
-        """What the evaluation was made with, by dotted key."""
-        return dict(dotted(self.results["settings"]))
-
     @property
     def declaration(self) -> Declaration:
-        """What the suite declared when it was run.
-
-        Raises:
-            UserError: it is damaged, or was made by an older version.
-        """
+        """The declaration of the suite; ``UserError`` if it is damaged or of an older version."""
         try:
             return Declaration.from_json(self.results["declaration"])
         except (KeyError, ValueError) as error:
-            reason = "it lacks a good declaration of its suite"
-            raise UserError(
-                f"{self.folder / 'results.json'} cannot be used: {reason}; make the evaluation "
-                "again with force=true"
-            ) from error
+            path, reason = self.folder / "results.json", "its suite's declaration is damaged"
+            raise UserError(f"{path} cannot be used: {reason}; {_AGAIN}") from error
 
     def rows(self) -> pd.DataFrame:
-        """Its rows of the table of results.
-
-        Raises:
-            UserError: they are missing or damaged, or have metrics that are not declared.
-        """
+        """Rows of the table of results; ``UserError`` if they are damaged or not as declared."""
         frame = read_frame(self.folder / ROWS)
         unknown = {*frame["metric"]} - {metric.name for metric in self.declaration.metrics}
-        if unknown:
-            raise UserError(
-                f"{self.folder / 'results.json'} cannot be used: it declares no metric "
-                f"{min(unknown)}; make the evaluation again with force=true"
-            )
+        reason = f"it declares no metric {min(unknown, default='')}; {_AGAIN}"
+        refuse(bool(unknown), f"{self.folder / 'results.json'}", reason)
         return frame
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """A finished evaluation, labelled with its checkpoint's name.
-
-    Raises:
-        UserError: its results are missing or damaged.
-    """
+    """A finished evaluation by its checkpoint's name; ``UserError`` if it is missing or damaged."""
     results = _read(folder)
-    if not results.get("finished"):
-        reason = "its results.json is missing or damaged; run it again with force=true"
-        raise UserError(f"{folder} cannot be used: {reason}")
+    refuse(not results, str(folder), f"its results.json is missing or damaged; {_AGAIN}")
     return Evaluation(label=results["checkpoint"]["name"], folder=folder, results=results)
 
 
 def find_evaluations(spec: str, suite: str) -> list[Evaluation]:
     """The finished evaluations of a suite at one step of a checkpoint, the newest first.
 
-    Args:
-        spec: the checkpoint; without a step, its last step that has a finished evaluation.
-        suite: the suite's name.
+    A checkpoint without a step is its last step that has a finished evaluation.
 
     Raises:
         UserError: there are none, or the suite or the checkpoint does not exist.
     """
-    run, which = _find_folder(spec)
+    run, step = _find_folder(spec)
+    every = [folder for folder in run.glob("evals/*/*/*") if folder.is_dir()]
     named = {path.stem for path in (CONFIGS / "suite").glob("*.yaml")}
-    evaluated = {
-        p.relative_to(step).as_posix() for step in run.glob("evals/*") for p in step.glob("*")
-    }
-    known = sorted({*SUITE_CONFIGS, *named, *evaluated})
-    if suite not in known:
-        accepted = f"there is no such suite; accepted: {', '.join(known)}"
-        raise UserError(f"suite={suite} cannot be used: {accepted}")
-    step = _step(run, which)
-    every = [path for path in run.glob(f"evals/*/{suite}/*") if path.is_dir()]
-    folders = [path for path in every if step in (None, path.parents[1].name)]
-    if not folders:
-        steps = sorted({int(path.parents[1].name) for path in every})
-        at = f" at step {step}, only at {', '.join(map(str, steps))}" if steps else ""
+    known = sorted({*SUITE_CONFIGS, *named, *(folder.parent.name for folder in every)})
+    reason = f"there is no such suite; accepted: {', '.join(known)}"
+    refuse(suite not in known, f"suite={suite}", reason)
+    if step == "best":
+        from diffx.train.checkpoint import find_checkpoint  # imports torch
+
+        step = str(int(find_checkpoint(f"{run}@best", "RUN")[1].name.removeprefix("step_")))
+    by_step: dict[str, list[Path]] = {}
+    for folder in every:
+        if folder.parent.name == suite:
+            by_step.setdefault(folder.parents[1].name, []).append(folder)
+    shown = {name: by_step[name] for name in by_step if step in ("", name)}
+    if not shown:
+        at = f" at step {step}, only at {', '.join(sorted(by_step, key=int))}" if by_step else ""
         command = f"`diffx eval checkpoint={spec} suite={suite}`"
         raise UserError(f"RUN={spec} has no evaluation of {suite} yet{at}: {command} makes one")
-    results = {folder: _read(folder) for folder in folders}
-    finished = [folder for folder, result in results.items() if result.get("finished")]
-    if not finished:
-        reason = f"its evaluation in {folders[0]} is unfinished"
-        raise UserError(
-            f"RUN={spec} cannot be compared: {reason}; the same `diffx eval` goes on with it"
-        )
-    last = max(int(folder.parents[1].name) for folder in finished)
-    evaluations = [
-        Evaluation(label=spec.rstrip("/"), folder=folder, results=results[folder])
-        for folder in finished
-        if int(folder.parents[1].name) == last
-    ]
-    return sorted(evaluations, key=lambda evaluation: evaluation.time, reverse=True)
+    for name in sorted(shown, key=int, reverse=True):
+        evaluations = [
+            Evaluation(label=spec.rstrip("/"), folder=folder, results=results)
+            for folder in shown[name]
+            if (results := _read(folder))
+        ]
+        if evaluations:
+            return sorted(evaluations, key=lambda evaluation: evaluation.time, reverse=True)
+    reason = f"its evaluation in {shown[max(shown, key=int)][0]} is unfinished"
+    mend = "the same `diffx eval` goes on with it"
+    raise UserError(f"RUN={spec} cannot be compared: {reason}; {mend}")
 
 
 def _find_folder(spec: str) -> tuple[Path, str]:
-    """The folder that holds a checkpoint's evaluations, and what stands behind ``@``.
-
-    Raises:
-        UserError: there is none, or a model of the hub was evaluated in several revisions.
-    """
-    name, which = spec, ""
+    name, step = spec, ""
     if "@" in spec and not Path(spec).exists():
-        name, _, which = spec.rpartition("@")
+        name, _, step = spec.rpartition("@")
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():  # a run, or a folder of runs/hub
-        return path, which
+        return path, step
     model = path.resolve().name if path.is_dir() else spec.replace("/", "--")
     revisions = sorted(Path("runs/hub").glob(f"{glob.escape(model)}@*"))
     if len(revisions) == 1:
@@ -164,14 +121,6 @@ def _find_folder(spec: str) -> tuple[Path, str]:
     raise UserError(f"RUN={spec} cannot be used: {reason}")
 
 
-def _step(run: Path, which: str) -> str | None:
-    if which != "best":
-        return which or None
-    from diffx.train.checkpoint import find_checkpoint  # imports torch
-
-    return str(int(find_checkpoint(f"{run}@best", "RUN")[1].name.removeprefix("step_")))
-
-
 def _read(folder: Path) -> dict[str, Any]:
     """The ``results.json`` of a finished evaluation; empty if it is not there, or damaged."""
     try:
@@ -180,24 +129,20 @@ def _read(folder: Path) -> dict[str, Any]:
         return {}
     checkpoint, change = results["checkpoint"], results.get("change") or {}
     good = [
+        results.get("finished"),
         isinstance(checkpoint.get("name"), str),
         isinstance(checkpoint.get("step"), int),
         isinstance(results["settings"].get("suite"), dict),
-        isinstance(change, dict),
+        isinstance(change, dict)
+        and all(isinstance(change.get(key, 0), int) for key in ("bytes", "bytes_before")),
     ]
-    if not all(good):
-        return {}
-    sizes = [change.get(key, 0) for key in ("bytes", "bytes_before")]
-    return results if all(isinstance(size, int) for size in sizes) else {}
+    return results if all(good) else {}
 
 
 def share(of_checkpoints: list[list[Evaluation]], say: Callable[[str], None]) -> list[Evaluation]:
     """Choose the evaluation of each checkpoint whose settings all checkpoints share.
 
-    Args:
-        of_checkpoints: the evaluations of each checkpoint, the newest first; of several shared
-            settings the newest are chosen.
-        say: called with a line where there was a choice.
+    Of several shared settings the newest are chosen, and ``say`` is called with a line.
 
     Raises:
         UserError: they share no settings.
@@ -206,7 +151,8 @@ def share(of_checkpoints: list[list[Evaluation]], say: Callable[[str], None]) ->
     shared = [key for key in by_hash[0] if all(key in other for other in by_hash)]
     shared.sort(key=lambda key: max(evaluations[key].time for evaluations in by_hash), reverse=True)
     if not shared:
-        settings = {e[0].label: e[0].settings() for e in of_checkpoints}
+        newest = [evaluations[0] for evaluations in of_checkpoints]
+        settings = {e.label: dict(dotted(e.results["settings"])) for e in newest}
         keys = [
             key
             for key in dict.fromkeys(key for s in settings.values() for key in s)
@@ -216,10 +162,8 @@ def share(of_checkpoints: list[list[Evaluation]], say: Callable[[str], None]) ->
             f"{label} has " + ", ".join(f"{key}={as_word(s.get(key))}" for key in keys)
             for label, s in settings.items()
         )
-        raise UserError(
-            f"these evaluations do not share their settings: {differences}; evaluate them with the "
-            "same ones"
-        )
+        reason = f"these evaluations do not share their settings: {differences}"
+        raise UserError(f"{reason}; evaluate them with the same ones")
     if len(shared) > 1:
         first, others = shared[0], ", ".join(shared[1:])
         chosen = f"the newest, {first}, are compared, and {others} are not"

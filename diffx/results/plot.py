@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from diffx.config.checks import new_path
+from diffx.config.checks import new_path, refuse
 from diffx.console import figure
-from diffx.errors import UserError
 from diffx.results.table import AVERAGE
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -26,39 +25,30 @@ _LINES = ("-", "--", "-.", ":")
 _MARKERS = "DsXP^v"
 _LABEL = 24  # characters in a line of a label
 
+Rows = Mapping[str, Mapping[str, Any]]  # by place: `value`, `low`, `high`
 
-def check_picture(key: str, path: Path) -> None:
-    """Refuse a path that cannot be written, or whose suffix is none of ``FORMATS``.
 
-    Raises:
-        UserError: it is such a path.
-    """
-    new_path(key, path)
-    if path.suffix not in FORMATS:
-        raise UserError(
-            f"{key}={path} cannot be used: it is the picture, so its name must end in "
-            f"{', '.join(FORMATS)}"
-        )
+def check_picture(key: str, path: Path | None) -> None:
+    """Raise ``UserError`` for a path that cannot be written, or has none of ``FORMATS``."""
+    if path is not None:
+        new_path(key, path)
+        accepted = f"a picture's name must end in {', '.join(FORMATS)}"
+        refuse(path.suffix not in FORMATS, f"{key}={path}", accepted)
 
 
 def canvas(
-    rows: int, columns: int, width: float = 5.2, height: float = 4.2, **options: Any
+    rows: int, columns: int, width: float = 5.2, height: float = 4.2
 ) -> tuple[Figure, list[Axes]]:
     """A figure of panels, each ``width`` by ``height`` inches, and the panels in reading order."""
     made = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    panels = list(made.subplots(rows, columns, squeeze=False, **options).flat)
-    return made, panels
+    return made, list(made.subplots(rows, columns, squeeze=False).flat)
 
 
 def style(axes: Axes, title: str, xlabel: str = "", ylabel: str = "", grid: str = "both") -> None:
     """Give a panel its title, its labels, a grid and two spines."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    if xlabel:
-        axes.set_xlabel(xlabel)
-    if ylabel:
-        axes.set_ylabel(ylabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel, axisbelow=True)
     axes.grid(axis=grid, color="#e6e6e6", linewidth=0.8)  # type: ignore[arg-type]  # "x", "y" or "both"
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -79,17 +69,16 @@ def legend(axes: Axes, columns: int = 1) -> None:
 
 def shared_legend(made: Figure, axes: Axes, title: str, columns: int) -> None:
     """Put one legend for all panels below them: that of ``axes``, with a note above it."""
-    handles, labels = axes.get_legend_handles_labels()
-    made.legend(
-        handles,
-        labels,
+    box = made.legend(
+        *axes.get_legend_handles_labels(),
         loc="outside lower center",
         ncols=columns,
         frameon=False,
         fontsize=9,
         title=title,
         title_fontsize=9,
-    ).get_title().set_multialignment("center")
+    )
+    box.get_title().set_multialignment("center")
 
 
 def look(number: int, line: int | None = None) -> dict[str, Any]:
@@ -110,30 +99,23 @@ def curve(
     """A line with a band where the interval is known; a single point has an error bar."""
     marker = "o" if len(x) <= 25 else ""
     axes.plot(x, values, label=label, linewidth=1.8, marker=marker, markersize=3.5, **appearance)
-    ends = np.array([[np.nan if e is None else e for e in end] for end in (low, high)], float)
-    if np.isfinite(ends).any():
-        known = np.isfinite(ends).all(0)
-        if len(x) == 1:
-            axes.plot([x[0], x[0]], ends[:, 0], color=appearance["color"], linewidth=1.6)
-        else:
-            axes.fill_between(
-                np.asarray(x)[known], *ends[:, known], color=appearance["color"], alpha=0.18, lw=0
-            )
+    ends = np.array([low, high], dtype=float)  # None becomes NaN
+    known, colour = np.isfinite(ends).all(0), appearance["color"]
+    if known.any() and len(x) == 1:
+        axes.plot([x[0], x[0]], ends[:, 0], color=colour, linewidth=1.6)
+    elif known.any():
+        axes.fill_between(np.asarray(x)[known], *ends[:, known], color=colour, alpha=0.18, lw=0)
 
 
 def bars(
     axes: Axes,
     places: Sequence[str],
-    series: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    series: Mapping[str, Rows],
     references: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Bars side by side at each place, with intervals and values; references are hollow markers.
+    """Bars side by side at each place, with intervals and values.
 
-    Args:
-        axes: the panel.
-        places: along the axis.
-        series: of each series the row at each place that it has: ``value``, ``low``, ``high``.
-        references: of each reference its value at each place that it has.
+    ``references`` have a value at some of the places, which is a hollow marker.
     """
     most = max((sum(place in rows for rows in series.values()) for place in places), default=1)
     width = 0.8 / max(1, most)
@@ -143,39 +125,40 @@ def bars(
         for index, (name, row) in enumerate(present):
             x = at + (index - (len(present) - 1) / 2) * width
             colour = COLOURS[list(series).index(name) % len(COLOURS)]
-            value = row["value"]
-            axes.bar(x, value, 0.92 * width, color=colour, label="_" if name in named else name)
+            top = row["value"]
+            axes.bar(x, top, 0.92 * width, color=colour, label="_" if name in named else name)
             named.add(name)
-            top = value
+            text = f"{top:.3g}"
             if row.get("low") is not None:
                 axes.plot([x, x], [row["low"], row["high"]], color="#333333", linewidth=1.4)
-                top = max(value, row["high"])
-            axes.annotate(
-                f"{value:.3g}", (x, top), (0, 2), textcoords="offset points", ha="center", size=7
-            )
-    for number, (name, values) in enumerate(references.items()):
-        points = [(at, values[place]) for at, place in enumerate(places) if place in values]
-        _reference_points(axes, number, name, points)
+                top = max(top, row["high"])
+            axes.annotate(text, (x, top), (0, 2), textcoords="offset points", ha="center", size=7)
+    _mark(axes, places, references)
     axes.set_xticks(range(len(places)), [fill(place, _LABEL) for place in places])
     axes.set_xlim(-0.6, len(places) - 0.4)
     axes.axhline(0, color="#444444", linewidth=0.8)
 
 
-def _reference_points(
-    axes: Axes, number: int, name: str, points: Sequence[tuple[float, float]]
+def _mark(
+    axes: Axes,
+    places: Sequence[str],
+    references: Mapping[str, Mapping[str, float]],
+    flat: bool = False,
 ) -> None:
-    if points:
-        x, y = zip(*points, strict=True)
-        axes.scatter(
-            x,
-            y,
-            label=name,
-            marker=_MARKERS[number % len(_MARKERS)],
-            facecolors="none",
-            edgecolors=REFERENCE,
-            s=34,
-            zorder=3,
-        )
+    """Draw each reference as hollow markers; ``flat``: values lie along the horizontal axis."""
+    for number, (name, values) in enumerate(references.items()):
+        points = [(at, values[place]) for at, place in enumerate(places) if place in values]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.scatter(
+                *((y, x) if flat else (x, y)),
+                label=name,
+                marker=_MARKERS[number % len(_MARKERS)],
+                facecolors="none",
+                edgecolors=REFERENCE,
+                s=34,
+                zorder=3,
+            )
 
 
 def heat(
@@ -191,16 +174,10 @@ def heat(
     low = min(0.0, float(np.nanmin(grid))) if low is None else low
     high = float(np.nanmax(grid)) if high is None else high
     image = axes.imshow(grid, vmin=low, vmax=high, cmap="viridis", aspect="auto")
-    if grid.size <= 80:
-        for y, x in np.argwhere(np.isfinite(grid)):
-            dark = grid[y, x] < low + 0.6 * (high - low)
-            text: dict[str, Any] = {
-                "ha": "center",
-                "va": "center",
-                "fontsize": 8.5,
-                "color": "w" if dark else "k",
-            }
-            axes.text(x, y, f"{grid[y, x]:.2f}", **text)
+    for y, x in np.argwhere(np.isfinite(grid)) if grid.size <= 80 else ():
+        colour = "w" if grid[y, x] < low + 0.6 * (high - low) else "k"
+        text = f"{grid[y, x]:.2f}"
+        axes.text(x, y, text, ha="center", va="center", fontsize=8.5, color=colour)
     for names, set_ticks in ((columns, axes.set_xticks), (rows, axes.set_yticks)):
         every = max(1, len(names) // 12)
         set_ticks(range(0, len(names), every), names[::every])
@@ -211,7 +188,7 @@ def heat(
 def intervals(
     axes: Axes,
     places: Sequence[str],
-    series: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    series: Mapping[str, Rows],
     references: Mapping[str, Mapping[str, float]] | None = None,
     zero: float | None = None,
 ) -> None:
@@ -228,11 +205,7 @@ def intervals(
             marker = "D" if row.get("aggregate") == AVERAGE else "o"
             face = colour if known else "white"
             axes.plot(row["value"], y, marker, color=colour, ms=5.5, markerfacecolor=face)
-    for number, (name, values) in enumerate((references or {}).items()):
-        points = [
-            (value, places.index(place)) for place, value in values.items() if place in places
-        ]
-        _reference_points(axes, number, name, points)
+    _mark(axes, places, references or {}, flat=True)
     if zero is not None:
         axes.axvline(zero, color="#444444", linewidth=1)
     axes.set_yticks(range(len(places)), [fill(place, _LABEL) for place in places])
@@ -251,16 +224,10 @@ def number_axis(axes: Axes, numbers: Sequence[float], logarithmic: bool) -> None
     if logarithmic and len(shown) > 1:
         scale: dict[str, Any] = {"linthresh": 1, "linscale": 0.7} if shown[0] == 0 else {}
         axes.set_xscale("symlog" if scale else "log", base=2, **scale)
-    every = math.ceil(len(shown) / 8)
-    axes.set_xticks(shown[::every], [_short(number) for number in shown[::every]])
+    shown = shown[:: math.ceil(len(shown) / 8)]
+    texts = [f"{n / 1024:.0f}K" if n and n % 1024 == 0 else f"{n:.10g}" for n in shown]
+    axes.set_xticks(shown, texts)
     axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _short(number: float) -> str:
-    whole = number == int(number)
-    if whole and number >= 1024 and number % 1024 == 0:
-        return f"{int(number) >> 10}K"
-    return f"{int(number)}" if whole else f"{number:g}"
 
 
 def save(made: Figure, path: Path) -> None:

@@ -1,6 +1,5 @@
-"""Everything that was measured on runs and models, as one frame of the table of results."""
+"""All measurements of runs and models, as one frame of the table of results."""
 
-import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,35 +22,37 @@ _BY_LAYER = {"diff/lambda": "lambda", "attention/context_rms": "rms"}  # their n
 
 
 def read_results(paths: Iterable[str | Path]) -> pd.DataFrame:
-    """Read the curves of runs and the rows of every finished evaluation into one frame.
+    """Read the curves of runs, the rows of finished evaluations and of benches into one frame.
 
     Args:
-        paths: run folders, sweep folders, or folders ``runs/hub/<name>@<revision>``.
+        paths: run folders, sweep folders, folders ``runs/hub/<name>@<revision>``, or ``.parquet``
+            files, such as those of ``diffx bench``.
 
     Raises:
-        UserError: a folder is none of them, or one of its files is damaged.
+        UserError: a path is none of them, or one of its files is damaged.
     """
     frames = []
     for path in map(Path, paths):
+        if path.suffix == ".parquet" and not path.is_dir():
+            frames.append(read_frame(path))
+            continue
         for folder in sweep_jobs(path) or [path]:
             if (folder / "config.yaml").is_file() or not (folder / "evals").is_dir():
                 frames.append(make_frame(curve_rows(read_run(folder))))
-            results = sorted(glob.glob(f"{glob.escape(str(folder))}/evals/*/*/*/results.json"))
-            frames += [read_frame(Path(result).with_name(ROWS)) for result in results]
+            results = sorted(folder.glob("evals/*/*/*/results.json"))
+            frames += [read_frame(result.with_name(ROWS)) for result in results]
     filled = [frame for frame in frames if len(frame)]
     return pd.concat(filled, ignore_index=True) if filled else make_frame([])
 
 
 def curve_rows(run: Run) -> Iterator[dict[str, Any]]:
     """The rows of a run's ``metrics.jsonl``: one a step and figure that the table knows."""
-    architecture = (
-        run.job.model.kind if isinstance(run.job, TrainJob) else run.job.dex.variant.value
-    )
+    job = run.job
     facts = {
         "checkpoint": str(run.path),
-        "architecture": architecture,
+        "architecture": job.model.kind if isinstance(job, TrainJob) else job.dex.variant.value,
         "parameters": run.summary.get("parameters", {}).get("total"),
-        "seed": run.job.seed,
+        "seed": job.seed,
         "source": TRAIN,
         "aggregate": "mean",
     }

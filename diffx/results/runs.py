@@ -1,8 +1,8 @@
-"""Run folders as plain objects, and the groups of runs that differ in nothing but their seed."""
+"""Run folders as plain objects, and the groups of runs that differ only in their seed."""
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -29,24 +29,18 @@ CONTROL = "attn_only"
 BASE = "base"  # the kind of a pretrained model, beside the variants adapted from it
 _KINDS = ("model.kind", "dex.variant")  # what is compared: architectures, or variants
 
+Fields = dict[str, Any]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run folder.
-
-    Attributes:
-        path: the folder.
-        job: its config.
-        metrics: the lines of ``metrics.jsonl``, in order.
-        summary: ``summary.json``; empty while the run goes, or if it was killed.
-        data: ``data.json``, what the run was trained on; empty if the run died before it was known.
-    """
+    """One run folder."""
 
     path: Path
     job: TrainJob | AdaptJob
-    metrics: list[dict[str, Any]]
-    summary: dict[str, Any]
-    data: dict[str, Any]
+    metrics: list[Fields]  # the lines of `metrics.jsonl`, in order
+    summary: Fields  # `summary.json`; empty while the run goes, or if it was killed
+    data: Fields  # `data.json`, of the training data; empty if the run died before it
 
     @property
     def finished(self) -> bool:
@@ -62,40 +56,33 @@ class Run:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a run folder; an unfinished run reads as far as it got.
+    """Read a run folder; of an unfinished run what there is.
 
     Raises:
         UserError: it is no run folder, or one of its files is damaged.
     """
     path = Path(path)
-    accepted = "give run folders of `diffx train` or `diffx adapt-dex`"
-    if not (path / "config.yaml").is_file():
-        reason = "it has no config.yaml" if path.is_dir() else "there is no such folder"
-        sweep = "or a sweep folder that holds numbered ones"
-        raise UserError(f"RUN={path} cannot be used: {reason}; {accepted}, {sweep}")
-    job = load_config(path / "config.yaml")
+    job, reason = None, "it has no config.yaml" if path.is_dir() else "there is no such folder"
+    if (path / "config.yaml").is_file():
+        job, reason = load_config(path / "config.yaml"), "its config.yaml is of another command"
     if not isinstance(job, TrainJob | AdaptJob):
-        reason = "its config.yaml is of another command"
+        accepted = "give run folders of `diffx train` or `diffx adapt-dex`, or of their sweeps"
         raise UserError(f"RUN={path} cannot be used: {reason}; {accepted}")
-    parts = ("trained",) if isinstance(job, AdaptJob) else ("embedding", "rest")
-    return Run(
+    summary, data = path / "summary.json", path / "data.json"
+    run = Run(
         path=path,
         job=job,
         metrics=read_metrics(path / "metrics.jsonl"),
-        summary=_read_summary(path / "summary.json", parts),
-        data=read_json(path / "data.json") if (path / "data.json").exists() else {},
+        summary=read_json(summary, {"step": int, "parameters": dict}) if summary.exists() else {},
+        data=read_json(data) if data.exists() else {},
     )
-
-
-def _read_summary(path: Path, parts: Sequence[str]) -> dict[str, Any]:
-    summary = read_json(path, {"step": int, "parameters": dict}) if path.exists() else {}
-    if summary and not all(_is_figure(summary["parameters"].get(part)) for part in parts):
-        raise UserError(f"{path} is damaged: its 'parameters' lack one of {', '.join(parts)}")
-    return summary
+    parts = ("trained",) if isinstance(job, AdaptJob) else ("embedding", "rest")
+    if run.summary and not all(_is_figure(run.summary["parameters"].get(part)) for part in parts):
+        raise UserError(f"{summary} is damaged: its 'parameters' lack one of {', '.join(parts)}")
+    return run
 
 
 def _is_figure(value: Any) -> bool:
-    """Whether a value of a JSON file is a number that an array can hold."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST)
 
 
@@ -105,10 +92,10 @@ def read_runs(paths: Iterable[str | Path]) -> list[Run]:
     Raises:
         UserError: as ``read_run``; or trained and adapted runs are mixed.
     """
-    folders = [folder for path in map(Path, paths) for folder in sweep_jobs(path) or [path]]
     unique: dict[Path, Path] = {}
-    for folder in folders:
-        unique.setdefault(folder.resolve(), folder)
+    for path in map(Path, paths):
+        for folder in sweep_jobs(path) or [path]:
+            unique.setdefault(folder.resolve(), folder)
     runs = [read_run(folder) for folder in unique.values()]
     for run in runs:
         if run.job.kind != runs[0].job.kind:
@@ -122,22 +109,16 @@ def sweep_jobs(path: Path) -> list[Path]:
     if not path.is_dir() or (path / "config.yaml").exists():
         return []
     jobs = [p for p in path.iterdir() if p.name.isdecimal() and (p / "config.yaml").is_file()]
-    return sorted(jobs, key=lambda p: int(p.name))
+    return sorted(jobs, key=lambda job: int(job.name))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs that differ in nothing but their seed.
+    """Runs that differ only in their seed."""
 
-    Attributes:
-        label: the architecture or the variant, and the settings in which the groups differ.
-        settings: the config that the runs share, flat: ``model.hidden_size`` and so on.
-        runs: at least one, each with a validation.
-    """
-
-    label: str
-    settings: dict[str, Any]
-    runs: list[Run]
+    label: str  # the architecture or the variant, and the settings in which the groups differ
+    settings: Fields  # the shared config, flat: `model.hidden_size` and so on
+    runs: list[Run]  # at least one, each with a validation
 
     @property
     def kind(self) -> str:
@@ -145,7 +126,7 @@ class Group:
         return _kind(self.settings)
 
     @property
-    def common(self) -> dict[str, Any]:
+    def common(self) -> Fields:
         """Shape and recipe: the settings that every architecture or variant has."""
         return {key: value for key, value in self.settings.items() if not _is_option(key)}
 
@@ -153,7 +134,7 @@ class Group:
     def parameters(self) -> dict[str, int] | None:
         """Parameter counts (embedding, rest, total); None while no run has a summary."""
         counts = (run.summary.get("parameters") for run in self.runs)
-        return next((count for count in counts if count), None)
+        return next(filter(None, counts), None)
 
     def final(self, name: str) -> dict[int, float]:
         """The metric's last value for each seed (the mean if a seed was run twice)."""
@@ -162,33 +143,23 @@ class Group:
             curve = run.curve(name)[1]
             if curve.size:
                 values.setdefault(run.job.seed, []).append(float(curve[-1]))
-        return {seed: float(np.mean(v)) for seed, v in sorted(values.items())}
+        return {seed: float(np.mean(of_seed)) for seed, of_seed in sorted(values.items())}
 
     def curves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Validation loss on one grid of tokens.
+        """Tokens (n,) up to the shortest run's last validation, and validation losses (runs, n).
 
-        Returns:
-            tokens (n,) up to the shortest run's last validation, and losses (runs, n), linearly
-            interpolated where a run has no validation at a grid point.
+        They are linear between validations where a run has none at a token count of another.
         """
         curves = [run.curve("val/loss") for run in self.runs]
-        first, last = (
-            max(tokens[0] for tokens, _ in curves),
-            min(tokens[-1] for tokens, _ in curves),
-        )
         grid = np.unique(np.concatenate([tokens for tokens, _ in curves]))
+        first, last = max(t[0] for t, _ in curves), min(t[-1] for t, _ in curves)
         grid = grid[(grid >= first) & (grid <= last)]
         return grid, np.stack([np.interp(grid, tokens, losses) for tokens, losses in curves])
 
 
-def group_runs(runs: list[Run]) -> list[Group]:
+def group_runs(runs: Iterable[Run]) -> list[Group]:
     """Group the runs that differ only in their seed, and label each group by its differences."""
-    members: dict[str, list[Run]] = {}
-    for run in runs:
-        members.setdefault(json.dumps(_settings(run.job), sort_keys=True), []).append(run)
-    settings = [_settings(group[0].job) for group in members.values()]
-    groups = zip(_labels(settings), settings, members.values(), strict=True)
-    return [Group(label=label, settings=s, runs=group) for label, s, group in groups]
+    return _group((_settings(run.job), run) for run in runs)
 
 
 def base_groups(groups: list[Group]) -> dict[str, Group]:
@@ -197,26 +168,30 @@ def base_groups(groups: list[Group]) -> dict[str, Group]:
     Its curve is flat: the loss at step 0 of the runs that started from it and measured it on the
     same text at the same context length. Trained groups have none.
     """
-    members: dict[str, list[Group]] = {}
+    settings, flat = {}, []
     for group in (group for group in groups if "dex.variant" in group.settings):
-        shared = {
+        of_base = settings[group.label] = {"dex.variant": BASE} | {
             key: value
             for key, value in group.settings.items()
             if key in ("base", "revision", "train.seq_len") or key.startswith("data.")
         }
-        members.setdefault(json.dumps(shared, sort_keys=True), []).append(group)
-    settings = [{"dex.variant": BASE, **json.loads(shared)} for shared in members]
-    bases: dict[str, Group] = {}
-    for s, label, adapted in zip(settings, _labels(settings), members.values(), strict=True):
-        started = {run.job.seed: run for group in adapted for run in group.runs}
-        runs = [replace(run, metrics=_flat_curve(run), summary={}) for run in started.values()]
-        base = Group(label=label, settings=s, runs=runs)
-        bases |= dict.fromkeys((group.label for group in adapted), base)
-    return bases
+        for run in group.runs:
+            metrics = [run.metrics[0] | {"tokens": tokens} for tokens in run.curve("val/loss")[0]]
+            flat.append((of_base, replace(run, metrics=metrics, summary={})))
+    bases = [
+        replace(base, runs=[*{run.job.seed: run for run in base.runs}.values()])
+        for base in _group(flat)
+    ]
+    return {label: base for label in settings for base in bases if base.settings == settings[label]}
 
 
-def _flat_curve(run: Run) -> list[dict[str, Any]]:
-    return [{**run.metrics[0], "tokens": tokens} for tokens in run.curve("val/loss")[0]]
+def _group(pairs: Iterable[tuple[Fields, Run]]) -> list[Group]:
+    members: dict[str, tuple[Fields, list[Run]]] = {}
+    for settings, run in pairs:
+        members.setdefault(json.dumps(settings, sort_keys=True), (settings, []))[1].append(run)
+    labels = _labels([settings for settings, _ in members.values()])
+    groups = zip(labels, members.values(), strict=True)
+    return [Group(label=label, settings=s, runs=runs) for label, (s, runs) in groups]
 
 
 def dotted(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -230,12 +205,10 @@ def dotted(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def as_word(value: Any) -> str:
     """Write a value as the command line takes it."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
-def _settings(job: TrainJob | AdaptJob) -> dict[str, Any]:
+def _settings(job: TrainJob | AdaptJob) -> Fields:
     unread = _BOOKKEEPING | ({*_unread(job.dex.variant)} if isinstance(job, AdaptJob) else set())
     settings = {
         key: value.value if isinstance(value, Enum) else value
@@ -250,16 +223,16 @@ def _unread(variant: Variant) -> Iterator[str]:
     if variant is not Variant.lora:
         yield "dex.lora_rank"
     if not variant.branches:
-        yield from (f"dex.{name}" for name in ("heads", "k", "share", "calibration_tokens"))
+        yield from ("dex.heads", "dex.k", "dex.share", "dex.calibration_tokens")
     if not variant.anneals:
         yield from ("dex.init", "dex.anneal_steps")
 
 
-def _labels(settings: list[dict[str, Any]]) -> list[str]:
+def _labels(settings: list[Fields]) -> list[str]:
     """The architecture or variant, then ``key=value`` for each key in which groups differ.
 
-    An option of one architecture is left out where it has its default. A size sets all keys of the
-    shape at once: only those that tell more groups apart are named.
+    An option of one architecture is left out where it has its default, and a key of the shape where
+    it tells no more groups apart.
     """
     labels = [_kind(s) for s in settings]
     for key in dict.fromkeys(key for s in settings for key in s if key not in _KINDS):
@@ -270,12 +243,12 @@ def _labels(settings: list[dict[str, Any]]) -> list[str]:
             label if key not in s or _is_default(s, key) else f"{label} {name}={as_word(s[key])}"
             for label, s in zip(labels, settings, strict=True)
         ]
-        if key not in SHAPE_KEYS or len(set(named)) > len(set(labels)):
+        if key not in SHAPE_KEYS or len({*named}) > len({*labels}):
             labels = named
     return labels
 
 
-def _kind(settings: dict[str, Any]) -> str:
+def _kind(settings: Fields) -> str:
     return next(settings[key] for key in _KINDS if key in settings)
 
 
@@ -284,7 +257,7 @@ def _is_option(key: str) -> bool:
     return key.startswith("dex.") or (key.startswith("model.") and key not in _BASE_MODEL_KEYS)
 
 
-def _is_default(settings: dict[str, Any], key: str) -> bool:
+def _is_default(settings: Fields, key: str) -> bool:
     if not _is_option(key):
         return False
     group, _, option = key.partition(".")

@@ -3,7 +3,7 @@
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -15,23 +15,12 @@ _ELEMENTS = 2**20  # resampled at once: 8 MiB
 Statistic = Callable[..., np.ndarray]  # of arrays (..., n) along `axis`
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """A standard error and the ends of a 95% interval; None where too few values tell nothing."""
+class Interval(NamedTuple):
+    """A standard error and the ends of a 95% interval; None where there are too few values."""
 
     stderr: float | None = None
     low: float | None = None
     high: float | None = None
-
-
-def mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Mean of values (..., n)."""
-    return values.mean(axis)
-
-
-def median(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Median of values (..., n)."""
-    return np.median(values, axis)
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -61,14 +50,9 @@ def bootstrap(
 ) -> Interval:
     """Resample examples with ``scipy.stats.bootstrap``; the interval is the percentile interval.
 
-    Args:
-        samples: arrays (n,); if not paired, each with examples and an n of its own.
-        statistic: of the arrays.
-        key: the draws depend on it and on n alone.
-        paired: the arrays share their examples, which are drawn together.
-
-    Returns:
-        The interval; empty with fewer than two examples in an array.
+    Samples are arrays (n,); ``paired`` ones share their examples, which are drawn together. The
+    draws depend on ``key`` and n alone. The interval is empty with fewer than two examples in an
+    array.
     """
     if min(map(len, samples)) < 2:
         return Interval()
@@ -79,7 +63,6 @@ def bootstrap(
             statistic,
             n_resamples=RESAMPLES,
             batch=max(1, _ELEMENTS // max(map(len, samples))),
-            confidence_level=CONFIDENCE,
             method="percentile",
             paired=paired and len(samples) > 1,
             vectorized=True,
@@ -90,49 +73,32 @@ def bootstrap(
     if not drawn.size:
         return Interval()
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(stderr=float(drawn.std(ddof=1)), low=float(low), high=float(high))
+    return Interval(float(drawn.std(ddof=1)), float(low), float(high))
 
 
 def t_interval(values: Sequence[float]) -> Interval:
     """Student's t interval of the mean of values, one a seed; empty with fewer than two."""
     if len(values) < 2:
         return Interval()
-    array = np.asarray(values, dtype=float)
-    stderr = float(stats.sem(array))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1)) * stderr
-    return Interval(stderr=stderr, low=float(array.mean()) - half, high=float(array.mean()) + half)
+    mean, stderr = float(np.mean(values)), float(stats.sem(values))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stderr
+    return Interval(stderr, mean - half, mean + half)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
-    """A figure minus the baseline's.
+class Difference(NamedTuple):
+    """A figure minus the baseline's."""
 
-    Attributes:
-        mean: over the seeds that both have; of the two means, if they share none.
-        low: lower end of the 95% interval; None with fewer than two pairs.
-        high: its upper end.
-        pairs: seeds that both have.
-    """
-
-    mean: float
-    low: float | None
+    mean: float  # over the seeds that both have; of the two means, if they share none
+    low: float | None  # ends of the 95% interval; None with fewer than two pairs
     high: float | None
-    pairs: int
+    pairs: int  # seeds that both have
 
 
 def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Difference:
-    """Compare two groups of runs seed by seed, with Student's t interval of the mean difference.
-
-    Args:
-        values: the figure of each seed.
-        base: the baseline's.
-    """
-    seeds = sorted(values.keys() & base.keys())
-    if not seeds:
-        gap = float(np.mean(list(values.values())) - np.mean(list(base.values())))
-        return Difference(mean=gap, low=None, high=None, pairs=0)
-    gaps = [values[seed] - base[seed] for seed in seeds]
-    interval = t_interval(gaps)
-    return Difference(
-        mean=float(np.mean(gaps)), low=interval.low, high=interval.high, pairs=len(gaps)
-    )
+    """The mean difference of figures by seed, with Student's t interval."""
+    gaps = [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
+    if not gaps:
+        gap = np.mean(list(values.values())) - np.mean(list(base.values()))
+        return Difference(float(gap), None, None, pairs=0)
+    _, low, high = t_interval(gaps)
+    return Difference(float(np.mean(gaps)), low, high, pairs=len(gaps))

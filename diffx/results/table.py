@@ -1,8 +1,7 @@
 """The schema of the table of results, and its Parquet files.
 
-A row is one figure of one model: of one example (``aggregate`` is ``example``), or of a whole
-group of examples. The columns of ``BY`` say what the figure is of; those that do not apply are
-null.
+A row is one figure of one model, of one example or of a group of examples. The columns of ``BY``
+say what the figure is of; a column that does not apply is null.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diffx.errors import UserError
+from diffx.errors import UserError, reason
 from diffx.files import replacing
 
 MODEL = {
@@ -57,7 +56,7 @@ ROWS = "rows.parquet"  # in an evaluation's folder
 
 
 def make_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Make a frame with the columns of the schema; what a row lacks is null.
+    """Make a frame with the columns of the schema; a missing or infinite value is null.
 
     Raises:
         ValueError: a row has a column that is not in the schema.
@@ -66,18 +65,8 @@ def make_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     unknown = {key for row in rows for key in row} - COLUMNS.keys()
     if unknown:
         raise ValueError(f"no columns of the table of results: {', '.join(sorted(unknown))}")
-    return pd.DataFrame(
-        {
-            name: pd.array(
-                [None if _is_nan(value := row.get(name)) else value for row in rows], dtype=kind
-            )
-            for name, kind in COLUMNS.items()
-        }
-    )
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float | np.floating) and not np.isfinite(value)
+    frame = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).astype(COLUMNS)
+    return frame.mask(frame.isin([np.inf, -np.inf]))
 
 
 def write_frame(frame: pd.DataFrame, path: Path) -> None:
@@ -98,18 +87,12 @@ def read_frame(path: Path) -> pd.DataFrame:
         if not COLUMNS.keys() - BY.keys() <= {*frame.columns} <= COLUMNS.keys():
             raise ValueError("its columns are not those of the table of results")
         return frame.reindex(columns=[*COLUMNS]).astype(COLUMNS)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-    ) as error:  # pyarrow's errors are ValueErrors or OSErrors
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} cannot be used: {reason}; make the evaluation again with force=true"
-        ) from error
+    except (OSError, ValueError, TypeError) as error:  # includes the errors of pyarrow
+        again = "make it again, an evaluation with force=true"
+        raise UserError(f"{path} cannot be used: {reason(error)}; {again}") from error
 
 
 def by_columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of ``BY`` that are not null in a row, as Python's own numbers and texts."""
-    present = {name: row[name] for name in BY if not pd.isna(row.get(name, pd.NA))}
-    return {name: getattr(value, "item", lambda v=value: v)() for name, value in present.items()}
+    """The columns of ``BY`` that are not null in a row, as numbers and texts of Python."""
+    present = {name: row[name] for name in BY if not pd.isna(row.get(name))}
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in present.items()}

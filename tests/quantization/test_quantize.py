@@ -147,7 +147,7 @@ def test_a_sweep_ends_in_one_report(runs, monkeypatch, capsys):
     )
     out = capsys.readouterr().out
     assert (
-        "published (arXiv 2410.05258" in out
+        "published: arXiv 2410.05258" in out
         and "Change for the worse at 2 bits: " in out
         and "No verdict: 6 examples are too few" in out
     )

@@ -422,7 +422,7 @@ def test_the_note_is_whole_where_there_is_one_panel(evaluated, monkeypatch, runs
     compared(*runs)
     (canvas,) = drawn
     canvas.draw_without_rendering()
-    note = canvas.legends[0].get_title()
+    (note,) = [text for text in canvas.texts if "hollow" in text.get_text()]
     assert " ".join(note.get_text().split()).endswith("diamonds: averages")
     box = note.get_window_extent()
     assert (
@@ -479,7 +479,7 @@ def test_damaged_rows_are_one_line(evaluated, damage):
 def test_rows_of_other_columns_are_one_line(evaluated):
     folder = evaluated("a", cells({"N=1 R=1": 0.5}))
     evaluated("b", cells({"N=1 R=1": 0.5}))
-    pd.read_parquet(folder / "rows.parquet").drop(columns="head").to_parquet(
+    pd.read_parquet(folder / "rows.parquet").drop(columns="value").to_parquet(
         folder / "rows.parquet"
     )
     bad("a b suite=retrieval", "rows.parquet cannot be used", "force=true")

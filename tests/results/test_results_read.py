@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from diffx.bench import targets
 from diffx.config import UserError
 from diffx.results.read import read_results
 from diffx.results.table import COLUMNS, make_frame, read_frame, write_frame
@@ -52,3 +53,26 @@ def test_a_frame_reads_back_and_refuses_other_columns(tmp_path):
             read_frame(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="colour"):
         make_frame([{"colour": "red"}])
+
+
+def test_the_rows_of_a_bench_are_read(tmp_path):
+    seconds = {"prefill": {"a": [1.0, 2.0], "b": [2.0, 5.0]}}
+    report = {"checkpoint": "models/x", "seconds": seconds, "bytes": {"prefill": {"a": 7}}}
+    row = ("prefill", "time", "a", "b", targets.NO_TARGET)
+    targets.show_ratios(report, [row], "a bench", tmp_path / "x.json")
+    frame = read_results([RUNS / "sweep" / "0", str(tmp_path / "x.parquet")])
+    assert {"train", "bench"} <= set(frame["source"])
+    bench = frame[frame["source"] == "bench"]
+    assert len(bench) == 5 and set(bench["checkpoint"]) == {"models/x"}
+    times = bench[(bench["metric"] == "seconds") & (bench["variant"] == "b")]
+    assert times["value"].tolist() == [2.0, 5.0] and set(times["task"]) == {"prefill"}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PAR1 and no more"])
+def test_a_damaged_file_of_rows_is_one_line(tmp_path, content):
+    path = tmp_path / "x.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.parquet cannot be used: ") as error:
+        read_results([path])
+    assert "\n" not in str(error.value)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from diffx.results.scaling import fit_power_law
+from diffx.results.curves import fit_power_law
 
 
 def test_power_law_recovers_its_constants():
