@@ -27,7 +27,7 @@ from diffx.config.composition import (
     config_groups,
 )
 from diffx.config.meanings import commented, explained
-from diffx.config.messages import explain, keys, unknown
+from diffx.config.messages import explain, keys
 from diffx.config.sweep import BEST, job_label, show_sweep
 from diffx.console import SWEEP_JOB
 from diffx.errors import UserError, describe_any, one_line
@@ -125,32 +125,16 @@ def _job(cfg: DictConfig, name: str) -> Any:
 
 
 def show_config(
-    name: str,
-    words: list[str],
-    config_dir: Path | None = None,
-    cfg: str | None = None,
-    resolve: bool = False,
-    package: str | None = None,
-    doc: str | None = None,
-    info: str | None = None,
+    name: str, words: list[str], config_dir: Path | None = None, key: str | None = None
 ) -> None:
-    """Print what the words compose to, and run nothing; the arguments are the command's options.
+    """Print what the words compose to, or the meaning of a key, and run nothing.
 
     Raises:
-        UserError: the words do not compose to a valid config, or a key does not exist.
+        UserError: the words do not compose to a valid config, or the key does not exist.
     """
     with _composer(name, words, config_dir) as (app, words):
-        config = compose_config(app, name, words, several=True)
-        if package and OmegaConf.select(config, package) is None:
-            raise UserError(unknown(package, list(keys(config))))  # Hydra would end the process
-        if doc:
-            print(explained(config, JOBS[name], doc))
-        elif info:
-            app.show_info(info, name, words)
-        elif cfg == "job":
-            print(commented(config, JOBS[name], package, resolve))
-        else:
-            app.show_cfg(name, words, cfg, package, resolve)
+        cfg = compose_config(app, name, words, several=True)
+        print(explained(cfg, JOBS[name], key) if key else commented(cfg, JOBS[name]))
 
 
 def launch(
