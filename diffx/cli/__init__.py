@@ -208,7 +208,6 @@ def _eval(job: Any, words: list[str]) -> Any:
     Examples:
       diffx eval checkpoint=runs/x suite=[retrieval,outliers]
       diffx eval checkpoint=Qwen/Qwen2.5-0.5B suite=paper_lm limit=100
-      diffx eval -m checkpoint=runs/a,runs/b suite=outliers data=text data.path=books/
       diffx eval checkpoint=runs/x suite=harness suite.tasks=[my_task] suite.include_path=tasks/
     """
     from diffx.evaluation.run import evaluate, evaluate_all
@@ -238,7 +237,6 @@ def _quantize(job: Any, words: list[str]) -> dict[int, str]:
     Groups: method=attention_logits | activations | weights   suite= data=
     Keys:   checkpoint= bits=[16,8,6,4] suite.KEY= method.KEY= limit=
     Examples:
-      diffx quantize checkpoint=runs/x
       diffx quantize -m checkpoint=runs/transformer,runs/diff method=activations bits=[8,6,4]
       diffx quantize checkpoint=Qwen/Qwen2.5-0.5B suite=harness suite.tasks=[hellaswag] limit=200
       diffx quantize checkpoint=runs/x method=weights bits=[8,4] method.skip=[o_proj]
@@ -313,7 +311,6 @@ def compare(
     Examples:
       diffx compare runs/a runs/b
       diffx compare runs/2026-01-01_12-00-00-sweep --out curves.png
-      diffx compare runs/*-seed0
       diffx compare runs/transformer runs/diff@1000 suite=retrieval
     """
     from diffx.report.compare import compare_runs

@@ -65,9 +65,8 @@ def describe_keys(
     """The name, the value as on the command line, the meaning and the type of each key."""
     means, hints = meanings(kind), get_type_hints(kind)
     for name in map(str, cfg):
-        missing = OmegaConf.is_missing(cfg, name)
-        node = "" if missing else cfg[name]
-        inner = OmegaConf.get_type(node) if isinstance(node, DictConfig) else dict
+        node: Any = "" if OmegaConf.is_missing(cfg, name) else cfg[name]
+        inner: Any = OmegaConf.get_type(node) if isinstance(node, DictConfig) else dict
         if inner is not dict and name != "hydra":
             yield from describe_keys(node, inner, f"{prefix}{name}.")
         elif name in means and name != "kind":
