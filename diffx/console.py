@@ -85,30 +85,23 @@ class Reporter:
     ) -> Iterator["Bar"]:
         """Show progress while the block runs: a bar with ETA on a terminal, else plain lines.
 
-        A bar that begins while another one is shown stands below it.
-
-        Args:
-            name: of the work.
-            total: units in all; ``None`` if unknown.
-            done: units done before (a resumed run).
-            unit: name of a unit.
+        ``total`` units are to be done (``None`` if unknown), ``done`` were done before (a resumed
+        run). A bar that begins while another one is shown stands below it.
         """
         if not self.console.is_terminal or self.console.quiet:
             yield Bar(self, name, total, done)
             return
         if first := self._bars is None:
             whole = Column(no_wrap=True)
-            self._bars = Progress(
+            columns = [
                 TextColumn("{task.description}", markup=False, table_column=whole),
                 BarColumn(bar_width=None),  # the one column that shrinks
                 MofNCompleteColumn(table_column=whole),
                 TextColumn("ETA", table_column=whole),
                 TimeRemainingColumn(table_column=whole),
                 TextColumn("{task.fields[note]}", markup=False, table_column=whole),
-                console=self.console,
-                transient=True,
-                expand=True,
-            )
+            ]
+            self._bars = Progress(*columns, console=self.console, transient=True, expand=True)
             self._bars.start()
         bars, number = self._bars, SWEEP_JOB.get().partition(" ")[0]
         text = (f"job {number} " if number else "") + name + (f" ({unit})" if unit else "")
@@ -144,11 +137,11 @@ class Bar:
         if self._total and done > self._first:
             rest = (now - self._start) / (done - self._first) * (self._total - done)
             line += f"  ETA {duration(rest)}"
-        if self._update is not None:
+        if self._update:
             self._update(completed=done, note=note)
         if always or now - self._printed > 10:
             self._printed = now
-            (self._reporter.line if always or self._update is None else self._reporter.log)(line)
+            (self._reporter.log if self._update and not always else self._reporter.line)(line)
 
 
 def duration(seconds: float) -> str:

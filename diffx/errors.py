@@ -41,7 +41,7 @@ def _file_reason(error: OSError) -> str:
 
 
 def _storage_failure(error: BaseException) -> str | None:
-    """Describe a failure of the file system in one line; ``None`` for another exception."""
+    """Describe a failure of the file system."""
     if isinstance(error, OSError) and error.errno in _STORAGE:
         line = _file_reason(error)
     elif (line := "No space left on device") not in str(error):  # of safetensors and pyarrow
@@ -65,7 +65,7 @@ def storage_errors(what: str) -> Iterator[None]:
 
 
 def _memory_failure(error: BaseException) -> str | None:
-    """Describe a failed allocation in one line; ``None`` if the exception is something else."""
+    """Describe a failed allocation."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if not named and not any(text in str(error) for text in _MEMORY):
         return None
@@ -74,7 +74,7 @@ def _memory_failure(error: BaseException) -> str | None:
 
 
 def _path_failure(error: BaseException) -> str | None:
-    """Describe an impossible path: too long a name, or ``~name`` of no user; else ``None``."""
+    """Describe an impossible path: too long a name, or ``~name`` of no user."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{error.filename or 'a path'} cannot be used: {error.strerror}"
     if isinstance(error, RuntimeError) and "determine home directory" in str(error):  # pathlib

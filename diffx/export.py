@@ -31,8 +31,7 @@ def export(job: ExportJob) -> Path:
     """Write the model of a run, its tokenizer and a model card for ``AutoModelForCausalLM``.
 
     ``transformer`` becomes a Llama and ``diff_v1`` a DiffLlama where that is the same function; the
-    others need ``import diffx``. An adapted run becomes a model of its base's class, folded in
-    fp64, or keeps its branch.
+    others need ``import diffx``. An adapted run is folded in fp64, or keeps its branch.
 
     Raises:
         UserError: the checkpoint cannot be used.

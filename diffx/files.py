@@ -97,7 +97,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read a JSON object; ``fields`` are required keys, with types as ``isinstance`` takes them.
+    """Read a JSON object, in which ``fields`` are required keys with their types.
 
     Raises:
         UserError: the file cannot be read, or is not such an object.

@@ -38,8 +38,8 @@ def refuse(condition: bool, setting: str, reason: str, other: str = "") -> None:
     Args:
         condition: must be false.
         setting: the key and its value (``suite=speed``).
-        reason: why the setting cannot be used, and what is accepted.
-        other: another setting that excludes the first.
+        reason: why it cannot be used, and what is accepted.
+        other: another setting that excludes it.
     """
     if condition:
         raise UserError(f"{setting} cannot be used{other and f' with {other}'}: {reason}")
@@ -48,14 +48,10 @@ def refuse(condition: bool, setting: str, reason: str, other: str = "") -> None:
 def check_fields(
     config: Any, group: str, names: str, accepted: str, good: Callable[[Any], bool] | None = None
 ) -> None:
-    """Raise ``UserError`` for a field of a dataclass that is not ``None`` and not accepted.
+    """Raise ``UserError`` for a field of a dataclass that is neither ``None`` nor accepted.
 
-    Args:
-        config: the dataclass.
-        group: its config group (``train``); empty for a job.
-        names: the fields, with spaces between them.
-        accepted: the accepted values, a key of ``_RULES`` unless ``good`` is given.
-        good: whether a value is accepted.
+    ``group`` is the config group (``train``), empty for a job; ``names`` are the fields, with
+    spaces between them; ``accepted`` is a key of ``_RULES``, or a text for the function ``good``.
     """
     good = good or _RULES[accepted]
     for name in names.split():

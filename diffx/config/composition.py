@@ -24,17 +24,10 @@ from diffx.config.bridge import register_schemas
 from diffx.config.checks import refuse
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-CONFIGS = next(  # of an installed wheel, or of a checkout
-    folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()
-)
-COMPOSITION_ERRORS = (  # of Hydra, OmegaConf and PyYAML
-    HydraException,
-    OmegaConfBaseException,
-    ValueError,
-    TypeError,
-    RecursionError,
-    yaml.YAMLError,
-)
+_INSTALLED = _PACKAGE / "conf"
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "conf"  # of a checkout
+_LIBRARIES = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+COMPOSITION_ERRORS = (*_LIBRARIES, ValueError, TypeError, RecursionError)
 
 
 class UserConfigsFirst(SearchPathPlugin):

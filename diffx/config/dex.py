@@ -55,9 +55,8 @@ class DexConfig:
     """The differential step (arXiv 2505.16333).
 
     Attributes:
-        variant: ``dex``, or a control: ``dex_plus`` (adds), ``attn_only``, ``adapter_only``,
-            ``fixed_lambda``, ``lora``, ``full``, ``dex_mirror`` (``dex_plus`` from the negated W_D,
-            which must train to the model of ``dex``).
+        variant: ``dex``, or a control; ``dex_plus`` adds, ``dex_mirror`` is ``dex_plus`` from the
+            negated W_D, which must train to the model of ``dex``.
         heads: ``entropy_high``, ``entropy_low``, ``importance_low``, ``random``, ``all``, or a path
             of a heads.json.
         k: heads chosen in each layer; ``null`` is half of them, rounded down. ``heads=all`` and a

@@ -33,7 +33,7 @@ class Dtype(str, Enum):
 
 @dataclass
 class JudgeConfig:
-    """Who judges whether an answer is faithful to its text; ``none`` judges nothing."""
+    """Who judges whether an answer is faithful to its text."""
 
     kind: str = "none"
 
@@ -108,14 +108,14 @@ class EvalJob:
         data: the text of a suite; ``null`` is the run's held-out text, or for a model of the hub
             Python's source.
         device: where to compute.
-        dtype: the model's type; ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        dtype: the model's type.
         batch: sequences at once, or ``auto``.
         limit: examples measured at most in each task or cell, or their share between 0 and 1,
             rounded up as lm-eval does; ``null`` is all.
         seed: of everything that is drawn.
         force: measure again where results with the same settings exist.
         revision: the hub's revision.
-        trust_remote_code: run Python code of a model of the hub, or of the base of an adapted run.
+        trust_remote_code: run Python code of a model of the hub or the base of an adapted run.
     """
 
     kind: str = "eval"

@@ -35,23 +35,21 @@ class SuiteConfig:
 class HarnessSuite(SuiteConfig):
     """Any tasks of ``lm-eval``: ``suite.tasks=[...]``.
 
-    A task reads the split it is measured on and the one of its demonstrations, such as test.jsonl
-    and train.jsonl of ``<data_dir>/arc_easy``; a group needs a folder for each of its tasks. The
-    format of task YAMLs is in docs/new_task_guide.md of lm-eval's repository.
+    A task reads the split that it measures and the one of its demonstrations, such as test.jsonl
+    and train.jsonl of ``<data_dir>/arc_easy``. The format of task YAMLs is in
+    docs/new_task_guide.md of lm-eval's repository.
 
     Attributes:
         tasks: task or group names.
-        shots: numbers of demonstrations, each a run over all tasks; ``null``: each task's default.
+        shots: numbers of demonstrations, each a run; ``null`` is each task's default.
         include_path: a folder of more task YAMLs.
-        data_dir: local copies of the tasks' data, ``<data_dir>/<task>/<split>.jsonl`` (or
-            ``.parquet``), rows as on the hub.
+        data_dir: copies of the hub's data, ``<data_dir>/<task>/<split>.jsonl`` or ``.parquet``.
         chat_template: apply the tokenizer's chat template (models of the hub only).
-        fewshot_as_multiturn: with ``chat_template``, a demonstration is a turn of the user and one
-            of the assistant; ``null`` is the same as ``chat_template``, as with lm-eval.
-        system_instruction: a text before every prompt; with ``chat_template``, the system's turn.
+        fewshot_as_multiturn: a demonstration is a turn of the user and one of the assistant;
+            ``null`` is the same as ``chat_template``, as with lm-eval.
+        system_instruction: text before every prompt; with ``chat_template``, the system's turn.
         max_tokens: tokens of a generated answer; ``null`` is each task's default.
-        gen_kwargs: settings of generation that replace each task's, such as
-            ``{temperature: 0.7, do_sample: true}``.
+        gen_kwargs: settings that replace each task's: ``{temperature: 0.7, do_sample: true}``.
     """
 
     kind: str = "harness"
@@ -105,7 +103,7 @@ class RetrievalSuite(_NeedleSuite):
     Attributes:
         cases: pairs [N, R]: needles in the text, and how many of them are asked for.
         lengths: tokens of the input; ``null`` is the model's context (4096 at most), its half and
-            its quarter, without those that do not hold the needles.
+            its quarter, where they hold the needles.
         constrained: also choose the likeliest number in the text; guessing is right once in N.
         chat_template: use the tokenizer's chat template (instruct models of the hub only).
     """
@@ -174,10 +172,8 @@ class _LabelSuite(SuiteConfig):
 class IclSuite(_LabelSuite):
     """Many-shot classification with the labels as the only answers (2410.05258, section 3.5).
 
-    A task may be a file of JSON lines (.jsonl or .jsonl.gz) with two labels or more, and more lines
-    than ``queries``; queries and demonstrations both come from it. A line:
-
-        {"text": "a mail", "label": "its class"}
+    A task may be a file of JSON lines (.jsonl or .jsonl.gz) like {"text": "a mail", "label": "its
+    class"}, with two labels or more, and more lines than ``queries``; the others demonstrate.
 
     Attributes:
         shots: numbers of demonstrations; ``null`` doubles from 1 until the context is full.
@@ -276,7 +272,7 @@ class OutliersSuite(SuiteConfig):
     """The largest attention logits and hidden states, and their medians (2410.05258, table 5).
 
     Attributes:
-        tokens: tokens measured (the paper: 400K).
+        tokens: tokens measured, as in the paper.
         length: tokens of a window; ``null`` is the model's context, 2048 at most.
         top: ranks of the largest magnitudes to report.
     """
@@ -306,8 +302,7 @@ class HallucinationSuite(SuiteConfig):
             hub), or paths of JSON lines.
         samples: of each task.
         max_tokens: of a generated text; ``null`` is 128 for a summary and 32 for an answer.
-        data_dir: local copies of the hub's data, ``<data_dir>/<task>.jsonl`` or ``.jsonl.gz``, rows
-            as on the hub.
+        data_dir: copies of the hub's data, ``<data_dir>/<task>.jsonl`` or ``.jsonl.gz``.
         chat_template: use the tokenizer's chat template (instruct models of the hub only).
     """
 

@@ -49,7 +49,7 @@ class Device(str, Enum):
 
 
 class WandbMode(str, Enum):
-    """W&B modes; ``offline`` writes beside the run and needs no account and no network."""
+    """W&B modes; ``offline`` writes beside the run."""
 
     offline = "offline"
     online = "online"
@@ -69,7 +69,7 @@ class TrainConfig:
             whole batch.
         lr: peak learning rate of AdamW.
         min_lr_ratio: final learning rate as a share of ``lr``.
-        warmup: linear warmup; steps if 1 or more, a share of the run if below 1.
+        warmup: linear, in steps if 1 or more, else a share of the run.
         schedule: ``linear``, ``cosine``, ``wsd`` (constant, then linear over ``decay_ratio`` of the
             run) or ``constant``.
         decay_ratio: share of the run that ``wsd`` decays.
@@ -78,7 +78,7 @@ class TrainConfig:
         eps: AdamW's epsilon.
         weight_decay: of matrices; not of norms, biases and lambda vectors.
         grad_clip: bound on the global gradient norm; 0 turns clipping off.
-        precision: ``auto``, ``fp32`` or ``bf16`` autocast; weights and optimizer state stay fp32.
+        precision: of autocast; weights and optimizer state stay fp32.
         compile: ``torch.compile`` each block.
         fused_attention: differential attention of diff_v1 by Triton kernels, on a GPU; tested by
             Triton's interpreter and compiled, but not timed yet: ``diffx bench attention`` does.
@@ -172,7 +172,7 @@ class WandbConfig:
     """Weights & Biases.
 
     Attributes:
-        mode: ``offline``, ``online`` or ``disabled``.
+        mode: ``offline`` needs no account and no network.
         project: its name.
         entity: user or team; ``null`` is the account's default.
         group: of runs in the interface; in a multirun the sweep's name.
@@ -274,7 +274,7 @@ class GenerateJob:
         top_p: draw among the likeliest whose probabilities reach p; 1 is all.
         device: where to compute.
         seed: of the draws.
-        trust_remote_code: run Python code of a model of the hub, or of the base of an adapted run.
+        trust_remote_code: run Python code of a model of the hub or the base of an adapted run.
     """
 
     kind: str = "generate"
