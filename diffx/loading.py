@@ -86,12 +86,7 @@ def load(
 ) -> Loaded:
     """Load a run as ``load_run`` does, or a model of ``transformers`` by hub name or folder.
 
-    Args:
-        spec: the run or model.
-        device: of the model.
-        dtype: of its weights.
-        revision: the hub's revision.
-        trust_remote_code: run Python code that comes with the model.
+    ``trust_remote_code`` runs Python code that comes with the model.
 
     Raises:
         UserError: there is no such run, checkpoint or model, or it cannot be used.

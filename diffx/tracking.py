@@ -16,15 +16,9 @@ from diffx.files import read_json_lines, write_text
 class Tracker:
     """Writes one JSON object a line to ``<run>/metrics.jsonl`` and sends it to W&B.
 
-    Args:
-        run_dir: the run folder.
-        wandb: the settings of W&B.
-        name: the run's name in W&B.
-        config: the resolved configuration, shown in W&B.
-        warn: called with one line when W&B fails.
-        resume_step: the checkpoint's step in a resumed run, to which the file is cut back.
-        seconds: training seconds spent before this process.
-        tags: the run's tags in W&B.
+    W&B gets the ``name``, the resolved ``config`` and the ``tags`` of the run; where it fails,
+    ``warn`` is called with one line. A resumed run gives the step of its checkpoint, to which the
+    file is cut back, and the training ``seconds`` before this process.
 
     Attributes:
         constants: figures that W&B draws as horizontal lines: they are sent with each validation.

@@ -75,7 +75,7 @@ def to_typed(cfg: DictConfig, cls: type[Job]) -> Job:
     """Turn a composed config into its job, which runs every check.
 
     Raises:
-        UserError: a key is unknown, or a value is missing, not to interpolate, or fails a check.
+        UserError: a key is unknown, or a value is missing or cannot be used.
     """
     try:
         _check(cfg)

@@ -71,7 +71,7 @@ def compose_config(app: Any, name: str, words: list[str], *, several: bool = Fal
     Args:
         app: what ``composer`` gave.
         name: the primary config.
-        words: the user's words in Hydra's grammar.
+        words: in Hydra's grammar.
         several: the words may give a key several values and leave out a required group.
 
     Raises:

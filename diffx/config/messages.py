@@ -40,10 +40,7 @@ def explain(
 ) -> str:
     """Describe in one line what is wrong with the words or the YAML behind a composition error.
 
-    Args:
-        error: the exception of Hydra, OmegaConf or PyYAML.
-        words: the user's words.
-        groups: the config groups and their options, to choose the nearest from.
+    The nearest names are chosen from ``groups``, the config groups and their options.
     """
     text = str(error)
     direct = isinstance(error, OmegaConfBaseException)
