@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
-from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
@@ -20,6 +19,8 @@ from diffx.config.checks import (
 )
 from diffx.config.suite import SuiteConfig
 from diffx.config.train import Device, WandbConfig
+
+_ADDRESS = r"https?://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:[0-6]?[0-9]{1,4})?(/[!-~]*)?"
 
 
 class Dtype(str, Enum):
@@ -63,7 +64,8 @@ class EndpointJudge(JudgeConfig):
         secret = "it holds a password or a query; it must be bare, the key in OPENAI_API_KEY"
         refuse(bool({*"@?"} & {*self.base_url}), "judge.base_url", secret)
         accepted = "an http or https address such as http://localhost:8000/v1"
-        check_fields(self, "judge", "base_url", accepted, _is_address)
+        good = re.fullmatch(_ADDRESS, self.base_url, re.I) is not None
+        require(good, "judge.base_url", self.base_url, accepted)
         check_fields(self, "judge", "concurrency", POSITIVE)
         check_fields(self, "judge", "retries temperature", "zero or more")
         check_fields(self, "judge", "timeout", "positive")
@@ -146,16 +148,6 @@ class EvalJob:
         unused = self.judge.kind != "none" and self.suite.kind != "hallucination"
         reason, suite = "only suite=hallucination is judged", f"suite={self.suite.name}"
         refuse(unused, f"judge={self.judge.kind}", reason, suite)
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        host = parts.netloc if parts.port is None else parts.netloc.rpartition(":")[0]
-    except ValueError:  # an unfinished IPv6 address, or a port that is none
-        return False
-    named = re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+", host) is not None
-    return named and parts.scheme in ("http", "https") and re.fullmatch("[!-~]+", url) is not None
 
 
 JUDGE_CONFIGS: dict[str, type[JudgeConfig]] = {"none": JudgeConfig, "endpoint": EndpointJudge}

@@ -138,8 +138,8 @@ class TrainConfig:
         count_fields(self, "train", "batch_tokens steps tokens")
         names = "seq_len micro_batch_size log_every eval_every save_every keep_last"
         check_fields(self, "train", names, POSITIVE)
-        whole, multiple = self.batch_tokens, f"a multiple of train.seq_len={self.seq_len}"
-        require(int(whole) % self.seq_len == 0, "train.batch_tokens", whole, multiple)
+        tokens, multiple = int(self.batch_tokens), f"a multiple of train.seq_len={self.seq_len}"
+        require(tokens % self.seq_len == 0, "train.batch_tokens", tokens, multiple)
         check_fields(self, "train", "lr eps", "positive")
         names = "weight_decay grad_clip warmup sample_tokens"
         check_fields(self, "train", names, "zero or more")
