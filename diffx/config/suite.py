@@ -172,8 +172,10 @@ class _LabelSuite(SuiteConfig):
 class IclSuite(_LabelSuite):
     """Many-shot classification with the labels as the only answers (2410.05258, section 3.5).
 
-    A task may be a file of JSON lines (.jsonl or .jsonl.gz) like {"text": "a mail", "label": "its
-    class"}, with two labels or more, and more lines than ``queries``; the others demonstrate.
+    A task may be a file of JSON lines (.jsonl or .jsonl.gz) with two labels or more, and more lines
+    than ``queries``; queries and demonstrations both come from it. A line:
+
+        {"text": "a mail", "label": "its class"}
 
     Attributes:
         shots: numbers of demonstrations; ``null`` doubles from 1 until the context is full.
