@@ -20,11 +20,10 @@ __version__ = "0.1.0"
 def load(
     checkpoint: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None
 ) -> LanguageModel:
-    """Load a run or a causal model of ``transformers``.
+    """Load a run (``runs/x``, ``runs/x@best``, ``runs/x@1000``) or a causal model of transformers.
 
     Args:
-        checkpoint: ``runs/x``, ``runs/x@best``, ``runs/x@1000``, or the hub name or folder of a
-            model.
+        checkpoint: a run, or the hub name or folder of a model.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         dtype: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         revision: the revision on the hub.
@@ -42,9 +41,6 @@ def load(
 
 def train_run(*words: str) -> Path:
     """Train as ``diffx train`` does: ``train_run("model=diff_v2", "train.steps=100")``.
-
-    Args:
-        words: ``key=value``, for one run.
 
     Returns:
         The run folder.

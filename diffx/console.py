@@ -1,24 +1,16 @@
-"""Output of a command: rich tables and progress on a terminal, plain lines elsewhere.
-
-The lines of a run are also written to its log.
-"""
+"""Output of a command: rich tables and progress on a terminal, plain lines elsewhere."""
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 SWEEP_JOB = ContextVar("SWEEP_JOB", default="")  # `3 (seed=1)`: the job of a sweep that runs now
@@ -35,12 +27,10 @@ def make_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[objec
 
 
 class Reporter:
-    """Prints lines, tables and progress; ``quiet`` (ranks above 0) prints nothing.
+    """Prints lines, tables and progress, and writes them to a run's log.
 
-    In a job of a sweep, every line and table begins with the job's number and overrides.
-
-    Attributes:
-        console: the ``rich`` console.
+    ``quiet`` (ranks above 0) prints nothing. In a job of a sweep, every line and table begins with
+    the job's number and overrides.
     """
 
     def __init__(self, quiet: bool = False):
@@ -59,7 +49,7 @@ class Reporter:
         """Close the log file, if there is one."""
         if self._log is not None:
             self._log.close()
-            self._log = None
+        self._log = None
 
     def line(self, text: str = "") -> None:
         """Print one line, without markup."""
@@ -95,41 +85,29 @@ class Reporter:
     ) -> Iterator["Bar"]:
         """Show progress while the block runs: a bar with ETA on a terminal, else plain lines.
 
-        A bar that begins while another one is shown stands below it.
-
-        Args:
-            name: of the work.
-            total: units in all; ``None`` if unknown.
-            done: units done before (a resumed run).
-            unit: name of a unit.
+        ``total`` units are to be done (``None`` if unknown), ``done`` were done before (a resumed
+        run). A bar that begins while another one is shown stands below it.
         """
         if not self.console.is_terminal or self.console.quiet:
-            yield Bar(self, name, total, done, None)
+            yield Bar(self, name, total, done)
             return
-        first = self._bars is None
-        if self._bars is None:
+        if first := self._bars is None:
             whole = Column(no_wrap=True)
-            self._bars = Progress(
+            columns = [
                 TextColumn("{task.description}", markup=False, table_column=whole),
                 BarColumn(bar_width=None),  # the one column that shrinks
                 MofNCompleteColumn(table_column=whole),
                 TextColumn("ETA", table_column=whole),
                 TimeRemainingColumn(table_column=whole),
                 TextColumn("{task.fields[note]}", markup=False, table_column=whole),
-                console=self.console,
-                transient=True,
-                expand=True,
-            )
+            ]
+            self._bars = Progress(*columns, console=self.console, transient=True, expand=True)
             self._bars.start()
         bars, number = self._bars, SWEEP_JOB.get().partition(" ")[0]
         text = (f"job {number} " if number else "") + name + (f" ({unit})" if unit else "")
         task = bars.add_task(text, total=total, completed=done, note="")
         try:
-
-            def update(done: int, note: str) -> None:
-                bars.update(task, completed=done, note=note)
-
-            yield Bar(self, name, total, done, update)
+            yield Bar(self, name, total, done, partial(bars.update, task))
         finally:
             bars.remove_task(task)
             if first:
@@ -140,19 +118,18 @@ class Reporter:
 class Bar:
     """The progress of one piece of work; made by ``Reporter.progress``."""
 
-    def __init__(self, reporter: Reporter, name: str, total: int | None, done: int, update):
+    def __init__(
+        self, reporter: Reporter, name: str, total: int | None, done: int, update: Any = None
+    ):
         self._reporter, self._name, self._total, self._update = reporter, name, total, update
         self._first, self._start = done, time.monotonic()
         self._printed = self._start
 
     def at(self, done: int, note: str = "", always: bool = False) -> None:
-        """Show that ``done`` units are done.
+        """Show that ``done`` units are done, with the figures ``note``.
 
-        Args:
-            done: units done.
-            note: figures to show beside it.
-            always: print a line now. Otherwise one line every ten seconds at most goes to the log,
-                and is printed where there is no terminal.
+        A line goes to the log, and is printed where there is no terminal, every ten seconds at
+        most; with ``always`` it is printed now.
         """
         now = time.monotonic()
         total = f"/{self._total}" if self._total else ""
@@ -160,11 +137,11 @@ class Bar:
         if self._total and done > self._first:
             rest = (now - self._start) / (done - self._first) * (self._total - done)
             line += f"  ETA {duration(rest)}"
-        if self._update is not None:
-            self._update(done, note)
+        if self._update:
+            self._update(completed=done, note=note)
         if always or now - self._printed > 10:
             self._printed = now
-            (self._reporter.line if always or self._update is None else self._reporter.log)(line)
+            (self._reporter.log if self._update and not always else self._reporter.line)(line)
 
 
 def duration(seconds: float) -> str:

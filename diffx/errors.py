@@ -32,22 +32,22 @@ def reason(error: BaseException) -> str:
 
 
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+# torch's exceptions are told by name and text, so that this module needs no torch.
+_MEMORY = ("can't allocate memory", "calculation overflowed", "multiplication overflow")
 
 
-def storage_failure(error: BaseException) -> str | None:
-    """Describe a failure of the file system in one line; ``None`` for another exception."""
+def _file_reason(error: OSError) -> str:
+    return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
+
+
+def _storage_failure(error: BaseException) -> str | None:
+    """Describe a failure of the file system."""
     if isinstance(error, OSError) and error.errno in _STORAGE:
-        reason = _reason(error)
-    elif (full := "No space left on device") in str(error):  # of safetensors and pyarrow
-        reason = full
-    else:
+        line = _file_reason(error)
+    elif (line := "No space left on device") not in str(error):  # of safetensors and pyarrow
         return None
     intact = "files that were finished are intact"
-    return f"{reason}; {intact}, and the same command goes on once this is mended"
-
-
-def _reason(error: OSError) -> str:
-    return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror)
+    return f"{line}; {intact}, and the same command goes on once this is mended"
 
 
 @contextmanager
@@ -56,30 +56,25 @@ def storage_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failure = storage_failure(error)
+        failure = _storage_failure(error)
         if failure is None and isinstance(error, OSError) and error.strerror:
-            failure = _reason(error)  # such as a folder that was deleted meanwhile
+            failure = _file_reason(error)  # such as a folder that was deleted meanwhile
         if failure is None:
             raise
         raise RunError(f"{what}: {failure}") from error
 
 
-def memory_failure(error: BaseException) -> str | None:
-    """Describe a failed allocation in one line; ``None`` if the exception is something else."""
-    # torch's exceptions are told by name and text, so that this module needs no torch.
-    told = any(
-        text in str(error)
-        for text in ("can't allocate memory", "calculation overflowed", "multiplication overflow")
-    )
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or told:
-        reason = str(error).strip().partition("\n")[0].partition(". GPU ")[0]
-        reason = f": {reason}" if reason else ""
-        return f"out of memory{reason}; a smaller model, batch or length takes less"
-    return None
+def _memory_failure(error: BaseException) -> str | None:
+    """Describe a failed allocation."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not named and not any(text in str(error) for text in _MEMORY):
+        return None
+    line = str(error).strip().partition("\n")[0].partition(". GPU ")[0]
+    return f"out of memory{line and f': {line}'}; a smaller model, batch or length takes less"
 
 
-def path_failure(error: BaseException) -> str | None:
-    """Describe an impossible path: too long a name, or ``~name`` of no user; else ``None``."""
+def _path_failure(error: BaseException) -> str | None:
+    """Describe an impossible path: too long a name, or ``~name`` of no user."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{error.filename or 'a path'} cannot be used: {error.strerror}"
     if isinstance(error, RuntimeError) and "determine home directory" in str(error):  # pathlib
@@ -91,19 +86,18 @@ def describe(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the line of an exception that is no defect of diffx; else ``None``."""
     if isinstance(error, UserError | RunError | Stopped):
         return error.exit_code, str(error)
-    if (line := path_failure(error)) is not None:
+    if line := _path_failure(error):
         return UserError.exit_code, line
-    line = storage_failure(error) or memory_failure(error)
-    return None if line is None else (RunError.exit_code, line)
+    line = _storage_failure(error) or _memory_failure(error)
+    return (RunError.exit_code, line) if line else None
 
 
 def describe_any(error: Exception) -> tuple[int, str]:
     """As ``describe``; the traceback of a defect is printed, and its exit code is 1."""
-    described = describe(error)
-    if described is None:
-        traceback.print_exception(error)
-        described = 1, f"{type(error).__name__}: {error}"
-    return described
+    if described := describe(error):
+        return described
+    traceback.print_exception(error)
+    return 1, f"{type(error).__name__}: {error}"
 
 
 def one_line(text: str) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from diffx.config import RunError, UserError
+from diffx.config import RunError
+from diffx.config.checks import refuse
 from diffx.config.eval import Dtype, ExportJob
 from diffx.config.train import Device
 from diffx.console import Reporter
@@ -30,27 +31,36 @@ def export(job: ExportJob) -> Path:
     """Write the model of a run, its tokenizer and a model card for ``AutoModelForCausalLM``.
 
     ``transformer`` becomes a Llama and ``diff_v1`` a DiffLlama where that is the same function; the
-    others need ``import diffx``. An adapted run becomes a model of its base's class, folded in
-    fp64, or keeps its branch.
+    others need ``import diffx``. An adapted run is folded in fp64, or keeps its branch.
 
     Raises:
         UserError: the checkpoint cannot be used.
         RunError: the exported model gives other logits.
     """
-    reporter, out = Reporter(), Path(job.out).expanduser()
+    out = Path(job.out).expanduser()
     loaded = load_run(job.checkpoint, Device.cpu, trust_remote_code=job.trust_remote_code)
     model: Any
     model, error = to_transformers(loaded, job.fold)
     if job.dtype is not Dtype.auto:
         model.to(DTYPES[job.dtype])
+    needs_diffx = model.config.model_type.startswith("diffx")
     with new_model_folder(out, "out") as folder:
         write_pretrained(model, loaded, folder)
-        _write_card(model, loaded, out.name, folder)
-    needs = " (load it after `import diffx`)" if _needs_diffx(model) else ""
-    reporter.line(
-        f"{type(model).__name__} in {out}{needs}; its logits differ from the run's by {error:.1e} "
-        "of their norm"
-    )
+        assert loaded.job is not None  # load_run gave it
+        summary, base = loaded.folder / "summary.json", loaded.folder / "base.json"
+        training_card(
+            loaded.job,
+            out.name,
+            loaded.step,
+            read_json(summary) if summary.exists() else {},
+            export_usage(out.name, needs_diffx),
+            base=read_json(base, {"name": str})["name"] if base.exists() else None,
+            parameters=model.num_parameters(),
+            library="diffx" if needs_diffx else "transformers",
+        ).save(folder / CARD)
+    needs = " (load it after `import diffx`)" if needs_diffx else ""
+    differ = f"its logits differ from the run's by {error:.1e} of their norm"
+    Reporter().line(f"{type(model).__name__} in {out}{needs}; {differ}")
     return out
 
 
@@ -70,10 +80,8 @@ def to_transformers(loaded: Loaded, fold_branch: bool = True) -> tuple[PreTraine
     model = _convert(loaded, fold_branch)
     error = float((_logits(model, ids) - before).norm() / before.norm())
     if not error < _CLOSE:
-        raise RunError(
-            f"the exported logits differ from the run's by {error:.2g} of their norm: this is a "
-            "defect, and nothing was written"
-        )
+        differ = f"the exported logits differ from the run's by {error:.2g} of their norm"
+        raise RunError(f"{differ}: this is a defect, and nothing was written")
     model.generation_config.eos_token_id = sorted(loaded.ends)
     model.config.eos_token_id = loaded.tokenizer.eot_id
     if loaded.adapted is None:  # an adapted model has these from its base
@@ -88,26 +96,6 @@ def write_pretrained(model: PreTrainedModel, loaded: Loaded, folder: Path) -> No
     model.save_pretrained(folder)
     loaded.tokenizer.save(folder, begin=loaded.adapted is None)
     write_origin(loaded, folder)
-
-
-def _needs_diffx(model: PreTrainedModel) -> bool:
-    return model.config.model_type.startswith("diffx")
-
-
-def _write_card(model: PreTrainedModel, loaded: Loaded, name: str, folder: Path) -> None:
-    assert loaded.job is not None  # load_run gave it
-    summary, base = loaded.folder / "summary.json", loaded.folder / "base.json"
-    needs_diffx = _needs_diffx(model)
-    training_card(
-        loaded.job,
-        name,
-        loaded.step,
-        read_json(summary) if summary.exists() else {},
-        export_usage(name, needs_diffx),
-        base=read_json(base, {"name": str})["name"] if base.exists() else None,
-        parameters=model.num_parameters(),
-        library="diffx" if needs_diffx else "transformers",
-    ).save(folder / CARD)
 
 
 @contextmanager
@@ -130,10 +118,8 @@ def _convert(loaded: Loaded, fold_branch: bool) -> Any:
         keep_branch = bool(loaded.adapted.branches) and not fold_branch
         model = fold(loaded.adapted, keep_branch)
         return to_dex(loaded.adapted, loaded.step) if keep_branch else model
-    if not fold_branch:
-        raise UserError(
-            f"fold=false cannot be used: {loaded.folder} is no adapted run and has no branch"
-        )
+    missing = f"{loaded.folder} is no adapted run and has no branch"
+    refuse(not fold_branch, "fold=false", missing)
     if loaded.model.config.kind == "transformer":
         return to_llama(loaded.model)
     try:

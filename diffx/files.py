@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,12 +21,8 @@ _CHECKSUM = b', "checksum": "'  # cannot occur within a JSON string, where quote
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` at the end, or is deleted after an exception.
 
-    The temporary name depends on ``path`` alone, so that a killed process leaves at most one
-    file, which the next process replaces.
-
-    Args:
-        path: the file to write.
-        suffix: ends the temporary name, for a library that derives the format from it.
+    ``suffix`` ends its name, for a library that derives the format from it. The name is always the
+    same, so that a killed process leaves one file at most, which the next process replaces.
     """
     temporary = path.with_name(f".{path.name}.tmp{suffix}")
     try:
@@ -55,11 +52,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, name: str) -> Iterator[None]:
-    """Hold a lock file; the system releases it if the process is killed.
-
-    Args:
-        path: the lock file, in an existing folder.
-        name: what the lock protects, for the message.
+    """Hold a lock file in an existing folder; the system releases it if the process is killed.
 
     Raises:
         UserError: another process holds the lock.
@@ -70,9 +63,8 @@ def locked(path: Path, name: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(
-            f"{name} cannot be used: another process is writing it; wait for it to end, or stop it"
-        ) from error
+        writing = "another process is writing it; wait for it to end, or stop it"
+        raise UserError(f"{name} cannot be used: {writing}") from error
     try:
         yield
     finally:
@@ -105,11 +97,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: the file.
-        fields: required keys, each with the type of its value (as ``isinstance`` takes it).
+    """Read a JSON object, in which ``fields`` are required keys with their types.
 
     Raises:
         UserError: the file cannot be read, or is not such an object.
@@ -130,11 +118,8 @@ def read_json_lines(path: Path, skip_damaged: bool = False) -> list[dict[str, An
     """Read a file of JSON objects, one a line; a missing file has none.
 
     A last line without a newline is left out: the process that wrote it was killed. The checksum
-    of a line from ``checked_line`` is verified and removed.
-
-    Args:
-        path: the file.
-        skip_damaged: leave damaged lines out with a warning, for values that can be computed again.
+    of a line from ``checked_line`` is verified and removed. With ``skip_damaged``, for values that
+    can be computed again, damaged lines are left out with a warning.
 
     Raises:
         UserError: the file cannot be read, or a line is damaged.
@@ -145,18 +130,12 @@ def read_json_lines(path: Path, skip_damaged: bool = False) -> list[dict[str, An
         return []
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from error
-    rows, damaged = [], int(bool(cut_off))
-    for number, line in enumerate(lines, 1):
-        row = _parse_line(line)
-        if row is not None:
-            rows.append(row)
-        elif skip_damaged:
-            damaged += 1
-        else:
-            raise UserError(f"{path} is damaged: line {number} is no JSON object")
-    if skip_damaged and damaged:
+    rows = [_parse_line(line) for line in lines]
+    if not skip_damaged and None in rows:
+        raise UserError(f"{path} is damaged: line {rows.index(None) + 1} is no JSON object")
+    if skip_damaged and (damaged := rows.count(None) + bool(cut_off)):
         _log.warning("%s: %d damaged lines are left out", path, damaged)
-    return rows
+    return [row for row in rows if row is not None]
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:
@@ -188,15 +167,8 @@ def append_lines(path: Path) -> TextIO:
 
 def open_text(path: Path) -> TextIO:
     """Open UTF-8 text to read it; a ``.gz`` or ``.zst`` file is decompressed."""
-    if path.suffix == ".gz":
-        import gzip
-
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".zst":
-        import zstandard
-
-        return zstandard.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
+    module = {".gz": "gzip", ".zst": "zstandard"}.get(path.suffix, "io")
+    return import_module(module).open(path, "rt", encoding="utf-8")
 
 
 def sha256(*contents: Path | bytes | str) -> str:

@@ -39,12 +39,12 @@ class Loaded:
 
     Attributes:
         model: a ``Decoder`` or a model of ``transformers``, on its device, in evaluation mode.
-        tokenizer: the tokenizer of the run or of the pretrained model.
+        tokenizer: of the run or of the pretrained model.
         name: for tables.
         fingerprint: SHA-256 of the weights, or the hub's commit.
         folder: the run folder, or ``runs/hub/<name>@<revision>``.
         step: the checkpoint's step; 0 for a pretrained model.
-        context: length in tokens that it was trained with.
+        context: tokens of a training sequence.
         limit: tokens it can read at once; ``None`` for the rotary positions of ``Decoder``.
         prefix: tokens that every text begins with.
         ends: tokens that end a text.
@@ -84,21 +84,21 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Load ``runs/x`` (its newest checkpoint), ``runs/x@best``, ``runs/x@1000`` or a hub model.
+    """Load a run as ``load_run`` does, or a model of ``transformers`` by hub name or folder.
 
-    Args:
-        spec: a run, or a model of ``transformers`` by hub name or folder.
-        device: of the model.
-        dtype: of its weights.
-        revision: the hub's revision.
-        trust_remote_code: run Python code that comes with the model.
+    ``trust_remote_code`` runs Python code that comes with the model.
 
     Raises:
         UserError: there is no such run, checkpoint or model, or it cannot be used.
     """
     if _names_run(spec):
         return load_run(spec, device, dtype, trust_remote_code)
-    return _load_pretrained(spec, device, dtype, revision, trust_remote_code)
+    where = pick_device(device)
+    weights = _resolve(dtype, where)
+    base = load_pretrained("checkpoint", spec, weights, where, revision, trust_remote_code)
+    name = f"{base.name}@{(revision or base.fingerprint)[:12]}".replace("/", "--")
+    common = {"model": base.model, "name": base.name, "fingerprint": base.fingerprint, "step": 0}
+    return _of_pretrained(base, common | {"folder": Path("runs/hub") / name} | _origin(Path(spec)))
 
 
 def load_run(
@@ -109,8 +109,8 @@ def load_run(
 ) -> Loaded:
     """Load ``runs/x`` (its newest checkpoint), ``runs/x@best`` or ``runs/x@1000``.
 
-    Code that comes with the base of an adapted run is run only with the argument
-    ``trust_remote_code``; the run's config cannot allow it.
+    Code of the base of an adapted run needs the argument ``trust_remote_code``; the run's config
+    cannot allow it.
 
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged.
@@ -127,8 +127,8 @@ def load_run(
         "data": job.data,
     }
     if isinstance(job, AdaptJob):
-        kind = _resolve(dtype, where)
-        base, adapted = restore(run_dir, folder, job, where, kind, trust_remote_code)
+        weights = _resolve(dtype, where)
+        base, adapted = restore(run_dir, folder, job, where, weights, trust_remote_code)
         return _of_pretrained(base, common | {"model": adapted.model.eval(), "adapted": adapted})
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     vocab_size = job.model.vocab_size or tokenizer.vocab_size
@@ -145,75 +145,42 @@ def load_run(
     )
 
 
-def _of_pretrained(pretrained: Pretrained, fields: dict[str, Any]) -> Loaded:
-    common = {name: getattr(pretrained, name) for name in ("tokenizer", "limit", "prefix", "ends")}
-    return Loaded(**common | {"context": pretrained.limit or 2048} | fields)
+def _of_pretrained(base: Pretrained, fields: dict[str, Any]) -> Loaded:
+    common = {name: getattr(base, name) for name in ("tokenizer", "limit", "prefix", "ends")}
+    return Loaded(**common | {"context": base.limit or 2048} | fields)
 
 
 def _names_run(spec: str) -> bool:
     path = Path(spec.rpartition("@")[0] if "@" in spec and not Path(spec).exists() else spec)
     if path.is_dir():
         return not (path / "config.json").is_file()
-    return (
-        path.is_absolute()
-        or path.parts[:1] == ("runs",)
-        or (len(path.parts) > 1 and path.parent.is_dir())
-    )
-
-
-def _load_pretrained(
-    spec: str, device: Device, dtype: Dtype, revision: str | None, trust_remote_code: bool
-) -> Loaded:
-    where = pick_device(device)
-    pretrained = load_pretrained(
-        "checkpoint", spec, _resolve(dtype, where), where, revision, trust_remote_code
-    )
-    name = f"{pretrained.name}@{(revision or pretrained.fingerprint)[:12]}".replace("/", "--")
-    common = {
-        "model": pretrained.model,
-        "name": pretrained.name,
-        "fingerprint": pretrained.fingerprint,
-        "folder": Path("runs/hub") / name,
-        "step": 0,
-    }
-    return _of_pretrained(pretrained, common | _origin(Path(spec)))
+    in_folder = len(path.parts) > 1 and path.parent.is_dir()
+    return path.is_absolute() or path.parts[:1] == ("runs",) or in_folder
 
 
 def write_origin(loaded: Loaded, folder: Path) -> None:
     """Write the properties of an exported model that its config does not have."""
-    saved = {
-        "prefix": loaded.prefix,
-        "context": loaded.context,
-        "limit": loaded.limit,
-        "data": to_plain(loaded.data),
-    }
-    write_json(folder / _ORIGIN, saved)
+    saved = {name: getattr(loaded, name) for name in ("prefix", "context", "limit")}
+    write_json(folder / _ORIGIN, saved | {"data": to_plain(loaded.data)})
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    """Return the fields of ``Loaded`` from ``write_origin``'s file; none if there is no file.
-
-    Raises:
-        UserError: the file is damaged, or of another version.
-    """
+    """The fields of ``Loaded`` that ``write_origin`` wrote into a folder, if it did."""
     path = folder / _ORIGIN
     if not path.is_file():
         return {}
     try:
         saved = read_json(path)
-        limit = saved["limit"]  # older exports lack it: their tokenizers begin no text
-        fields: dict[str, Any] = {
+        limit, data = saved["limit"], saved["data"]
+        return {
             "prefix": [int(token) for token in saved["prefix"]],
             "context": int(saved["context"]),
+            "limit": None if limit is None else int(limit),
+            "data": None if data is None else from_plain(DATA_CONFIGS[data["kind"]], data),
         }
-        fields["limit"] = None if limit is None else int(limit)
-        if (data := saved["data"]) is not None:
-            fields["data"] = from_plain(DATA_CONFIGS[data["kind"]], data)
-        return fields
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be used: it is damaged or of another version; export the model again"
-        ) from error
+        problem = "it is damaged or of another version; export the model again"
+        raise UserError(f"{path} cannot be used: {problem}") from error
 
 
 def _resolve(dtype: Dtype, device: torch.device) -> torch.dtype | str:

@@ -9,24 +9,16 @@ from typing import Any
 
 from diffx.config.checks import MOST
 from diffx.config.train import WandbConfig, WandbMode
-from diffx.errors import RunError, UserError
+from diffx.errors import RunError, UserError, reason
 from diffx.files import read_json_lines, write_text
 
 
 class Tracker:
     """Writes one JSON object a line to ``<run>/metrics.jsonl`` and sends it to W&B.
 
-    A resumed run cuts ``metrics.jsonl`` back to its checkpoint's step first.
-
-    Args:
-        run_dir: the run folder.
-        wandb: the tracker's settings.
-        name: the run's name in W&B.
-        config: the resolved configuration, shown in W&B.
-        warn: called with one line when W&B fails.
-        resume_step: the checkpoint's step in a resumed run, else ``None``.
-        seconds: training seconds already spent before this process.
-        tags: the run's tags in W&B.
+    W&B gets the ``name``, the resolved ``config`` and the ``tags`` of the run; where it fails,
+    ``warn`` is called with one line. A resumed run gives the step of its checkpoint, to which the
+    file is cut back, and the training ``seconds`` before this process.
 
     Attributes:
         constants: figures that W&B draws as horizontal lines: they are sent with each validation.
@@ -49,17 +41,15 @@ class Tracker:
         if resume_step is not None:
             cut_back(self._path, resume_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._start = time.monotonic() - seconds
-        self._warn = warn
+        self._start, self._warn = time.monotonic() - seconds, warn
         self._run: Any = None
         if wandb.mode is not WandbMode.disabled:
+            self._safely(lambda: self._begin(_open(run_dir, wandb, name, config, "train", tags)))
 
-            def begin() -> None:
-                self._run = _open(run_dir, wandb, name, config, job_type="train", tags=tags)
-                self._run.define_metric("tokens")
-                self._run.define_metric("*", step_metric="tokens")
-
-            self._safely(begin)
+    def _begin(self, run: Any) -> None:
+        self._run = run
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="tokens")
 
     @property
     def seconds(self) -> float:
@@ -67,19 +57,14 @@ class Tracker:
         return time.monotonic() - self._start
 
     def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
-        """Write one line.
-
-        Args:
-            step: optimizer steps done.
-            tokens: training tokens seen.
-            metrics: flat names (``train/loss``) and figures.
+        """Write one line; ``metrics`` have flat names (``train/loss``).
 
         Raises:
             RunError: the run folder was deleted or moved.
         """
         if not self._path.exists():  # else the lines would be lost without an error
-            reason = f"was deleted or moved while the run was going; it ends at step {step}"
-            raise RunError(f"{self._path} {reason}")
+            end = f"deleted or moved while the run was going; it ends at step {step}"
+            raise RunError(f"{self._path} was {end}")
         row = {"step": step, "tokens": tokens, "time": round(self.seconds, 3), **metrics}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -90,14 +75,8 @@ class Tracker:
     def samples(self, step: int, rows: Sequence[tuple[str, str]]) -> None:
         """Show (prompt, continuation) pairs as a W&B table."""
         if self._run is not None:
-
-            def send() -> None:
-                import wandb
-
-                columns, data = ["step", "prompt", "continuation"], [[step, *row] for row in rows]
-                self._run.log({"samples": wandb.Table(columns=columns, data=data)}, step=step)
-
-            self._safely(send)
+            columns, data = ["step", "prompt", "continuation"], [[step, *row] for row in rows]
+            self._safely(lambda: self._run.log({"samples": _table(columns, data)}, step=step))
 
     def summary(self, figures: dict[str, Any]) -> None:
         """Give W&B the run's final figures."""
@@ -125,8 +104,7 @@ class NullTracker(Tracker):
     """Keeps no figures; for every process but the main one."""
 
     def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._run = None
+        self._start, self._run = time.monotonic(), None
 
     def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
         """Keep nothing."""
@@ -146,32 +124,29 @@ def show_evaluation(
     picture: Path | None,
     warn: Callable[[str], None],
 ) -> None:
-    """Show a finished evaluation as a W&B run of job type ``eval``.
+    """Show a finished evaluation as a W&B run of job type ``eval``, one run for each folder.
 
-    Args:
-        folder: the evaluation's folder; the same folder is the same W&B run.
-        wandb: the tracker's settings; with the mode ``disabled`` nothing is done.
-        name: the run's name in W&B.
-        config: the resolved settings, shown in W&B.
-        columns: names of the metrics table's columns.
-        rows: its rows.
-        figures: the run's summary.
-        picture: a PNG, if one was drawn.
-        warn: called with one line when W&B fails.
+    The run has the settings ``config``, a table of ``columns`` and ``rows``, a ``picture`` (PNG)
+    and the summary ``figures``. ``warn`` is called with one line when W&B fails.
     """
     if wandb.mode is WandbMode.disabled:
         return
     try:
-        from wandb import Image, Table
+        from wandb import Image
 
-        run = _open(folder, wandb, name, config, job_type="eval")
+        run = _open(folder, wandb, name, config, "eval")
         shown = {"picture": Image(str(picture))} if picture is not None else {}
-        table = Table(columns=list(columns), data=[list(row) for row in rows])
-        run.log({"metrics": table, **shown})
+        run.log({"metrics": _table(columns, rows), **shown})
         run.summary.update(figures)
         run.finish()
     except Exception as error:  # W&B raises many kinds; none is worth an evaluation
         warn(f"{_stopped(error)}; the evaluation's files are whole")
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Any:
+    from wandb import Table
+
+    return Table(columns=list(columns), data=[list(row) for row in rows])
 
 
 def _open(
@@ -189,6 +164,14 @@ def _open(
     # Without a key, init would wait at a prompt.
     if config.mode is WandbMode.online and not wandb.login(prompt=False):
         raise RuntimeError("no API key: `wandb login`, or set WANDB_API_KEY")
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_code=True,
+        init_timeout=30,
+        finish_timeout=120,
+        finish_timeout_raises=False,
+    )
     run = wandb.init(
         id=id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None,
         resume="allow",
@@ -201,21 +184,14 @@ def _open(
         dir=str(folder),
         mode=config.mode.value,
         config=resolved,
-        settings=wandb.Settings(
-            silent=True,
-            console="off",
-            disable_code=True,
-            init_timeout=30,
-            finish_timeout=120,
-            finish_timeout_raises=False,
-        ),
+        settings=settings,
     )
     id_file.write_text(f"{run.id}\n", encoding="utf-8")
     return run
 
 
 def _stopped(error: Exception) -> str:
-    return f"W&B stopped ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    return f"W&B stopped ({type(error).__name__}: {reason(error)})"
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -224,9 +200,9 @@ def cut_back(path: Path, step: int) -> None:
     Raises:
         UserError: another line is damaged.
     """
-    rows = read_metrics(path)
     if path.exists():
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

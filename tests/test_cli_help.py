@@ -96,13 +96,6 @@ def test_a_group_alone_shows_its_help(words, capsys):
     assert "Commands:" in capsys.readouterr().out
 
 
-def test_a_part_of_the_config(capsys):
-    assert main(["train", "-p", "model", "size=pico"]) == 0
-    assert "hidden_size: 64  #" in capsys.readouterr().out
-    assert main(["train", "--resolve", "run.name=${model.kind}", "-p", "run"]) == 0
-    assert "name: diff_v1  #" in capsys.readouterr().out
-
-
 def test_the_module_is_the_program():
     done = subprocess.run(
         [sys.executable, "-m", "diffx", "--version"],

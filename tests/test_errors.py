@@ -167,7 +167,6 @@ TABLE = [
     ("trian", ["trian", "train"]),
     ("train --multirn", ["--multirn", "--multirun"]),
     ("train --cfg jobs", ["jobs", "job"]),
-    ("train --cfg job -p trian", ["trian"]),
     ("train --doc trian.lr", ["trian.lr", "train.lr"]),
     ("train --doc train.lr --cfg job", ["--doc", "--cfg"]),
     ("train -m --cfg job seed=0,1", ["--multirun", "--cfg"]),

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.exceptions import TyperException
@@ -21,10 +21,7 @@ data = typer.Typer(help="Prepare training data.", **SETTINGS)
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 app.add_typer(experiment, name="experiment")
-
-
 _KEPT = "interrupted: what was measured is kept, and the same command (without force=true) goes on"
-_INTERRUPTED = {"eval": _KEPT, "quantize": _KEPT}
 
 
 def _show_version(asked: bool) -> None:
@@ -53,28 +50,15 @@ def _diffx(
     """
 
 
-_Work = TypeVar("_Work", bound=Callable[..., Any])
 _Multirun = Annotated[
     bool, typer.Option("--multirun", "-m", help="Run every combination of a=1,2 b=x,y.")
 ]
 _Cfg = Annotated[
-    Literal["job", "hydra", "all"] | None,
-    typer.Option(help="Print the composed config; run nothing."),
+    Literal["job"] | None, typer.Option(help="Print keys, values and meanings; run nothing.")
 ]
 _Doc = Annotated[
     str | None,
-    typer.Option(
-        metavar="KEY",
-        help="Print the meaning of a key (train.lr), a group (train) or all; run nothing.",
-    ),
-]
-_Resolve = Annotated[bool, typer.Option("--resolve", help="Print it with interpolations resolved.")]
-_Package = Annotated[
-    str | None, typer.Option("--package", "-p", help="Print only this part of it, such as train.")
-]
-_Info = Annotated[
-    Literal["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"] | None,
-    typer.Option(help="Print Hydra's view of the configs; run nothing."),
+    typer.Option(metavar="KEY", help="Print what train.lr, train or all mean; run nothing."),
 ]
 _ConfigDir = Annotated[
     Path | None, typer.Option(help="A folder of configs; it comes before those of diffx.")
@@ -82,79 +66,62 @@ _ConfigDir = Annotated[
 
 
 def _composed(
-    commands: typer.Typer,
-    name: str,
-    config: str,
-    after: Callable[[list[Any], Path | None], None] | None = None,
-) -> Callable[[_Work], _Work]:
-    """Make a command of a function that does the work of a job; its docstring is the help text.
+    name: str, config: str | None = None, commands: typer.Typer = app, after: Any = None
+) -> Callable[[Any], Any]:
+    """Make a command ``name`` of a function that does the work of a job and has the help text.
 
-    Args:
-        commands: the group that gets the command.
-        name: the command's name.
-        config: the primary config.
-        after: gets the results of the jobs.
+    ``config`` is the primary config; ``after`` gets the results of the jobs, as in ``launch``.
     """
+    primary = config or name
 
     def candidates(ctx: typer.Context, incomplete: str) -> list[str]:
         from diffx.config.completion import complete
 
         words, config_dir = ctx.params.get("words") or [], ctx.params.get("config_dir")
-        return complete(config, words, incomplete, config_dir)
+        return complete(primary, words, incomplete, config_dir)
 
-    def decorate(work: _Work) -> _Work:
+    words_help = "Config groups and keys."
+    argument = typer.Argument(metavar="KEY=VALUE", help=words_help, autocompletion=candidates)
+
+    def decorate(work: Any) -> Any:
         def command(
-            words: Annotated[
-                list[str] | None,
-                typer.Argument(
-                    metavar="KEY=VALUE", help="Config groups and keys.", autocompletion=candidates
-                ),
-            ] = None,
+            words: Annotated[list[str], argument] = [],  # noqa: B006 - Typer's way
             multirun: _Multirun = False,
             cfg: _Cfg = None,
             doc: _Doc = None,
-            resolve: _Resolve = False,
-            package: _Package = None,
-            info: _Info = None,
             config_dir: _ConfigDir = None,
         ) -> None:
             from diffx.config.launch import launch, show_config
 
-            if resolve or package:
-                cfg = cfg or "job"
-            flags = {"--cfg": cfg, "--info": info, "--doc": doc, "--multirun": multirun}
-            shown = [flag for flag, value in flags.items() if value]
-            if len(shown) > 1:
-                raise UserError(f"{shown[-1]} with {shown[0]} cannot be used: ask for one of them")
-            words = words or []
-            if shown and not multirun:
-                show_config(config, words, config_dir, cfg, resolve, package, doc, info)
-                return
+            flags = {"--cfg": cfg, "--doc": doc, "--multirun": multirun}
+            first, *others = [flag for flag, value in flags.items() if value] or [""]
+            if others:
+                raise UserError(f"{others[-1]} with {first} cannot be used: ask for one of them")
+            if cfg or doc:
+                return show_config(primary, words, config_dir, doc)
+            options: Any = {"multirun": multirun, "config_dir": config_dir, "after": after}
             try:
-                code = launch(
-                    config, work, words, multirun=multirun, config_dir=config_dir, after=after
-                )
+                code = launch(primary, work, words, **options)
             except Stopped as stop:  # Typer would make 130 of it
                 print(stop, file=sys.stderr)
                 code = 0
             raise typer.Exit(code)
 
-        command.__doc__ = work.__doc__
-        commands.command(name)(command)
+        commands.command(name, help=work.__doc__)(command)
         return work
 
     return decorate
 
 
-@_composed(app, "train", "train")
+@_composed("train")
 def _train(job: Any, words: list[str]) -> float | None:
     """Train a model.
 
-    Without arguments: a small DIFF V1 on 3.6M tokens of Python's source, in minutes on two cores.
+    By default a small DIFF V1 on 3.6M tokens of Python's source, in minutes on two cores.
 
     \b
     Groups: model= size= data= tokenizer= experiment=
-    Keys:   train.steps= train.lr= data.path= seed= device= run.dir=, all of them: --doc all
+    Keys:   train.steps= train.lr= data.path= seed= device= run.dir=
     Examples:
       diffx train
       diffx train model=transformer data=text 'data.path=books/*.txt' train.tokens=20M
@@ -169,16 +136,16 @@ def _train(job: Any, words: list[str]) -> float | None:
     return float(read_json(summary, {"val/loss": float})["val/loss"]) if summary.exists() else None
 
 
-@_composed(app, "adapt-dex", "adapt")
+@_composed("adapt-dex", "adapt")
 def _adapt(job: Any, words: list[str]) -> float | None:
     """Adapt a pretrained model with DEX, or with one of its controls.
 
-    base= is a causal model of the Hugging Face hub, by name or folder. Without a network: any
-    folder with config.json, safetensors and tokenizer.json. The default text is Python's source.
+    base= is a causal model of the Hugging Face hub, or a folder with config.json, safetensors and
+    tokenizer.json. The default text is Python's source.
 
     \b
     Groups: data= experiment=
-    Keys:   base= dex.variant= dex.heads= dex.k= train.tokens= run.dir=, all of them: --doc all
+    Keys:   base= dex.variant= dex.heads= dex.k= train.tokens= run.dir=
     Examples:
       diffx adapt-dex base=Qwen/Qwen2.5-0.5B data=text data.path=books/ train.tokens=100M
       diffx adapt-dex base=models/smollm2 train.tokens=200K train.seq_len=256
@@ -187,13 +154,13 @@ def _adapt(job: Any, words: list[str]) -> float | None:
     return _train(job, words)
 
 
-@_composed(app, "export", "export")
+@_composed("export")
 def _export(job: Any, words: list[str]) -> None:
     """Write a run as a Hugging Face model.
 
-    An adapted run becomes an ordinary model of its base's architecture, with DEX folded into the
-    output projections; fold=false keeps the branch. transformer becomes a Llama, diff_v1 a
-    DiffLlama; a model that these cannot express loads after `import diffx`.
+    An adapted run becomes a model of its base's architecture, with DEX folded into the output
+    projections; fold=false keeps the branch. transformer becomes a Llama, diff_v1 a DiffLlama; a
+    model that these cannot express loads after `import diffx`.
 
     \b
     Keys: checkpoint= out= fold= dtype= trust_remote_code= format=hf
@@ -207,7 +174,7 @@ def _export(job: Any, words: list[str]) -> None:
     export(job)
 
 
-@_composed(app, "generate", "generate")
+@_composed("generate")
 def _generate(job: Any, words: list[str]) -> None:
     """Continue a prompt with a trained model.
 
@@ -216,8 +183,6 @@ def _generate(job: Any, words: list[str]) -> None:
     \b
     Keys: checkpoint= prompt= prompt_file= max_tokens= temperature= top_k= top_p= seed= device=
           trust_remote_code=
-
-    \b
     Examples:
       diffx generate checkpoint=runs/x prompt="import os"
       diffx generate checkpoint=runs/x@best temperature=0 max_tokens=64
@@ -228,23 +193,22 @@ def _generate(job: Any, words: list[str]) -> None:
     generate_text(job)
 
 
-@_composed(app, "eval", "eval")
+@_composed("eval")
 def _eval(job: Any, words: list[str]) -> Any:
     """Measure a model.
 
     checkpoint= is a run (runs/x, runs/x@best, runs/x@1000) or a model of the Hugging Face hub, by
     name or folder. Results, records and a picture go to its evals/ folder; an interrupted
-    evaluation goes on, and a finished one is shown again. With a list of suites the model is loaded
-    once, and suite.KEY= must be a key of each; the other suites run where one fails.
+    evaluation goes on, a finished one is shown again. A list of suites loads the model once;
+    suite.KEY= must be a key of each, and where one fails the others run.
 
     \b
     Groups: suite=paper_lm | dex_lm | harness | math | retrieval | attention_allocation | icl |
             icl_order | long_context | outliers | hallucination | speed   data= judge=
-    Keys:   checkpoint= suite.KEY= data.path= batch= limit= force=, all of them: --doc all
+    Keys:   checkpoint= suite.KEY= data.path= batch= limit= force=
     Examples:
       diffx eval checkpoint=runs/x suite=[retrieval,outliers]
       diffx eval checkpoint=Qwen/Qwen2.5-0.5B suite=paper_lm limit=100
-      diffx eval -m checkpoint=runs/a,runs/b suite=outliers data=text data.path=books/
       diffx eval checkpoint=runs/x suite=harness suite.tasks=[my_task] suite.include_path=tasks/
     """
     from diffx.evaluation.run import evaluate, evaluate_all
@@ -262,19 +226,18 @@ def _report_quantization(results: list[dict[Any, str]], sweep: Path | None) -> N
     report_quantization(folders, (sweep or step) / f"{name}.png")
 
 
-@_composed(app, "quantize", "quantize", after=_report_quantization)
+@_composed("quantize", after=_report_quantization)
 def _quantize(job: Any, words: list[str]) -> dict[int, str]:
     """Measure a model at few bits.
 
-    Attention logits or hidden states are rounded while a suite runs, by default the loss on
-    held-out text, or the weights are stored as a smaller model; the figures are compared with those
-    of the unchanged model. Several checkpoints (-m) stand in one table and one picture.
+    A suite (by default the loss on held-out text) runs with rounded attention logits, hidden states
+    or weights, and is compared with the unchanged model. Rounded weights are stored as a smaller
+    model. Several checkpoints (-m) stand in one table and one picture.
 
     \b
     Groups: method=attention_logits | activations | weights   suite= data=
-    Keys:   checkpoint= bits=[16,8,6,4] suite.KEY= method.KEY= limit=, all of them: --doc all
+    Keys:   checkpoint= bits=[16,8,6,4] suite.KEY= method.KEY= limit=
     Examples:
-      diffx quantize checkpoint=runs/x
       diffx quantize -m checkpoint=runs/transformer,runs/diff method=activations bits=[8,6,4]
       diffx quantize checkpoint=Qwen/Qwen2.5-0.5B suite=harness suite.tasks=[hellaswag] limit=200
       diffx quantize checkpoint=runs/x method=weights bits=[8,4] method.skip=[o_proj]
@@ -284,11 +247,11 @@ def _quantize(job: Any, words: list[str]) -> dict[int, str]:
     return {bits: str(folder) for bits, folder in quantize(job).items()}
 
 
-@_composed(app, "params", "train")
+@_composed("params", "train")
 def _params(job: Any, words: list[str]) -> None:
     """Count parameters at one shape.
 
-    All architectures side by side, split into the embedding and the rest; no weights are made.
+    All architectures side by side, the embedding apart; no weights are made.
 
     \b
     Examples:
@@ -303,11 +266,11 @@ def _params(job: Any, words: list[str]) -> None:
     Console().print(parameter_table(job))
 
 
-@_composed(data, "prepare", "prepare")
+@_composed("prepare", commands=data)
 def _prepare(job: Any, words: list[str]) -> None:
     """Tokenize text once, for data=shards.
 
-    Writes memory-mapped shards, in parallel; an unfinished folder is taken up where it stopped.
+    Writes memory-mapped shards, in parallel; an unfinished folder is continued.
 
     \b
     Groups: data= tokenizer=
@@ -330,37 +293,33 @@ def _prepare(job: Any, words: list[str]) -> None:
     reporter.line(f"token shards in {folder}")
 
 
+_Runs = typer.Argument(metavar="RUN", help="Runs, or a sweep's folder; with suite=S, checkpoints.")
+
+
 @app.command()
 def compare(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN", help="Run folders, or the folder of a sweep; with suite=S, checkpoints."
-        ),
-    ],
+    words: Annotated[list[str], _Runs],
     out: Annotated[Path | None, typer.Option(help="Where to draw the picture (PNG).")] = None,
 ) -> None:
     """Compare runs, or with suite=S their evaluations, in a table and a picture.
 
     Runs: means over seeds, parameters, tokens, the token ratio at equal loss, and the loss curves.
     Adaptations: every variant against attn_only and the base, beside the noise floor.
-    Evaluations: differences to the first checkpoint on the same examples, bootstrap intervals;
-    that of one checkpoint is shown, and with --out drawn, again.
+    Evaluations: differences to the first checkpoint on the same examples, with bootstrap intervals;
+    that of one checkpoint is shown again.
 
     \b
     Examples:
       diffx compare runs/a runs/b
       diffx compare runs/2026-01-01_12-00-00-sweep --out curves.png
-      diffx compare runs/*-seed0
       diffx compare runs/transformer runs/diff@1000 suite=retrieval
     """
-    if any(word.startswith("suite=") for word in words):
-        from diffx.report.evals import compare_evaluations
+    from diffx.report.compare import compare_runs
+    from diffx.report.evals import compare_evaluations
 
+    if any(word.startswith("suite=") for word in words):
         compare_evaluations(words, out)
     else:
-        from diffx.report.compare import compare_runs
-
         compare_runs([Path(word) for word in words], out)
 
 
@@ -371,10 +330,7 @@ def _program() -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: the words after ``diffx``; those of the command line if ``None``.
+    """Run one command, given by the words after ``diffx`` or the command line.
 
     Returns:
         The exit code: 0, 1 for a run that failed, 2 for input that cannot be used, 130 for an
@@ -384,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
         code = _program()(argv, prog_name="diffx", standalone_mode=False) or 0
         if code == 130:  # what Typer makes of a KeyboardInterrupt
             command = (sys.argv[1:] if argv is None else argv)[0]
-            print(_INTERRUPTED.get(command, "interrupted"), file=sys.stderr)
+            print(_KEPT if command in ("eval", "quantize") else "interrupted", file=sys.stderr)
         return code
     except TyperException as error:
         if "Usage:" in (text := error.format_message()):  # a group without a command: its help
@@ -392,8 +348,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         code, line = 2, " ".join(text.split())
     except Exception as error:
-        described = describe(error)
-        if described is None:
+        if not (described := describe(error)):
             raise
         code, line = described
     if os.environ.get("RANK", "0") == "0":  # under torchrun every process refuses the same words

@@ -1,5 +1,8 @@
 """``diffx bench``: one command for each thing that is measured side by side."""
 
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,24 +20,40 @@ _Out = Annotated[
 _Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], typer.Option(help="Where to compute.")]
 _Rounds = Annotated[int, typer.Option(min=1, help="How often each takes its turn.")]
 _Batch = Annotated[int, typer.Option(min=1, help="Sequences at once.")]
-_Model = Annotated[
-    str, typer.Option(help="A causal model of the Hugging Face hub, by name or folder.")
-]
+_Model = Annotated[str, typer.Option(help="A causal model of the Hugging Face hub, or its folder.")]
 _SeqLen = Annotated[int, typer.Option(min=1, help="Context length in tokens.")]
 _SeqLens = Annotated[
-    list[int],
-    typer.Option(min=1, help="A context length in tokens; may be given several times."),
+    list[int], typer.Option("--seq-len", min=1, help="A context length in tokens; may be repeated.")
+]
+_Sizes = Annotated[
+    list[str], typer.Option("--size", help="A size of diffx train; may be repeated.")
+]
+_Words = Annotated[
+    list[str], typer.Argument(metavar="KEY=VALUE", help="Groups and keys of diffx train.")
 ]
 bench = typer.Typer(help="Measure side by side.", **SETTINGS)
 
 
-@bench.command("train")
-def bench_train(
+def _command(declaration: Callable[..., None]) -> Callable[..., None]:
+    """Add the command NAME of a function that declares its options and its help text.
+
+    It calls ``diffx.bench.NAME.bench_NAME``, which takes the same arguments.
+    """
+    name = declaration.__name__
+
+    @bench.command()
+    @wraps(declaration)
+    def command(**arguments: Any) -> None:
+        getattr(import_module(f"diffx.bench.{name}"), f"bench_{name}")(**arguments)
+
+    return command
+
+
+@_command
+def train(
     out: _Out = None,
-    size: Annotated[
-        list[str], typer.Option(help="A size of diffx train; may be given several times.")
-    ] = ["nano", "25m"],  # noqa: B006 - Typer's way
-    seq_len: _SeqLens = [512, 2048],  # noqa: B006
+    sizes: _Sizes = ["nano", "25m"],  # noqa: B006 - Typer's way
+    seq_lens: _SeqLens = [512, 2048],  # noqa: B006
     rounds: _Rounds = 5,
     device: _Device = "auto",
 ) -> None:
@@ -48,15 +67,12 @@ def bench_train(
       diffx bench train --size nano --seq-len 512 --rounds 3
       diffx bench train --out bench.json
     """
-    from diffx.bench.train import bench_train
-
-    bench_train(out=out, sizes=size, seq_lens=seq_len, rounds=rounds, device=device)
 
 
-@bench.command("eval")
-def bench_eval(
+@_command
+def eval(
     checkpoint: Annotated[
-        str, typer.Option(help="A Llama of the Hugging Face hub, by name or folder.")
+        str, typer.Option(help="A Llama of the Hugging Face hub, or its folder.")
     ],
     out: _Out = None,
     documents: Annotated[int, typer.Option(min=1, help="Documents of each kind of request.")] = 24,
@@ -72,13 +88,10 @@ def bench_eval(
       diffx bench eval --checkpoint HuggingFaceTB/SmolLM2-135M
       diffx bench eval --checkpoint models/smollm2 --documents 16 --out bench.json
     """
-    from diffx.bench.eval import bench_eval
-
-    bench_eval(out=out, checkpoint=checkpoint, documents=documents, rounds=rounds, device=device)
 
 
-@bench.command("adapt")
-def bench_adapt(
+@_command
+def adapt(
     base: _Model,
     out: _Out = None,
     seq_len: _SeqLen = 256,
@@ -88,8 +101,8 @@ def bench_adapt(
 ) -> None:
     """Measure what DEX costs on a pretrained model.
 
-    Training steps of dex beside attn_only and peft's LoRA, with peak memory; inference of dex,
-    folded and unfolded, beside the base.
+    Training steps and peak memory of dex beside attn_only and peft's LoRA; inference of dex, folded
+    and unfolded, beside the base.
 
     \b
     Examples:
@@ -97,13 +110,10 @@ def bench_adapt(
       diffx bench adapt --base models/smollm2 --seq-len 128 --batch 1 --rounds 3
       diffx bench adapt --base models/smollm2 --out bench.json
     """
-    from diffx.bench.adapt import bench_adapt
-
-    bench_adapt(out=out, base=base, seq_len=seq_len, batch=batch, rounds=rounds, device=device)
 
 
-@bench.command("quantize")
-def bench_quantize(
+@_command
+def quantize(
     checkpoint: _Model,
     out: _Out = None,
     seq_len: _SeqLen = 512,
@@ -122,20 +132,16 @@ def bench_quantize(
       diffx bench quantize --checkpoint models/smollm2 --seq-len 256 --rounds 3
       diffx bench quantize --checkpoint models/smollm2 --out bench.json
     """
-    from diffx.bench.quantize import bench_quantize
-
-    sizes = {"seq_len": seq_len, "batch": batch, "rounds": rounds}
-    bench_quantize(out=out, checkpoint=checkpoint, device=device, **sizes)
 
 
-@bench.command("attention")
-def bench_attention(
+@_command
+def attention(
     out: _Out = None,
     heads: Annotated[
         int, typer.Option(min=2, help="Heads of the baseline; two make a differential one.")
     ] = 16,
     width: Annotated[int, typer.Option(min=1, max=128, help="Features of a query and a key.")] = 64,
-    seq_len: _SeqLens = [1024, 2048],  # noqa: B006
+    seq_lens: _SeqLens = [1024, 2048],  # noqa: B006
     rounds: _Rounds = 5,
     dtype: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="The tensors' type.")
@@ -155,18 +161,11 @@ def bench_attention(
       diffx bench attention --width 128 --heads 8 --seq-len 4096 --rounds 3
       diffx bench attention --device cuda --seq-len 2048 --seq-len 16384 --out bench.json
     """
-    from diffx.bench.attention import bench_attention
-
-    sizes = {"heads": heads, "width": width, "rounds": rounds}
-    bench_attention(out=out, seq_lens=seq_len, dtype=dtype, device=device, **sizes)
 
 
-@bench.command("profile")
-def bench_profile(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Config groups and keys of diffx train."),
-    ] = None,
+@_command
+def profile(
+    words: _Words = [],  # noqa: B006
     trace: Annotated[
         Path, typer.Option(help="The trace to write (JSON, for https://ui.perfetto.dev).")
     ] = Path("trace.json"),
@@ -182,6 +181,3 @@ def bench_profile(
       diffx bench profile model=transformer size=25m train.seq_len=512 train.batch_tokens=2048
       diffx bench profile size=1.4b train.compile=true device=cuda --trace step.json
     """
-    from diffx.bench.profile import bench_profile
-
-    bench_profile(words or [], trace, steps)

@@ -1,13 +1,12 @@
 """Schemas of the dataclasses, and the ``config.yaml`` of a run folder.
 
-``kind`` tells OmegaConf the subclass of a group's dataclass. Saved values hold no interpolation,
-which could read environment variables; ``${`` in a text is saved with a backslash.
+A saved config has no interpolation, which could read the environment; texts are escaped.
 """
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -76,15 +75,14 @@ def to_typed(cfg: DictConfig, cls: type[Job]) -> Job:
     """Turn a composed config into its job, which runs every check.
 
     Raises:
-        UserError: a key is unknown, or a value is missing, not to interpolate, or fails a check.
+        UserError: a key is unknown, or a value is missing or cannot be used.
     """
     try:
         _check(cfg)
         job = OmegaConf.to_object(cfg)
     except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(explain(error)) from error
-    if not isinstance(job, cls):
-        raise TypeError(f"the config composes to {type(job).__name__}, not to {cls.__name__}")
+    assert isinstance(job, cls)
     return job
 
 
@@ -94,9 +92,9 @@ def _check(cfg: DictConfig, prefix: str = "") -> None:
     free = cls is dict  # its keys are another library's
     known = [] if free else list(get_type_hints(cls))
     for key in map(str, cfg):
-        name = f"{prefix}{key}"
-        if key not in known and not free:
-            raise UserError(unknown(name, [f"{prefix}{other}" for other in known]))
+        name = prefix + key
+        if not free and key not in known:
+            raise UserError(unknown(name, [prefix + other for other in known]))
         value = None if OmegaConf.is_missing(cfg, key) else cfg[key]
         if isinstance(value, DictConfig):
             _check(value, f"{name}.")
@@ -104,14 +102,11 @@ def _check(cfg: DictConfig, prefix: str = "") -> None:
         if isinstance(value, ListConfig):
             value = OmegaConf.to_container(value, resolve=True)
         plain(name, value)
-        if (
-            key == "kind"
-            and not free
-            and value not in (None, cls.__dataclass_fields__[key].default)
-        ):
-            group, options = prefix[:-1], ", ".join(GROUPS.get(prefix[:-1], ()))
-            choice = f"give {group}={value} in its place, one of {options}"
-            choice = choice if prefix else "the command sets it"
+        fixed = key == "kind" and not free and value is not None
+        if fixed and value != cls.__dataclass_fields__["kind"].default:
+            group = prefix[:-1]
+            choice = f"give {group}={value} in its place, one of {', '.join(GROUPS.get(group, ()))}"
+            choice = choice if group else "the command sets it"
             raise UserError(f"{name}={value} cannot be set by hand: {choice}")
 
 
@@ -131,9 +126,8 @@ def literal(text: str) -> str:
 
 def to_plain(value: Any) -> Any:
     """Turn a config into values for YAML, JSON and ``from_plain``: enums by name, texts escaped."""
-    if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
-        return {name: to_plain(getattr(value, name)) for name in names}
+    if is_dataclass(value):
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {to_plain(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -144,11 +138,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(schema: Any, saved: Any) -> Any:
-    """Build a config from saved values.
-
-    Args:
-        schema: a dataclass, or a structured config.
-        saved: what ``to_plain`` gave.
+    """Build the config of a dataclass or structured config from what ``to_plain`` gave.
 
     Raises:
         UserError: a value cannot be used, or is an interpolation.
@@ -213,16 +203,15 @@ def read_yaml(path: Path) -> Any:
 def _schema(saved: Any, path: Path) -> DictConfig:
     """The structured config of the ``kind`` of a saved config and of each of its groups."""
 
-    def of(kinds: Mapping[str, type], node: Any, key: str) -> type:
+    def structured(kinds: Mapping[str, type], node: Any, key: str) -> Any:
         kind = str(node.get("kind") if isinstance(node, dict) else None)
         refuse(kind not in kinds, f"{path}", f"{key}={kind} must be one of {', '.join(kinds)}")
-        return kinds[kind]
+        return OmegaConf.structured(kinds[kind])
 
-    schema = OmegaConf.structured(of(JOBS, saved, "kind"))
+    schema = structured(JOBS, saved, "kind")
     for group in GROUPS.keys() & schema.keys():
-        schema[group] = OmegaConf.structured(of(GROUPS[group], saved.get(group), f"{group}.kind"))
+        schema[group] = structured(GROUPS[group], saved.get(group), f"{group}.kind")
     for key in saved.keys() & schema.keys():
-        group = isinstance(schema._get_node(key), DictConfig)
-        wrong = group and not isinstance(saved[key], dict)
+        wrong = isinstance(schema._get_node(key), DictConfig) and not isinstance(saved[key], dict)
         refuse(wrong, f"{path}", f"{key} must be a group of keys")
     return schema

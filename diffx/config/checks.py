@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffx.errors import UserError
+from diffx.errors import UserError, reason
 
 MOST = 2**63  # whole numbers stay below it, so that every library can hold them
 POSITIVE = "a positive whole number"
@@ -24,18 +24,11 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "from 2 to 100": lambda value: 2 <= value <= 100,
     "a whole number from 1 to 1,000,000": lambda value: 1 <= value <= 10**6,
 }
-_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_SCALES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def require(condition: bool, key: str, value: Any, accepted: str) -> None:
-    """Raise ``UserError`` unless ``condition`` holds.
-
-    Args:
-        condition: must be true.
-        key: the config key, as a user would type it (``model.num_heads``).
-        value: the value of the key.
-        accepted: the values that would be accepted.
-    """
+    """Raise ``UserError`` unless ``condition`` holds; ``accepted`` follows "it must be"."""
     refuse(not condition, f"{key}={value}", f"it must be {accepted}")
 
 
@@ -44,9 +37,9 @@ def refuse(condition: bool, setting: str, reason: str, other: str = "") -> None:
 
     Args:
         condition: must be false.
-        setting: the key and its value, as a user would type them (``suite=speed``).
-        reason: why the setting cannot be used, and what is accepted.
-        other: another setting with which the first cannot be used.
+        setting: the key and its value (``suite=speed``).
+        reason: why it cannot be used, and what is accepted.
+        other: another setting that excludes it.
     """
     if condition:
         raise UserError(f"{setting} cannot be used{other and f' with {other}'}: {reason}")
@@ -55,14 +48,10 @@ def refuse(condition: bool, setting: str, reason: str, other: str = "") -> None:
 def check_fields(
     config: Any, group: str, names: str, accepted: str, good: Callable[[Any], bool] | None = None
 ) -> None:
-    """Raise ``UserError`` for a field that is not ``None`` and has none of the accepted values.
+    """Raise ``UserError`` for a field of a dataclass that is neither ``None`` nor accepted.
 
-    Args:
-        config: the dataclass.
-        group: the config group before the field's name (``train``), or an empty text.
-        names: the names of the fields, with spaces between them.
-        accepted: the values that are accepted, such as ``zero or more``.
-        good: tells whether a value is accepted; needed for texts that are not in ``_RULES``.
+    ``group`` is the config group (``train``), empty for a job; ``names`` are the fields, with
+    spaces between them; ``accepted`` is a key of ``_RULES``, or a text for the function ``good``.
     """
     good = good or _RULES[accepted]
     for name in names.split():
@@ -84,7 +73,7 @@ def count(key: str, value: int | str) -> int:
         UserError: the text is not a positive whole number.
     """
     text = str(value).strip().replace("_", "")
-    scale = _SUFFIXES.get(text[-1:].upper(), 1)
+    scale = _SCALES.get(text[-1:].upper(), 1)
     try:
         number = float(text[:-1] if scale > 1 else text) * scale
     except ValueError:
@@ -139,20 +128,18 @@ def new_path(key: str, value: str | Path) -> Path:
     try:
         path = Path(value).expanduser()
         path.exists()  # raises for a name that is too long
-        parent = next(filter(Path.exists, path.parents), None)
+        parent = next(filter(Path.exists, path.parents), Path())
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{key}={value} cannot be used: {reason}") from error
-    below_file = parent is not None and not parent.is_dir()
-    refuse(below_file, f"{key}={value}", f"{parent} is no folder; choose another place")
+        raise UserError(f"{key}={value} cannot be used: {reason(error)}") from error
+    refuse(not parent.is_dir(), f"{key}={value}", f"{parent} is no folder; choose another place")
     return path
 
 
 def plain(key: str, value: Any) -> None:
-    """Raise ``UserError`` for a value that no option can take.
+    """Raise ``UserError`` if a value, or a part of a list or mapping, cannot be saved.
 
-    These are numbers that are not finite or have more than 64 bits, and text that is not UTF-8 or
-    has a null character. Lists and mappings are searched.
+    Such are numbers that are not finite or have more than 64 bits, and text that is not UTF-8 or
+    has a null character.
     """
     if isinstance(value, list | tuple | dict):
         for part in value.values() if isinstance(value, dict) else value:

@@ -24,35 +24,16 @@ from diffx.config.bridge import register_schemas
 from diffx.config.checks import refuse
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-CONFIGS = next(  # of an installed wheel, or of a checkout
-    folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir()
-)
-COMPOSITION_ERRORS = (  # of Hydra, OmegaConf and PyYAML
-    HydraException,
-    OmegaConfBaseException,
-    ValueError,
-    TypeError,
-    RecursionError,
-    yaml.YAMLError,
-)
+_INSTALLED = _PACKAGE / "conf"
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "conf"  # of a checkout
+_LIBRARIES = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+COMPOSITION_ERRORS = (*_LIBRARIES, ValueError, TypeError, RecursionError)
 
 
 class UserConfigsFirst(SearchPathPlugin):
     """Puts ``--config-dir`` before all other folders; Hydra's own flag would put it last."""
 
     folder: ClassVar[Path | None] = None
-
-    @classmethod
-    def use(cls, folder: Path | None) -> None:
-        """Set the folder for the compositions that follow, or none.
-
-        Raises:
-            UserError: the path is not a folder.
-        """
-        missing = folder is not None and not folder.is_dir()
-        refuse(missing, f"--config-dir={folder}", "it must be a folder of configs")
-        cls.folder = folder
-        Plugins.instance().register(cls)
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Prepend the user's folder."""
@@ -62,8 +43,15 @@ class UserConfigsFirst(SearchPathPlugin):
 
 @contextmanager
 def composer(config_dir: Path | None = None) -> Iterator[Any]:
-    """Initialize Hydra on the configs of diffx and of the user; gives the Hydra object."""
-    UserConfigsFirst.use(config_dir)
+    """Initialize Hydra on the configs of diffx and of the user; gives the Hydra object.
+
+    Raises:
+        UserError: the path is not a folder.
+    """
+    missing = config_dir is not None and not config_dir.is_dir()
+    refuse(missing, f"--config-dir={config_dir}", "it must be a folder of configs")
+    UserConfigsFirst.folder = config_dir
+    Plugins.instance().register(UserConfigsFirst)
     register_schemas()
     GlobalHydra.instance().clear()  # a job of a sweep may compose other jobs
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -83,7 +71,7 @@ def compose_config(app: Any, name: str, words: list[str], *, several: bool = Fal
     Args:
         app: what ``composer`` gave.
         name: the primary config.
-        words: the user's words in Hydra's grammar.
+        words: in Hydra's grammar.
         several: the words may give a key several values and leave out a required group.
 
     Raises:
@@ -93,7 +81,6 @@ def compose_config(app: Any, name: str, words: list[str], *, several: bool = Fal
     overrides = OverridesParser.create().parse_overrides(words)
     is_group = app.config_loader.repository.group_exists
     groups = [override for override in overrides if is_group(override.key_or_group)]
-    keys = [override for override in overrides if not is_group(override.key_or_group)]
     if (
         UserConfigsFirst.folder is not None
         or any("hydra" in word for word in words)
@@ -107,30 +94,26 @@ def compose_config(app: Any, name: str, words: list[str], *, several: bool = Fal
         _compositions[source] = app.compose_config(name, choices, mode)
     cfg = copy.deepcopy(_compositions[source])
     cfg.hydra.overrides.task = words
+    keys = [override for override in overrides if override not in groups]
     ConfigLoaderImpl._apply_overrides_to_config(keys, cfg)  # Hydra has no public function for it
     return cfg
 
 
 def config_groups(app: Any, name: str) -> dict[str, list[str]]:
     """The groups of a primary config and their options, such as ``ablation/diff_v1_no_norm``."""
-    if name in _groups and UserConfigsFirst.folder is None:
-        return _groups[name]
-    loader = app.config_loader
-    names = loader.repository.get_group_options  # the loader's method copies all configs
+    if UserConfigsFirst.folder is None and name in _groups:
+        return _groups[name].copy()
+    names = app.config_loader.repository.get_group_options  # the loader's method copies all configs
 
     def options(group: str) -> list[str]:
-        nested = [
-            f"{sub}/{option}"
-            for sub in names(group, ObjectType.GROUP)
-            for option in options(f"{group}/{sub}")
-        ]
+        below = names(group, ObjectType.GROUP)
+        nested = [f"{sub}/{option}" for sub in below for option in options(f"{group}/{sub}")]
         return [*names(group, ObjectType.CONFIG), *nested]
 
     # The mode for several jobs accepts a group without a default.
-    choices = loader.compute_defaults_list(name, [], RunMode.MULTIRUN).overrides.known_choices
-    options_by_group = {
-        group: options(group) for group in choices if not group.startswith("hydra/")
-    }
+    defaults = app.config_loader.compute_defaults_list(name, [], RunMode.MULTIRUN)
+    choices = defaults.overrides.known_choices
+    groups = {group: options(group) for group in choices if not group.startswith("hydra/")}
     if UserConfigsFirst.folder is None:
-        _groups[name] = options_by_group
-    return options_by_group
+        _groups[name] = groups.copy()
+    return groups

@@ -8,17 +8,15 @@ from omegaconf import MISSING
 from diffx.config.checks import POSITIVE, check_fields, count_fields, require
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class DataConfig:
     """What every source shares.
 
     Attributes:
-        kind: the source (set by ``data=``, not by hand).
-        val_fraction: share of the corpus held out, in documents chosen by a hash of their text. Of
-            150 documents or fewer the share is that of bytes. A text file that is more than 2% of
-            its corpus is cut into pieces of 1%.
-        val_tokens: at most so many held-out tokens are measured: whole documents, or the beginning
-            of one where none is as short.
+        val_fraction: share of the documents held out, chosen by a hash of their text; of 150 or
+            fewer the share of bytes. A text file of over 2% of the corpus is cut into pieces of 1%.
+        val_tokens: held-out tokens measured at most: whole documents, or the beginning of one where
+            none is as short.
     """
 
     kind: str = MISSING
@@ -30,22 +28,21 @@ class DataConfig:
         count_fields(self, "data", "val_tokens")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class StdlibData(DataConfig):
-    """The source of Python's standard library, without its tests; it is on every machine."""
+    """The source of Python's standard library, without its tests."""
 
     kind: str = "stdlib"
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class TextData(DataConfig):
     """Local files.
 
     Attributes:
-        path: a file, directory or glob, or a list of them (.txt, .md, .jsonl, .jsonl.gz,
-            .jsonl.zst, .parquet).
+        path: files, folders or globs (.txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet).
         text_key: the field of a JSON line or parquet row that holds the text.
-        prompt_key: a field whose text precedes the text and carries no loss, or ``null``.
+        prompt_key: a field with text before it that carries no loss, or ``null``.
     """
 
     kind: str = "text"
@@ -54,27 +51,26 @@ class TextData(DataConfig):
     prompt_key: str | None = None
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
+        super().__post_init__()
         paths = [self.path] if isinstance(self.path, str) else self.path
         good = isinstance(paths, list) and all(isinstance(path, str) and path for path in paths)
         require(good and paths != [], "data.path", self.path, "a path or a list of paths")
         self.path = paths
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class HubData(DataConfig):
     """A streamed data set of the Hugging Face hub, or a local folder in its layout.
 
     Attributes:
         name: as ``datasets.load_dataset`` takes it.
         subset: the data set's configuration, if it has several.
-        split: the split to train on; held-out documents are taken from it by ``val_fraction``.
+        split: of training and, by ``val_fraction``, of validation.
         revision: a git revision, for reproducibility.
         text_key: the column that holds the text.
-        prompt_key: a column whose text precedes the text and carries no loss, or ``null``.
+        prompt_key: a column with text before it that carries no loss, or ``null``.
         shuffle_buffer: documents held to shuffle the stream; 0 keeps its order.
-        tokenizer_documents: documents read to train a ``bpe`` tokenizer and to hold out for
-            validation.
+        tokenizer_documents: documents that train a ``bpe`` tokenizer, and that may be held out.
     """
 
     kind: str = "hub"
@@ -88,9 +84,9 @@ class HubData(DataConfig):
     tokenizer_documents: int = 10000
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class ShardsData(DataConfig):
-    """Memory-mapped token shards written by ``diffx data prepare``; they bring their own tokenizer.
+    """Memory-mapped token shards of ``diffx data prepare``, with their tokenizer.
 
     Attributes:
         path: the folder.
@@ -100,19 +96,19 @@ class ShardsData(DataConfig):
     path: str = MISSING
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class RetrievalData(DataConfig):
     """Endless samples of the retrieval task; the loss is on the numbers alone.
 
     Attributes:
         path: the text, as in ``data=text``; ``null`` is the standard library's source.
         length: tokens of a sample; the same as ``train.seq_len``.
-        needles: needles in a sample, at most.
-        asked: how many of them a question asks for, at most.
+        needles: in a sample, at most.
+        asked: needles that a question asks for, at most.
         digits: digits of a number.
-        curriculum: as many samples at the start of training are bare pairs, at first ``city
-            number`` alone, at last ``city is number.``: small models learn the lookup from these in
-            some hundred steps, and hardly ever from text alone.
+        curriculum: samples at the start that are bare pairs, from ``city number`` to ``city is
+            number.``: from these small models learn the lookup in some hundred steps, from text
+            alone hardly ever.
     """
 
     kind: str = "retrieval"
@@ -124,7 +120,7 @@ class RetrievalData(DataConfig):
     curriculum: int = 0
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
+        super().__post_init__()
         check_fields(self, "data", "curriculum", "zero or more")
         check_fields(self, "data", "length", POSITIVE)
         check_fields(self, "data", "digits", "from 1 to 18")
@@ -140,7 +136,7 @@ class RetrievalData(DataConfig):
         return StdlibData(**shared) if self.path is None else TextData(path=self.path, **shared)
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class RecallData(DataConfig):
     """Endless samples of multi-query associative recall (MQAR, arXiv 2312.04927), without text.
 
@@ -168,7 +164,7 @@ class RecallData(DataConfig):
     distractors: bool = True
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
+        super().__post_init__()
         check_fields(self, "data", "length", POSITIVE)
         check_fields(self, "data", "power", "positive")
         good = self.pairs >= 1 and max(self.keys, self.values) <= 2**20
@@ -191,19 +187,19 @@ class RecallData(DataConfig):
         )
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class TokenizerConfig:
     """How text becomes tokens; ``kind`` is set by ``tokenizer=``."""
 
     kind: str = MISSING
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class BpeTokenizer(TokenizerConfig):
     """Byte-level BPE trained on the training split.
 
     Attributes:
-        vocab_size: entries, the 256 bytes and the end-of-text token included.
+        vocab_size: entries, with the 256 bytes and the end-of-text token.
     """
 
     kind: str = "bpe"
@@ -215,14 +211,14 @@ class BpeTokenizer(TokenizerConfig):
         require(good, "tokenizer.vocab_size", self.vocab_size, accepted)
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class BytesTokenizer(TokenizerConfig):
     """One token a byte, and the end-of-text token."""
 
     kind: str = "bytes"
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class HfTokenizer(TokenizerConfig):
     """A Hugging Face tokenizer.
 
@@ -236,12 +232,12 @@ class HfTokenizer(TokenizerConfig):
     revision: str | None = None
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class TiktokenTokenizer(TokenizerConfig):
     """A tiktoken encoding.
 
     Attributes:
-        name: the encoding's name; the papers' 3B models use ``cl100k_base``.
+        name: of the encoding; the papers' 3B models use ``cl100k_base``.
     """
 
     kind: str = "tiktoken"

@@ -50,26 +50,25 @@ class Share(str, Enum):
     head = "head"
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class DexConfig:
     """The differential step (arXiv 2505.16333).
 
     Attributes:
-        variant: ``dex``, or a control: ``dex_plus`` (adds), ``attn_only``, ``adapter_only``,
-            ``fixed_lambda``, ``lora``, ``full``; or ``dex_mirror``, which is ``dex_plus`` from the
-            negated W_D and must train to the same model as ``dex``.
-        heads: how heads are chosen: ``entropy_high``, ``entropy_low``, ``importance_low``,
-            ``random``, ``all``; or a path of a heads.json.
-        k: heads chosen in each layer; ``null`` is half of them, rounded down. It cannot be given
-            with ``heads=all`` or a heads.json.
+        variant: ``dex``, or a control; ``dex_plus`` adds, ``dex_mirror`` is ``dex_plus`` from the
+            negated W_D, which must train to the model of ``dex``.
+        heads: ``entropy_high``, ``entropy_low``, ``importance_low``, ``random``, ``all``, or a path
+            of a heads.json.
+        k: heads chosen in each layer; ``null`` is half of them, rounded down. ``heads=all`` and a
+            heads.json do not take it.
         share: one W_D a ``layer``, or one a ``head``.
-        init: W_D at the start. ``zeros`` leaves the pretrained model as it is until the branch has
-            learnt something; ``linear`` is random, and changes the model as soon as lambda is not
-            0. ``fixed_lambda``, whose lambda is never 0, always starts with zeros.
+        init: W_D at the start: ``zeros`` leaves the model as it is until the branch has learnt
+            something; ``linear`` is random. ``fixed_lambda``, whose lambda is never 0, always
+            starts with zeros.
         anneal_steps: steps T until lambda is the learned one (equation 4); ``null`` is half of the
             run.
         calibration_tokens: tokens of training text by which heads are chosen.
-        lora_rank: rank of the ``lora`` variant's adapters, on all four attention projections.
+        lora_rank: of the adapters of ``lora``, on all four attention projections.
     """
 
     variant: Variant = Variant.dex
@@ -85,15 +84,12 @@ class DexConfig:
         count_fields(self, "dex", "calibration_tokens")
         check_fields(self, "dex", "k lora_rank", POSITIVE)
         check_fields(self, "dex", "anneal_steps", "zero or more")
-        criterion = self.heads in CRITERIA
+        file = self.heads.endswith(".json")
         accepted = f"one of {', '.join(CRITERIA)}, or a heads.json of another run"
-        require(criterion or self.heads.endswith(".json"), "dex.heads", self.heads, accepted)
-        refuse(
-            self.k is not None and (self.heads == "all" or not criterion),
-            f"dex.k={self.k}",
-            "dex.heads gives the number of heads; leave dex.k out",
-            f"dex.heads={self.heads}",
-        )
+        require(file or self.heads in CRITERIA, "dex.heads", self.heads, accepted)
+        if file or self.heads == "all":
+            reason = "dex.heads gives the number of heads; leave dex.k out"
+            refuse(self.k is not None, f"dex.k={self.k}", reason, f"dex.heads={self.heads}")
         if self.variant is Variant.fixed_lambda:
             self.init = Init.zeros
         refuse(
@@ -116,19 +112,14 @@ def _recipe() -> TrainConfig:
     )
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class AdaptJob:
-    """``diffx adapt-dex``.
+    """``diffx adapt-dex``, by default for 1M tokens; the text is read with the model's tokenizer.
 
     Attributes:
-        base: the pretrained model: a name or folder of the Hugging Face hub.
+        base: the pretrained model, by hub name or folder.
         revision: the hub's revision.
         trust_remote_code: run Python code that comes with the model; a resumed run needs it again.
-        dex: the step.
-        data: the text; it is read with the model's own tokenizer.
-        train: the recipe; without ``steps`` and ``tokens`` it is 1M tokens (the paper: 887M).
-        wandb: the tracker.
-        run: the run folder.
         device: where to compute.
         seed: of the data order, W_D, random heads and the samples.
     """

@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
-from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
@@ -21,6 +20,8 @@ from diffx.config.checks import (
 from diffx.config.suite import SuiteConfig
 from diffx.config.train import Device, WandbConfig
 
+_ADDRESS = r"https?://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:[0-6]?[0-9]{1,4})?(/[!-~]*)?"
+
 
 class Dtype(str, Enum):
     """The type of weights and activations; ``auto`` is the checkpoint's on a GPU, fp32 on a CPU."""
@@ -31,14 +32,14 @@ class Dtype(str, Enum):
     fp16 = "fp16"
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class JudgeConfig:
-    """Who judges whether an answer is faithful to its text; ``none`` judges nothing."""
+    """Who judges whether an answer is faithful to its text."""
 
     kind: str = "none"
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class EndpointJudge(JudgeConfig):
     """A model behind an OpenAI-compatible endpoint; ``OPENAI_API_KEY`` may hold its key.
 
@@ -46,9 +47,9 @@ class EndpointJudge(JudgeConfig):
         base_url: such as ``http://localhost:8000/v1``.
         model: the judge's name there.
         concurrency: requests at once.
-        retries: tries after a failed one, where that may pass.
-        timeout: seconds that one try may take, from the connection to the last byte of the reply.
-        temperature: of the judge; ``null`` leaves it to the endpoint, as some models demand.
+        retries: tries after a failure that may pass.
+        timeout: seconds of one try, from the connection to the last byte of the reply.
+        temperature: ``null`` leaves it to the endpoint, as some models demand.
     """
 
     kind: str = "endpoint"
@@ -60,29 +61,26 @@ class EndpointJudge(JudgeConfig):
     temperature: float | None = 0.0
 
     def __post_init__(self) -> None:
-        refuse(
-            "@" in self.base_url or "?" in self.base_url,
-            "judge.base_url",
-            "it holds a password or a query; it must be bare, the key in OPENAI_API_KEY",
-        )
+        secret = "it holds a password or a query; it must be bare, the key in OPENAI_API_KEY"
+        refuse(bool({*"@?"} & {*self.base_url}), "judge.base_url", secret)
         accepted = "an http or https address such as http://localhost:8000/v1"
-        check_fields(self, "judge", "base_url", accepted, _is_address)
+        good = re.fullmatch(_ADDRESS, self.base_url, re.I) is not None
+        require(good, "judge.base_url", self.base_url, accepted)
         check_fields(self, "judge", "concurrency", POSITIVE)
         check_fields(self, "judge", "retries temperature", "zero or more")
         check_fields(self, "judge", "timeout", "positive")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class ExportJob:
     """``diffx export``.
 
     Attributes:
-        checkpoint: a run, trained or adapted (``runs/x``, ``runs/x@best``, ``runs/x@1000``).
+        checkpoint: a run (``runs/x``, ``runs/x@best``, ``runs/x@1000``).
         out: the folder to write, which must not exist.
         format: ``hf``: a folder that ``transformers`` loads.
-        fold: fold DEX's branch into the output projections, so that the model is an ordinary one of
-            the base's architecture; ``false`` keeps the branch, and the model loads after
-            ``import diffx``.
+        fold: fold DEX's branch into the output projections, for a model of the base's architecture;
+            ``false`` keeps the branch, and the model loads after ``import diffx``.
         dtype: of the weights; ``auto`` is fp32.
         trust_remote_code: run Python code that comes with the base of an adapted run.
     """
@@ -102,27 +100,24 @@ class ExportJob:
         refuse(exists, f"out={self.out}", "it exists; choose a new folder")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class EvalJob:
     """``diffx eval``.
 
     Attributes:
-        checkpoint: a run folder (``runs/x``, ``runs/x@best``, ``runs/x@1000``), or a name or folder
-            of the Hugging Face hub.
-        suite: what is measured.
-        data: the text that a suite needs; ``null`` is the run's held-out text, or Python's source
-            for a model of the hub.
-        judge: who judges generations.
-        wandb: the tracker.
+        checkpoint: a run (``runs/x``, ``runs/x@best``, ``runs/x@1000``), or a model by hub name or
+            folder.
+        data: the text of a suite; ``null`` is the run's held-out text, or for a model of the hub
+            Python's source.
         device: where to compute.
-        dtype: the model's type; ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        dtype: the model's type.
         batch: sequences at once, or ``auto``.
-        limit: examples measured at most (in each task or cell), or the share of them that is
-            measured, between 0 and 1, rounded up as lm-eval does; ``null`` is all.
+        limit: examples measured at most in each task or cell, or their share between 0 and 1,
+            rounded up as lm-eval does; ``null`` is all.
         seed: of everything that is drawn.
         force: measure again where results with the same settings exist.
         revision: the hub's revision.
-        trust_remote_code: run Python code of a model of the hub, or of the base of an adapted run.
+        trust_remote_code: run Python code of a model of the hub or the base of an adapted run.
     """
 
     kind: str = "eval"
@@ -150,22 +145,9 @@ class EvalJob:
         accepted = f"{POSITIVE}, a share between 0 and 1, or null for all"
         require(good, "limit", limit, accepted)
         check_seed("seed", self.seed)
-        refuse(
-            self.judge.kind != "none" and self.suite.kind != "hallucination",
-            f"judge={self.judge.kind}",
-            "only suite=hallucination is judged",
-            f"suite={self.suite.name}",
-        )
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        host = parts.netloc if parts.port is None else parts.netloc.rpartition(":")[0]
-    except ValueError:  # an unfinished IPv6 address, or a port that is none
-        return False
-    named = re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+", host) is not None
-    return named and parts.scheme in ("http", "https") and re.fullmatch("[!-~]+", url) is not None
+        unused = self.judge.kind != "none" and self.suite.kind != "hallucination"
+        reason, suite = "only suite=hallucination is judged", f"suite={self.suite.name}"
+        refuse(unused, f"judge={self.judge.kind}", reason, suite)
 
 
 JUDGE_CONFIGS: dict[str, type[JudgeConfig]] = {"none": JudgeConfig, "endpoint": EndpointJudge}

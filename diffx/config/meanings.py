@@ -27,7 +27,7 @@ def explained(cfg: DictConfig, job: type, key: str) -> str:
     Raises:
         UserError: there is no such key.
     """
-    rows = list(_walk(cfg, job))
+    rows = list(describe_keys(cfg, job))
     chosen = [row for row in rows if key in ("all", row[0]) or row[0].startswith(f"{key}.")]
     if not chosen:
         raise UserError(unknown(key, [row[0] for row in rows]))
@@ -39,46 +39,37 @@ def explained(cfg: DictConfig, job: type, key: str) -> str:
     return "\n".join(lines)
 
 
-def commented(cfg: DictConfig, job: type, package: str | None = None, resolve: bool = False) -> str:
-    """The YAML of a job's config, or of its part ``package``, with the meaning behind each key."""
-    means = {name: meaning for name, _, meaning, _ in _walk(cfg, job)}
-    part = (
-        OmegaConf.select(cfg, package)
-        if package
-        else OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name != "hydra"])
-    )
-    if not OmegaConf.is_config(part):
-        return f"{part}"
-    lines = [f"# @package {package}"] if package else []
-    path: list[str] = package.split(".") if package else []
-    depth = len(path)
-    for line in OmegaConf.to_yaml(part, resolve=resolve).splitlines():
-        match = re.match(r"((?:  )*)([\w-]+):", line)
-        if match:
-            path[depth + len(match[1]) // 2 :] = [match[2]]
-        meaning = means.get(".".join(path)) if match else None
-        if match and meaning and line.count("'") % 2:  # a text of several lines
-            lines.append(f"{match[1]}# {meaning}")
-            meaning = None
+def commented(cfg: DictConfig, job: type) -> str:
+    """The YAML of a job's config, with the meaning behind each key."""
+    means = {name: meaning for name, _, meaning, _ in describe_keys(cfg, job)}
+    names = [str(name) for name in cfg if name != "hydra"]
+    lines: list[str] = []
+    path: list[str] = []
+    for line in OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, names)).splitlines():
+        meaning = None
+        if match := re.match(r"((?:  )*)([\w-]+):", line):
+            path[len(match[1]) // 2 :] = [match[2]]
+            meaning = means.get(".".join(path))
+            if meaning and line.count("'") % 2:  # a text of several lines
+                lines.append(f"{match[1]}# {meaning}")
+                meaning = None
         lines.append(f"{line}  # {meaning}" if meaning else line)
-    sweep = OmegaConf.select(cfg, "hydra.sweeper.params")
-    if sweep and not package:
-        lines.append(f"# a sweep over {' '.join(f'{key}={value}' for key, value in sweep.items())}")
+    if swept := OmegaConf.select(cfg, "hydra.sweeper.params"):
+        lines.append(f"# a sweep over {' '.join(f'{key}={value}' for key, value in swept.items())}")
     return "\n".join(lines)
 
 
-def _walk(cfg: DictConfig, kind: type, prefix: str = "") -> Iterator[tuple[str, str, str, Any]]:
+def describe_keys(
+    cfg: DictConfig, kind: type, prefix: str = ""
+) -> Iterator[tuple[str, str, str, Any]]:
     """The name, the value as on the command line, the meaning and the type of each key."""
     means, hints = meanings(kind), get_type_hints(kind)
     for name in map(str, cfg):
-        if name in ("hydra", "kind"):
-            continue
-        missing = OmegaConf.is_missing(cfg, name)
-        node = None if missing else cfg[name]
-        inner = OmegaConf.get_type(node) if isinstance(node, DictConfig) else None
-        if isinstance(node, DictConfig) and inner is not None and inner is not dict:
-            yield from _walk(node, inner, f"{prefix}{name}.")
-        elif name in means:
+        node: Any = "" if OmegaConf.is_missing(cfg, name) else cfg[name]
+        inner: Any = OmegaConf.get_type(node) if isinstance(node, DictConfig) else dict
+        if inner is not dict and name != "hydra":
+            yield from describe_keys(node, inner, f"{prefix}{name}.")
+        elif name in means and name != "kind":
             value = "null" if node is None else getattr(node, "value", node)
-            text = "" if missing else str(value).lower() if isinstance(value, bool) else f"{value}"
+            text = str(value).lower() if isinstance(value, bool) else f"{value}"
             yield f"{prefix}{name}", text, means[name], hints.get(name)

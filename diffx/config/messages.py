@@ -40,21 +40,19 @@ def explain(
 ) -> str:
     """Describe in one line what is wrong with the words or the YAML behind a composition error.
 
-    Args:
-        error: the exception of Hydra, OmegaConf or PyYAML.
-        words: the user's words.
-        groups: the config groups and their options, to choose the nearest from.
+    The nearest names are chosen from ``groups``, the config groups and their options.
     """
     text = str(error)
+    direct = isinstance(error, OmegaConfBaseException)
+    cause = error if direct else error.__cause__ or error.__context__
+    key = str(getattr(cause, "full_key", ""))
+    origin = re.match(r"In '(?!hydra/)\S+/\S+': ", text)  # a file of a group, not the words
+    where = origin[0] if origin else ""
     if isinstance(error, RecursionError):
         return "the words or a config file cannot be read: they are nested too deeply or circular"
     # Hydra got a list, a number or null.
     if isinstance(error, TypeError) or text.startswith("Config group override"):
         return _no_option(words, groups)
-    direct = isinstance(error, OmegaConfBaseException)
-    cause = error if direct else error.__cause__ or error.__context__
-    origin = re.match(r"In '(?!hydra/)\S+/\S+': ", text)  # a file of a group, not the words
-    where = origin[0] if origin else ""
     if isinstance(error, yaml.YAMLError | UnicodeDecodeError):
         return f"a config file cannot be read: {' '.join(text.split())}"
     if isinstance(error, MissingConfigException):
@@ -64,20 +62,18 @@ def explain(
         accepted = "key=value, with quotes around values that hold spaces, brackets or '='"
         return f"{error.override!r} cannot be read: it must be {accepted}"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        if str(cause.full_key) in groups:  # size={a:1}
+        if key in groups:  # size={a:1}
             return _no_option(words, groups)
-        return where + unknown(str(cause.full_key), [*groups, *keys(cause.parent_node)])
+        return where + unknown(key, [*groups, *keys(cause.parent_node)])
     if isinstance(cause, MissingMandatoryValue):
-        key = str(cause.full_key).removesuffix(".kind")
+        key = key.removesuffix(".kind")
         return f"{key} is missing: give it as {key}={_HINTS.get(key, '...')}"
     if isinstance(cause, ValidationError) and cause.object_type is not None:
-        hint = get_type_hints(cause.object_type).get(str(cause.key))
         value = "null" if cause.value is None else cause.value
-        if hint is not None:
-            accepted = _accepted(hint, value)
-            return f"{where}{cause.full_key}={value} cannot be used: it must be {accepted}"
+        if hint := get_type_hints(cause.object_type).get(str(cause.key)):
+            return f"{where}{key}={value} cannot be used: it must be {_accepted(hint, value)}"
     if isinstance(cause, InterpolationResolutionError):
-        return f"{cause.full_key} cannot be used: {_first_line(cause)}"
+        return f"{key} cannot be used: {_first_line(cause)}"
     if missing := re.match(r"You must specify '(\w+)'", text):
         group, options = missing[1], ", ".join(groups.get(missing[1], []))
         return f"{group} is missing: give it as {group}=..., one of {options}"
@@ -91,9 +87,7 @@ def explain(
 def _no_option(words: Sequence[str], groups: Mapping[str, list[str]]) -> str:
     """The line for a group that is given something else than the name of an option."""
     names = {word: word.partition("=")[0].lstrip("+~") for word in words}
-    chosen = [
-        word for word, key in names.items() if key in ("", *groups) or key.startswith("hydra/")
-    ]
+    chosen = [word for word, key in names.items() if key in ("", *groups) or key[:6] == "hydra/"]
     odd = [word for word in chosen if word.partition("=")[2][:1] in ("[", "{")] or chosen
     accepted = "a group takes the name of one of its options, as model=diff_v1 does"
     return f"{' '.join(odd)} cannot be used: {accepted}"
@@ -104,25 +98,19 @@ def unknown(key: str, names: list[str]) -> str:
     return f"{key} is not a key{_nearest(key, names)}"
 
 
-def _unknown_choice(missing_file: str, options: list[str], groups: Mapping[str, list[str]]) -> str:
+def _unknown_choice(file: str, options: list[str], groups: Mapping[str, list[str]]) -> str:
     """The line for ``model/ablation/foo``, or an empty text if the group is unknown."""
-    group = next(
-        (group for group in groups if missing_file.startswith(f"{group}/")),
-        missing_file.rpartition("/")[0],
-    )
-    choice = missing_file[len(group) + 1 :]
-    options = groups.get(group, options)
-    if not group or not options:
-        return ""
-    accepted = f"one of {', '.join(options)}{_nearest(choice, options)}"
-    return f"{group}={choice} cannot be used: it must be {accepted}"
+    known = [group for group in groups if file.startswith(f"{group}/")]
+    group = known[0] if known else file.rpartition("/")[0]
+    choice, options = file[len(group) + 1 :], groups.get(group, options)
+    accepted = f"it must be one of {', '.join(options)}{_nearest(choice, options)}"
+    return f"{group}={choice} cannot be used: {accepted}" if group and options else ""
 
 
 def _nearest(name: str, names: list[str]) -> str:
     """``: did you mean a or b?``, or nothing; ``lr`` is near ``train.lr``."""
-    names = list(dict.fromkeys(names))
-    near = get_close_matches(name, names, n=3)
-    near += [full for full in names if full.endswith(f".{name}") and full not in near]
+    ends = [full for full in names if full.endswith(f".{name}")]
+    near = dict.fromkeys([*get_close_matches(name, dict.fromkeys(names), n=3), *ends])
     return f": did you mean {' or '.join(near)}?" if near else ""
 
 

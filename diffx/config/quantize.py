@@ -36,14 +36,14 @@ class StateScope(str, Enum):
     token = "token"
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class MethodConfig:
     """What is quantized; ``kind`` is set by ``method=``."""
 
     kind: str = MISSING
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class AttentionLogits(MethodConfig):
     """Attention logits, by dynamic absmax quantization (arXiv 2410.05258, section 3.7), simulated.
 
@@ -55,7 +55,7 @@ class AttentionLogits(MethodConfig):
     scope: LogitScope = LogitScope.map
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class Activations(MethodConfig):
     """Hidden states behind every block, by dynamic absmax quantization, simulated.
 
@@ -67,18 +67,17 @@ class Activations(MethodConfig):
     scope: StateScope = StateScope.tensor
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class Weights(MethodConfig):
     """Weights of the linear layers but the output projection, stored at few bits by torchao.
 
     Attributes:
-        scheme: ``weight_only``; ``int8_dynamic`` also rounds activations to 8 bits, with a scale
-            for each token; ``float8`` stores 8-bit floats; ``float8_dynamic`` multiplies them too,
-            on hardware that can.
-        group_size: weights of a row that share a scale, with ``weight_only``; ``null`` is the whole
-            row at 8 bits, and 32 at fewer.
-        skip: layers to leave as they are, by whole parts of their names, such as ``o_proj`` or
-            ``layers.0``.
+        scheme: ``weight_only``; ``int8_dynamic`` also rounds activations to 8 bits, a token to a
+            scale; ``float8`` stores 8-bit floats; ``float8_dynamic`` multiplies them too, on
+            hardware that can.
+        group_size: weights of a row that share a scale, with ``weight_only``; ``null`` is the row
+            at 8 bits, and 32 at fewer.
+        skip: unchanged layers, by whole parts of their names: ``o_proj``, ``layers.0``.
     """
 
     kind: str = "weights"
@@ -88,21 +87,18 @@ class Weights(MethodConfig):
 
     def __post_init__(self) -> None:
         check_fields(self, "method", "group_size", "1 or more, or null", lambda size: size >= 1)
-        refuse(
-            self.group_size is not None and self.scheme is not Scheme.weight_only,
-            f"method.group_size={self.group_size}",
-            "only weight_only has groups",
-            f"method.scheme={self.scheme.value}",
-        )
+        if self.group_size is not None:
+            setting, scheme = f"method.group_size={self.group_size}", self.scheme.value
+            alone = self.scheme is not Scheme.weight_only
+            refuse(alone, setting, "only weight_only has groups", f"method.scheme={scheme}")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class QuantizeJob(EvalJob):
     """``diffx quantize``: the keys of ``diffx eval``, and these.
 
     Attributes:
-        method: what is quantized.
-        bits: at which widths the suite is run; 16 is the model as it is, always measured too.
+        bits: widths at which the suite runs; 16, the model as it is, is always measured.
     """
 
     kind: str = "quantize"
@@ -110,24 +106,24 @@ class QuantizeJob(EvalJob):
     bits: list[int] = field(default_factory=lambda: [16, 8, 6, 4])
 
     def __post_init__(self) -> None:
-        EvalJob.__post_init__(self)
+        super().__post_init__()
         require(len(self.bits) > 0, "bits", self.bits, "a list of widths, such as [16,8,6,4]")
-        for bits in self.bits:
-            require(2 <= bits <= EXACT, "bits", bits, f"from 2 to {EXACT}")
+        widths, accepted = {*range(2, EXACT + 1)}, f"from 2 to {EXACT}"
         if isinstance(self.method, Weights):
             scheme = self.method.scheme
-            widths = (*range(2, 9), EXACT) if scheme is Scheme.weight_only else (8, EXACT)
-            accepted = f"{', '.join(map(str, widths))} with method.scheme={scheme.value}"
-            for bits in self.bits:
-                require(bits in widths, "bits", bits, accepted)
-            return
-        speed = self.suite.kind == "speed"
-        refuse(speed, "suite=speed", "a simulated quantization says nothing about speed")
-        refuse(
-            self.suite.kind in ("attention_allocation", "outliers"),
-            f"suite={self.suite.name}",
-            "it measures the attention of the model as it is; choose one that reads or answers",
-        )
+            widths = {*range(2, 9), EXACT} if scheme is Scheme.weight_only else {8, EXACT}
+            choices = ", ".join(map(str, sorted(widths)))
+            accepted = f"{choices} with method.scheme={scheme.value}"
+        for bits in self.bits:
+            require(bits in widths, "bits", bits, accepted)
+        reasons = {
+            "speed": "a simulated quantization says nothing about speed",
+            "attention_allocation": "it measures the attention of the model as it is",
+            "outliers": "it measures the attention of the model as it is",
+        }
+        if not isinstance(self.method, Weights) and self.suite.kind in reasons:
+            reason = f"{reasons[self.suite.kind]}; choose a suite that reads or answers"
+            refuse(True, f"suite={self.suite.name}", reason)
 
 
 METHOD_CONFIGS: dict[str, type[MethodConfig]] = {

@@ -19,41 +19,37 @@ from diffx.config.checks import (
 )
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class SuiteConfig:
     """What every suite shares.
 
     Attributes:
-        kind: the sort of suite (set by ``suite=``, not by hand).
-        name: the suite's name, as in ``suite=``; its results stand under it.
+        name: as in ``suite=``; the results stand under it.
     """
 
     kind: str = MISSING
     name: str = MISSING
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class HarnessSuite(SuiteConfig):
     """Any tasks of ``lm-eval``: ``suite.tasks=[...]``.
 
-    A task reads the split it is measured on and the one its demonstrations come from, such as
-    arc_easy/test.jsonl and arc_easy/train.jsonl of ``data_dir``; a group needs a folder for each
-    of its tasks. The format of task YAMLs is in docs/new_task_guide.md of lm-eval's repository.
+    A task reads the split that it measures and the one of its demonstrations, such as test.jsonl
+    and train.jsonl of ``<data_dir>/arc_easy``. The format of task YAMLs is in
+    docs/new_task_guide.md of lm-eval's repository.
 
     Attributes:
         tasks: task or group names.
-        shots: numbers of demonstrations; each gives a run over all tasks. ``null`` is each task's
-            default.
+        shots: numbers of demonstrations, each a run; ``null`` is each task's default.
         include_path: a folder of more task YAMLs.
-        data_dir: a folder with local copies of all tasks' data, ``<data_dir>/<task>/<split>.jsonl``
-            (or ``.parquet``), rows as on the hub.
+        data_dir: copies of the hub's data, ``<data_dir>/<task>/<split>.jsonl`` or ``.parquet``.
         chat_template: apply the tokenizer's chat template (models of the hub only).
-        fewshot_as_multiturn: with ``chat_template``, each demonstration is a turn of the user and
-            one of the assistant; ``null`` is the same as ``chat_template``, as with lm-eval.
-        system_instruction: a text before every prompt; with ``chat_template``, the system's turn.
+        fewshot_as_multiturn: a demonstration is a turn of the user and one of the assistant;
+            ``null`` is the same as ``chat_template``, as with lm-eval.
+        system_instruction: text before every prompt; with ``chat_template``, the system's turn.
         max_tokens: tokens of a generated answer; ``null`` is each task's default.
-        gen_kwargs: settings of generation that replace each task's, such as
-            ``{temperature: 0.7, do_sample: true}``; ``null`` is each task's default.
+        gen_kwargs: settings that replace each task's: ``{temperature: 0.7, do_sample: true}``.
     """
 
     kind: str = "harness"
@@ -70,26 +66,23 @@ class HarnessSuite(SuiteConfig):
     def __post_init__(self) -> None:
         self.gen_kwargs = self.gen_kwargs or {}
         accepted = "names and values, such as {temperature: 0.7, do_sample: true}"
-        check_fields(self, "suite", "gen_kwargs", accepted, lambda value: isinstance(value, dict))
+        require(isinstance(self.gen_kwargs, dict), "suite.gen_kwargs", self.gen_kwargs, accepted)
         if self.fewshot_as_multiturn is None:
             self.fewshot_as_multiturn = self.chat_template
-        refuse(
-            self.fewshot_as_multiturn and not self.chat_template,
-            "suite.fewshot_as_multiturn=true",
-            "it needs suite.chat_template=true",
-        )
+        alone = self.fewshot_as_multiturn and not self.chat_template
+        refuse(alone, "suite.fewshot_as_multiturn=true", "it needs suite.chat_template=true")
         self.tasks = texts("suite.tasks", self.tasks)
         self.shots = _counts("suite.shots", self.shots, 0, optional=True)
         check_fields(self, "suite", "max_tokens", POSITIVE)
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class _NeedleSuite(SuiteConfig):
     """What the suites of magic numbers share.
 
     Attributes:
         depths: places of the first queried needle, as shares of the text.
-        samples: samples for each case, length and depth.
+        samples: for each case, length and depth.
         digits: digits of a magic number.
     """
 
@@ -103,17 +96,16 @@ class _NeedleSuite(SuiteConfig):
         check_fields(self, "suite", "digits", "from 1 to 18")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class RetrievalSuite(_NeedleSuite):
     """Magic numbers of cities, hidden in text (arXiv 2410.05258, section 3.4).
 
     Attributes:
         cases: pairs [N, R]: needles in the text, and how many of them are asked for.
-        lengths: lengths of the whole input in tokens; ``null`` is the model's context (4096 at
-            most), its half and its quarter, without those that do not hold the needles.
-        constrained: also choose among the numbers in the text by their likelihood; guessing is
-            right once in N.
-        chat_template: ask within the tokenizer's chat template (instruct models of the hub only).
+        lengths: tokens of the input; ``null`` is the model's context (4096 at most), its half and
+            its quarter, where they hold the needles.
+        constrained: also choose the likeliest number in the text; guessing is right once in N.
+        chat_template: use the tokenizer's chat template (instruct models of the hub only).
     """
 
     kind: str = "retrieval"
@@ -123,18 +115,18 @@ class RetrievalSuite(_NeedleSuite):
     chat_template: bool = False
 
     def __post_init__(self) -> None:
-        _NeedleSuite.__post_init__(self)
+        super().__post_init__()
         self.cases = _cases("suite.cases", self.cases)
         self.lengths = _counts("suite.lengths", self.lengths, 1, optional=True)
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class AllocationSuite(_NeedleSuite):
     """Attention to the answer and to the noise in the retrieval task (arXiv 2410.05258, table 3).
 
     Attributes:
-        case: [N, R]: needles in the text, and how many are asked for; the first is the answer.
-        length: length of the whole input in tokens; ``null`` is the model's context, 4096 at most.
+        case: [N, R] as in ``cases`` of retrieval; the first needle asked for is the answer.
+        length: tokens of the input; ``null`` is the model's context, 4096 at most.
     """
 
     kind: str = "attention_allocation"
@@ -142,23 +134,22 @@ class AllocationSuite(_NeedleSuite):
     length: int | str | None = None
 
     def __post_init__(self) -> None:
-        _NeedleSuite.__post_init__(self)
+        super().__post_init__()
         (self.case,) = _cases("suite.case", [self.case])
         count_fields(self, "suite", "length")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class _LabelSuite(SuiteConfig):
     """What the suites of classification share.
 
     Attributes:
-        tasks: ``trec``, ``trec_fine``, ``banking77``, ``clinc150`` (from the hub), ``synthetic``,
-            or paths of JSON lines {"text", "label"}.
+        tasks: ``synthetic``, ``trec``, ``trec_fine``, ``banking77``, ``clinc150`` (of the hub), or
+            paths of JSON lines {"text", "label"}.
         queries: texts to classify.
-        template: a demonstration; ``{text}`` and ``{label}`` are filled in, and the label must
-            stand at the end.
+        template: a demonstration with ``{text}`` and, at its end, ``{label}``.
         labels: labels of the synthetic task.
-        chat_template: ask within the tokenizer's chat template (instruct models of the hub only).
+        chat_template: use the tokenizer's chat template (instruct models of the hub only).
     """
 
     tasks: Any = ("synthetic",)
@@ -177,18 +168,18 @@ class _LabelSuite(SuiteConfig):
         require(good, "suite.template", self.template, accepted)
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class IclSuite(_LabelSuite):
     """Many-shot classification with the labels as the only answers (2410.05258, section 3.5).
 
-    A task may be a file of JSON lines (.jsonl or .jsonl.gz) with at least two labels and more lines
+    A task may be a file of JSON lines (.jsonl or .jsonl.gz) with two labels or more, and more lines
     than ``queries``; queries and demonstrations both come from it. A line:
 
         {"text": "a mail", "label": "its class"}
 
     Attributes:
         shots: numbers of demonstrations; ``null`` doubles from 1 until the context is full.
-        per_class: count ``shots`` for each class, with 0 allowed, instead of in all.
+        per_class: ``shots`` are those of each class, and may be 0.
     """
 
     kind: str = "icl"
@@ -196,20 +187,20 @@ class IclSuite(_LabelSuite):
     per_class: bool = False
 
     def __post_init__(self) -> None:
-        _LabelSuite.__post_init__(self)
+        super().__post_init__()
         self.shots = _counts("suite.shots", self.shots, 0, optional=True)
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class IclOrderSuite(_LabelSuite):
     """The spread of accuracy over orders of the same demonstrations (2410.05258, section 3.5).
 
     Attributes:
-        shots: demonstrations; ``null`` is as many as fill half of the context, 256 at most.
+        shots: demonstrations; ``null`` fills half of the context, with 256 at most.
         orders: permutations for each arrangement and seed.
         arrangements: ``random`` and ``alternating`` (by class).
         seeds: each draws other demonstrations and queries.
-        queries: texts to classify for each order.
+        queries: texts to classify in each order.
     """
 
     kind: str = "icl_order"
@@ -220,7 +211,7 @@ class IclOrderSuite(_LabelSuite):
     queries: int = 50
 
     def __post_init__(self) -> None:
-        _LabelSuite.__post_init__(self)
+        super().__post_init__()
         self.arrangements = texts("suite.arrangements", self.arrangements)
         for name in self.arrangements:
             known = name in ("random", "alternating")
@@ -232,16 +223,15 @@ class IclOrderSuite(_LabelSuite):
         check_fields(self, "suite", "orders shots", "2 or more")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class LongContextSuite(SuiteConfig):
-    """Loss by position in long texts, and where it falls: on repeated n-grams (AR-hit) or the rest.
+    """Loss by position in long texts, on repeated n-grams (AR-hit) and on the rest.
 
     Attributes:
         length: tokens of a text; ``null`` is the model's context.
         texts: texts, cut from the documents of ``data=`` laid end to end.
         chunk: tokens computed at once behind the key/value cache.
-        frequent: an n-gram seen more often than this in the training tokens is not counted as an
-            AR-hit.
+        frequent: an n-gram that is more frequent in the training tokens is no AR-hit.
     """
 
     kind: str = "long_context"
@@ -256,7 +246,7 @@ class LongContextSuite(SuiteConfig):
         check_fields(self, "suite", "length", "2 or more")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class RecallSuite(SuiteConfig):
     """Accuracy and loss against the number of pairs, of a run of ``data=recall`` (2312.04927).
 
@@ -279,12 +269,12 @@ class RecallSuite(SuiteConfig):
         check_fields(self, "suite", "length", "5 or more")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class OutliersSuite(SuiteConfig):
     """The largest attention logits and hidden states, and their medians (2410.05258, table 5).
 
     Attributes:
-        tokens: tokens measured (the paper: 400K).
+        tokens: tokens measured, as in the paper.
         length: tokens of a window; ``null`` is the model's context, 2048 at most.
         top: ranks of the largest magnitudes to report.
     """
@@ -299,26 +289,23 @@ class OutliersSuite(SuiteConfig):
         self.top = _counts("suite.top", self.top, 1)
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class HallucinationSuite(SuiteConfig):
     """Summaries and answers, judged for faithfulness to the text (arXiv 2410.05258, section 3.6).
 
-    A task may be a file of JSON lines (.jsonl or .jsonl.gz) of either form:
+    A task may be a file of JSON lines (.jsonl or .jsonl.gz) of either form, where "reference" and
+    "answers" are a text or a list of texts:
 
         {"document": "a text", "reference": "its summary"}
         {"context": "a text", "question": "about it", "answers": ["right", "right too"]}
 
-    "reference" and "answers" are a text or a list of texts.
-
     Attributes:
-        tasks: ``xsum``, ``cnn_dm``, ``multinews``, ``qasper``, ``hotpotqa``, ``2wikimqa`` (from the
-            hub), or paths of JSON lines: {"document", "reference"} for a summary, {"context",
-            "question", "answers"} for a question; several references are a list.
-        samples: samples a task.
-        max_tokens: tokens of an answer; ``null`` is 128 for a summary and 32 for an answer.
-        data_dir: a folder with local copies of the hub's data: ``<data_dir>/<task>.jsonl`` or
-            ``.jsonl.gz``, rows as on the hub.
-        chat_template: ask within the tokenizer's chat template (instruct models of the hub only).
+        tasks: ``xsum``, ``cnn_dm``, ``multinews``, ``qasper``, ``hotpotqa``, ``2wikimqa`` (of the
+            hub), or paths of JSON lines.
+        samples: of each task.
+        max_tokens: of a generated text; ``null`` is 128 for a summary and 32 for an answer.
+        data_dir: copies of the hub's data, ``<data_dir>/<task>.jsonl`` or ``.jsonl.gz``.
+        chat_template: use the tokenizer's chat template (instruct models of the hub only).
     """
 
     kind: str = "hallucination"
@@ -333,7 +320,7 @@ class HallucinationSuite(SuiteConfig):
         _check_numbers(self, "samples max_tokens")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class SpeedSuite(SuiteConfig):
     """Training, prefill and decoding speed, and peak memory.
 
@@ -341,7 +328,7 @@ class SpeedSuite(SuiteConfig):
         batches: sequences at once.
         lengths: tokens of a sequence.
         decode_tokens: tokens decoded one at a time behind each sequence.
-        rounds: how often each figure is taken; the median counts.
+        rounds: measurements, of which the median counts.
         train: also time forward and backward of training.
     """
 

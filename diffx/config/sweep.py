@@ -14,34 +14,35 @@ from diffx.errors import one_line
 BEST = "optimization_results.yaml"  # written by Hydra's optuna sweeper
 
 
+def _apart(overrides: list[str], given: list[str]) -> str:
+    return " ".join(word for word in overrides if word not in given)
+
+
 def job_label(number: int, overrides: list[str], given: list[str]) -> str:
     """Name a job by its number and the overrides that set it apart from the sweep's other jobs."""
-    apart = " ".join(word for word in overrides if word not in given)
+    apart = _apart(overrides, given)
     return f"{number} ({apart})" if apart else f"{number}"
 
 
 def show_sweep(sweep: Path, entries: list[dict[str, Any]], given: list[str]) -> None:
-    """Print what became of a sweep's jobs.
+    """Print what became of the jobs of the sweep in a folder.
 
-    Args:
-        sweep: the sweep's folder.
-        entries: the jobs, each with ``job``, ``overrides``, and ``result`` or ``error``.
-        given: the overrides of the command line.
+    Each of the ``entries`` has ``job``, ``overrides``, and ``result`` or ``error``; ``given`` are
+    the overrides of the command line.
     """
-    rows, runs = [], []
+    rows, runs, losses = [], [], []
     for entry in entries:
         result, run = entry.get("result"), sweep / str(entry["job"])
         if "error" in entry:
             state = "failed: " + shorten(one_line(entry["error"]), 60)
         else:
+            losses += [result] if isinstance(result, float) else []
             state = f"{result:.4f}" if isinstance(result, float) else "done"
             runs += [run] if run.is_dir() else []
-        folders = list(result.values()) if isinstance(result, dict) else [result]
-        paths = [folder for folder in folders if isinstance(folder, str)]
+        results = result.values() if isinstance(result, dict) else [result]
+        paths = [folder for folder in results if isinstance(folder, str)]
         folder = run if run.is_dir() else os.path.commonpath(paths) if paths else ""
-        overrides = " ".join(word for word in entry["overrides"] if word not in given)
-        rows.append([entry["job"], overrides, state, folder])
-    losses = any(isinstance(entry.get("result"), float) for entry in entries)
+        rows.append([entry["job"], _apart(entry["overrides"], given), state, folder])
     columns = ["job", "overrides", "val/loss" if losses else "result", "folder"]
     table = make_table("Sweep", columns, rows)
     table.columns[1].justify = table.columns[3].justify = "left"

@@ -49,54 +49,52 @@ class Device(str, Enum):
 
 
 class WandbMode(str, Enum):
-    """W&B modes; ``offline`` writes beside the run and needs no account and no network."""
+    """W&B modes; ``offline`` writes beside the run."""
 
     offline = "offline"
     online = "online"
     disabled = "disabled"
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class TrainConfig:
     """One recipe for every architecture.
 
     Attributes:
-        steps: optimizer steps; ``null`` with ``tokens`` null too is the default run's length.
-        tokens: training tokens (100M, 1.5B …), rounded up to whole steps, in place of ``steps``.
-        batch_tokens: tokens an optimizer step, over all devices; a multiple of ``seq_len``.
+        steps: optimizer steps; without ``steps`` and ``tokens`` those of the default run.
+        tokens: training tokens (100M, 1.5B …) in place of ``steps``, rounded up to whole steps.
+        batch_tokens: tokens of a step on all devices; a multiple of ``seq_len``.
         seq_len: context length T in tokens.
-        micro_batch_size: sequences a device takes at once; ``null`` is the whole batch. Gradients
-            accumulate over the rest.
+        micro_batch_size: sequences a device takes at once, accumulating gradients; ``null`` is the
+            whole batch.
         lr: peak learning rate of AdamW.
         min_lr_ratio: final learning rate as a share of ``lr``.
-        warmup: linear warmup; in steps if 1 or more, as a share of the run if below 1.
+        warmup: linear, in steps if 1 or more, else a share of the run.
         schedule: ``linear``, ``cosine``, ``wsd`` (constant, then linear over ``decay_ratio`` of the
             run) or ``constant``.
-        decay_ratio: share of the run that ``wsd`` spends in decay.
+        decay_ratio: share of the run that ``wsd`` decays.
         beta1: AdamW's decay of the first moment.
         beta2: AdamW's decay of the second moment.
         eps: AdamW's epsilon.
-        weight_decay: on matrices only; never on norms, biases or lambda vectors.
+        weight_decay: of matrices; not of norms, biases and lambda vectors.
         grad_clip: bound on the global gradient norm; 0 turns clipping off.
-        precision: ``auto``, ``fp32`` or ``bf16`` autocast; weights and optimizer state stay fp32.
+        precision: of autocast; weights and optimizer state stay fp32.
         compile: ``torch.compile`` each block.
-        fused_attention: the differential attention of diff_v1 by Triton kernels, on a GPU; they
-            were tested by Triton's interpreter and compiled for GPUs, but have not been timed on
-            one yet: ``diffx bench attention`` does.
-        activation_checkpointing: recompute each block's activations in the backward pass, all but
-            the outputs of attention kernels.
+        fused_attention: differential attention of diff_v1 by Triton kernels, on a GPU; tested by
+            Triton's interpreter and compiled, but not timed yet: ``diffx bench attention`` does.
+        activation_checkpointing: recompute the activations of each block, but for the outputs of
+            attention kernels, in the backward pass.
         mask_documents: attention stays within a document.
         log_every: steps between lines of ``metrics.jsonl``.
-        eval_every: steps between validations; the first is at step 0, the last at the end.
-            ``null`` is a twelfth of the run, 500 at most.
+        eval_every: steps between validations, from step 0 to the end; ``null`` is a twelfth of the
+            run, 500 at most.
         save_every: steps between checkpoints; the last step always has one.
         keep_last: newest checkpoints kept, besides the best.
         resume: ``auto`` (the newest checkpoint in ``run.dir``, or a fresh start), a run folder, or
             ``null``.
         init_from: a run whose weights start this one (``runs/x``, ``runs/x@best``).
-        sample_prompt: text that the samples at the end continue; empty starts from the end-of-text
-            token.
-        sample_tokens: length of a sample in tokens; 0 draws none.
+        sample_prompt: text that the samples at the end continue; empty is the end-of-text token.
+        sample_tokens: tokens of a sample; 0 draws none.
     """
 
     steps: int | str | None = None
@@ -129,11 +127,8 @@ class TrainConfig:
     sample_tokens: int = 128
 
     def __post_init__(self) -> None:
-        refuse(
-            self.steps is not None and self.tokens is not None,
-            f"train.steps={self.steps} with train.tokens={self.tokens}",
-            "give one of the two",
-        )
+        both = self.steps is not None and self.tokens is not None
+        refuse(both, f"train.steps={self.steps} with train.tokens={self.tokens}", "give one")
         refuse(
             self.compile and self.mask_documents,
             "train.mask_documents=true",
@@ -143,8 +138,8 @@ class TrainConfig:
         count_fields(self, "train", "batch_tokens steps tokens")
         names = "seq_len micro_batch_size log_every eval_every save_every keep_last"
         check_fields(self, "train", names, POSITIVE)
-        whole, multiple = self.batch_tokens, f"a multiple of train.seq_len={self.seq_len}"
-        require(int(whole) % self.seq_len == 0, "train.batch_tokens", whole, multiple)
+        tokens, multiple = int(self.batch_tokens), f"a multiple of train.seq_len={self.seq_len}"
+        require(tokens % self.seq_len == 0, "train.batch_tokens", tokens, multiple)
         check_fields(self, "train", "lr eps", "positive")
         names = "weight_decay grad_clip warmup sample_tokens"
         check_fields(self, "train", names, "zero or more")
@@ -161,7 +156,7 @@ class TrainConfig:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the run, from ``steps``, ``tokens`` or the default."""
+        """Optimizer steps of the run."""
         if self.tokens is not None:
             return -(-int(self.tokens) // int(self.batch_tokens))
         return int(self.steps or DEFAULT_STEPS)
@@ -172,15 +167,15 @@ class TrainConfig:
         return round(self.warmup if self.warmup >= 1 else self.warmup * self.num_steps)
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class WandbConfig:
     """Weights & Biases.
 
     Attributes:
-        mode: ``offline``, ``online`` or ``disabled``.
-        project: the project's name.
+        mode: ``offline`` needs no account and no network.
+        project: its name.
         entity: user or team; ``null`` is the account's default.
-        group: groups runs in the interface; a multirun sets it to the sweep's name.
+        group: of runs in the interface; in a multirun the sweep's name.
     """
 
     mode: WandbMode = WandbMode.offline
@@ -189,39 +184,33 @@ class WandbConfig:
     group: str | None = None
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class RunConfig:
     """The run folder.
 
     Attributes:
-        dir: its path; ``null`` is ``runs/<date-time>-<name>``. In a multirun it is
+        dir: its path; ``null`` is ``runs/<date-time>-<name>``, in a multirun
             ``<hydra.sweep.dir>/<job number>``.
-        name: the run's name; ``null`` is made of the architecture, the data and the seed.
+        name: ``null`` is made of the architecture, the data and the seed.
     """
 
     dir: str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
-        bad = self.dir is not None and (not self.dir or "=" in self.dir or "," in self.dir)
-        require(not bad, "run.dir", self.dir, "a path without '=' and ','")
         if self.dir is not None:
+            good = self.dir and not {*"=,"} & {*self.dir}
+            require(bool(good), "run.dir", self.dir, "a path without '=' and ','")
             new_path("run.dir", self.dir)
         if self.name is not None:
             path_name("run.name", self.name)
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class TrainJob:
     """``diffx train``.
 
     Attributes:
-        model: the architecture and its shape.
-        data: the text.
-        tokenizer: text to tokens.
-        train: the recipe.
-        wandb: the tracker.
-        run: the run folder.
         device: where to compute.
         seed: of the initial weights, the data order and the samples.
     """
@@ -240,16 +229,14 @@ class TrainJob:
         check_seed("seed", self.seed)
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class PrepareJob:
     """``diffx data prepare``.
 
     Attributes:
-        data: the text.
-        tokenizer: text to tokens.
-        out: the folder to write; an unfinished one is taken up where it stopped.
+        out: the folder to write; an unfinished one is continued.
         workers: processes that tokenize; 0 is one a core.
-        shard_tokens: tokens a shard file.
+        shard_tokens: tokens of a shard file.
     """
 
     kind: str = "prepare"
@@ -267,26 +254,27 @@ class PrepareJob:
             "shards": "`diffx data prepare` writes it",
             **dict.fromkeys(("retrieval", "recall"), "its samples are made as they are needed"),
         }
-        if reason := reasons.get(self.data.kind):
-            choice = "choose data=text, hub or stdlib"
-            raise UserError(f"data={self.data.kind} cannot be prepared: {reason}; {choice}")
+        kind = self.data.kind
+        if kind in reasons:
+            accepted = "choose data=text, hub or stdlib"
+            raise UserError(f"data={kind} cannot be prepared: {reasons[kind]}; {accepted}")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass
 class GenerateJob:
     """``diffx generate``.
 
     Attributes:
-        checkpoint: a run folder, ``@best`` or ``@STEP`` after it.
-        prompt: text to continue; ``-`` reads it from standard input.
-        prompt_file: a UTF-8 file to continue instead.
+        checkpoint: a run folder, with ``@best`` or ``@STEP``.
+        prompt: text to continue; ``-`` is standard input.
+        prompt_file: a UTF-8 file to continue.
         max_tokens: tokens to draw.
         temperature: 0 is greedy.
         top_k: draw among the k likeliest; 0 is all.
         top_p: draw among the likeliest whose probabilities reach p; 1 is all.
         device: where to compute.
         seed: of the draws.
-        trust_remote_code: run Python code of a model of the hub, or of the base of an adapted run.
+        trust_remote_code: run Python code of a model of the hub or the base of an adapted run.
     """
 
     kind: str = "generate"
@@ -304,11 +292,7 @@ class GenerateJob:
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
         check_fields(self, "", "max_tokens", POSITIVE)
-        check_fields(self, "", "temperature", "zero or more")
-        check_fields(self, "", "top_k", "zero or more")
+        check_fields(self, "", "temperature top_k", "zero or more")
         check_fields(self, "", "top_p", "in (0, 1]")
-        refuse(
-            bool(self.prompt and self.prompt_file),
-            f"prompt={self.prompt!r} with prompt_file={self.prompt_file}",
-            "give one of the two",
-        )
+        setting = f"prompt={self.prompt!r} with prompt_file={self.prompt_file}"
+        refuse(bool(self.prompt and self.prompt_file), setting, "give one")

@@ -1,8 +1,9 @@
 """``--doc`` and the comments of ``--cfg job``: each key of each command has its meaning."""
 
+from dataclasses import fields, is_dataclass
+
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
 from diffx.cli import main
 from diffx.config.bridge import GROUPS, JOBS, to_plain
@@ -13,8 +14,9 @@ from diffx.config.meanings import meanings
 @pytest.mark.parametrize(
     "kind", [*JOBS.values(), *(kind for kinds in GROUPS.values() for kind in kinds.values())]
 )
-def test_every_field_has_a_meaning(kind):
-    assert kind.__dataclass_fields__.keys() - {"kind"} <= meanings(kind).keys()
+def test_every_key_has_a_meaning(kind):
+    keys = {field.name for field in fields(kind) if not is_dataclass(field.type)}
+    assert keys - {"kind"} <= meanings(kind).keys()
 
 
 @pytest.mark.parametrize(
@@ -70,9 +72,7 @@ def test_a_printed_config_is_the_composed_one_with_comments(words, capsys):
         if ": " in line and "kind:" not in line and "{" not in line
     ]
     assert all(" # " in line for line in shown) and len(shown) > 5
-    assert main([*words, "--cfg", "job", "--package", "wandb"]) == 0
-    part = capsys.readouterr().out
-    assert part.startswith("# @package wandb\n") and OmegaConf.create(part) == raw["wandb"]
+    assert raw["wandb"] == to_plain(job.wandb)
 
 
 def test_an_experiment_shows_its_sweep(capsys):
