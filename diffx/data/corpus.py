@@ -127,7 +127,7 @@ def open_data(
         shards = _cached(Source(data, lambda: first, progress=progress), tokenizer, contents)
     else:
         files = source_files(data)
-        hashes = file_hashes(files)
+        hashes = dict(file_hashes(files))
         sizes = {name: path.stat().st_size for name, path in files.items()}
         info["files"] = [
             {"name": name, "bytes": sizes[name], "sha256": hashes[name]} for name in files

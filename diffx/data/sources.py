@@ -106,11 +106,11 @@ def source_files(data: DataConfig) -> dict[str, Path]:
     return {path.as_posix(): path for path in paths.values()}
 
 
-def file_hashes(files: dict[str, Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file, computed in several threads."""
+def file_hashes(files: dict[str, Path]) -> Iterator[tuple[str, str]]:
+    """Yield the name and the SHA-256 of each file, computed in several threads."""
     try:
         with ThreadPoolExecutor() as pool:
-            return dict(zip(files, pool.map(sha256, files.values()), strict=True))
+            yield from zip(files, pool.map(sha256, files.values()), strict=True)
     except OSError as error:
         raise UserError(f"{_cannot(error.filename)}: it cannot be read: {reason(error)}") from error
 
