@@ -1,11 +1,11 @@
 """``open_data``: from a config to training batches and held-out text, through a cache of tokens."""
 
-import itertools
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,7 @@ class Corpus:
         shards: the tokens on disk; of a stream, those of its first documents; of the retrieval
             task, those of the text around the needles.
         val: held-out tokens.
-        info: recorded in the run folder: sources with hashes, and the documents, tokens and bytes
-            of each split.
+        info: the content of ``data.json``: hashes of the sources, and the size of each split.
     """
 
     data: DataConfig
@@ -67,7 +66,7 @@ class Corpus:
 
     @property
     def train(self) -> TokenArray:
-        """Training tokens; of a stream, those of its first documents."""
+        """The training tokens of the shards."""
         return self.shards.train
 
     def batches(
@@ -76,8 +75,7 @@ class Corpus:
         """Return endless training batches; see ``Batches`` for the arguments.
 
         Raises:
-            UserError: the training text is shorter than one sequence, or the rows do not divide
-                among the processes.
+            UserError: the text is too short, or the rows do not divide among the processes.
         """
         corpus = json_sha256([self.info["sha256"], self.tokenizer.fingerprint])
         args = (corpus, seq_len, batch_size, seed, rank, world_size)
@@ -102,10 +100,7 @@ def open_data(
 ) -> Corpus:
     """Open a corpus; tokenize it first if the cache (``$DIFFX_CACHE``) does not have it.
 
-    Args:
-        data: the source.
-        tokenizer: the tokenizer to make, or an existing one. Shards have their own.
-        progress: called as the corpus is read.
+    The tokenizer is made, or taken as it is; shards have one already.
 
     Raises:
         UserError: the text or the tokenizer cannot be used.
@@ -122,17 +117,18 @@ def open_data(
     if isinstance(data, ShardsData):
         shards = Shards(Path(data.path).expanduser(), progress)
     elif isinstance(data, HubData):
-        first = list(itertools.islice(documents(data), data.tokenizer_documents))
+        first = list(islice(documents(data), data.tokenizer_documents))
         contents = json_sha256([document.digest.hex() for document in first])
         shards = _cached(Source(data, lambda: first, progress=progress), tokenizer, contents)
     else:
         files = source_files(data)
         hashes = dict(file_hashes(files))
-        sizes = {name: path.stat().st_size for name, path in files.items()}
         info["files"] = [
-            {"name": name, "bytes": sizes[name], "sha256": hashes[name]} for name in files
+            {"name": name, "bytes": path.stat().st_size, "sha256": hashes[name]}
+            for name, path in files.items()
         ]
-        source = Source(data, lambda: documents(data), sum(sizes.values()), progress)
+        total = sum(file["bytes"] for file in info["files"])
+        source = Source(data, lambda: documents(data), total, progress)
         shards = _cached(source, tokenizer, json_sha256(list(hashes.values())))
     val = shards.held_out(int(data.val_tokens))
     info |= {key: shards.meta[key] for key in ("sha256", "tokenizer", "train")}
@@ -145,7 +141,7 @@ def _counts(val: HeldOut) -> dict[str, int]:
 
 
 def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: str) -> Shards:
-    """Open the cached shards of files with the hash ``contents``; build them if none are usable."""
+    """Open the cached shards of the source, whose hash is ``contents``; build them if needed."""
     made = ready(tokenizer)
     wanted = settings(source.data, made, contents)
     folder = cache_folder() / json_sha256(wanted)[:32]

@@ -17,6 +17,7 @@ import numpy as np
 from diffx.config.checks import refuse
 from diffx.config.data import BpeTokenizer, DataConfig, HubData, TokenizerConfig
 from diffx.config.train import PrepareJob
+from diffx.data.batches import Row
 from diffx.data.shards import (
     FORMAT,
     ProgressCallback,
@@ -35,7 +36,6 @@ from diffx.files import json_sha256, locked, replacing_folder
 _FEW = 150  # documents whose keys would often hold out far more or less than the fraction
 BPE_BYTES = 200 * 10**6  # more text hardly changes a vocabulary of some thousands
 _GROUP_BYTES, _GROUP_DOCUMENTS = 1 << 20, 512  # what a process tokenizes at once
-_Encoded = tuple[np.ndarray, np.ndarray | None]  # tokens and their loss mask, if there are prompts
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ def _begun(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     meta, setting = read_meta(out), f"out={out}"
     other = meta is None and out.exists() and (not out.is_dir() or any(out.iterdir()))
     refuse(other, setting, "it exists and holds no token shards; choose a new folder")
-    for key, value in wanted.items() if meta else ():
+    for key, value in wanted.items():
         why = f"it was made with another {key}; choose a new folder or delete it"
-        refuse(meta["settings"].get(key) != value, setting, why)
+        refuse(meta is not None and meta["settings"].get(key) != value, setting, why)
     return meta
 
 
@@ -188,11 +188,9 @@ def holdout_threshold(source: Source) -> int:
     return min(sizes, key=lambda key: abs(sizes[key] - aim))
 
 
-def encode_documents(
-    tokenizer: Tokenizer, documents: list[Document], masked: bool
-) -> list[_Encoded]:
+def encode_documents(tokenizer: Tokenizer, documents: list[Document], masked: bool) -> list[Row]:
     """Tokenize each document to an array of end of text, prompt and text, and its loss mask."""
-    prompts = [[]] * len(documents)
+    prompts: list[list[int]] = [[]] * len(documents)
     if masked:
         prompts = tokenizer.encode_batch([document.prompt for document in documents])
     encoded = tokenizer.encode_batch([document.text for document in documents])
@@ -236,7 +234,7 @@ def _tokenize(
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, spawn, _start_worker)
     _load.cache_clear()
-    pending: deque[tuple[list[Document], Future[list[_Encoded]]]] = deque()
+    pending: deque[tuple[list[Document], Future[list[Row]]]] = deque()
     groups, read = _groups(itertools.islice(source.read(), done, None)), 0
     try:
         # The empty groups at the end let the last ones be yielded.
@@ -255,7 +253,7 @@ def _tokenize(
 _load = functools.lru_cache(1)(load_tokenizer)
 
 
-def _encode(folder: Path, documents: list[Document], masked: bool) -> list[_Encoded]:
+def _encode(folder: Path, documents: list[Document], masked: bool) -> list[Row]:
     return encode_documents(_load(folder), documents, masked)
 
 

@@ -174,11 +174,10 @@ class Shards:
     def _arrays(self, split: str, suffix: str, dtype: str) -> list[np.ndarray]:
         shards = range(self.meta["shards"])
         names = [_shard_names(shard, self.meta["masked"])[split, suffix] for shard in shards]
-        present = [
-            name for name in names if self.meta["files"][name]["bytes"]
-        ]  # others have no map
-        arrays = [np.memmap(self.folder / name, dtype, "r") for name in present]
-        return arrays or [np.empty(0, dtype)]
+        # An empty file cannot be mapped.
+        present = [self.folder / name for name in names if self.meta["files"][name]["bytes"]]
+        maps: list[np.ndarray] = [np.memmap(path, dtype, "r") for path in present]
+        return maps or [np.empty(0, dtype)]
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """A corpus as plain documents, for evaluations."""
 
-import itertools
+from itertools import islice
 from pathlib import Path
 
 from diffx.config.data import DataConfig, HubData, ShardsData
@@ -14,32 +14,26 @@ MAX_CHARACTERS = 64 << 20  # no evaluation needs more
 
 
 def read_texts(data: DataConfig, held_out: bool) -> tuple[list[str], str]:
-    """Read a corpus's documents, at most the first 64M characters.
+    """Return a corpus's documents, at most the first 64M characters, and their SHA-256.
 
-    Args:
-        data: the source; of token shards only held-out text is read.
-        held_out: read only the documents that training leaves out.
-
-    Returns:
-        The documents and their SHA-256.
+    Only the documents that training leaves out are read if ``held_out``, and of token shards.
 
     Raises:
         UserError: the text cannot be used.
     """
+    texts: list[str] = []
     if isinstance(data, ShardsData):
-        shards = Shards(Path(data.path).expanduser())
-        tokens = shards.held_out(int(data.val_tokens)).read(0, int(data.val_tokens))[0]
-        texts = decode_documents(shards.tokenizer, tokens)
+        shards, limit = Shards(Path(data.path).expanduser()), int(data.val_tokens)
+        texts = decode_documents(shards.tokenizer, shards.held_out(limit).read(0, limit)[0])
     else:
         read = None
-        if isinstance(data, HubData):
-            read = list(itertools.islice(documents(data), data.tokenizer_documents))
-        source = Source(data, lambda: read or documents(data))
+        if isinstance(data, HubData):  # which is read once
+            read = list(islice(documents(data), data.tokenizer_documents))
+        source, length = Source(data, lambda: read or documents(data)), 0
         threshold = holdout_threshold(source) if held_out else 2**64
-        texts, length = [], 0
         for document in source.read():
             if document.key <= threshold:
-                texts.append(f"{document.prompt}{document.text}")
+                texts.append(document.prompt + document.text)
                 length += len(document.text)
                 if length > MAX_CHARACTERS:
                     break
