@@ -138,7 +138,8 @@ class Haystack:
 
     def _take(self, start: float, limit: int) -> tuple[list[str], list[int]]:
         """Take sentences, and the first words of the last, up to ``limit`` tokens; with counts."""
-        pieces, costs = [], []
+        pieces: list[str] = []
+        costs: list[int] = []
         first = int(start * len(self._sentences))
         for sentence in self._sentences[first:] + self._sentences[:first]:
             cost = self._cost(sentence)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ from diffx.train.parallel import World, accumulate, autocast, clip_gradients, pa
 from diffx.train.signals import stop_signals
 from diffx.train.throughput import matmul_ceiling, peak_memory, synchronize
 
-Probe = Callable[[Callable[[], object]], dict[str, float]]
+if TYPE_CHECKING:
+    from diffx.train.run import Subject
 
 
 @dataclass
@@ -39,8 +40,7 @@ class Progress:
         train_seconds: the part of ``seconds`` in steps, without evaluation and saving.
         pending: losses since the last logged line.
         val_loss: the validation loss at this step, if measured.
-        best_loss: the lowest validation loss so far.
-        best_step: its step.
+        best_loss: the lowest validation loss so far, of step ``best_step``.
         unmeasured: the figures of this step, if a signal came before its validation was done.
     """
 
@@ -53,23 +53,6 @@ class Progress:
     best_loss: float = math.inf
     best_step: int = 0
     unmeasured: dict[str, float] | None = None
-
-
-@dataclass
-class Fit:
-    """The result of ``fit``.
-
-    Attributes:
-        progress: the state at the end.
-        validation: the last validation's figures.
-        checkpoint: the last checkpoint.
-        tokens_per_second: over all steps of the run, without evaluation and saving.
-    """
-
-    progress: Progress
-    validation: dict[str, float]
-    checkpoint: Path
-    tokens_per_second: float
 
 
 def token_losses(
@@ -102,13 +85,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure the held-out loss; every held-out token is predicted once.
 
-    Args:
-        model: gives logits or losses; left in training mode.
-        corpus: the held-out tokens.
-        config: the sequence length and the batch size.
-        world: the processes.
-        on_batch: told, before each batch, how many tokens all processes have read; what it raises
-            ends the evaluation.
+    Before each batch ``on_batch`` is called with the tokens that all processes have read; what it
+    raises ends the evaluation. The model is left in training mode.
 
     Returns:
         ``val/loss`` in nats a token, ``val/perplexity``, ``val/bpb`` in bits per byte of the text.
@@ -136,52 +114,42 @@ def evaluate(
 
 
 def fit(
-    model: nn.Module,
-    blocks: nn.ModuleList,
+    subject: "Subject",
     corpus: Corpus,
     batches: Batches,
     config: TrainConfig,
-    *,
-    flops_per_token: float,
     world: World,
     run_dir: Path,
     track: Tracker,
     reporter: Reporter,
-    resume: tuple[Path, dict[str, Any]] | None = None,
-    probe: Probe,
-    on_step: Callable[[int], None] | None = None,
-    on_validation: Callable[[int], None] | None = None,
-) -> Fit:
-    """Train a model to ``config.num_steps`` optimizer steps, from ``resume`` if it is given.
+    resume: tuple[Path, dict[str, Any]] | None,
+) -> dict[str, Any]:
+    """Train to ``config.num_steps`` optimizer steps.
 
     Args:
-        model: on its device, with weights; parameters that require no gradient stay as they are.
-        blocks: its decoder blocks, a list inside ``model``.
+        subject: what is trained, as run.py describes it.
         corpus: held-out tokens and their tokenizer.
         batches: this process's training batches, at the step to start from.
         config: the recipe.
-        flops_per_token: model FLOPs of a training token, for ``train/mfu``.
         world: the processes.
         run_dir: the run folder, which exists.
         track: logs figures.
         reporter: prints lines and progress.
-        resume: a checkpoint's folder and state, from ``newest_intact``.
-        probe: returns figures for the log; its argument runs the model on one sequence.
-        on_step: called with the steps done, at the start and after each step (for lambda(t)).
-        on_validation: called with the steps done after each validation (to draw samples).
+        resume: folder and state of the checkpoint to start from, as of ``newest_intact``.
+
+    Returns:
+        The figures of the end for summary.json, and the path of the last ``checkpoint``.
 
     Raises:
         RunError: the loss is not finite, or the disk is full.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
+    model = subject.model
     ceiling = matmul_ceiling(world.device, config.precision) * world.size
-    parallelize(model, blocks, config, world)
+    parallelize(model, subject.blocks, config, world)
     optimizer = build_optimizer(model, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    now = Progress()
-    validation: dict[str, float] = {}
-
-    checkpoint = run_dir
+    now, validation, checkpoint = Progress(), dict[str, float](), run_dir
     if resume is not None:
         checkpoint, state = resume
         load_training_state(checkpoint, model, optimizer)
@@ -190,8 +158,7 @@ def fit(
         if world.main:  # a killed process may not have done it
             prune(run_dir, config.keep_last, now.step)
 
-    if on_step is not None:
-        on_step(now.step)
+    subject.on_step(now.step)
     eot = corpus.tokenizer.eot_id
     last, batch_tokens = config.num_steps, int(config.batch_tokens)
 
@@ -215,8 +182,7 @@ def fit(
             now.best_loss, now.best_step = now.val_loss, now.step
         bar.at(now.step, note(), always=True)
         track.log(now.step, now.tokens, row | validation)
-        if on_validation is not None:
-            on_validation(now.step)
+        subject.on_validation(now.step, track)
 
     def check_finite(name: str, value: float, step: int, place: str) -> None:
         if not math.isfinite(value):
@@ -230,10 +196,8 @@ def fit(
         return "  ".join([*figures, f"{figure(speed)} tok/s"] if speed else figures)
 
     def stopped() -> Stopped:
-        return Stopped(
-            f"stopped by {stop.name or 'another process'} after step {now.step}; go on with "
-            f"train.resume={run_dir}"
-        )
+        by, step = stop.name or "another process", now.step
+        return Stopped(f"stopped by {by} after step {step}; go on with train.resume={run_dir}")
 
     def save() -> Path:
         now.seconds = track.seconds
@@ -276,8 +240,7 @@ def fit(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             now.step += 1
-            if on_step is not None:
-                on_step(now.step)
+            subject.on_step(now.step)
             now.tokens += batch_tokens
             now.val_loss = None
             unread.append((now.step, loss, batch.position))
@@ -313,10 +276,10 @@ def fit(
                     "train/lr": rate,
                     "train/grad_norm": float(norm),
                     "train/tokens_per_second": speed,
-                    "train/mfu": speed * flops_per_token / ceiling,
+                    "train/mfu": speed * subject.flops_per_token / ceiling,
                     "train/peak_memory_bytes": peak_memory(world.device),
                 }
-                row |= probe(partial(_look, model, batch, config, eot, world))
+                row |= subject.probe(partial(_look, model, batch, config, eot, world))
                 bar.at(now.step, note())
 
             # Evaluate
@@ -335,17 +298,22 @@ def fit(
         if now.val_loss is None:  # resumed at its last step
             measure({})
             checkpoint = save()
-    return Fit(now, validation, checkpoint, now.tokens / max(now.train_seconds, 1e-9))
+    return {
+        "step": now.step,
+        "tokens": now.tokens,
+        **validation,
+        "best/val/loss": now.best_loss,
+        "best/step": now.best_step,
+        "seconds": round(now.seconds, 1),
+        "tokens_per_second": now.tokens / max(now.train_seconds, 1e-9),
+        "checkpoint": str(checkpoint),
+    }
 
 
 def _accumulate_gradients(
     model: nn.Module, batch: Batch, config: TrainConfig, eot: int, world: World
 ) -> torch.Tensor:
-    """Accumulate a step's gradients over micro-batches.
-
-    Returns:
-        The mean loss, on the device, the same in every process.
-    """
+    """Accumulate gradients over micro-batches; return the mean loss over all processes."""
     rows = batch.inputs.shape[0]
     size = config.micro_batch_size or rows
     scored = world.total((batch.targets >= 0).sum().float().to(world.device)).clamp(min=1)
