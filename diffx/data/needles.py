@@ -3,8 +3,7 @@
     … text. The magic number of Chicago is 1234567. More text … What is the magic number of
     Chicago? The magic number of Chicago is → 1234567.
 
-Training (data=retrieval) and evaluation (suite=retrieval) use this format. The task is that of
-Gemini 1.5 and the Large World Model (arXiv 2402.08268), used in arXiv 2410.05258, section 3.4.
+The task of the Large World Model (arXiv 2402.08268), used in arXiv 2410.05258, section 3.4.
 """
 
 import random
@@ -95,7 +94,7 @@ def needle_of(city: str, number: str) -> str:
 
 
 def draw_needles(seed: str, needles: int, asked: int, depth: float, digits: int) -> Needles:
-    """Draw cities, numbers and places; equal arguments give equal needles on every machine."""
+    """Draw needles; equal arguments give equal needles on every machine."""
     choose = random.Random(seed)
     cities = choose.sample(CITIES, needles)
     numbers = choose.sample(range(10 ** (digits - 1), 10**digits), needles)

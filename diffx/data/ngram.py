@@ -16,9 +16,9 @@ def baselines(
 ) -> dict[str, dict[str, float]]:
     """Measure the unigram and bigram models of a corpus in nats a token and bits a byte.
 
-    A small vocabulary makes a bigram weaker, so it is also measured, in bits a byte of the same
-    documents, with a byte-level BPE of 4,096 tokens, except on token shards, which hold no text.
-    The retrieval task has no baselines: its targets are random numbers.
+    A small vocabulary makes a bigram weaker, so it is also measured with a byte-level BPE of 4,096
+    tokens, except on token shards, which hold no text. The random numbers of the retrieval task
+    have no baselines.
     """
     if corpus.data.kind == "retrieval":
         return {}
@@ -35,14 +35,13 @@ def baselines(
 
 
 def bits_per_byte(nats: float, val: HeldOut) -> float:
-    """Convert the mean loss over the scored targets of ``val`` from nats to bits a byte."""
+    """Convert the mean loss over the targets of ``val`` from nats to bits a byte."""
     return nats * val.n_tokens / val.n_bytes / math.log(2)
 
 
 def unigram(train: TokenArray, val: HeldOut, vocab_size: int) -> float:
     """Return nats a token of the unigram model with add-one smoothing."""
-    _, targets = _scored(val)
-    tokens = _counted(train)
+    tokens, (_, targets) = _counted(train), _scored(val)
     probability = (np.bincount(tokens, minlength=vocab_size) + 1) / (len(tokens) + vocab_size)
     return float(-np.log(probability[targets]).mean())
 

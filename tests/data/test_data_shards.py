@@ -205,7 +205,7 @@ def test_wide_vocabularies_take_32_bits(jsonl):
         def encode_batch(self, texts):
             return [[65536 + len(text)] for text in texts]
 
-    ((tokens, mask),) = encode_documents(Wide(), [Document("abc", "", "", b"", 3)], masked=False)
+    ((tokens, mask),) = encode_documents(Wide(), [Document("abc", "", b"", 3)], masked=False)
     assert tokens.dtype == np.dtype("<u4") and tokens.tolist() == [69999, 65539] and mask is None
 
 
