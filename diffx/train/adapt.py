@@ -67,9 +67,7 @@ class Adaptation:
         self.tokenizer = self._base.tokenizer
 
     def build(self, corpus: Corpus, initial: bool) -> None:
-        """Choose heads by how the base attends to the corpus, and attach the variant.
-
-        ``initial`` is not used: a base starts with its own weights.
+        """Choose heads and attach the variant; ``initial`` changes nothing.
 
         Raises:
             UserError: the text has another tokenizer, the heads cannot be used, or the memory of
@@ -225,8 +223,8 @@ def restore(
 ) -> tuple[Pretrained, Adapted]:
     """Load the base of an adapted run, and put a checkpoint of the run into it.
 
-    All weights have the base's type, except W_D and lambda. Code that comes with the base is run
-    only with the argument ``trust_remote_code``: another person may have written the saved job.
+    All weights have the base's type, except W_D and lambda. The saved job cannot allow code of the
+    base, since another person may have written it.
 
     Raises:
         UserError: the base is missing, has changed, or needs code that may not be run.

@@ -1,7 +1,6 @@
 """Checkpoints: ``<run>/checkpoints/step_00001000/`` with weights, optimizer and state.
 
-A checkpoint is written to a temporary folder and renamed. ``state.json`` holds the SHA-256 of the
-other files and a checksum of itself, so that a damaged checkpoint is detected. No file is a pickle.
+``state.json`` holds the SHA-256 of the other files and of itself. No file is a pickle.
 """
 
 import os
@@ -47,10 +46,9 @@ def save_checkpoint(
     state: dict[str, Any],
     main: bool = True,
 ) -> Path:
-    """Write a checkpoint of ``step``; every process calls this, the ``main`` one writes.
+    """Write trained parameters, AdamW's moments, and the loop's ``state``, which is JSON-able.
 
-    Trained parameters are saved unsharded, and AdamW's moments by parameter name, beside the
-    JSON-able ``state`` of the loop.
+    Every process calls this; the ``main`` one writes.
 
     Raises:
         RunError: the disk is full, or the run folder is gone; earlier checkpoints are intact.
@@ -188,14 +186,12 @@ def prune(run_dir: Path, keep_last: int, step: int) -> None:
 
 
 def find_checkpoint(spec: str, key: str = "checkpoint") -> tuple[Path, Path]:
-    """Resolve ``runs/x``, ``runs/x@best`` or ``runs/x@1000``; without ``@``, the newest.
+    """Return the folders of the run and the checkpoint of ``runs/x@best`` or ``runs/x@1000``.
 
-    Returns:
-        The run folder and the checkpoint folder.
+    Without ``@`` the checkpoint is the newest.
 
     Raises:
-        UserError: there is no such run or checkpoint; the message lists what exists.
-        DamagedCheckpointError: the checkpoint is damaged.
+        UserError: there is no such run or checkpoint, or it is damaged.
     """
     path, which = spec, ""
     if "@" in spec and not Path(spec).exists():

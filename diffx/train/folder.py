@@ -1,8 +1,4 @@
-"""The run folder: its name, its first files, and the settings that a resumed run keeps.
-
-<run>/  config.yaml  overrides.yaml  environment.json  data.json  tokenizer/  metrics.jsonl
-        train.log  checkpoints/step_00001000/  summary.json
-"""
+"""The run folder: its name, its first files, and the settings that a resumed run keeps."""
 
 import dataclasses
 import operator
@@ -43,13 +39,10 @@ _SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediat
 def settle(job: AnyJob, overrides: list[str]) -> tuple[AnyJob, Path | None]:
     """Return the job to run, and the folder to resume in (``None``: start in a new one).
 
-    Args:
-        job: as composed from the command line.
-        overrides: the overrides on the command line; they change the saved job of a resumed run.
+    A resumed run has its saved job, changed by the overrides on the command line.
 
     Raises:
-        UserError: the folder exists, there is nothing to resume, or an override conflicts with the
-            earlier run.
+        UserError: the folder exists, there is no run to resume, or an override conflicts with it.
     """
     resume, run_dir = job.train.resume, None if job.run.dir is None else Path(job.run.dir)
     if resume is None or (resume == "auto" and (run_dir is None or not _begun(run_dir))):
@@ -106,7 +99,7 @@ def finished(job: AnyJob, folder: Path, reporter: Reporter) -> bool:
 
 
 def given(overrides: list[str], job: AnyJob, saved: AnyJob) -> list[str]:
-    """List the config keys that the overrides set.
+    """List the config keys of ``saved`` that the overrides set.
 
     An override of a group (``model=diff_v1``) sets its ``kind``, ``size=`` the shape,
     ``experiment=`` every key in which ``job`` and ``saved`` differ.
@@ -186,9 +179,7 @@ def shown_as(job: AnyJob, overrides: list[str]) -> tuple[str, list[str]]:
 
 @contextmanager
 def hold_folder(folder: Path, new: bool) -> Iterator[None]:
-    """Hold a run folder's lock, which the system releases if the process is killed.
-
-    With ``new`` the folder is created first, and must have no files.
+    """Hold a run folder's lock; a ``new`` folder is created first, and must have no files.
 
     Raises:
         UserError: another process holds the lock, or another run created the folder meanwhile.
@@ -208,10 +199,9 @@ def hold_folder(folder: Path, new: bool) -> Iterator[None]:
 def write_start(
     folder: Path, job: AnyJob, overrides: list[str], tokenizer: Tokenizer, corpus: dict[str, Any]
 ) -> None:
-    """Write the first files of a run; a resumed run adds its overrides and environment.
+    """Write the first files of a run, ``corpus`` into data.json; a resumed run adds to them.
 
-    config.yaml is first: a folder that has it can be resumed. Each file is written atomically; a
-    resumed run writes those that are missing. ``corpus`` is the content of data.json.
+    config.yaml is first: a folder that has it can be resumed. Each file is written atomically.
 
     Raises:
         UserError: a file of the resumed run is damaged; nothing was written.
@@ -234,7 +224,7 @@ def write_start(
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """Describe versions, commit, command, hardware and seed; no variables, they hold secrets."""
+    """Describe versions, command, hardware and seed, without variables, which hold secrets."""
     packages = ["torch", "transformers", "tokenizers", "datasets"]
     packages += ["hydra-core", "lm_eval", "wandb", "numpy"]
     return {
@@ -274,7 +264,7 @@ def _begun(folder: Path) -> bool:
 
 
 def _unused(folder: Path) -> bool:
-    """Return whether the folder is absent, or has only files from before config.yaml."""
+    """Return whether a folder is absent, or has only files from before config.yaml."""
     if not folder.is_dir():
         return not folder.exists()
     return {entry.name for entry in folder.iterdir()} <= {_LOCK, ".config.yaml.tmp"}

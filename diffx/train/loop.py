@@ -36,8 +36,8 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         tokens: training tokens seen.
-        seconds: seconds since the run started, including those before a resume.
-        train_seconds: the part of ``seconds`` in steps, without evaluation and saving.
+        seconds: since the run started, including those before a resume.
+        train_seconds: those in steps, without evaluation and saving.
         pending: losses since the last logged line.
         val_loss: the validation loss at this step, if measured.
         best_loss: the lowest validation loss so far, of step ``best_step``.
@@ -60,19 +60,13 @@ def token_losses(
 ) -> torch.Tensor:
     """Return the sum of the cross-entropies in nats of the targets that are not -100.
 
-    Args:
-        model: a ``Decoder``, or a model that returns logits.
-        inputs: (B, T) token ids.
-        targets: (B, T) next tokens, -100 where there is no loss.
-        boundaries: (n+1,) document boundaries in the flattened batch; ``None``: no masks.
+    The model returns logits or is a ``Decoder``. ``inputs`` and ``targets`` are (B, T), and
+    ``boundaries`` (n + 1,) those of documents, as of ``cu_seqlens``; ``None``: no masks.
     """
     if isinstance(model, Decoder):
-        loss: torch.Tensor = model(inputs, cu_seqlens=boundaries, targets=targets)
-        return loss
-    logits = model(inputs, cu_seqlens=boundaries)  # (B, T, V)
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
-    )
+        return model(inputs, cu_seqlens=boundaries, targets=targets)
+    logits = model(inputs, cu_seqlens=boundaries).flatten(0, 1).float()  # (B T, V)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
 
 
 @torch.no_grad()
@@ -83,13 +77,10 @@ def evaluate(
     world: World,
     on_batch: Callable[[int], None],
 ) -> dict[str, float]:
-    """Measure the held-out loss; every held-out token is predicted once.
+    """Return ``val/loss`` in nats a token, ``val/perplexity``, and ``val/bpb`` in bits per byte.
 
-    Before each batch ``on_batch`` is called with the tokens that all processes have read; what it
+    ``on_batch`` is called before each batch with the tokens that all processes have read; what it
     raises ends the evaluation. The model is left in training mode.
-
-    Returns:
-        ``val/loss`` in nats a token, ``val/perplexity``, ``val/bpb`` in bits per byte of the text.
     """
     model.eval()
     total, eot = torch.zeros(2, dtype=torch.float64), corpus.tokenizer.eot_id
@@ -128,7 +119,7 @@ def fit(
 
     Args:
         subject: what is trained, as run.py describes it.
-        corpus: held-out tokens and their tokenizer.
+        corpus: the held-out tokens.
         batches: this process's training batches, at the step to start from.
         config: the recipe.
         world: the processes.
@@ -138,7 +129,7 @@ def fit(
         resume: folder and state of the checkpoint to start from, as of ``newest_intact``.
 
     Returns:
-        The figures of the end for summary.json, and the path of the last ``checkpoint``.
+        The last figures and checkpoint, for summary.json.
 
     Raises:
         RunError: the loss is not finite, or the disk is full.
@@ -336,7 +327,7 @@ def _nats(
     eot: int,
     world: World,
 ) -> torch.Tensor:
-    """Return ``token_losses`` of a micro-batch, (b, T), in the training precision."""
+    """Return ``token_losses`` of a micro-batch in the training precision."""
     inputs = inputs.to(world.device, non_blocking=True)
     targets = targets.to(world.device, non_blocking=True)
     boundaries = cu_seqlens(inputs, eot) if config.mask_documents else None

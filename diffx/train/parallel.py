@@ -1,7 +1,4 @@
-"""Devices and distribution, which no other file handles.
-
-Order: activation checkpointing, compile each block, ``fully_shard`` each block, then the root.
-"""
+"""Devices and distribution, which no other file handles."""
 
 import ctypes
 import os
@@ -69,11 +66,7 @@ class World:
 
 
 def pick_device(device: Device) -> torch.device:
-    """Return the device that ``device=`` names, and prepare it.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
+    """Return the device that ``device=`` names; ``UserError`` if this machine has none."""
     mps = torch.backends.mps.is_available()
     present = torch.cuda.is_available() * [Device.cuda] + mps * [Device.mps] + [Device.cpu]
     if device is Device.auto:
@@ -102,8 +95,7 @@ def keep_freed_memory() -> None:
 def join_world(device: Device) -> Iterator[World]:
     """Join the process group if ``torchrun`` started this process, and leave it at the end.
 
-    The first process that fails prints its error, the others nothing; each exits with the code of
-    its error.
+    The first process that fails prints its error; each exits with the code of its error.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World(pick_device(device))
@@ -173,11 +165,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], bound: float) -> torch.Te
 
 
 def fused_kernels(config: TrainConfig, device: torch.device) -> ModuleType | None:
-    """The implementation of attention by fused kernels, if the config asks for it.
-
-    Raises:
-        UserError: there is no GPU, or no Triton.
-    """
+    """The fused kernels, if the config asks for them; ``UserError`` without GPU or Triton."""
     if not config.fused_attention:
         return None
     setting, why = "train.fused_attention=true", "the kernels are for a GPU (device=cuda)"
@@ -190,7 +178,7 @@ def fused_kernels(config: TrainConfig, device: torch.device) -> ModuleType | Non
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """Return the context for forward passes: bf16 autocast over fp32 weights, or nothing."""
+    """Return the context of forward passes: bf16 autocast over fp32 weights, or none."""
     if precision_of(device, precision) is Precision.fp32:
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -55,11 +55,7 @@ def _shown(group: str, config: Any, names: str) -> str:
 
 
 def parameter_table(job: TrainJob) -> Table:
-    """Return the table of counts of a composed ``diffx train`` job.
-
-    Raises:
-        UserError: the size of the vocabulary is known only once the tokenizer is loaded.
-    """
+    """Return ``counts_table`` of a job; ``UserError`` if the vocabulary's size is not known."""
     size, tokenizer = job.model.vocab_size, job.tokenizer
     if size is None:
         bpe = tokenizer.vocab_size if isinstance(tokenizer, BpeTokenizer) else None

@@ -56,9 +56,7 @@ Subject = Union[Scratch, "Adaptation"]
 def run_job(job: AnyJob, overrides: list[str]) -> Path:
     """Train or adapt a model, or resume a run, and return the run folder.
 
-    Args:
-        job: the composed job.
-        overrides: the overrides on the command line; a resumed run refuses those that conflict.
+    The saved job of a resumed run is changed by the overrides on the command line.
 
     Raises:
         UserError: the job cannot be run; nothing was written.
