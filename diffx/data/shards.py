@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from filelock import FileLock
@@ -119,11 +119,10 @@ class Shards:
     """
 
     def __init__(self, folder: Path, progress: ProgressCallback = no_progress) -> None:
-        meta, setting = read_meta(folder), f"data.path={folder}"
-        if meta is None or not meta["complete"]:
-            why = "holds no token shards" if meta is None else "is not finished"
-            refuse(True, setting, f"it {why}; `diffx data prepare` writes or finishes it")
-        assert meta is not None
+        meta, setting = read_meta(folder) or {}, f"data.path={folder}"
+        why = "is not finished" if meta else "holds no token shards"
+        why = f"it {why}; `diffx data prepare` writes or finishes it"
+        refuse(not meta.get("complete"), setting, why)
         _verify(folder, meta["files"], progress)
         self.folder, self.meta = folder, meta
         self.tokenizer = load_tokenizer(folder / "tokenizer")
@@ -172,8 +171,7 @@ class Shards:
         return TokenArray(self._arrays(split, ".bin", self.meta["dtype"]), masks)
 
     def _arrays(self, split: str, suffix: str, dtype: str) -> list[np.ndarray]:
-        shards = range(self.meta["shards"])
-        names = [_shard_names(shard, self.meta["masked"])[split, suffix] for shard in shards]
+        names = [_shard_name(split, shard, suffix) for shard in range(self.meta["shards"])]
         # An empty file cannot be mapped.
         present = [self.folder / name for name in names if self.meta["files"][name]["bytes"]]
         maps: list[np.ndarray] = [np.memmap(path, dtype, "r") for path in present]
@@ -198,7 +196,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     elif not (wrong := _wrong_key(meta, _META)):
         files = meta["files"]
         shards = range(min(meta["shards"], len(files) + 1))
-        names = {name for n in shards for name in _shard_names(n, meta["masked"]).values()}
+        names = {name for n in shards for name in _shard_names(n, meta["masked"])}
         if other := sorted(names ^ files.keys()):
             damage = f"{other[0]!r} is missing, or is no name of a file of {meta['shards']} shards"
         wrong = _wrong_key(files, {name: {"bytes": int, "sha256": str} for name in files})
@@ -280,50 +278,50 @@ def write_shards(
     for path in folder.glob("*.bin"):
         if path.name not in meta["files"]:
             path.unlink()  # of an unfinished shard
+    files: dict[str, BinaryIO] = {}
+
+    def write(split: str, suffix: str, array: np.ndarray) -> None:
+        files[_shard_name(split, meta["shards"], suffix)].write(array.tobytes())
+
     rows = iter(rows)
     while not meta["complete"]:
-        names = _shard_names(meta["shards"], meta["masked"])
-        start = meta["train"]["tokens"]
+        start, names = meta["train"]["tokens"], _shard_names(meta["shards"], meta["masked"])
         with ExitStack() as stack:
-            files = {
-                key: stack.enter_context((folder / name).open("wb")) for key, name in names.items()
-            }
+            for name in names:
+                files[name] = stack.enter_context((folder / name).open("wb"))
             for document, tokens, mask in rows:
                 split = "val" if document.key <= meta["threshold"] else "train"
                 counts = [1, len(tokens), document.n_bytes]
                 for key, count in zip(_COUNTS, counts, strict=True):
                     meta[split][key] += count
                 meta["sha256"] = sha256(bytes.fromhex(meta["sha256"]), document.digest)
-                files[split, ".bin"].write(tokens.tobytes())
+                write(split, ".bin", tokens)
                 if mask is not None:
-                    files[split, ".mask.bin"].write(mask.tobytes())
+                    write(split, ".mask.bin", mask)
                 if split == "val":
-                    index = np.array([document.key, *counts[1:]], "<u8")
-                    files["val", ".docs.bin"].write(index.tobytes())
+                    write("val", ".docs.bin", np.array([document.key, *counts[1:]], "<u8"))
                 if meta["train"]["tokens"] - start >= shard_tokens:
                     break
             else:  # end of text after the last training document
-                end = np.array([meta["tokenizer"]["eot_id"]], meta["dtype"])
-                files["train", ".bin"].write(end.tobytes())
+                write("train", ".bin", np.array([meta["tokenizer"]["eot_id"]], meta["dtype"]))
                 if meta["masked"]:
-                    files["train", ".mask.bin"].write(b"\1")
+                    write("train", ".mask.bin", np.ones(1, np.uint8))
                 meta["train"]["tokens"] += 1
                 meta["complete"] = True
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
-        for name in names.values():
-            path = folder / name
-            meta["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for name in names:
+                files[name].flush()
+                os.fsync(files[name].fileno())
+                digest = sha256(folder / name)
+                meta["files"][name] = {"bytes": files[name].tell(), "sha256": digest}
         meta["shards"] += 1
         write_meta(folder, meta)
 
 
-def _shard_names(shard: int, masked: bool) -> dict[tuple[str, str], str]:
-    """Return the names of a shard's files by split and suffix."""
-    suffixes = {"train": [".bin"], "val": [".bin", ".docs.bin"]}
-    return {
-        (split, suffix): f"{split}-{shard:05d}{suffix}"
-        for split in suffixes
-        for suffix in suffixes[split] + [".mask.bin"] * masked
-    }
+def _shard_name(split: str, shard: int, suffix: str) -> str:
+    return f"{split}-{shard:05d}{suffix}"
+
+
+def _shard_names(shard: int, masked: bool) -> list[str]:
+    kinds = [("train", ".bin"), ("val", ".bin"), ("val", ".docs.bin")]
+    kinds += [("train", ".mask.bin"), ("val", ".mask.bin")] * masked
+    return [_shard_name(split, shard, suffix) for split, suffix in kinds]

@@ -71,7 +71,7 @@ class FastTokenizer:
 
         With ``begin``, ``transformers`` puts end of text before every text, as training does.
         """
-        from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
+        from transformers import PreTrainedTokenizerFast  # slow to import
 
         backend, pretrained, eot = self._backend, self._pretrained, self._eot
         if begin:
@@ -103,15 +103,15 @@ class TiktokenEncoding:
         self.fingerprint = json_sha256(definition, sort_keys=False)
 
     def encode(self, text: str) -> list[int]:
-        """Encode one text, without an end-of-text token."""
+        """See ``FastTokenizer``."""
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Encode several texts at once."""
+        """See ``FastTokenizer``."""
         return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def decode(self, ids: list[int]) -> str:
-        """Map tokens to text, special tokens included."""
+        """See ``FastTokenizer``."""
         return self._encoding.decode(ids)
 
     def save(self, folder: str | Path, begin: bool = False) -> None:

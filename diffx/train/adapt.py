@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffx.config import UserError
 from diffx.config.checks import refuse
 from diffx.config.dex import CRITERIA, AdaptJob
 from diffx.config.train import Precision
@@ -61,9 +60,10 @@ class Adaptation:
         dtype = "auto" if bf16 else torch.float32
         trusted = job.trust_remote_code
         self._base, self._layers = _load_base(job, resumed, world.device, dtype, trusted)
-        limit, length = self._base.limit, job.train.seq_len
+        length = job.train.seq_len
+        limit = self._base.limit or length
         why = f"{self._base.name} reads {limit} tokens at most"
-        refuse(limit is not None and length > limit, f"train.seq_len={length}", why)
+        refuse(length > limit, f"train.seq_len={length}", why)
         self.tokenizer = self._base.tokenizer
 
     def build(self, corpus: Corpus, initial: bool) -> None:
@@ -155,14 +155,13 @@ class Adaptation:
         rows = job.train.micro_batch_size or rows
         logits = 3 * 4 * rows * job.train.seq_len * entries  # logits, logarithms, gradient: fp32
         needed, free = 12 * trained // world.size + logits, free_memory(world.device)
-        if needed > free:
-            raise UserError(
-                f"dex.variant={job.dex.variant.value} cannot be trained here: besides the weights "
-                f"it needs {needed / gib:.1f} GiB and more ({logits / gib:.1f} for the logits of "
-                f"{rows} sequences, the rest for gradients and moments) and {free / gib:.1f} GiB "
-                "are free; lower train.micro_batch_size or train.seq_len, or train less "
-                "(dex.variant=adapter_only)"
-            )
+        why = (
+            f"besides the weights it needs {needed / gib:.1f} GiB and more ({logits / gib:.1f} for "
+            f"the logits of {rows} sequences, the rest for gradients and moments) and "
+            f"{free / gib:.1f} GiB are free; lower train.micro_batch_size or train.seq_len, or "
+            "train less (dex.variant=adapter_only)"
+        )
+        refuse(needed > free, f"dex.variant={job.dex.variant.value}", why)
 
     def _choose_heads(self, corpus: Corpus) -> Plan:
         """Read the heads of the resumed run or of ``dex.heads``, or choose them on the text."""

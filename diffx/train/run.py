@@ -28,7 +28,7 @@ from diffx.config import RunError
 from diffx.config.checks import refuse
 from diffx.config.train import TrainJob
 from diffx.console import Reporter, duration, make_table
-from diffx.data import Corpus, open_data
+from diffx.data import open_data
 from diffx.files import write_json
 from diffx.tracking import NullTracker, Tracker
 from diffx.train.checkpoint import newest_intact
@@ -92,15 +92,20 @@ def _run(
         from diffx.train.adapt import Adaptation  # imports matplotlib, which training does not need
 
         subject = Adaptation(job, resumed, world, reporter)
-    corpus = _open_corpus(job, subject, world, reporter)
+    if world.main:  # it fills the caches, and the other processes read them afterwards
+        with reporter.progress("corpus", None, unit="MB") as bar:
+            corpus = open_data(job.data, subject.tokenizer, progress=partial(show_read, bar))
+    world.barrier()
+    if not world.main:
+        corpus = open_data(job.data, subject.tokenizer)
     steps, tokens, seq_len = job.train.num_steps, int(job.train.batch_tokens), job.train.seq_len
     batches = corpus.batches(seq_len, tokens // seq_len, job.seed, world.rank, world.size)
     checkpoint = newest_intact(resumed, reporter.warn) if resumed else None
     if checkpoint:
         batches.load_state_dict(checkpoint[1]["data"])
-        done = checkpoint[1]["progress"]["step"]
-        why = f"the run in {resumed} has done {done} steps; give more"
-        refuse(done > steps, f"train.steps={steps}", why)
+        reached = checkpoint[1]["progress"]["step"]
+        why = f"the run in {resumed} has done {reached} steps; give more"
+        refuse(reached > steps, f"train.steps={steps}", why)
     subject.build(corpus, initial=checkpoint is None)
     folder = resumed or Path(world.share(str(new_folder(job))))
     if world.main:
@@ -116,7 +121,15 @@ def _run(
     reporter.line(
         f"{steps} steps of {tokens} tokens, T={seq_len}, on {world.size} x {world.device}"
     )
-    with _open_tracker(job, folder, world, reporter, resumed is not None, checkpoint) as track:
+    track: Tracker = NullTracker()
+    if world.main:
+        # A run that was killed before its first checkpoint starts again in the same folder.
+        done = checkpoint[1]["progress"] if checkpoint else {"step": -1, "seconds": 0.0}
+        step, seconds = int(done["step"]) if resumed else None, float(done["seconds"])
+        name, tags = shown_as(job, yaml.safe_load((folder / "overrides.yaml").read_text("utf-8")))
+        config = dataclasses.asdict(job)
+        track = Tracker(folder, job.wandb, name, config, reporter.warn, step, seconds, tags)
+    with track:
         track.constants = constants
         args = (job.train, world, folder, track, reporter, checkpoint)
         summary = {"name": run_name(job), "kind": variant(job), "seed": job.seed}
@@ -128,34 +141,6 @@ def _run(
             subject.report(summary)
             _report(summary, folder, reporter)
     return folder
-
-
-def _open_corpus(job: AnyJob, subject: Subject, world: World, reporter: Reporter) -> Corpus:
-    """Open a corpus: the main process fills the caches, the others read them afterwards."""
-    if world.main:
-        with reporter.progress("corpus", None, unit="MB") as bar:
-            corpus = open_data(job.data, subject.tokenizer, progress=partial(show_read, bar))
-    world.barrier()
-    return corpus if world.main else open_data(job.data, subject.tokenizer)
-
-
-def _open_tracker(
-    job: AnyJob,
-    folder: Path,
-    world: World,
-    reporter: Reporter,
-    resumed: bool,
-    checkpoint: tuple[Path, dict[str, Any]] | None,
-) -> Tracker:
-    """Open the run's tracker, cut back to the checkpoint of a resumed run."""
-    if not world.main:
-        return NullTracker()
-    # A run that was killed before its first checkpoint starts again in the same folder.
-    progress = checkpoint[1]["progress"] if checkpoint else {"step": -1, "seconds": 0.0}
-    step = int(progress["step"]) if resumed else None
-    name, tags = shown_as(job, yaml.safe_load((folder / "overrides.yaml").read_text("utf-8")))
-    config, seconds = dataclasses.asdict(job), float(progress["seconds"])
-    return Tracker(folder, job.wandb, name, config, reporter.warn, step, seconds, tags)
 
 
 def _report(summary: dict[str, Any], folder: Path, reporter: Reporter) -> None:
