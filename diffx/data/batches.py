@@ -121,10 +121,7 @@ def val_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Predict every held-out token once.
-
-    The last window, and rows that a process lacks, are padded with targets that carry no loss.
-    """
+    """Predict every held-out token once; padding carries no loss."""
     _check_rows(seq_len, batch_size, world_size)
     tokens, mask = held_out.read(0, len(held_out))
     n_windows = -(-(len(tokens) - 1) // seq_len)

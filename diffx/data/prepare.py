@@ -135,7 +135,7 @@ def build(
     if meta is None:
         threshold = holdout_threshold(source)
         if isinstance(tokenizer, BpeTokenizer):
-            tokenizer = make_tokenizer(tokenizer, _training_texts(source, threshold))
+            tokenizer = make_tokenizer(tokenizer, training_texts(source, threshold))
         fields = ("kind", "vocab_size", "eot_id", "fingerprint")
         meta = {
             "format": FORMAT,
@@ -202,7 +202,8 @@ def encode_documents(tokenizer: Tokenizer, documents: list[Document], masked: bo
     return rows
 
 
-def _training_texts(source: Source, threshold: int) -> Iterator[str]:
+def training_texts(source: Source, threshold: int) -> Iterator[str]:
+    """Yield the texts that a tokenizer is trained on."""
     done, limit = 0, getattr(source.data, "tokenizer_documents", None)
     for document in itertools.islice(source.read(), limit):
         if document.key > threshold:

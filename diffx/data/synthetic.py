@@ -16,7 +16,7 @@ from diffx.config.checks import refuse
 from diffx.config.data import BpeTokenizer, RetrievalData
 from diffx.data.batches import Batch, Batches, Row, make_batch
 from diffx.data.needles import Haystack, draw_needles, needle_of
-from diffx.data.prepare import Source, holdout_threshold
+from diffx.data.prepare import Source, holdout_threshold, training_texts
 from diffx.data.shards import HeldOut, Shards, TokenArray, token_dtype
 from diffx.data.sources import documents
 from diffx.data.tokenizers import Tokenizer, decode_documents, make_tokenizer
@@ -147,8 +147,7 @@ def held_out(data: RetrievalData, shards: Shards) -> HeldOut:
 def train_tokenizer(data: RetrievalData, vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE on the first training documents and on needles."""
     source = Source(data.text(), lambda: documents(data))
-    threshold = holdout_threshold(source)
-    texts = (document.text for document in source.read() if document.key > threshold)
+    texts = training_texts(source, holdout_threshold(source))
     drawn = (draw_needles(f"tokenizer/{i}", 1, 1, 0.0, data.digits) for i in range(_NEEDLES))
     needles = (needle_of(one.cities[0], one.numbers[0]) + one.question for one in drawn)
     config = BpeTokenizer(vocab_size=vocab_size)

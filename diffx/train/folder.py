@@ -64,8 +64,7 @@ def settle(job: AnyJob, overrides: list[str]) -> tuple[AnyJob, Path | None]:
     if isinstance(saved, AdaptJob) and isinstance(job, AdaptJob):
         # Another person may have written the folder: only this command can trust code.
         saved.trust_remote_code = job.trust_remote_code
-    values, saved_values = _flat(job), _flat(saved)
-    for key in given(overrides, job, saved):
+    for key, (value, kept) in given(overrides, job, saved).items():
         if key in ("train.steps", "train.tokens"):  # the one replaces the other
             saved.train.steps = saved.train.tokens = None
         group, _, name = key.rpartition(".")
@@ -73,11 +72,10 @@ def settle(job: AnyJob, overrides: list[str]) -> tuple[AnyJob, Path | None]:
         if free or key == "device":
             target = getattr(saved, group) if group else saved
             setattr(target, name, operator.attrgetter(key)(job))
-        elif saved_values[key] != values[key]:
+        elif value != kept:
             raise UserError(
-                f"{key}={values[key]} conflicts with the run in {folder}, which has "
-                f"{key}={saved_values[key]}; a resumed run keeps its settings, save for steps, "
-                "cadence, device and wandb"
+                f"{key}={value} conflicts with the run in {folder}, which has {key}={kept}; a "
+                "resumed run keeps its settings, save for steps, cadence, device and wandb"
             )
     saved.run.dir = str(folder)
     saved.train = dataclasses.replace(saved.train)  # runs its checks again
@@ -98,8 +96,8 @@ def finished(job: AnyJob, folder: Path, reporter: Reporter) -> bool:
     return True
 
 
-def given(overrides: list[str], job: AnyJob, saved: AnyJob) -> list[str]:
-    """List the config keys of ``saved`` that the overrides set.
+def given(overrides: list[str], job: AnyJob, saved: AnyJob) -> dict[str, tuple[Any, Any]]:
+    """Return the config keys of ``saved`` that the overrides set, with the values of both jobs.
 
     An override of a group (``model=diff_v1``) sets its ``kind``, ``size=`` the shape,
     ``experiment=`` every key in which ``job`` and ``saved`` differ.
@@ -117,7 +115,8 @@ def given(overrides: list[str], job: AnyJob, saved: AnyJob) -> list[str]:
         else:
             keys += [key for key in values if key == name or key.startswith(f"{name}.")]
     # A key that `saved` lacks belongs to another kind, and the kinds are compared first.
-    return [key for key in dict.fromkeys(keys) if key in saved_values or key.endswith(".kind")]
+    keys = [key for key in keys if key in saved_values or key.endswith(".kind")]
+    return {key: (values[key], saved_values.get(key)) for key in keys}
 
 
 def _continued(job: AnyJob, overrides: list[str]) -> AnyJob:
@@ -126,14 +125,14 @@ def _continued(job: AnyJob, overrides: list[str]) -> AnyJob:
         return job
     source, _ = find_checkpoint(job.train.init_from, "train.init_from")
     saved = load_config(source / "config.yaml")
-    keys, values, saved_values = given(overrides, job, saved), _flat(job), _flat(saved)
-    for key in keys:
+    keys = given(overrides, job, saved)
+    for key, (value, kept) in keys.items():
         fixed = key.split(".")[0] in ("model", "tokenizer") and key != "model.rope_theta"
-        if fixed and values[key] != saved_values[key]:
+        if fixed and value != kept:
             raise UserError(
-                f"{key}={values[key]} conflicts with train.init_from={job.train.init_from}, which "
-                f"has {key}={saved_values[key]}; the model and the tokenizer come from that run, "
-                "and only model.rope_theta may change"
+                f"{key}={value} conflicts with train.init_from={job.train.init_from}, which has "
+                f"{key}={kept}; the model and the tokenizer come from that run, and only "
+                "model.rope_theta may change"
             )
     theta = job.model.rope_theta if "model.rope_theta" in keys else saved.model.rope_theta
     model = dataclasses.replace(saved.model, rope_theta=theta)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from diffx.config.train import TrainJob, WandbMode
 from diffx.console import Bar, Reporter, figure, make_table
 from diffx.data import Corpus, load_tokenizer
 from diffx.data.ngram import baselines
+from diffx.dex.layout import evaluating
 from diffx.dex.pretrained import free_memory
 from diffx.models import build_model, generate, init_weights
+from diffx.models.attention import attention_modules
 from diffx.models.tensors import read_tensors
 from diffx.tracking import Tracker
 from diffx.train.checkpoint import WEIGHTS, find_checkpoint, trained_shapes
 from diffx.train.parallel import World
 from diffx.train.params import check_memory, counts_table
-from diffx.train.probes import attention_statistics
 
 
 class Scratch:
@@ -89,9 +91,38 @@ class Scratch:
     def on_step(self, step: int) -> None:
         """Do nothing."""
 
+    @torch.no_grad()
     def probe(self, forward: Callable[[], object]) -> dict[str, float]:
-        """Return the statistics of attention."""
-        return attention_statistics(self.model, self.blocks, forward)
+        """Return statistics of each layer's attention.
+
+        ``diff/lambda/<layer>`` is the mean lambda over heads (and tokens), absent for a layer
+        without; ``attention/context_rms/<layer>`` is the root mean square of the weighted values,
+        after the subtraction and before any norm.
+        """
+        values: dict[str, torch.Tensor] = {}
+
+        def read_lambda(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            lam = module.lambda_value(args[0])  # sharded parameters are whole in the forward pass
+            if lam is not None:
+                values[f"diff/lambda/{module.layer:02d}"] = lam.float().mean()
+
+        def read_context(layer: int, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            values[f"attention/context_rms/{layer:02d}"] = args[0].float().pow(2).mean().sqrt()
+
+        with ExitStack() as stack:
+            for attention in attention_modules(self.model):
+                context = attention.get_submodule(attention.context_module)
+                read = partial(read_context, attention.layer)
+                stack.callback(attention.register_forward_pre_hook(read_lambda).remove)
+                stack.callback(context.register_forward_pre_hook(read).remove)
+            stack.enter_context(evaluating(self.model))
+            # Hooks would break compiled blocks.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            forward()
+        names = sorted(values)
+        # Device sync: one for all layers.
+        means = torch.stack([values[name] for name in names]).tolist()
+        return dict(zip(names, means, strict=True))
 
     def on_validation(self, step: int, track: Tracker) -> None:
         """Send a sample to the tracker."""
