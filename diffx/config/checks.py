@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffx.errors import UserError
+from diffx.errors import UserError, reason
 
 MOST = 2**63  # whole numbers stay below it, so that every library can hold them
 POSITIVE = "a positive whole number"
@@ -49,6 +50,21 @@ def refuse(condition: bool, setting: str, reason: str, other: str = "") -> None:
     """
     if condition:
         raise UserError(f"{setting} cannot be used{other and f' with {other}'}: {reason}")
+
+
+@contextmanager
+def refusing(
+    setting: str,
+    errors: type[Exception] | tuple[type[Exception], ...],
+    before: str = "",
+    accepted: str = "",
+) -> Iterator[None]:
+    """Turn exceptions of a library into a ``UserError``: ``before``, the reason, ``accepted``."""
+    try:
+        yield
+    except errors as error:
+        why = f"{before}{reason(error)}{accepted and f'; {accepted}'}"
+        raise UserError(f"{setting} cannot be used: {why}") from error
 
 
 def check_fields(

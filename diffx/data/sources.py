@@ -7,7 +7,6 @@ import io
 import itertools
 import os
 import sysconfig
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import zstandard
 
 from diffx.config import RunError, UserError
-from diffx.config.checks import refuse
+from diffx.config.checks import refuse, refusing
 from diffx.config.data import DataConfig, HubData, RetrievalData, StdlibData, TextData
 from diffx.data.hub import asking_hub
 from diffx.errors import reason
@@ -25,6 +24,7 @@ from diffx.files import parse_json, sha256
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 _PIECES, _PIECE_MIN, _PIECE_MAX = 100, 1 << 10, 1 << 20
 
 
@@ -70,15 +70,13 @@ def documents(data: DataConfig) -> Iterator[Document]:
     before, total = 0, sum(path.stat().st_size for path in paths)
     size = max(total // _PIECES, _PIECE_MIN)
     for path in paths:
-        try:
+        with refusing(f"data.path={path}", _UNREADABLE, "it cannot be read: "):
             for text, prompt, where, read in _read(path, data, alone=len(paths) == 1):
                 cut = isinstance(data, TextData) and not prompt and len(text) >= 2 * size
                 for piece in _pieces(text.splitlines(keepends=True), size) if cut else [text]:
                     if piece:
                         yield _document(piece, prompt, where, before + read)
             before += path.stat().st_size
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise UserError(f"{_cannot(path)}: it cannot be read: {reason(error)}") from error
 
 
 def source_files(data: DataConfig) -> dict[str, Path]:
@@ -210,10 +208,8 @@ def _read_jsonl(path: Path, data: TextData) -> Iterator[tuple[str, dict[str, Any
         where = f"{_cannot(path)}: line {number}"
         if not text.strip():
             continue
-        try:
+        with refusing(f"data.path={path}", ValueError, f"line {number} is not JSON: "):
             row = parse_json(text)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object with a field {data.text_key!r}")
         yield where, row, read
@@ -223,7 +219,7 @@ def _read_parquet(path: Path, data: TextData) -> Iterator[tuple[str, dict[str, A
     from pyarrow import ArrowException  # slow to import, and most runs need no parquet
     from pyarrow.parquet import ParquetFile
 
-    try:
+    with refusing(f"data.path={path}", ArrowException, "it cannot be read as parquet: "):
         file = ParquetFile(path)
         names, total = file.schema_arrow.names, file.metadata.num_rows
         columns = [name for name in names if name in (data.text_key, data.prompt_key)]
@@ -232,9 +228,6 @@ def _read_parquet(path: Path, data: TextData) -> Iterator[tuple[str, dict[str, A
             for row in batch.to_pylist() if batch.num_columns else [dict.fromkeys(names)]:
                 rows += 1
                 yield f"{_cannot(path)}: row {rows}", row, size * rows // total
-    except ArrowException as error:
-        why = f"it cannot be read as parquet: {reason(error)}"
-        raise UserError(f"{_cannot(path)}: {why}") from error
 
 
 def _fields(row: dict[str, Any], data: TextData | HubData, where: str) -> tuple[str, str]:
@@ -256,14 +249,12 @@ def hub_dataset(data: HubData) -> Any:
     """Open a data set of the hub as a ``datasets.IterableDataset``; ``UserError`` if it cannot."""
     import datasets  # slow to import, and most runs need no hub
 
-    try:
-        with asking_hub(data.name):
-            options: Any = {"split": data.split, "revision": data.revision, "streaming": True}
-            return datasets.load_dataset(data.name, data.subset, **options)
-    except Exception as error:  # each library below has other exceptions
-        asked = f"data.name={data.name} with data.subset={data.subset} and data.split={data.split}"
-        accepted = "it must be a data set of the hub that can be reached, or a local folder"
-        raise UserError(f"{asked} cannot be used: {reason(error)}; {accepted}") from error
+    asked = f"data.name={data.name} with data.subset={data.subset} and data.split={data.split}"
+    accepted = "it must be a data set of the hub that can be reached, or a local folder"
+    options: Any = {"split": data.split, "revision": data.revision, "streaming": True}
+    # Each library below has other exceptions.
+    with refusing(asked, Exception, accepted=accepted), asking_hub(data.name):
+        return datasets.load_dataset(data.name, data.subset, **options)
 
 
 def hub_documents(data: HubData, dataset: Any) -> Iterator[Document]:

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from diffx.config import UserError
-from diffx.config.checks import refuse
+from diffx.config.checks import refuse, refusing
 from diffx.config.data import BpeTokenizer, HfTokenizer, TiktokenTokenizer, TokenizerConfig
 from diffx.data.hub import asking_hub
 from diffx.errors import reason
@@ -207,12 +207,10 @@ def _from_hf(name: str, revision: str | None) -> FastTokenizer:
     from transformers import AutoTokenizer
 
     setting, load = f"tokenizer.name={name}", AutoTokenizer.from_pretrained
-    try:
-        with asking_hub(name):
-            pretrained = load(name, revision=revision, trust_remote_code=False)
-    except Exception as error:  # each library below has other exceptions
-        accepted = "it must be a local folder or a hub name that can be reached"
-        raise UserError(f"{setting} cannot be used: {reason(error)}; {accepted}") from error
+    accepted = "it must be a local folder or a hub name that can be reached"
+    # Each library below has other exceptions.
+    with refusing(setting, Exception, accepted=accepted), asking_hub(name):
+        pretrained = load(name, revision=revision, trust_remote_code=False)
     refuse(not pretrained.is_fast, setting, "it has no tokenizer.json; choose one that has")
     eot = pretrained.eos_token
     refuse(eot is None, setting, "it has no end-of-text token (eos_token)")
@@ -220,11 +218,9 @@ def _from_hf(name: str, revision: str | None) -> FastTokenizer:
 
 
 def _tiktoken() -> Any:
-    try:
+    install = "run pip install 'diffx[tiktoken]'"
+    with refusing("tokenizer=tiktoken", ImportError, accepted=install):
         import tiktoken
-    except ImportError as error:
-        why = "tiktoken is not installed; run pip install 'diffx[tiktoken]'"
-        raise UserError(f"tokenizer=tiktoken cannot be used: {why}") from error
     return tiktoken
 
 
@@ -232,10 +228,8 @@ def _from_tiktoken(name: str) -> TiktokenEncoding:
     tiktoken, setting = _tiktoken(), f"tokenizer.name={name}"
     names = tiktoken.list_encoding_names()
     refuse(name not in names, setting, f"it must be one of {', '.join(names)}")
-    try:
-        return TiktokenEncoding(tiktoken.get_encoding(name))
-    except KeyError as error:  # raised by `eot_token`
-        raise UserError(f"{setting} cannot be used: it has no end-of-text token") from error
-    except (OSError, ValueError) as error:
-        why = f"its vocabulary has to be fetched once from the network: {reason(error)}"
-        raise UserError(f"{setting} cannot be used: {why}") from error
+    fetched = "its vocabulary has to be fetched once from the network: "
+    with refusing(setting, (OSError, ValueError), fetched):
+        encoding = tiktoken.get_encoding(name)
+    with refusing(setting, KeyError, "it has no end-of-text token: "):
+        return TiktokenEncoding(encoding)

@@ -4,7 +4,6 @@
 """
 
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -140,11 +139,8 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """List a run's checkpoints as (step, folder), oldest first."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    matches = ((re.fullmatch(r"step_(\d{8,})", path.name), path) for path in folder.iterdir())
-    return sorted((int(match[1]), path) for match, path in matches if match)
+    paths = (run_dir / "checkpoints").glob("step_????????*")
+    return sorted((int(path.name[5:]), path) for path in paths if path.name[5:].isdecimal())
 
 
 def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:

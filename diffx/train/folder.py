@@ -19,7 +19,7 @@ import yaml
 
 from diffx.config import UserError
 from diffx.config.bridge import load_config, save_config
-from diffx.config.checks import refuse
+from diffx.config.checks import refuse, refusing
 from diffx.config.data import HfTokenizer
 from diffx.config.dex import AdaptJob
 from diffx.config.train import TrainJob
@@ -144,9 +144,8 @@ def _continued(job: AnyJob, overrides: list[str]) -> AnyJob:
 
 def new_folder(job: AnyJob) -> Path:
     """Return ``run.dir`` or ``runs/<date-time>-<name>``; nothing is created."""
-    if job.run.dir is not None:
-        return Path(job.run.dir)
-    return Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{run_name(job)}"
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    return Path(job.run.dir or f"runs/{now}-{run_name(job)}")
 
 
 def variant(job: AnyJob) -> str:
@@ -184,12 +183,9 @@ def hold_folder(folder: Path, new: bool) -> Iterator[None]:
         UserError: another process holds the lock, or another run created the folder meanwhile.
     """
     setting = f"run.dir={folder}"
-    try:
-        if new:
+    if new:
+        with refusing(setting, OSError, accepted="choose a folder that can be written"):
             folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = f"{error.strerror}; choose a folder that can be written"
-        raise UserError(f"{setting} cannot be used: {why}") from error
     with locked(folder / _LOCK, setting):
         refuse(new and not _unused(folder), setting, "it exists; choose another")
         yield

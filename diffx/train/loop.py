@@ -184,7 +184,8 @@ def fit(
     def note() -> str:
         figures = [f"loss {train_loss:.4f}"] if train_loss is not None else []
         figures += [f"val {validation['val/loss']:.4f}"] if validation else []
-        return "  ".join([*figures, f"{figure(speed)} tok/s"] if speed else figures)
+        figures += [f"{figure(speed)} tok/s"] if speed else []
+        return "  ".join(figures)
 
     def stopped() -> Stopped:
         by, step = stop.name or "another process", now.step

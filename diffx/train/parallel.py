@@ -20,8 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from diffx.config import UserError
-from diffx.config.checks import refuse
+from diffx.config.checks import refuse, refusing
 from diffx.config.train import Device, Precision, TrainConfig
 from diffx.errors import Stopped, describe, one_line
 from diffx.models.attention import attention_modules
@@ -170,11 +169,9 @@ def fused_kernels(config: TrainConfig, device: torch.device) -> ModuleType | Non
         return None
     setting, why = "train.fused_attention=true", "the kernels are for a GPU (device=cuda)"
     refuse(device.type != "cuda", setting, why, f"device={device}")
-    try:
+    install = "run pip install 'diffx[triton]'"
+    with refusing(setting, ImportError, "it needs Triton: ", install):
         return import_module("diffx.ops.triton_attention")
-    except ImportError as error:
-        why = "it needs Triton; run pip install 'diffx[triton]'"
-        raise UserError(f"{setting} cannot be used: {why}") from error
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:

@@ -1,17 +1,16 @@
 """One run for ``diffx train`` and ``diffx adapt-dex``: from a job to a finished run folder.
 
-What differs between the two jobs is in ``Scratch`` (scratch.py) and ``Adaptation`` (adapt.py).
-Both have these methods, called in this order:
+``Scratch`` (scratch.py) and ``Adaptation`` (adapt.py) hold what differs, in these methods:
 
     __init__       checks the job before the corpus is read, and sets ``tokenizer``
     build          sets ``model`` (on its device, with weights), ``blocks`` (its decoder blocks, a
                    list inside it), ``parameters`` (counts by name) and ``flops_per_token``
-    write_start    writes the files that only this kind of run has, in the main process
+    write_start    writes the files of this kind of run, in the main process
     describe       prints what is trained, and returns constants for the tracker
     on_step        takes the steps done, at the start and after each step
     probe          returns figures for the log; its argument runs the model on one sequence
     on_validation  takes the steps done and the tracker, after each validation
-    finish         returns the entries of summary.json that only this kind of run has
+    finish         returns the entries of summary.json of this kind of run
     report         prints those entries
 """
 
