@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
