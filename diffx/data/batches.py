@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from diffx.config.checks import refuse, require
-from diffx.data.shards import HeldOut, TokenArray
+from diffx.data.shards import HeldOut, Row, TokenArray
 
 IGNORE = -100
-Row = tuple[np.ndarray, np.ndarray | None]  # tokens and their loss mask (None: all carry loss)
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""``open_data``: from a config to training batches and held-out text, through a cache of tokens."""
+"""From a config to training batches and held-out text, through a cache of tokens."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ from diffx.config.data import (
     TokenizerConfig,
 )
 from diffx.data.batches import Batch, Batches, WindowBatches, val_batches
-from diffx.data.prepare import Source, build, ready, settings
+from diffx.data.prepare import Source, build, holdout_threshold, ready, settings
 from diffx.data.shards import (
     HeldOut,
     ProgressCallback,
@@ -34,11 +34,12 @@ from diffx.data.shards import (
 from diffx.data.sources import documents, file_hashes, source_files
 from diffx.data.stream import StreamBatches
 from diffx.data.synthetic import SampleBatches, held_out, train_tokenizer
-from diffx.data.tokenizers import Tokenizer, load_tokenizer
+from diffx.data.tokenizers import Tokenizer, decode_documents, load_tokenizer
 from diffx.errors import storage_errors
-from diffx.files import json_sha256
+from diffx.files import json_sha256, sha256
 
 _SHARD_TOKENS = 10**8
+MAX_CHARACTERS = 64 << 20  # that `read_texts` reads; no evaluation needs more
 _log = logging.getLogger(__name__)
 
 
@@ -112,8 +113,7 @@ def open_data(
             tokenizer = train_tokenizer(data, tokenizer.vocab_size)
         text = open_data(data.text(), tokenizer, progress=progress)
         val = held_out(data, text.shards)
-        info = text.info | info | {"val": text.info["val"] | {"measured": _counts(val)}}
-        return Corpus(data, text.shards, val, info)
+        return Corpus(data, text.shards, val, text.info | info | _measured(text.shards, val))
     if isinstance(data, ShardsData):
         shards = Shards(Path(data.path).expanduser(), progress)
     elif isinstance(data, HubData):
@@ -132,12 +132,12 @@ def open_data(
         shards = _cached(source, tokenizer, json_sha256(list(hashes.values())))
     val = shards.held_out(int(data.val_tokens))
     info |= {key: shards.meta[key] for key in ("sha256", "tokenizer", "train")}
-    info["val"] = shards.meta["val"] | {"measured": _counts(val)}
-    return Corpus(data, shards, val, info)
+    return Corpus(data, shards, val, info | _measured(shards, val))
 
 
-def _counts(val: HeldOut) -> dict[str, int]:
-    return {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}
+def _measured(shards: Shards, val: HeldOut) -> dict[str, Any]:
+    counts = {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}
+    return {"val": shards.meta["val"] | {"measured": counts}}
 
 
 def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: str) -> Shards:
@@ -164,3 +164,31 @@ def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: st
             build(temporary, source, made, wanted, _SHARD_TOKENS, workers=1)
             os.replace(temporary, folder)
     return Shards(folder)
+
+
+def read_texts(data: DataConfig, held_out: bool) -> tuple[list[str], str]:
+    """Return a corpus's documents, at most the first 64M characters, and their SHA-256.
+
+    Only the documents that training leaves out are read if ``held_out``, and of token shards.
+
+    Raises:
+        UserError: the text cannot be used.
+    """
+    texts: list[str] = []
+    if isinstance(data, ShardsData):
+        shards, limit = Shards(Path(data.path).expanduser()), int(data.val_tokens)
+        texts = decode_documents(shards.tokenizer, shards.held_out(limit).read(0, limit)[0])
+    else:
+        read = None
+        if isinstance(data, HubData):  # which is read once
+            read = list(islice(documents(data), data.tokenizer_documents))
+        source, length = Source(data, lambda: read or documents(data)), 0
+        threshold = holdout_threshold(source) if held_out else 2**64
+        for document in source.read():
+            if document.key <= threshold:
+                texts.append(document.prompt + document.text)
+                length += len(document.text)
+                if length > MAX_CHARACTERS:
+                    break
+    texts = [text for text in texts if text]
+    return texts, sha256("\0".join(texts))

@@ -17,10 +17,10 @@ import numpy as np
 from diffx.config.checks import refuse
 from diffx.config.data import BpeTokenizer, DataConfig, HubData, TokenizerConfig
 from diffx.config.train import PrepareJob
-from diffx.data.batches import Row
 from diffx.data.shards import (
     FORMAT,
     ProgressCallback,
+    Row,
     Shards,
     no_progress,
     read_meta,
@@ -59,11 +59,10 @@ def prepare(job: PrepareJob, progress: ProgressCallback = no_progress) -> Path:
     """Tokenize a corpus into ``job.out``, for ``data=shards``.
 
     The result does not depend on the number of processes. An unfinished folder is continued after
-    its last finished shard: earlier documents are read again, but not tokenized.
+    its last finished shard.
 
     Raises:
-        UserError: the text or the tokenizer cannot be used, or ``job.out`` holds something else, is
-            damaged or was made with other settings.
+        UserError: the text, the tokenizer or ``job.out`` cannot be used.
         RunError: the disk is full or cannot be written.
     """
     out = Path(job.out).expanduser()
@@ -161,9 +160,9 @@ def build(
 def holdout_threshold(source: Source) -> int:
     """Return the highest key that is held out.
 
-    Of more than ``_FEW`` documents, ``data.val_fraction`` of all keys is held out, and only the
-    first ``_FEW`` are read. Of fewer, those with the lowest keys are held out whose bytes come
-    nearest to ``data.val_fraction`` of all bytes: at least one document, and not all.
+    Of more than ``_FEW`` documents, ``data.val_fraction`` of all keys is held out. Of fewer, those
+    with the lowest keys are held out whose bytes come nearest to ``data.val_fraction`` of all
+    bytes: at least one document, and not all.
 
     Raises:
         UserError: the corpus holds no text, or no two different documents.
@@ -227,7 +226,7 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _tokenize(
     source: Source, done: int, folder: Path, masked: bool, workers: int
-) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
+) -> Iterator[tuple[Document, Row]]:
     """Tokenize documents after the first ``done`` in order; two groups a worker are in progress."""
     pool: Executor = ThreadPoolExecutor(1)
     if workers > 1:
@@ -243,8 +242,8 @@ def _tokenize(
             pending.append((group, pool.submit(_encode, folder, group, masked)))
             if len(pending) > 2 * workers:
                 finished, future = pending.popleft()
-                for document, encoded in zip(finished, future.result(), strict=True):
-                    yield document, *encoded
+                for document, row in zip(finished, future.result(), strict=True):
+                    yield document, row
                     read = document.read or read + document.n_bytes
                 source.progress("tokenizing", read, source.total)
     finally:

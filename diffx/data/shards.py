@@ -30,6 +30,9 @@ from diffx.files import json_checksum, read_json, sha256, write_json
 ProgressCallback = Callable[[str, int, int | None], None]
 """Takes a stage such as ``verifying``, bytes done, and bytes in all if known."""
 
+Row = tuple[np.ndarray, np.ndarray | None]
+"""Tokens and their loss mask; ``None`` if all carry loss."""
+
 FORMAT = 1
 _DTYPES = ("<u2", "<u4")
 _COUNTS = {"documents": int, "tokens": int, "bytes": int}
@@ -75,8 +78,8 @@ class TokenArray:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return tokens ``start`` to ``stop`` and their loss mask (``None`` if all carry loss)."""
+    def read(self, start: int, stop: int) -> Row:
+        """Return tokens ``start`` to ``stop`` and their loss mask."""
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         last = int(np.searchsorted(self._starts, stop, side="left"))
         spans = [slice(max(start - begin, 0), stop - begin) for begin in self._starts[first:last]]
@@ -264,7 +267,7 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]], progress: ProgressCa
 def write_shards(
     folder: Path,
     meta: dict[str, Any],
-    rows: Iterable[tuple[Document, np.ndarray, np.ndarray | None]],
+    rows: Iterable[tuple[Document, Row]],
     shard_tokens: int,
 ) -> None:
     """Write documents after the last finished shard of a folder, and mark it as complete.
@@ -289,7 +292,7 @@ def write_shards(
         with ExitStack() as stack:
             for name in names:
                 files[name] = stack.enter_context((folder / name).open("wb"))
-            for document, tokens, mask in rows:
+            for document, (tokens, mask) in rows:
                 split = "val" if document.key <= meta["threshold"] else "train"
                 counts = [1, len(tokens), document.n_bytes]
                 for key, count in zip(_COUNTS, counts, strict=True):

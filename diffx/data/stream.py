@@ -10,12 +10,11 @@ import numpy as np
 from diffx.config.data import HubData
 from diffx.data.batches import Batch, Batches, make_batch
 from diffx.data.prepare import encode_documents
-from diffx.data.shards import Shards, TokenArray
+from diffx.data.shards import Row, Shards, TokenArray
 from diffx.data.sources import hub_dataset, hub_documents
 
 _BLOCK = 1000  # documents read at once if they are not shuffled
 _GROUP = 64  # documents tokenized at once
-_Piece = tuple[dict[str, Any], np.ndarray, np.ndarray | None]  # place, tokens and loss mask
 
 
 class StreamBatches(Batches):
@@ -45,8 +44,8 @@ class StreamBatches(Batches):
         rows = [tokens.read(start, start + self._seq_len + 1) for start in starts]
         self._step += 1
         self._offset += batch_tokens
-        while self._offset >= len(self._pending[0][1]):
-            self._offset -= len(self._pending.popleft()[1])
+        while self._offset >= len(self._pending[0][1][0]):
+            self._offset -= len(self._pending.popleft()[1][0])
         return make_batch(rows, position)
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,14 +60,14 @@ class StreamBatches(Batches):
 
     def _go_to(self, place: dict[str, Any], offset: int) -> None:
         self._start, self._offset = place, offset
-        self._pending: deque[_Piece] = deque()
+        self._pending: deque[tuple[dict[str, Any], Row]] = deque()
         self._documents = self._read(place)
 
     def _pending_tokens(self) -> TokenArray:
-        masks = [mask for _, _, mask in self._pending if mask is not None]
-        return TokenArray([tokens for _, tokens, _ in self._pending], masks or None)
+        masks = [mask for _, (_, mask) in self._pending if mask is not None]
+        return TokenArray([tokens for _, (tokens, _) in self._pending], masks or None)
 
-    def _read(self, place: dict[str, Any]) -> Iterator[_Piece]:
+    def _read(self, place: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Row]]:
         """Yield the training documents from a place on."""
         data, seed = self._data, self._seed % 2**64
         epoch, block, index, state = (place[key] for key in ("epoch", "block", "index", "dataset"))
@@ -85,8 +84,8 @@ class StreamBatches(Batches):
                 for first in range(index, len(documents), _GROUP):
                     group, masked = documents[first : first + _GROUP], data.prompt_key is not None
                     encoded = encode_documents(self._tokenizer, group, masked)
-                    for number, (tokens, mask) in enumerate(encoded, first):
+                    for number, row in enumerate(encoded, first):
                         place = {"epoch": epoch, "block": block, "index": number, "dataset": state}
-                        yield place, tokens, mask
+                        yield place, row
                 state, block, index = dataset.state_dict(), block + 1, 0
             epoch, block, state = epoch + 1, 0, None

@@ -14,10 +14,10 @@ import numpy as np
 from diffx.config import UserError
 from diffx.config.checks import refuse
 from diffx.config.data import BpeTokenizer, RetrievalData
-from diffx.data.batches import Batch, Batches, Row, make_batch
+from diffx.data.batches import Batch, Batches, make_batch
 from diffx.data.needles import Haystack, draw_needles, needle_of
 from diffx.data.prepare import Source, holdout_threshold, training_texts
-from diffx.data.shards import HeldOut, Shards, TokenArray, token_dtype
+from diffx.data.shards import HeldOut, Row, Shards, TokenArray, token_dtype
 from diffx.data.sources import documents
 from diffx.data.tokenizers import Tokenizer, decode_documents, make_tokenizer
 

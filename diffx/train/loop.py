@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from diffx.config import RunError
 from diffx.config.train import TrainConfig
@@ -56,8 +56,8 @@ class Progress:
 
 
 def token_losses(
-    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, boundaries: torch.Tensor | None
-) -> torch.Tensor:
+    model: nn.Module, inputs: Tensor, targets: Tensor, boundaries: Tensor | None
+) -> Tensor:
     """Return the sum of the cross-entropies in nats of the targets that are not -100.
 
     The model returns logits or is a ``Decoder``. ``inputs`` and ``targets`` are (B, T), and
@@ -89,7 +89,7 @@ def evaluate(
     batches = corpus.val_batches(config.seq_len, rows * world.size, world.rank, world.size)
     for number, batch in enumerate(batches):
         on_batch(number * rows * world.size * config.seq_len)
-        nats = _nats(model, batch.inputs, batch.targets, config, eot, world)
+        nats = _nats(model, batch, config, eot, world)
         # Device sync: once a batch, not in training.
         total += torch.tensor([float(nats), float((batch.targets >= 0).sum())], dtype=total.dtype)
     model.train()
@@ -208,7 +208,7 @@ def fit(
     train_loss: float | None = None
     speed = 0.0
     # (step, loss on the device, the batch's position)
-    unread: list[tuple[int, torch.Tensor, str]] = []
+    unread: list[tuple[int, Tensor, str]] = []
     if resume is None:
         now.unmeasured = {}  # step 0
     with stop_signals() as stop, reporter.progress("step", last, now.step) as bar:
@@ -304,33 +304,26 @@ def fit(
 
 def _accumulate_gradients(
     model: nn.Module, batch: Batch, config: TrainConfig, eot: int, world: World
-) -> torch.Tensor:
+) -> Tensor:
     """Accumulate gradients over micro-batches; return the mean loss over all processes."""
-    rows = batch.inputs.shape[0]
-    size = config.micro_batch_size or rows
+    length = len(batch.inputs)
+    size = config.micro_batch_size or length
     scored = world.total((batch.targets >= 0).sum().float().to(world.device)).clamp(min=1)
     total = torch.zeros((), device=world.device)
-    for start in range(0, rows, size):
-        accumulate(model, last=start + size >= rows)
-        part = slice(start, start + size)
-        nats = _nats(model, batch.inputs[part], batch.targets[part], config, eot, world)
+    for start in range(0, length, size):
+        accumulate(model, last=start + size >= length)
+        inputs, targets = (rows[start : start + size] for rows in (batch.inputs, batch.targets))
+        nats = _nats(model, Batch(inputs, targets, batch.position), config, eot, world)
         # Sharded gradients are averaged over the processes.
         (nats * (world.size / scored)).backward()
         total += nats.detach()
     return world.total(total) / scored
 
 
-def _nats(
-    model: nn.Module,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    config: TrainConfig,
-    eot: int,
-    world: World,
-) -> torch.Tensor:
+def _nats(model: nn.Module, batch: Batch, config: TrainConfig, eot: int, world: World) -> Tensor:
     """Return ``token_losses`` of a micro-batch in the training precision."""
-    inputs = inputs.to(world.device, non_blocking=True)
-    targets = targets.to(world.device, non_blocking=True)
+    inputs = batch.inputs.to(world.device, non_blocking=True)
+    targets = batch.targets.to(world.device, non_blocking=True)
     boundaries = cu_seqlens(inputs, eot) if config.mask_documents else None
     with autocast(world.device, config.precision):
         return token_losses(model, inputs, targets, boundaries)

@@ -26,9 +26,8 @@ def matmul_ceiling(device: torch.device, precision: Precision) -> float:
     n, times = SIDES[device.type], list[float]()
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
     with torch.no_grad(), autocast(device, precision):
-        while (
-            len(times) < 10 and sum(times) < 1
-        ):  # a CPU without bf16 takes seconds for one product
+        # A CPU without bf16 takes seconds for one product.
+        while len(times) < 10 and sum(times) < 1:
             synchronize(device)
             start = time.perf_counter()
             a @ b

@@ -24,10 +24,10 @@ from diffx.config.data import (
 from diffx.config.train import PrepareJob
 from diffx.data import open_data
 from diffx.data import prepare as preparation
+from diffx.data.corpus import read_texts
 from diffx.data.prepare import encode_documents, prepare
 from diffx.data.shards import TokenArray
 from diffx.data.sources import Document
-from diffx.data.texts import read_texts
 from diffx.data.tokenizers import make_tokenizer
 
 BPE = BpeTokenizer(vocab_size=280)
