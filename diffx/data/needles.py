@@ -145,8 +145,11 @@ class Haystack:
             if cost >= limit:
                 parts = list(accumulate(sentence.split(), "{} {}".format))
                 counts = self._count([f" {part}" for part in parts])
-                fits = [pair for pair in zip(parts, counts, strict=True) if pair[1] <= limit]
-                return pieces + [part for part, _ in fits[-1:]], costs + [n for _, n in fits[-1:]]
+                fitting = [pair for pair in zip(parts, counts, strict=True) if pair[1] <= limit]
+                for part, cost in fitting[-1:]:
+                    pieces.append(part)
+                    costs.append(cost)
+                return pieces, costs
             pieces.append(sentence)
             costs.append(cost)
             limit -= cost

@@ -72,11 +72,11 @@ def documents(data: DataConfig) -> Iterator[Document]:
     size = max(total // _PIECES, _PIECE_MIN)
     for path in paths:
         with refusing(f"data.path={path}", _UNREADABLE, "it cannot be read: "):
-            for text, prompt, where, read in _read(path, data, alone=len(paths) == 1):
+            for text, prompt, read in _read(path, data, alone=len(paths) == 1):
                 cut = isinstance(data, TextData) and not prompt and len(text) >= 2 * size
                 for piece in _pieces(text.splitlines(keepends=True), size) if cut else [text]:
                     if piece:
-                        yield _document(piece, prompt, where, before + read)
+                        yield _document(piece, prompt, before + read)
             before += path.stat().st_size
 
 
@@ -122,13 +122,9 @@ def _cannot(path: Any) -> str:
     return f"data.path={path} cannot be used"
 
 
-def _document(text: str, prompt: str, where: str, read: int = 0) -> Document:
-    try:
-        content = text.encode()
-        digest = hashlib.sha256(prompt.encode() + b"\0" + content).digest()
-    except UnicodeEncodeError as error:
-        half = f"character {error.start} is half of a surrogate pair, which is no text"
-        raise UserError(f"{where}: {half}") from error
+def _document(text: str, prompt: str, read: int = 0) -> Document:
+    content = text.encode()
+    digest = hashlib.sha256(prompt.encode() + b"\0" + content).digest()
     return Document(text, prompt, digest, len(content), read)
 
 
@@ -152,21 +148,21 @@ def _expand(entry: str) -> list[Path]:
     return paths
 
 
-def _read(path: Path, data: DataConfig, alone: bool) -> Iterator[tuple[str, str, str, int]]:
-    """Yield text, prompt, the place for messages, and the bytes of the file read so far."""
-    where, size = _cannot(path), path.stat().st_size
+def _read(path: Path, data: DataConfig, alone: bool) -> Iterator[tuple[str, str, int]]:
+    """Yield text, prompt, and the bytes of the file read so far."""
+    size = path.stat().st_size
     if isinstance(data, TextData) and path.suffix not in (".txt", ".md"):
         read_rows = _read_parquet if path.suffix == ".parquet" else _read_jsonl
         for where, row, read in read_rows(path, data):
-            yield *_fields(row, data, where), where, read
+            yield *_fields(row, data, where), read
     elif alone:
         # One document could not be split into training and held-out text.
         size, read = min(max(size // _PIECES, _PIECE_MIN), _PIECE_MAX), 0
         for piece in _pieces((line for line, _ in _lines(path)), size):
             read += len(piece.encode())
-            yield piece, "", where, read
+            yield piece, "", read
     else:
-        yield _decode(path.read_bytes(), path), "", where, size
+        yield _decode(path.read_bytes(), path), "", size
 
 
 def _decode(content: bytes, path: Path, start: int = 0) -> str:
@@ -242,6 +238,9 @@ def _fields(row: dict[str, Any], data: TextData | HubData, where: str) -> tuple[
         if not isinstance(value, str):
             kind = type(value).__name__
             raise UserError(f"{where}: {key!r} (data.{setting}) is not text but {kind}")
+        if value.encode(errors="ignore").decode() != value:
+            why = "has half of a surrogate pair, which is no text"
+            raise UserError(f"{where}: {key!r} (data.{setting}) {why}")
         values.append(value)
     return values[0], values[1]
 
@@ -265,7 +264,7 @@ def hub_documents(data: HubData, dataset: Any) -> Iterator[Document]:
         for row in dataset:
             text, prompt = _fields(row, data, where)
             if text:
-                yield _document(text, prompt, where)
+                yield _document(text, prompt)
     except UserError:
         raise
     except Exception as error:  # each library below has other exceptions

@@ -75,8 +75,8 @@ class Adaptation:
         """
         job, base = self._job, self._base
         other = corpus.tokenizer.fingerprint != base.tokenizer.fingerprint
-        why = f"prepare it with tokenizer=hf tokenizer.name={job.base}, or give text"
-        why = f"its tokens come from another tokenizer; {why}"
+        remedy = f"prepare it with tokenizer=hf tokenizer.name={job.base}, or give text"
+        why = f"its tokens come from another tokenizer; {remedy}"
         refuse(other, f"data={job.data.kind}", why, f"base={job.base}")
         # Rounding can differ between processes, so the main process decides.
         plan = json.dumps(dataclasses.asdict(self._choose_heads(corpus)))

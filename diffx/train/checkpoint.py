@@ -98,21 +98,23 @@ def read_state(folder: Path) -> dict[str, Any]:
         DamagedCheckpointError: names the file that is missing or altered.
     """
 
-    def check(good: bool, damage: str) -> None:
-        if not good:
-            raise DamagedCheckpointError(f"{folder} is damaged: {damage}")
+    def damaged(why: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(f"{folder} is damaged: {why}")
 
     try:
         state = read_json(folder / STATE, {"step": int, "sha256": dict})
     except UserError as error:
-        check(False, str(error).removeprefix(f"{folder}/"))
+        raise damaged(str(error).removeprefix(f"{folder}/")) from error
     checksum, sums = state.pop("checksum", None), state["sha256"]  # old ones have no checksum
     intact = checksum is None or checksum == json_checksum(state)
     named = folder.name == f"step_{state['step']:08d}" and sums.keys() == {WEIGHTS, OPTIMIZER}
-    check(named and intact, f"{STATE} is not what was written")
+    if not (named and intact):
+        raise damaged(f"{STATE} is not what was written")
     for name, expected in sums.items():
-        check((folder / name).is_file(), f"{name} is missing")
-        check(sha256(folder / name) == expected, f"{name} does not have its checksum")
+        if not (folder / name).is_file():
+            raise damaged(f"{name} is missing")
+        if sha256(folder / name) != expected:
+            raise damaged(f"{name} does not have its checksum")
     return state
 
 
@@ -125,8 +127,8 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
     expected = {"rng.cpu": torch.get_rng_state().shape}
     for name, shape in shapes.items():
-        state = {"exp_avg": shape, "exp_avg_sq": shape, "step": torch.Size()}
-        expected |= {f"{name}.{key}": state[key] for key in state}
+        expected |= {f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
+        expected[f"{name}.step"] = torch.Size()
     flat = read_tensors(folder / OPTIMIZER, expected, optional=("rng.cuda",))
     torch.set_rng_state(flat["rng.cpu"])
     if "rng.cuda" in flat and torch.cuda.is_available():

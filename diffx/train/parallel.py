@@ -66,8 +66,8 @@ class World:
 
 def pick_device(device: Device) -> torch.device:
     """Return the device that ``device=`` names; ``UserError`` if this machine has none."""
-    mps = torch.backends.mps.is_available()
-    present = torch.cuda.is_available() * [Device.cuda] + mps * [Device.mps] + [Device.cpu]
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    present = [Device.cuda] * cuda + [Device.mps] * mps + [Device.cpu]
     if device is Device.auto:
         device = present[0]
     why = f"torch can see none on this machine; it has {', '.join(kind.value for kind in present)}"

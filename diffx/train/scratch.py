@@ -52,8 +52,8 @@ class Scratch:
         job, tokenizer = self._job, corpus.tokenizer
         other = job.data.kind == "shards" and tokenizer.kind != job.tokenizer.kind
         why = f"these hold {tokenizer.kind} tokens; leave it out"
-        setting = f"tokenizer={job.tokenizer.kind}"
-        refuse(other and self._tokenizer_given, setting, why, "data=shards")
+        given = f"tokenizer={job.tokenizer.kind}"
+        refuse(other and self._tokenizer_given, given, why, "data=shards")
         size = job.model.vocab_size or tokenizer.vocab_size
         why = f"the tokenizer has {tokenizer.vocab_size} entries; leave it null, or give more"
         refuse(size < tokenizer.vocab_size, f"model.vocab_size={size}", why)
@@ -62,8 +62,8 @@ class Scratch:
         if initial and job.train.init_from is not None:
             source, folder = find_checkpoint(job.train.init_from, "train.init_from")
             other = load_tokenizer(source / "tokenizer").fingerprint != tokenizer.fingerprint
-            key, why = f"train.init_from={job.train.init_from}", "its tokens come from another"
-            refuse(other, f"data={job.data.kind}", f"{why} tokenizer", key)
+            why, start = "its tokens come from another tokenizer", job.train.init_from
+            refuse(other, f"data={job.data.kind}", why, f"train.init_from={start}")
             shapes = trained_shapes(self.model)
             self.model.load_state_dict(read_tensors(folder / WEIGHTS, shapes))
         self._corpus, self.blocks = corpus, self.model.layers
