@@ -40,14 +40,7 @@ _GROUP_BYTES, _GROUP_DOCUMENTS = 1 << 20, 512  # what a process tokenizes at onc
 
 @dataclass(frozen=True)
 class Source:
-    """Documents to tokenize.
-
-    Attributes:
-        data: the config.
-        read: returns the documents, the same at each call.
-        total: bytes of the files; ``None`` if unknown.
-        progress: called as they are read.
-    """
+    """Documents to tokenize: ``read`` returns the same at each call, from ``total`` bytes."""
 
     data: DataConfig
     read: Callable[[], Iterable[Document]]

@@ -112,9 +112,9 @@ class Shards:
     """An opened folder of finished shards, verified unless it was before.
 
     Attributes:
-        folder: as given.
+        folder: the folder.
         meta: the content of ``meta.json``.
-        tokenizer: the tokenizer that made the tokens.
+        tokenizer: made the tokens.
         train: the training tokens.
 
     Raises:
@@ -272,11 +272,8 @@ def write_shards(
 ) -> None:
     """Write documents after the last finished shard of a folder, and mark it as complete.
 
-    Args:
-        folder: where to write.
-        meta: the content of the folder's ``meta.json``; updated in place.
-        rows: documents with their tokens, end of text first, and their loss mask if any.
-        shard_tokens: training tokens at which a shard is finished, after a whole document.
+    ``meta`` is the content of ``meta.json``, updated in place. ``rows`` begin with end of text. A
+    shard is finished after the document in which it reaches ``shard_tokens`` training tokens.
     """
     for path in folder.glob("*.bin"):
         if path.name not in meta["files"]:

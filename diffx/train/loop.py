@@ -115,18 +115,10 @@ def fit(
     reporter: Reporter,
     resume: tuple[Path, dict[str, Any]] | None,
 ) -> dict[str, Any]:
-    """Train to ``config.num_steps`` optimizer steps.
+    """Train ``subject``, which run.py describes, to ``config.num_steps`` optimizer steps.
 
-    Args:
-        subject: what is trained, as run.py describes it.
-        corpus: the held-out tokens.
-        batches: this process's training batches, at the step to start from.
-        config: the recipe.
-        world: the processes.
-        run_dir: the run folder, which exists.
-        track: logs figures.
-        reporter: prints lines and progress.
-        resume: folder and state of the checkpoint to start from, as of ``newest_intact``.
+    ``batches`` are those of this process, at the step to start from. ``resume`` is the folder and
+    the state of the checkpoint to start from, as of ``newest_intact``.
 
     Returns:
         The last figures and checkpoint, for summary.json.
