@@ -235,6 +235,13 @@ TABLE = [
     (f"train {TINY} data=text data.path=text/damaged.jsonl.gz", ["text/damaged.jsonl.gz"]),
     (f"train {TINY} {TEXT} data.prompt_key=question", ["question"]),
     (f"train {TINY} data=shards data.path=notes", ["notes"]),
+    ("train data=recall data.pairs=64", ["data.pairs=64", "255 tokens"]),
+    ("train data=recall data.pairs=20 data.keys=20", ["data.pairs=20", "data.keys=20"]),
+    ("train data=recall data.length=0", ["data.length=0"]),
+    ("train data=recall data.power=0", ["data.power=0", "positive"]),
+    ("train data=recall data.length=128", ["train.seq_len=256", "data.length=128"]),
+    ("train data=recall tokenizer=bytes", ["tokenizer=bytes", "data=recall", "leave it out"]),
+    ("data prepare data=recall out=x", ["data=recall", "as they are needed"]),
     (f"train {TINY} data=shards data.path=nowhere", ["nowhere"]),
     (f"train {TINY} {TEXT} train.seq_len=65536 train.batch_tokens=65536", ["train.seq_len=65536"]),
     (
@@ -303,7 +310,14 @@ TABLE = [
     ("export checkpoint=trained out=x fold=false", ["fold=false", "trained"]),
     ("export checkpoint=llama out=x", ["checkpoint=llama", "run folder"]),
     ("eval checkpoint=bert suite=icl", ["checkpoint=bert", "no causal language model"]),
+    (
+        "adapt-dex base=llama data=recall train.seq_len=256 train.batch_tokens=256 device=cpu",
+        ["data=recall", "base=llama", "another tokenizer"],
+    ),
     # Evaluations.
+    ("eval checkpoint=trained suite=recall", ["suite=recall", "trained", "data=recall"]),
+    ("eval checkpoint=llama suite=recall", ["suite=recall", "llama", "data=recall"]),
+    ("eval checkpoint=trained suite=outliers data=recall", ["data=recall", "not text"]),
     ("eval", ["suite is missing", "retrieval", "paper_lm"]),
     ("eval suite=icl", ["checkpoint is missing"]),
     ("eval checkpoint=trained suite=foo", ["suite=foo", "icl_order"]),

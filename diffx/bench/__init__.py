@@ -1,7 +1,6 @@
 """``diffx bench``: side-by-side measurements that print a table and write JSON.
 
 A bench takes ``out`` (the JSON file of its report, or None), ``rounds`` (turns of each contestant)
-and ``device`` (``auto``, ``cpu``, ``cuda`` or ``mps``). It raises ``UserError`` for a missing
-device and an ``out`` that cannot be a file, before it measures. Its report holds the machine, the
-settings, ``seconds`` of every round and peak ``bytes`` by work and contestant, and ``ratios``.
+and ``device``. It raises ``UserError`` for bad input before it measures. Its report holds the
+machine, settings, ``seconds`` of every round and peak ``bytes`` by work and contestant, ``ratios``.
 """

@@ -7,25 +7,17 @@ from typing import Any
 
 import torch
 
-from diffx.bench.targets import NO_TARGET, Row, check_file, show_ratios
-from diffx.bench.timing import (
-    Call,
-    check_length,
-    inference,
-    peak_bytes,
-    random_tokens,
-    settings,
-    time_in_turns,
-)
+from diffx.bench.targets import NO_TARGET, Row, show_ratios
+from diffx.bench.timing import Call, begin, inference, measure, model_settings, random_tokens
 from diffx.bench.train import training_step
 from diffx.config.dex import DexConfig, Init, Variant
-from diffx.config.train import Device, Precision
+from diffx.config.train import Precision
 from diffx.dex.attach import Adapted, attach, fold, parameter_counts
 from diffx.dex.heads import choose_heads
 from diffx.dex.layout import Layer, find_layers
 from diffx.dex.pretrained import Pretrained, load_pretrained
 from diffx.train.adapt import ForTraining
-from diffx.train.parallel import pick_device, precision_of
+from diffx.train.parallel import precision_of
 
 RATIOS: tuple[Row, ...] = (
     ("training step", "time", "dex", "attn_only", (None, 1.10)),
@@ -45,47 +37,29 @@ def bench_adapt(
 ) -> dict[str, Any]:
     """Measure a training step (forward to AdamW) and inference; see ``diffx.bench``.
 
-    Every contestant has the same weights, of ``base`` (a causal model of the hub, by name or
-    folder), and gets the same ``batch`` random sequences of ``seq_len`` tokens. In training they
-    are ``dex``, ``attn_only`` and peft's LoRA; their peak memory, weights included, is measured
-    first, for each alone. At inference they are the base, and ``dex`` folded and unfolded.
-
-    Raises:
-        UserError: a base that cannot be used or reads less than ``seq_len`` tokens.
+    All have the weights of ``base``, a hub name or folder, and read the same ``batch`` sequences of
+    ``seq_len`` tokens: in training ``dex``, ``attn_only`` and peft's LoRA, at inference the base,
+    and ``dex`` folded and unfolded.
     """
-    check_file("out", out)
-    torch_device = pick_device(Device(device))
+    torch_device, report = begin(out, device, rounds=rounds)
     bf16 = precision_of(torch_device, Precision.auto) is Precision.bf16  # as in an adaptation
     pretrained = load_pretrained("base", base, "auto" if bf16 else torch.float32, torch_device)
-    check_length(pretrained, seq_len)
-    ids = torch.tensor([[0, 1]], device=torch_device)
-    adapt = partial(_adapted, pretrained, find_layers(pretrained.model, {"input_ids": ids}))
+    report |= model_settings(pretrained, seq_len, batch)
+    adapt = partial(_adapted, pretrained, find_layers(pretrained.model))
     tokens = random_tokens(pretrained.tokenizer.vocab_size, batch, seq_len + 1, torch_device)
 
     def build(variant: str) -> Call:
         return training_step(ForTraining(adapt(variant).model).train(), tokens)
 
     variants = ("dex", "attn_only", "lora")
-    memory = peak_bytes({variant: partial(build, variant) for variant in variants}, torch_device)
-    steps = {variant: build(variant) for variant in variants}
-    training = time_in_turns(steps, rounds, torch_device)
-    del steps
-    models = {
-        "base": copy.deepcopy(pretrained.model),
-        "folded": fold(adapt("dex")),
-        "unfolded": adapt("dex").model,
-    }
+    report["parameters"] = {variant: parameter_counts(adapt(variant)) for variant in variants}
+    builders = {variant: partial(build, variant) for variant in variants}
+    measure(report, "training step", builders, rounds, torch_device)
+    models: dict[str, Any] = {"base": copy.deepcopy(pretrained.model), "folded": fold(adapt("dex"))}
+    models["unfolded"] = adapt("dex").model
     for model in models.values():  # as diffx eval loads an adapted run
         model.requires_grad_(False).to(pretrained.dtype).eval()
-    report = {
-        **settings(pretrained, tokens[:, :-1], rounds),
-        "parameters": {variant: parameter_counts(adapt(variant)) for variant in variants},
-        "bytes": {"training step": memory},
-        "seconds": {
-            "training step": training,
-            **inference(models, tokens[:, :-1], TURNS * rounds),
-        },
-    }
+    report["seconds"] |= inference(models, tokens[:, :-1], TURNS * rounds)
     title = f"{pretrained.name}, T={seq_len}, batch {batch}, {torch_device}"
     return show_ratios(report, RATIOS, title, out)
 

@@ -12,8 +12,8 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from transformers import LlamaForCausalLM
 
-from diffx.bench.targets import Row, check_file, show_figures, show_ratios
-from diffx.bench.timing import machine, time_in_turns
+from diffx.bench.targets import Row, show_figures, show_ratios
+from diffx.bench.timing import begin, time_in_turns
 from diffx.config import UserError, require
 from diffx.config.eval import EvalJob
 from diffx.config.suite import HarnessSuite
@@ -23,7 +23,7 @@ from diffx.evaluation.model import LanguageModel
 from diffx.hub.convert import from_llama
 from diffx.loading import load
 
-# Kinds of requests, the method of lm-eval that answers them, and the lowest accepted speed ratio.
+# Kinds of requests, the method of lm-eval for them, and the lowest accepted ratio of speed.
 CASES = {
     "a continuation each": ("loglikelihood", 1.0),
     "choices of one token": ("loglikelihood", 1.0),  # HFLM, too, runs the model once for the four
@@ -40,14 +40,9 @@ def bench_eval(
     """Measure requests per second on text of a Python module; see ``diffx.bench``.
 
     Of each kind of request there are ``documents``, with one request or four choices each.
-    ``checkpoint`` is a Llama of the hub, by name or folder. The report also holds the largest
-    difference between answers (of generation: texts that
-    differ). The ratio is to the fastest batch size of HFLM.
-
-    Raises:
-        UserError: the checkpoint is not a Llama that can be converted.
+    ``checkpoint`` is a Llama of the hub, by name or folder.
     """
-    check_file("out", out)
+    torch_device, report = begin(out, device, documents=documents, rounds=rounds)
     loaded = load(checkpoint, Device(device))
     is_llama = isinstance(loaded.model, LlamaForCausalLM)
     require(is_llama, "checkpoint", checkpoint, "a Llama of the hub, to make a transformer of")
@@ -63,32 +58,19 @@ def bench_eval(
         # the same start of texts without context
         model.hflm.custom_prefix_token_id = loaded.tokenizer.eot_id
         ask[f"HFLM, batch {batch}"] = model.ask
-    seconds: dict[str, Any] = {}
-    rates: dict[str, Any] = {}
-    differences: dict[str, Any] = {}
+    rates: dict[str, dict[str, float]] = {}
+    report |= {"checkpoint": loaded.name, "requests_per_second": rates}
     rows: list[Row] = []
     for work, requests in _requests(documents).items():
         method, target = CASES[work]
         with quiet():
-            answers = ask["diffx"](method, requests)
-            first = f"HFLM, batch {BATCHES[0]}"
-            differences[work] = {first: _difference(method, answers, ask[first](method, requests))}
             calls = {name: partial(call, method, requests) for name, call in ask.items()}
-            times = seconds[work] = time_in_turns(calls, rounds, decoder.device)
+            times = report["seconds"][work] = time_in_turns(calls, rounds, torch_device)
         rates[work] = {name: len(requests) / statistics.median(times[name]) for name in ask}
         fastest = max(list(ask)[1:], key=rates[work].__getitem__)
         rows.append((work, "speed", "diffx", fastest, (target, None)))
-    title = f"{loaded.name} on {decoder.device}"
-    show_figures(title, {"requests/s": rates, "largest difference to diffx": differences})
-    report = {
-        "machine": machine(decoder.device),
-        "checkpoint": loaded.name,
-        "documents": documents,
-        "rounds": rounds,
-        "seconds": seconds,
-        "requests_per_second": rates,
-        "largest_difference": differences,
-    }
+    title = f"{loaded.name} on {torch_device}"
+    show_figures(title, {"requests/s": rates})
     return show_ratios(report, rows, title, out)
 
 
@@ -116,12 +98,3 @@ def _requests(documents: int) -> dict[str, list[Instance]]:
         work: [Instance(method, doc={}, arguments=each, idx=0) for each in case]
         for (work, (method, _)), case in zip(CASES.items(), arguments, strict=True)
     }
-
-
-def _difference(method: str, answers: list[Any], expected: list[Any]) -> float:
-    pairs = zip(answers, expected, strict=True)
-    if method == "generate_until":
-        return float(sum(one != other for one, other in pairs))
-    if method == "loglikelihood":
-        return max(abs(one[0] - other[0]) for one, other in pairs)
-    return max(abs(one - other) for one, other in pairs)

@@ -1,6 +1,5 @@
 """``diffx bench profile``: the time of the parts of a training step, as a table and a trace."""
 
-import dataclasses
 import os
 import statistics
 import tempfile
@@ -18,24 +17,15 @@ from diffx.config import RunError
 from diffx.config.launch import compose
 from diffx.console import Reporter, make_table
 from diffx.data import cu_seqlens, open_data
-from diffx.models import build_model, init_weights
+from diffx.train import parallel
 from diffx.train.checkpoint import save_checkpoint
 from diffx.train.loop import token_losses
 from diffx.train.optimizer import build_optimizer
-from diffx.train.parallel import (
-    World,
-    autocast,
-    clip_gradients,
-    fused_kernels,
-    parallelize,
-    pick_device,
-)
+from diffx.train.scratch import Scratch
 from diffx.train.throughput import matmul_ceiling, synchronize
 
 PARTS = ("data", "forward", "backward", "clip", "optimizer")
-TRACED = 2  # steps in the trace
-_WARM = 3  # steps before the timed ones
-_SHOWN = 15  # operators in the table
+TRACED, _WARM = 2, 3  # steps in the trace, and before the timed ones
 LOADER = 10.0  # target: tokens per second of the loader, relative to the model
 SAVING = 0.02  # target: share of the time for checkpoints
 
@@ -44,9 +34,7 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
     """Time the parts of ``steps`` training steps of a job, and trace some further steps.
 
     ``words`` are the arguments of ``diffx train``; ``trace`` is a JSON file for
-    https://ui.perfetto.dev. The report holds the machine, the median seconds of each part, tokens
-    per second of the model and of the loader, seconds of a checkpoint, and FLOPs per second of the
-    model and of a plain matrix product.
+    https://ui.perfetto.dev.
 
     Raises:
         UserError: the job cannot be trained, or ``trace`` cannot be a file.
@@ -54,59 +42,56 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
     """
     check_file("trace", trace)
     job = compose("train", words)
-    reporter, world = Reporter(), World(pick_device(job.device))
-    fused_kernels(job.train, world.device)  # refused before the corpus is read
+    train, device = job.train, parallel.pick_device(job.device)
+    reporter, world = Reporter(), parallel.World(device)
+    parallel.fused_kernels(train, device)  # refused before the corpus is read
+    scratch = Scratch(job, words, None, world, reporter)
     corpus = open_data(job.data, job.tokenizer)
-    eot_id, vocabulary = corpus.tokenizer.eot_id, corpus.tokenizer.vocab_size
-    vocabulary = job.model.vocab_size or vocabulary
-    model = build_model(dataclasses.replace(job.model, vocab_size=vocabulary))
-    init_weights(model, job.seed)
-    model = model.to(world.device).train()
-    parallelize(model, model.layers, job.train, world)
-    optimizer = build_optimizer(model, job.train)
-    seq_len, tokens = job.train.seq_len, int(job.train.batch_tokens)
+    scratch.build(corpus, initial=False)
+    model = scratch.model.train()
+    parallel.parallelize(model, model.layers, train, world)
+    optimizer = build_optimizer(model, train)
+    seq_len, tokens = train.seq_len, int(train.batch_tokens)
     batches = corpus.batches(seq_len, tokens // seq_len, job.seed)
     spent: list[dict[str, float]] = []  # seconds of the parts of each step
 
     @contextmanager
     def part(name: str) -> Iterator[None]:
-        synchronize(world.device)
+        synchronize(device)
         start = time.perf_counter()
         with record_function(name):
             yield
-            synchronize(world.device)
+            synchronize(device)
         spent[-1][name] += time.perf_counter() - start
 
     def step() -> None:
         spent.append(dict.fromkeys(PARTS, 0.0))
         with part("data"):
             batch = next(batches)
-        rows = job.train.micro_batch_size or len(batch.inputs)
-        for inputs, targets in zip(
-            batch.inputs.split(rows), batch.targets.split(rows), strict=True
-        ):
+        rows = train.micro_batch_size or len(batch.inputs)
+        pairs = zip(batch.inputs.split(rows), batch.targets.split(rows), strict=True)
+        for inputs, targets in pairs:
             with part("data"):
-                inputs, targets = inputs.to(world.device), targets.to(world.device)
-                bounds = cu_seqlens(inputs, eot_id) if job.train.mask_documents else None
-            with part("forward"), autocast(world.device, job.train.precision):
+                inputs, targets = inputs.to(device), targets.to(device)
+                eot_id = corpus.tokenizer.eot_id
+                bounds = cu_seqlens(inputs, eot_id) if train.mask_documents else None
+            with part("forward"), parallel.autocast(device, train.precision):
                 loss = token_losses(model, inputs, targets, bounds) / batch.targets.numel()
             with part("backward"):
                 loss.backward()
         with part("clip"):
-            clip_gradients(model.parameters(), job.train.grad_clip)
+            parallel.clip_gradients(model.parameters(), train.grad_clip)
         with part("optimizer"):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     for _ in range(_WARM + steps):
         step()
-    medians = {
-        name: statistics.median(seconds[name] for seconds in spent[_WARM:]) for name in PARTS
-    }
+    timed = spent[_WARM:]
+    medians = {name: statistics.median(seconds[name] for seconds in timed) for name in PARTS}
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    cuda = world.device.type == "cuda"
-    kinds = [ProfilerActivity.CPU] + cuda * [ProfilerActivity.CUDA]
-    with profile(activities=kinds) as recorded:
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + cuda * [ProfilerActivity.CUDA]) as recorded:
         for _ in range(TRACED):
             step()
     try:
@@ -119,37 +104,24 @@ def bench_profile(words: list[str], trace: Path, steps: int) -> dict[str, Any]:
         saving = time.perf_counter() - start
     whole = sum(medians.values())
     speed, loader = tokens / whole, tokens / medians["data"]
-    share = saving / (saving + job.train.save_every * whole)
-    flops = model.flops_per_token(seq_len) * speed
-    ceiling = matmul_ceiling(world.device, job.train.precision)
+    share = saving / (saving + train.save_every * whole)
+    flops = scratch.flops_per_token * speed
+    ceiling = matmul_ceiling(device, train.precision)
     rows = [[name, f"{1000 * s:.2f}", f"{s / whole:.1%}"] for name, s in medians.items()]
-    title = f"{job.model.kind}, {tokens} tokens a step, T={seq_len}, {world.device}"
+    title = f"{job.model.kind}, {tokens} tokens a step, T={seq_len}, {device}"
     reporter.table(make_table(title, ("part of a step", "ms", "share"), rows))
     order = f"self_{'device' if cuda else 'cpu'}_time_total"
-    operators = recorded.key_averages().table(order, row_limit=_SHOWN, max_name_column_width=40)
-    reporter.line(f"operators of {TRACED} steps, by self time\n{operators}")
-    reporter.line(f"model {speed:,.0f} tokens/s")
-    reporter.line(
-        f"loader {loader / speed:,.0f} times that "
-        f"(wanted: {LOADER:.0f} or more{'' if loader >= LOADER * speed else ', missed'})"
-    )
-    reporter.line(
-        f"checkpoints {share:.2%} of the time "
-        f"(wanted: {SAVING:.0%} at most{'' if share <= SAVING else ', missed'})"
-    )
-    reporter.line(
-        f"model FLOPs {flops / 1e9:,.1f} G/s, {flops / ceiling:.1%} of what a plain matrix product "
-        "reaches"
-    )
-    reporter.line(f"trace: {trace} (open it at https://ui.perfetto.dev)")
-    return {
-        "machine": machine(world.device),
-        "words": words,
-        "seconds": medians,
-        "tokens_per_second": speed,
-        "loader_tokens_per_second": loader,
-        "checkpoint_seconds": saving,
-        "checkpoint_share": share,
-        "flops_per_second": flops,
-        "matmul_ceiling": ceiling,
-    }
+    operators = recorded.key_averages().table(order, row_limit=15, max_name_column_width=40)
+    for line in (
+        f"operators of {TRACED} steps, by self time\n{operators}",
+        f"model {speed:,.0f} tokens/s",
+        f"loader {loader / speed:,.0f} times that (wanted: {LOADER:.0f} or more)",
+        f"checkpoints {share:.2%} of the time (wanted: {SAVING:.0%} at most)",
+        f"model {flops / 1e9:,.1f} GFLOPs/s, {flops / ceiling:.1%} of a plain matrix product's",
+        f"trace: {trace} (open it at https://ui.perfetto.dev)",
+    ):
+        reporter.line(line)
+    report: dict[str, Any] = {"machine": machine(device), "words": words, "seconds": medians}
+    report |= {"tokens_per_second": speed, "loader_tokens_per_second": loader}
+    report |= {"checkpoint_seconds": saving, "checkpoint_share": share}
+    return report | {"flops_per_second": flops, "matmul_ceiling": ceiling}

@@ -3,23 +3,15 @@
 import tempfile
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffx.bench.targets import NO_TARGET, Row, check_file, show_ratios
-from diffx.bench.timing import (
-    Call,
-    Seconds,
-    check_length,
-    inference,
-    peak_bytes,
-    random_tokens,
-    settings,
-    time_in_turns,
-)
-from diffx.config import UserError
+from diffx.bench import timing
+from diffx.bench.targets import NO_TARGET, Row, show_ratios
+from diffx.config.checks import refuse
 from diffx.config.quantize import QuantizeJob, Scheme, Weights
 from diffx.config.train import Device
 from diffx.dex.pretrained import load_pretrained
@@ -30,20 +22,15 @@ from diffx.quantization.weights import check_weights, quantize_weights, stored_b
 SCHEMES = {"int8": Scheme.weight_only, "int8_dynamic": Scheme.int8_dynamic}
 SCOPES = ("map", "row")
 HEADS, WIDTH = 8, 64  # of the attention with rounded logits: 8 maps, or 4 differential heads
+FIGURES = {"prefill": ("speed", "peak memory"), "decoding": ("speed",), "on disk": ("size",)}
 ROWS: list[Row] = [
     (work, figure, name, "original", NO_TARGET)
-    for name in SCHEMES
-    for work, figure in (
-        ("prefill", "speed"),
-        ("decoding", "speed"),
-        ("prefill", "peak memory"),
-        ("on disk", "size"),
-    )
+    for name, work in product(SCHEMES, FIGURES)
+    for figure in FIGURES[work]
 ]
 ROWS += [
     (work, "time", f"scope {scope}", "reference", (None, 2.5))
-    for work in ("attention", "differential attention")
-    for scope in SCOPES
+    for work, scope in product(("attention", "differential attention"), SCOPES)
 ]
 
 
@@ -52,26 +39,18 @@ def bench_quantize(
 ) -> dict[str, Any]:
     """Measure 8-bit weights, and the forward pass of rounded logits; see ``diffx.bench``.
 
-    Inference is that of ``checkpoint`` (a causal model of the hub, by name or folder) on ``batch``
-    random sequences of ``seq_len`` tokens. The attention has one sequence of that length.
-
-    Raises:
-        UserError: a checkpoint that cannot be used or reads less than ``seq_len`` tokens, or no
-            torchao.
+    Inference is that of ``checkpoint``, a hub name or folder, on ``batch`` random sequences of
+    ``seq_len`` tokens. The attention has one sequence of that length.
     """
-    check_file("out", out)
+    torch_device, report = timing.begin(out, device, rounds=rounds)
     loaded = load(checkpoint, Device(device))
-    if loaded.job is not None:
-        raise UserError(
-            f"checkpoint={checkpoint} cannot be used: it is a run; give its export, a folder that "
-            "`diffx export` makes"
-        )
-    check_length(loaded, seq_len)
-    dtype, torch_device = loaded.model.dtype, loaded.model.device
-    ids = random_tokens(loaded.tokenizer.vocab_size, batch, seq_len, torch_device)
+    export = "it is a run; give its export, a folder that `diffx export` makes"
+    refuse(loaded.job is not None, f"checkpoint={checkpoint}", export)
+    report |= timing.model_settings(loaded, seq_len, batch)
+    ids = timing.random_tokens(loaded.tokenizer.vocab_size, batch, seq_len, torch_device)
 
-    def read(folder: str) -> Call:
-        model = load_pretrained("checkpoint", folder, dtype, torch_device).model
+    def read(folder: str) -> timing.Call:
+        model = load_pretrained("checkpoint", folder, loaded.model.dtype, torch_device).model
         return torch.inference_mode()(lambda: model(input_ids=ids))
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -85,34 +64,24 @@ def bench_quantize(
             sizes["original"] = change.facts["bytes_before"]
             sizes[name] = stored_bytes(Path(folders[name]))
         builders = {name: partial(read, folder) for name, folder in folders.items()}
-        memory = peak_bytes(builders, torch_device)
-    report = {
-        **settings(loaded, ids, rounds),
-        "bytes": {"prefill": memory, "on disk": sizes},
-        "seconds": inference(models, ids, rounds) | _logits(seq_len, rounds, torch_device),
-    }
+        report["bytes"] = {"prefill": timing.peak_bytes(builders, torch_device), "on disk": sizes}
+    report["seconds"] = timing.inference(models, ids, rounds) | _logits(
+        seq_len, rounds, torch_device
+    )
     title = f"{loaded.name}, T={seq_len}, batch {batch}, {torch_device}"
     return show_ratios(report, ROWS, title, out)
 
 
 @torch.inference_mode()
-def _logits(seq_len: int, rounds: int, device: torch.device) -> dict[str, Seconds]:
+def _logits(seq_len: int, rounds: int, device: torch.device) -> dict[str, timing.Seconds]:
     """Seconds of the forward pass of one sequence with 4-bit logits."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, seq_len, HEADS, WIDTH)
-    q, k, v = (torch.randn(shape, generator=generator).to(device) for _ in range(3))
-    wide, lam = v.reshape(1, seq_len, HEADS // 2, 2 * WIDTH), torch.tensor(0.5, device=device)
     contestants: dict[str, Any] = {"reference": reference}
     contestants |= {f"scope {scope}": QuantizedLogits(4, scope) for scope in SCOPES}
-    inputs = {"attention": (q, k, v), "differential attention": (q, k, wide, lam)}
-
-    def seconds(work: str) -> Seconds:
+    seconds = {}
+    for operation, inputs in timing.attention_inputs(HEADS, WIDTH, seq_len, device).items():
         calls = {
-            name: partial(
-                getattr(ops, work.replace(" ", "_")), *inputs[work], causal=True, scale=None
-            )
+            name: partial(getattr(ops, operation), *inputs, causal=True, scale=None)
             for name, ops in contestants.items()
         }
-        return time_in_turns(calls, rounds, device)
-
-    return {work: seconds(work) for work in inputs}
+        seconds[operation.replace("_", " ")] = timing.time_in_turns(calls, rounds, device)
+    return seconds

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffx.config import require
-from diffx.console import Reporter, make_table
+from diffx.console import Reporter, figure, make_table
 from diffx.files import write_json
 from diffx.results.table import EXAMPLE, make_frame, write_frame
 
@@ -17,11 +17,7 @@ Row = tuple[str, str, str, str, Target]  # work, figure, contestant, compared wi
 
 
 def check_file(key: str, path: Path | None) -> None:
-    """Refuse a file that cannot be written, before measuring.
-
-    Raises:
-        UserError: ``path`` cannot be a JSON file.
-    """
+    """Raise ``UserError`` before measuring if ``path`` cannot be a JSON file."""
     usable = path is None or (path.suffix == ".json" and path.parent.is_dir() and not path.is_dir())
     require(usable, key, path, "the name of a .json file in a folder that exists")
 
@@ -31,14 +27,8 @@ def target_ratio(
 ) -> dict[str, Any]:
     """The ratio of one contestant to another in every round, and whether it meets its target.
 
-    Args:
-        report: ``seconds`` of every round and ``bytes`` (None where they cannot be measured), both
-            by work and contestant.
-        work: a key of ``seconds`` or ``bytes``.
-        figure: ``time`` or ``speed``; any other name is one of bytes.
-        of: the contestant.
-        to: the contestant it is compared with.
-        target: the accepted medians.
+    ``figure`` is ``time`` or ``speed``, by the ``seconds`` of the report; any other is of its
+    ``bytes``, which are None where they cannot be measured.
     """
     if figure in ("time", "speed"):
         over, under = (to, of) if figure == "speed" else (of, to)
@@ -47,20 +37,12 @@ def target_ratio(
     else:
         size = report["bytes"][work]
         ratios = [size[of] / size[to]] if size[of] else []
-    median, met = statistics.median(ratios) if ratios else None, None
-    if median is not None and target != NO_TARGET:
-        met = (target[0] or 0) <= median <= (target[1] or math.inf)
-    return {
-        "work": work,
-        "figure": figure,
-        "of": of,
-        "to": to,
-        "median": median,
-        "low": min(ratios, default=None),
-        "high": max(ratios, default=None),
-        "target": target,
-        "met": met,
-    }
+    ratio: dict[str, Any] = {"work": work, "figure": figure, "of": of, "to": to, "target": target}
+    if not ratios:
+        return ratio | dict.fromkeys(("median", "low", "high", "met"))
+    median = statistics.median(ratios)
+    met = (target[0] or 0) <= median <= (target[1] or math.inf) if target != NO_TARGET else None
+    return ratio | {"median": median, "low": min(ratios), "high": max(ratios), "met": met}
 
 
 def show_figures(title: str, columns: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
@@ -78,62 +60,50 @@ def show_ratios(
 ) -> dict[str, Any]:
     """Add the ratios to the report, print a table of them and the missed targets, and write it.
 
-    ``out`` holds the report. The Parquet file beside it holds the seconds and bytes as rows of the
-    table of results: the work is the task, the contestant the variant, and a round an example.
+    The Parquet file beside ``out`` holds the seconds and bytes as rows of the table of results: the
+    work is the task, the contestant the variant, and a round an example.
     """
     ratios = report["ratios"] = [target_ratio(report, *row) for row in rows]
     reporter = Reporter()
     columns = ("work", "figure", "", "median ratio", "lowest to highest round", "target", "met")
     reporter.table(make_table(title, columns, map(_cells, ratios)))
     if any(row["met"] is not None for row in ratios):
-        names = (
-            f"{row['work']}, {row['figure']} of {row['of']}"
-            for row in ratios
-            if row["met"] is False
-        )
-        missed = "; ".join(names)
-        reporter.line(f"targets not met: {missed}" if missed else "all targets are met")
+        missed = [row for row in ratios if row["met"] is False]
+        names = "; ".join(f"{row['work']}, {row['figure']} of {row['of']}" for row in missed)
+        reporter.line(f"targets not met: {names}" if missed else "all targets are met")
     if out is not None:
         write_json(out, report)
-        write_frame(make_frame(result_rows(report)), out.with_suffix(".parquet"))
+        write_frame(make_frame(_result_rows(report)), out.with_suffix(".parquet"))
         reporter.line(f"figures: {out}, and as rows {out.with_suffix('.parquet').name}")
     return report
 
 
-def result_rows(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of the table of results of a report."""
+def _result_rows(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     facts = {"checkpoint": report.get("checkpoint"), "source": "bench", "better": "lower"}
     for metric, unit in (("seconds", "s"), ("bytes", "bytes")):
-        figures = [
-            (work, name, values if metric == "seconds" else [values])
-            for work, contestants in report.get(metric, {}).items()
-            for name, values in contestants.items()
-        ]
-        for work, name, values in figures:
-            place = facts | {"task": work, "variant": name, "metric": metric, "unit": unit}
-            for number, value in enumerate(values):
-                yield place | {"aggregate": EXAMPLE, "example": str(number), "value": value}
+        for work, contestants in report.get(metric, {}).items():
+            for name, figures in contestants.items():
+                place = facts | {"task": work, "variant": name, "metric": metric, "unit": unit}
+                for number, value in enumerate(figures if metric == "seconds" else [figures]):
+                    yield place | {"aggregate": EXAMPLE, "example": str(number), "value": value}
 
 
 def _cells(ratio: dict[str, Any]) -> list[str]:
     low, high = ratio["target"]
+    target = f"at least {low:.2f}" if low else f"at most {high:.2f}" if high else "-"
     if low and high:
         target = f"{low:.2f} to {high:.2f}"
-    else:
-        target = f"at least {low:.2f}" if low else f"at most {high:.2f}" if high else "-"
     once = ratio["low"] == ratio["high"]
     return [
         ratio["work"],
         ratio["figure"],
         f"{ratio['of']} / {ratio['to']}",
-        _number(ratio["median"], ".3f"),
+        "-" if ratio["median"] is None else f"{ratio['median']:.3f}",
         "-" if once else f"{ratio['low']:.3f} to {ratio['high']:.3f}",
         target,
         {None: "-", True: "yes", False: "no"}[ratio["met"]],
     ]
 
 
-def _number(value: float | None, form: str | None = None) -> str:
-    if value is None:
-        return "-"
-    return format(value, form or (",.0f" if abs(value) >= 1000 else ".4g"))
+def _number(value: float | None) -> str:
+    return "-" if value is None else figure(value)

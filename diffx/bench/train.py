@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DiffLlamaConfig, LlamaConfig
 
-from diffx.bench.targets import Row, check_file, show_figures, show_ratios
-from diffx.bench.timing import Call, machine, peak_bytes, random_tokens, time_in_turns
+from diffx.bench.targets import Row, show_figures, show_ratios
+from diffx.bench.timing import Call, begin, measure, random_tokens
 from diffx.config import require
 from diffx.config.data import BpeTokenizer
 from diffx.config.launch import compose
 from diffx.config.model import MODEL_CONFIGS, ModelConfig
-from diffx.config.train import Device, TrainConfig
+from diffx.config.train import TrainConfig
+from diffx.hub.convert import NAMES
 from diffx.models import build_model, init_weights
+from diffx.train.adapt import ForTraining
 from diffx.train.optimizer import build_optimizer
-from diffx.train.parallel import autocast, clip_gradients, pick_device
+from diffx.train.parallel import autocast, clip_gradients
 
 PAIRS = (
     ("transformer", "Llama"),
@@ -45,51 +48,38 @@ def bench_train(
 ) -> dict[str, Any]:
     """Measure tokens per second and peak memory of a training step; see ``diffx.bench``.
 
-    A step is forward, loss, backward, clip and AdamW, on 2,048 random tokens on a CPU and 32,768 on
-    a GPU (one sequence, if that is longer). All models of one of the ``sizes`` (choices of
-    ``size=``) take turns. Memory is measured first, for each model alone.
-
-    Raises:
-        UserError: an unknown size, or one that an architecture cannot have.
+    A step is forward to AdamW, on 2,048 random tokens on a CPU and 32,768 on a GPU (one sequence,
+    if that is longer). All models of one of the ``sizes`` (of ``size=``) take turns.
     """
-    check_file("out", out)
+    torch_device, report = begin(out, device, rounds=rounds)
     for seq_len in seq_lens:
         require(seq_len >= 1, "seq_len", seq_len, "a positive whole number")
     configs = {
         size: {k: compose("train", [f"model={k}", f"size={size}"]).model for k in MODEL_CONFIGS}
         for size in sizes
     }
-    torch_device = pick_device(Device(device))
-    columns = ("parameters", "tokens_per_second", "bytes")
-    report: dict[str, Any] = {"machine": machine(torch_device), "rounds": rounds, "seconds": {}}
-    report |= {column: {} for column in columns}
+    report |= {"parameters": {}, "tokens_per_second": {}}
     rows: list[Row] = []
-    for size in sizes:
-        for seq_len in seq_lens:
-            work = f"{size}, T={seq_len}"
-            batch = max(1, (2048 if torch_device.type == "cpu" else 32768) // seq_len)
-            vocabulary = configs[size]["transformer"].vocab_size or BpeTokenizer().vocab_size
-            tokens = random_tokens(vocabulary, batch, seq_len + 1, torch_device)
-            builders = _builders(configs[size], vocabulary, seq_len)
-            report["bytes"][work] = peak_bytes(
-                {name: partial(_step, build, tokens) for name, build in builders.items()},
-                torch_device,
-            )
-            models = {name: build().to(torch_device) for name, build in builders.items()}
-            report["parameters"][work] = {
-                name: sum(p.numel() for p in model.parameters()) for name, model in models.items()
-            }
-            steps = {name: training_step(model, tokens) for name, model in models.items()}
-            seconds = report["seconds"][work] = time_in_turns(steps, rounds, torch_device)
-            del models, steps  # before the next memory is measured
-            report["tokens_per_second"][work] = {
-                name: batch * seq_len / statistics.median(times) for name, times in seconds.items()
-            }
-            for pair in PAIRS:
-                lowest = TARGETS.get(pair, TARGETS.get((*pair, size, seq_len)))
-                rows.append((work, "speed", *pair, (lowest, None)))
+    for size, seq_len in product(sizes, seq_lens):
+        work = f"{size}, T={seq_len}"
+        batch = max(1, (2048 if torch_device.type == "cpu" else 32768) // seq_len)
+        vocabulary = configs[size]["transformer"].vocab_size or BpeTokenizer().vocab_size
+        tokens = random_tokens(vocabulary, batch, seq_len + 1, torch_device)
+        builders = _builders(configs[size], vocabulary, seq_len)
+        report["parameters"][work] = {
+            name: sum(p.numel() for p in build().parameters()) for name, build in builders.items()
+        }
+        steps = {name: partial(_step, build, tokens) for name, build in builders.items()}
+        seconds = measure(report, work, steps, rounds, torch_device)
+        report["tokens_per_second"][work] = {
+            name: batch * seq_len / statistics.median(times) for name, times in seconds.items()
+        }
+        for pair in PAIRS:
+            lowest = TARGETS.get(pair, TARGETS.get((*pair, size, seq_len)))
+            rows.append((work, "speed", *pair, (lowest, None)))
     version = report["machine"]["packages"]["transformers"]
     title = f"Training steps on {torch_device} (Llama and DiffLlama of transformers {version})"
+    columns = ("parameters", "tokens_per_second", "bytes")
     show_figures(title, {column.replace("_", " "): report[column] for column in columns})
     return show_ratios(report, rows, title, out)
 
@@ -99,21 +89,13 @@ def _builders(
 ) -> dict[str, Callable[[], nn.Module]]:
     """Builders of the models of a size; those of transformers have the baseline's shape."""
     config = configs["transformer"]
-    shape: dict[str, Any] = {
-        "vocab_size": vocabulary,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.ffn_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "max_position_embeddings": seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-    }
+    shape = {name: getattr(config, key) for key, name in NAMES.items()}
+    shape |= {"vocab_size": vocabulary, "intermediate_size": config.ffn_size}
+    shape["max_position_embeddings"] = seq_len
     return {
         **{k: partial(_decoder, replace(c, vocab_size=vocabulary)) for k, c in configs.items()},
-        "Llama": lambda: _Logits(LlamaConfig(**shape)),
-        "DiffLlama": lambda: _Logits(DiffLlamaConfig(**shape)),
+        "Llama": partial(_pretrained, LlamaConfig(**shape)),
+        "DiffLlama": partial(_pretrained, DiffLlamaConfig(**shape)),
     }
 
 
@@ -123,15 +105,8 @@ def _decoder(config: ModelConfig) -> nn.Module:
     return model
 
 
-class _Logits(nn.Module):
-    """A model of transformers that returns its logits and keeps no cache."""
-
-    def __init__(self, config: LlamaConfig | DiffLlamaConfig):
-        super().__init__()
-        self.model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids, use_cache=False).logits
+def _pretrained(config: LlamaConfig | DiffLlamaConfig) -> nn.Module:
+    return ForTraining(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
 
 
 def _step(build: Callable[[], nn.Module], tokens: Tensor) -> Call:

@@ -16,6 +16,7 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "positive": lambda value: value > 0,
     "zero or more": lambda value: value >= 0,
     "2 or more": lambda value: value >= 2,
+    "5 or more": lambda value: value >= 5,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
@@ -114,6 +115,30 @@ def count_fields(config: Any, group: str, names: str) -> None:
     for name in names.split():
         if (value := getattr(config, name)) is not None:
             setattr(config, name, count(f"{group}.{name}".lstrip("."), value))
+
+
+def listed(key: str, value: Any) -> list[Any]:
+    """Return a list as it is and another value as a list; raise ``UserError`` for an empty one."""
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    refuse(not items, f"{key}={value}", "it must have one entry at least")
+    return items
+
+
+def shares(key: str, value: Any) -> list[float]:
+    """Read one or more different numbers from 0 to 1; raise ``UserError`` for others."""
+    items = listed(key, value)
+    good = all(isinstance(item, int | float) and 0 <= item <= 1 for item in items)
+    good = good and len(set(items)) == len(items)
+    require(good, key, value, "different numbers from 0 to 1")
+    return [float(item) for item in items]
+
+
+def texts(key: str, value: Any) -> list[str]:
+    """Read one or more texts that are not empty; raise ``UserError`` for others."""
+    items = listed(key, value)
+    good = all(isinstance(item, str) and item for item in items)
+    require(good, key, value, "a name or a list of names")
+    return items
 
 
 def check_seed(key: str, value: int) -> None:

@@ -141,6 +141,57 @@ class RetrievalData(DataConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class RecallData(DataConfig):
+    """Endless samples of multi-query associative recall (MQAR, arXiv 2312.04927), without text.
+
+    A sample gives pairs of a key and a value, and then each key once more with its value behind it.
+    The loss is on these values alone. Words of the samples are tokens by themselves, so that
+    ``tokenizer=`` is not used; nor is ``data.val_fraction``.
+
+    Attributes:
+        length: tokens of a sample; the same as ``train.seq_len``.
+        pairs: pairs in a sample, at most; each sample draws its number, from 1.
+        keys: different keys.
+        values: different values.
+        power: a query stands k slots of two tokens behind the pairs with a probability proportional
+            to k^(power - 1), among the free slots; 1 is uniform. The default is Zoology's.
+        distractors: fill the tokens between the queries with keys and values that the sample does
+            not use, at random; ``false`` fills them with one token.
+    """
+
+    kind: str = "recall"
+    length: int = 256
+    pairs: int = 16
+    keys: int = 128
+    values: int = 128
+    power: float = 0.01
+    distractors: bool = True
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        check_fields(self, "data", "length", POSITIVE)
+        check_fields(self, "data", "power", "positive")
+        good = self.pairs >= 1 and max(self.keys, self.values) <= 2**20
+        accepted = "1 or more, with at most 1048576 of data.keys and data.values"
+        require(good, "data.pairs", self.pairs, accepted)
+        require(self.pairs <= self.most, "data.pairs", self.pairs, self.why_most())
+
+    @property
+    def most(self) -> int:
+        """The largest number of pairs that a sample can hold."""
+        unused = int(self.distractors)
+        return min(self.keys - unused, self.values - unused, (self.length - 1) // 4)
+
+    def why_most(self) -> str:
+        """Tell what bounds the number of pairs."""
+        distractors = "below" if self.distractors else "at most"
+        return (
+            f"{distractors} data.keys={self.keys} and data.values={self.values}, and at most a "
+            f"quarter of the {self.length - 1} tokens behind the first"
+        )
+
+
+@dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
     """How text becomes tokens; ``kind`` is set by ``tokenizer=``."""
 
@@ -203,6 +254,7 @@ DATA_CONFIGS: dict[str, type[DataConfig]] = {
     "hub": HubData,
     "shards": ShardsData,
     "retrieval": RetrievalData,
+    "recall": RecallData,
 }
 TOKENIZER_CONFIGS: dict[str, type[TokenizerConfig]] = {
     "bpe": BpeTokenizer,

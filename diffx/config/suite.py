@@ -11,8 +11,11 @@ from diffx.config.checks import (
     check_seed,
     count,
     count_fields,
+    listed,
     refuse,
     require,
+    shares,
+    texts,
 )
 
 
@@ -75,7 +78,7 @@ class HarnessSuite(SuiteConfig):
             "suite.fewshot_as_multiturn=true",
             "it needs suite.chat_template=true",
         )
-        self.tasks = _texts("suite.tasks", self.tasks)
+        self.tasks = texts("suite.tasks", self.tasks)
         self.shots = _counts("suite.shots", self.shots, 0, optional=True)
         check_fields(self, "suite", "max_tokens", POSITIVE)
 
@@ -95,7 +98,7 @@ class _NeedleSuite(SuiteConfig):
     digits: int = 7
 
     def __post_init__(self) -> None:
-        self.depths = _shares("suite.depths", self.depths)
+        self.depths = shares("suite.depths", self.depths)
         _check_numbers(self, "samples")
         check_fields(self, "suite", "digits", "from 1 to 18")
 
@@ -165,7 +168,7 @@ class _LabelSuite(SuiteConfig):
     chat_template: bool = False
 
     def __post_init__(self) -> None:
-        self.tasks = _texts("suite.tasks", self.tasks)
+        self.tasks = texts("suite.tasks", self.tasks)
         _check_numbers(self, "queries")
         check_fields(self, "suite", "labels", "from 2 to 100")
         before, _, end = self.template.partition("{label}")
@@ -218,7 +221,7 @@ class IclOrderSuite(_LabelSuite):
 
     def __post_init__(self) -> None:
         _LabelSuite.__post_init__(self)
-        self.arrangements = _texts("suite.arrangements", self.arrangements)
+        self.arrangements = texts("suite.arrangements", self.arrangements)
         for name in self.arrangements:
             known = name in ("random", "alternating")
             require(known, "suite.arrangements", name, "random or alternating")
@@ -251,6 +254,29 @@ class LongContextSuite(SuiteConfig):
         count_fields(self, "suite", "length")
         _check_numbers(self, "texts chunk frequent")
         check_fields(self, "suite", "length", "2 or more")
+
+
+@dataclass(kw_only=True, slots=True)
+class RecallSuite(SuiteConfig):
+    """Accuracy and loss against the number of pairs, of a run of ``data=recall`` (2312.04927).
+
+    Attributes:
+        pairs: numbers of pairs in a sample; ``null`` doubles from 1 to as many as a sample holds,
+            which may be more than in training.
+        samples: samples for each number of pairs.
+        length: tokens of a sample; ``null`` is that of training.
+    """
+
+    kind: str = "recall"
+    pairs: Any = None
+    samples: int = 200
+    length: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.pairs = _counts("suite.pairs", self.pairs, 1, optional=True)
+        _check_numbers(self, "samples")
+        count_fields(self, "suite", "length")
+        check_fields(self, "suite", "length", "5 or more")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -303,7 +329,7 @@ class HallucinationSuite(SuiteConfig):
     chat_template: bool = False
 
     def __post_init__(self) -> None:
-        self.tasks = _texts("suite.tasks", self.tasks)
+        self.tasks = texts("suite.tasks", self.tasks)
         _check_numbers(self, "samples max_tokens")
 
 
@@ -332,19 +358,6 @@ class SpeedSuite(SuiteConfig):
         _check_numbers(self, "decode_tokens rounds")
 
 
-def _listed(key: str, value: Any) -> list[Any]:
-    items = list(value) if isinstance(value, list | tuple) else [value]
-    refuse(not items, f"{key}={value}", "it must have one entry at least")
-    return items
-
-
-def _texts(key: str, value: Any) -> list[str]:
-    items = _listed(key, value)
-    good = all(isinstance(item, str) and item for item in items)
-    require(good, key, value, "a name or a list of names")
-    return items
-
-
 def _check_numbers(config: SuiteConfig, names: str) -> None:
     """Each is a number of examples in memory."""
     check_fields(config, "suite", names, "a whole number from 1 to 1,000,000")
@@ -353,18 +366,10 @@ def _check_numbers(config: SuiteConfig, names: str) -> None:
 def _counts(key: str, value: Any, least: int, optional: bool = False) -> Any:
     if value is None and optional:
         return None
-    items = [0 if item == 0 else count(key, item) for item in _listed(key, value)]
+    items = [0 if item == 0 else count(key, item) for item in listed(key, value)]
     good = min(items) >= least and len(set(items)) == len(items)
     require(good, key, value, f"different whole numbers of {least} or more")
     return items
-
-
-def _shares(key: str, value: Any) -> list[float]:
-    items = _listed(key, value)
-    good = all(isinstance(item, int | float) and 0 <= item <= 1 for item in items)
-    good = good and len(set(items)) == len(items)
-    require(good, key, value, "different numbers from 0 to 1")
-    return [float(item) for item in items]
 
 
 def _cases(key: str, value: Any) -> list[list[int]]:
@@ -385,6 +390,7 @@ SUITE_CONFIGS: dict[str, type[SuiteConfig]] = {
     "icl": IclSuite,
     "icl_order": IclOrderSuite,
     "long_context": LongContextSuite,
+    "recall": RecallSuite,
     "outliers": OutliersSuite,
     "hallucination": HallucinationSuite,
     "speed": SpeedSuite,

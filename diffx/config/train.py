@@ -265,7 +265,7 @@ class PrepareJob:
         new_path("out", self.out)
         reasons = {
             "shards": "`diffx data prepare` writes it",
-            "retrieval": "its samples are made as they are needed",
+            **dict.fromkeys(("retrieval", "recall"), "its samples are made as they are needed"),
         }
         if reason := reasons.get(self.data.kind):
             choice = "choose data=text, hub or stdlib"

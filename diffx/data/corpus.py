@@ -4,11 +4,12 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from diffx.config import UserError
@@ -16,12 +17,14 @@ from diffx.config.data import (
     BpeTokenizer,
     DataConfig,
     HubData,
+    RecallData,
     RetrievalData,
     ShardsData,
     TokenizerConfig,
 )
 from diffx.data.batches import Batch, Batches, WindowBatches, val_batches
-from diffx.data.prepare import Source, build, holdout_threshold, ready, settings
+from diffx.data.prepare import Source, build, holdout_threshold, ready, settings, tokenizer_facts
+from diffx.data.recall import HELD_OUT, TRAINING, make_sample, recall_tokenizer
 from diffx.data.shards import (
     HeldOut,
     ProgressCallback,
@@ -31,9 +34,15 @@ from diffx.data.shards import (
     no_progress,
     read_meta,
 )
-from diffx.data.sources import documents, file_hashes, source_files
+from diffx.data.sources import NO_TEXT, documents, file_hashes, source_files
 from diffx.data.stream import StreamBatches
-from diffx.data.synthetic import SampleBatches, held_out, train_tokenizer
+from diffx.data.synthetic import (
+    SampleBatches,
+    held_out,
+    retrieval_batches,
+    retrieval_held_out,
+    train_tokenizer,
+)
 from diffx.data.tokenizers import Tokenizer, decode_documents, load_tokenizer
 from diffx.errors import storage_errors
 from diffx.files import json_sha256, sha256
@@ -49,21 +58,30 @@ class Corpus:
 
     Attributes:
         data: the config it was opened with.
-        shards: the tokens on disk; of a stream, those of its first documents; of the retrieval
-            task, those of the text around the needles.
+        tokenizer: of its tokens.
         val: held-out tokens.
         info: the content of ``data.json``: hashes of the sources, and the size of each split.
     """
 
     data: DataConfig
-    shards: Shards
+    tokenizer: Tokenizer
     val: HeldOut
     info: dict[str, Any]
+    _shards: Shards | None = None
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the shards."""
-        return self.shards.tokenizer
+    def shards(self) -> Shards:
+        """The tokens on disk.
+
+        Of a stream, those of its first documents; of the retrieval task, those of the text around
+        the needles.
+
+        Raises:
+            UserError: the corpus has no text.
+        """
+        if self._shards is None:
+            raise UserError(NO_TEXT)
+        return self._shards
 
     @property
     def train(self) -> TokenArray:
@@ -80,10 +98,16 @@ class Corpus:
         """
         corpus = json_sha256([self.info["sha256"], self.tokenizer.fingerprint])
         args = (corpus, seq_len, batch_size, seed, rank, world_size)
-        if isinstance(self.data, RetrievalData):
-            return SampleBatches(self.data, self.shards, *args)
-        if isinstance(self.data, HubData):
-            return StreamBatches(self.data, self.shards, *args)
+        if isinstance(data := self.data, RecallData):
+
+            def make(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+                return make_sample(data, [TRAINING, seed, number])
+
+            return SampleBatches(data, self.tokenizer.eot_id, make, *args)
+        if isinstance(data, RetrievalData):
+            return retrieval_batches(data, self.shards, *args)
+        if isinstance(data, HubData):
+            return StreamBatches(data, self.shards, *args)
         return WindowBatches(self.train, *args)
 
     def val_batches(
@@ -101,19 +125,29 @@ def open_data(
 ) -> Corpus:
     """Open a corpus; tokenize it first if the cache (``$DIFFX_CACHE``) does not have it.
 
-    The tokenizer is made, or taken as it is; shards have one already.
+    The tokenizer is made, or taken as it is; shards and the recall task have one already.
 
     Raises:
         UserError: the text or the tokenizer cannot be used.
         RunError: the cache cannot be written.
     """
     info: dict[str, Any] = {"kind": data.kind}
+    if isinstance(data, RecallData):
+        words = recall_tokenizer(data)
+        val = held_out(data, words, lambda number: make_sample(data, [HELD_OUT, 0, number]))
+        info |= {
+            "sha256": json_sha256(asdict(data)),
+            "tokenizer": tokenizer_facts(words),
+            "val": {"measured": _counts(val)},
+        }
+        return Corpus(data, words, val, info)
     if isinstance(data, RetrievalData):
         if isinstance(tokenizer, BpeTokenizer):
             tokenizer = train_tokenizer(data, tokenizer.vocab_size)
         text = open_data(data.text(), tokenizer, progress=progress)
-        val = held_out(data, text.shards)
-        return Corpus(data, text.shards, val, text.info | info | _measured(text.shards, val))
+        val = retrieval_held_out(data, text.shards)
+        info = text.info | info | {"val": text.info["val"] | {"measured": _counts(val)}}
+        return Corpus(data, text.tokenizer, val, info, text.shards)
     if isinstance(data, ShardsData):
         shards = Shards(Path(data.path).expanduser(), progress)
     elif isinstance(data, HubData):
@@ -132,12 +166,12 @@ def open_data(
         shards = _cached(source, tokenizer, json_sha256(list(hashes.values())))
     val = shards.held_out(int(data.val_tokens))
     info |= {key: shards.meta[key] for key in ("sha256", "tokenizer", "train")}
-    return Corpus(data, shards, val, info | _measured(shards, val))
+    info["val"] = shards.meta["val"] | {"measured": _counts(val)}
+    return Corpus(data, shards.tokenizer, val, info, shards)
 
 
-def _measured(shards: Shards, val: HeldOut) -> dict[str, Any]:
-    counts = {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}
-    return {"val": shards.meta["val"] | {"measured": counts}}
+def _counts(val: HeldOut) -> dict[str, int]:
+    return {"documents": len(val.keys), "tokens": val.n_tokens, "bytes": val.n_bytes}
 
 
 def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: str) -> Shards:

@@ -128,13 +128,12 @@ def build(
         threshold = holdout_threshold(source)
         if isinstance(tokenizer, BpeTokenizer):
             tokenizer = make_tokenizer(tokenizer, training_texts(source, threshold))
-        fields = ("kind", "vocab_size", "eot_id", "fingerprint")
         meta = {
             "format": FORMAT,
             "complete": False,
             "settings": settings,
             "threshold": threshold,
-            "tokenizer": {name: getattr(tokenizer, name) for name in fields},
+            "tokenizer": tokenizer_facts(tokenizer),
             "dtype": token_dtype(tokenizer.vocab_size),
             "masked": getattr(source.data, "prompt_key", None) is not None,
             "sha256": "",
@@ -148,6 +147,12 @@ def build(
     done = meta["train"]["documents"] + meta["val"]["documents"]
     rows = _tokenize(source, done, folder / "tokenizer", meta["masked"], workers)
     write_shards(folder, meta, rows, shard_tokens)
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what is recorded of a tokenizer."""
+    fields = ("kind", "vocab_size", "eot_id", "fingerprint")
+    return {name: getattr(tokenizer, name) for name in fields}
 
 
 def holdout_threshold(source: Source) -> int:

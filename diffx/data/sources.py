@@ -18,12 +18,13 @@ import zstandard
 
 from diffx.config import RunError, UserError
 from diffx.config.checks import refuse, refusing
-from diffx.config.data import DataConfig, HubData, RetrievalData, StdlibData, TextData
+from diffx.config.data import DataConfig, HubData, RecallData, RetrievalData, StdlibData, TextData
 from diffx.data.hub import asking_hub
 from diffx.errors import reason
 from diffx.files import parse_json, sha256
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+NO_TEXT = "data=recall cannot be used: its samples are not text; choose data=text, hub or stdlib"
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 _PIECES, _PIECE_MIN, _PIECE_MAX = 100, 1 << 10, 1 << 20
@@ -95,6 +96,8 @@ def source_files(data: DataConfig) -> dict[str, Path]:
         why = f"{root} holds no Python source; choose data=text data.path=FOLDER"
         refuse(not sources, "data=stdlib", why)
         return {path.relative_to(root).as_posix(): path for path in sorted(sources)}
+    if isinstance(data, RecallData):
+        raise UserError(NO_TEXT)
     assert isinstance(data, TextData)
     paths: dict[Path, Path] = {}
     for path in itertools.chain.from_iterable(map(_expand, data.path)):

@@ -1,11 +1,11 @@
-"""The synthetic task ``data=retrieval``: samples of needles in text (see needles.py).
+"""Batches of samples, and the task ``data=retrieval``: needles in text (see needles.py).
 
 A window is one sample: end of text, the text with its needles, the question and its answer, then
 the needles that were not asked for. Only the numbers carry loss.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain, cycle, islice
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from diffx.config import UserError
 from diffx.config.checks import refuse
-from diffx.config.data import BpeTokenizer, RetrievalData
+from diffx.config.data import BpeTokenizer, RecallData, RetrievalData
 from diffx.data.batches import Batch, Batches, make_batch
 from diffx.data.needles import Haystack, draw_needles, needle_of
 from diffx.data.prepare import Source, holdout_threshold, training_texts
@@ -113,34 +113,63 @@ class Samples:
 
 
 class SampleBatches(Batches):
-    """Batches of samples, each used once; see ``Batches`` for the other arguments."""
+    """Batches of samples, each used once; see ``Batches`` for the other arguments.
 
-    def __init__(self, data: RetrievalData, shards: Shards, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        accepted = f"with data=retrieval it must be data.length={data.length}"
+    Args:
+        data: the task.
+        eot_id: the end-of-text token.
+        make: makes the tokens and the loss mask, both (data.length,), of a seed and a number.
+    """
+
+    def __init__(
+        self,
+        data: RetrievalData | RecallData,
+        eot_id: int,
+        make: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+        *args: Any,
+    ) -> None:
+        super().__init__(*args)
+        accepted = f"with data={data.kind} it must be data.length={data.length}"
         refuse(self._seq_len != data.length, f"train.seq_len={self._seq_len}", accepted)
-        self._samples = Samples(data, shards.tokenizer, shards.train)
-        self._eot = shards.tokenizer.eot_id
+        self._eot, self._make = eot_id, make
 
     def __next__(self) -> Batch:
         first = self._step * self._batch_size
         rows: list[Row] = []
         for number in (first + row for row in self._rows):
-            tokens, mask = self._samples.make_training(f"{self._seed}/{number}", number)
+            tokens, mask = self._make(self._seed, number)
             rows.append((np.append(tokens, tokens.dtype.type(self._eot)), np.append(mask, 0)))
         batch = make_batch(rows, f"batch {self._step}, samples from {first}")
         self._step += 1
         return batch
 
 
-def held_out(data: RetrievalData, shards: Shards) -> HeldOut:
-    """Return about ``data.val_tokens`` tokens of samples in held-out text."""
-    limit = int(data.val_tokens)
-    samples = Samples(data, shards.tokenizer, shards.held_out(limit))
-    made = [samples.make(f"held out/{i}") for i in range(max(1, limit // data.length))]
+def retrieval_batches(data: RetrievalData, shards: Shards, *args: Any) -> SampleBatches:
+    """Batches of the retrieval task, in the training text of ``shards``."""
+    samples = Samples(data, shards.tokenizer, shards.train)
+
+    def make(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return samples.make_training(f"{seed}/{number}", number)
+
+    return SampleBatches(data, shards.tokenizer.eot_id, make, *args)
+
+
+def retrieval_held_out(data: RetrievalData, shards: Shards) -> HeldOut:
+    """Samples of the retrieval task for validation, in the held-out text of ``shards``."""
+    samples = Samples(data, shards.tokenizer, shards.held_out(int(data.val_tokens)))
+    return held_out(data, shards.tokenizer, lambda number: samples.make(f"held out/{number}"))
+
+
+def held_out(
+    data: RetrievalData | RecallData,
+    tokenizer: Tokenizer,
+    make: Callable[[int], tuple[np.ndarray, np.ndarray]],
+) -> HeldOut:
+    """Make samples of about ``data.val_tokens`` tokens for validation."""
+    made = [make(number) for number in range(max(1, int(data.val_tokens) // data.length))]
     tokens = np.concatenate([*(tokens for tokens, _ in made), made[0][0][:1]])
     mask = np.concatenate([*(mask for _, mask in made), np.zeros(1, np.uint8)])
-    scored = shards.tokenizer.decode(tokens[mask > 0].tolist())
+    scored = tokenizer.decode(tokens[mask > 0].tolist())
     return HeldOut(tokens, mask, len(scored.encode()), np.arange(len(made)))
 
 

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from diffx.config import UserError
 from diffx.config.bridge import from_plain
+from diffx.config.checks import refuse
 from diffx.config.dex import DexConfig, Variant
 from diffx.data.hub import asking_hub
 from diffx.dex.attach import attach, fold
 from diffx.dex.layer import DexProjection, projection_weight
-from diffx.dex.layout import find_layers, names_heads_of
+from diffx.dex.layout import check_heads, find_layers
 from diffx.dex.pretrained import fingerprint_of, load_pretrained
 from diffx.errors import reason
 from diffx.files import read_json
@@ -27,7 +28,7 @@ from diffx.hub.card import CARD
 from diffx.models.tensors import read_tensors
 
 DESCRIPTION, BRANCH, TUNED = "adapter.json", "branch.safetensors", "tuned.safetensors"
-_FILES = (DESCRIPTION, BRANCH, TUNED, CARD)
+_FILES = [DESCRIPTION, BRANCH, TUNED, CARD]
 
 
 @dataclass
@@ -37,10 +38,8 @@ class _Adapter:
     branches: dict[str, DexProjection] = field(default_factory=dict)  # by output projection
 
 
-@dataclass(kw_only=True)
-class _Description:
-    """The content of adapter.json."""
-
+@dataclass
+class _Description:  # adapter.json
     dex: DexConfig
     base: dict[str, Any]
     heads: list[list[int]]
@@ -48,17 +47,10 @@ class _Description:
 
 
 class Adapters:
-    """A pretrained model with named adapters, of which at most one is active.
+    """A pretrained model, changed in place, with named adapters, of which at most one is active.
 
-    The original weights are kept and put back, so that no rounding error remains.
-
-    Args:
-        model: a causal model of ``transformers``; changed in place.
-        fingerprint: of its weights; with None adapters of other weights are not refused.
-
-    Attributes:
-        active: the name of the active adapter; None if the model is the pretrained one.
-        folded: whether the branch is folded into the output projections.
+    The original weights are kept and put back, so that no rounding error remains. ``fingerprint``
+    is that of the weights; with None, adapters of other weights are not refused.
 
     Raises:
         UserError: the model has a branch already, or its attention cannot be analysed.
@@ -66,8 +58,8 @@ class Adapters:
 
     def __init__(self, model: PreTrainedModel, fingerprint: str | None = None):
         self.model, self.fingerprint = model, fingerprint
-        self.active: str | None = None
-        self.folded = False
+        self.active: str | None = None  # the name of the active adapter
+        self.folded = False  # whether its branch is folded into the output projections
         self._adapters: dict[str, _Adapter] = {}
         self._layers = find_layers(model)
         self._parameters = dict(model.named_parameters())
@@ -77,28 +69,25 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """The names of the adapters, in the order in which they were loaded."""
+        """The names of the adapters, in the order of loading."""
         return list(self._adapters)
 
     def load(self, folder: str | Path, name: str = "default", revision: str | None = None) -> None:
-        """Load an adapter and activate it.
-
-        Args:
-            folder: the ``adapter/`` of a run, or a repository of the hub that holds one.
-            name: a name for the adapter.
-            revision: of the repository.
+        """Load and activate an adapter: the ``adapter/`` of a run, or a repository of the hub.
 
         Raises:
             UserError: the name is taken, or the adapter is damaged or of another model.
         """
-        if name in self._adapters:
-            raise UserError(f"name={name} cannot be used: an adapter has it; choose another name")
+        refuse(name in self._adapters, f"name={name}", "an adapter has it; choose another name")
         path = _fetched(folder, revision)
         try:
             described = from_plain(_Description, read_json(path / DESCRIPTION))
         except UserError as error:
             raise UserError(f"{path / DESCRIPTION} cannot be used: {error}") from error
-        self._check(path, described)
+        known = described.base.get("fingerprint")
+        other = f"it is an adapter of other weights ({described.base.get('name')}, {known})"
+        refuse(self.fingerprint not in (None, known), f"folder={path}", other)
+        check_heads(f"folder={path}", self._layers, described.heads)
         with self.disabled():
             self._adapters[name] = self._make(path, described)
         self.activate(name)
@@ -107,9 +96,9 @@ class Adapters:
         """Make an adapter the active one, its branch not folded; None gives the pretrained model.
 
         Raises:
-            UserError: there is no adapter of this name.
+            UserError: no adapter has the name.
         """
-        self._place(None if name is None else self._checked(name), False)
+        self._place(name, False)
 
     @contextmanager
     def disabled(self) -> Iterator[PreTrainedModel]:
@@ -127,7 +116,8 @@ class Adapters:
         Raises:
             UserError: no adapter is active.
         """
-        self._place(self._checked(self.active), True)
+        self._get(self.active)
+        self._place(self.active, True)
 
     def unfold(self) -> None:
         """Undo ``fold``, bit for bit."""
@@ -137,15 +127,14 @@ class Adapters:
         """Copy an adapter (None: the active one) and its model card into a new or empty folder.
 
         Raises:
-            UserError: there is no such adapter, or the folder holds files.
+            UserError: no adapter has the name, or the folder holds files.
         """
-        source, target = self._adapters[self._checked(name or self.active)].folder, Path(folder)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(f"folder={folder} cannot be used: it exists; choose another")
-        target.mkdir(parents=True, exist_ok=True)
-        for file in _FILES:
-            if (source / file).is_file():
-                shutil.copyfile(source / file, target / file)
+        source, target = self._get(name or self.active).folder, Path(folder)
+        taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        refuse(taken, f"folder={folder}", "it exists; choose another")
+        shutil.copytree(
+            source, target, ignore=lambda _, names: {*names} - {*_FILES}, dirs_exist_ok=True
+        )
         return target
 
     def push_to_hub(
@@ -157,51 +146,27 @@ class Adapters:
         token: str | None = None,
         commit_message: str = "Upload a DEX adapter",
     ) -> str:
-        """Push an adapter and its model card to the hub.
+        """Push an adapter (None: the active one) and its model card to the hub.
 
-        Args:
-            repo_id: ``user/name``; it is created if it does not exist.
-            name: which adapter; None is the active one.
-            private: whether a new repository is private; None is the user's default.
-            token: of the hub; None is the one that ``hf auth login`` stored.
-            commit_message: message of the commit.
-
-        Returns:
-            The URL of the commit.
+        The repository is created if it does not exist. ``private=None`` is the default of the user,
+        ``token=None`` what ``hf auth login`` stored. Returns the URL of the commit.
         """
-        folder = self._adapters[self._checked(name or self.active)].folder
-        api = HfApi(token=token)
+        folder, api = self._get(name or self.active).folder, HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            allow_patterns=list(_FILES),
-        )
-        return str(commit.commit_url)
+        options: Any = {"commit_message": commit_message, "allow_patterns": _FILES}
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url)
 
-    def _checked(self, name: str | None) -> str:
+    def _get(self, name: str | None) -> _Adapter:
         if name is None or name not in self._adapters:
             reason = "no adapter is active" if name is None else "no adapter has it"
             raise UserError(f"name={name} cannot be used: {reason}; accepted: {self.names}")
-        return name
-
-    def _check(self, path: Path, described: _Description) -> None:
-        known, name = described.base.get("fingerprint"), described.base.get("name")
-        if self.fingerprint not in (None, known):
-            mismatch = f"it is an adapter of other weights ({name}, {str(known)[:12]})"
-        elif not names_heads_of(self._layers, described.heads):
-            mismatch = f"it names layers or heads that {type(self.model).__name__} does not have"
-        else:
-            return
-        raise UserError(f"folder={path} cannot be used: {mismatch}; give the base of its training")
+        return self._adapters[name]
 
     def _make(self, path: Path, described: _Description) -> _Adapter:
         """Build an adapter by the code that a run uses, on a copy that shares unchanged weights."""
         config, originals = described.dex, self._parameters
-        changed = [f"{name}.weight" for name in self._modules]
-        if config.variant is Variant.full:
-            changed = list(originals)
+        full = config.variant is Variant.full
+        changed = list(originals) if full else [f"{name}.weight" for name in self._modules]
         parameters = {
             name: nn.Parameter(original.data.clone() if name in changed else original.data, False)
             for name, original in originals.items()
@@ -217,28 +182,30 @@ class Adapters:
                 weights |= read_tensors(path / file, shapes)
         adapted.load(weights, described.step, self.model.dtype)
         fold(adapted, keep_branch=True)
-        outputs = [layer.output for layer in self._layers]
-        branches = dict(zip(outputs, adapted.branches, strict=False))  # some variants have none
-        for name, branch in branches.items():
-            branch.proj = self._modules[name]
+        branches = {}
+        for layer, branch in zip(self._layers, adapted.branches, strict=False):  # or there are none
+            branch.proj = self._modules[layer.output]
+            branches[layer.output] = branch
         self._originals |= {name: originals[name].data for name in changed}
         tuned = {name: parameters[name].data.to(originals[name].dtype) for name in changed}
         return _Adapter(path, tuned, branches)
 
     @torch.no_grad()
     def _place(self, name: str | None, folded: bool) -> None:
-        """Put weights and branches of an adapter into the model; of None, the original weights."""
-        adapter = _Adapter() if name is None else self._adapters[name]
+        """Put the weights and branches of an adapter, or the original weights, into the model."""
+        adapter = _Adapter() if name is None else self._get(name)
         for key, original in self._originals.items():
             parameter = self._parameters[key]  # the model may have been moved since
             parameter.data = adapter.tuned.get(key, original).to(parameter.device, parameter.dtype)
         for layer in self._layers:
-            module, branch = self._modules[layer.output], adapter.branches.get(layer.output)
+            module = self._modules[layer.output]
             weight = projection_weight(module)
-            if branch is not None and folded:
-                weight.data = branch.to(weight.device).folded_weight().to(weight.dtype)
-            elif branch is not None:
-                module = branch.to(weight.device)
+            if branch := adapter.branches.get(layer.output):
+                branch.to(weight.device)
+                if folded:
+                    weight.data = branch.folded_weight().to(weight.dtype)
+                else:
+                    module = branch
             self.model.set_submodule(layer.output, module)
         self.active, self.folded = name, folded and name is not None
 
@@ -252,33 +219,25 @@ def load_adapter(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Adapters:
-    """Load the ``adapter/`` of an adapted run on its base, and activate it.
+    """Load an adapter (``adapter/`` of a run, or a repository of the hub) on its base; activate it.
 
-    Args:
-        model: the base (hub name, folder or model); or the result of an earlier call, for a
-            further adapter on the same base.
-        folder: the ``adapter/`` of a run, or a repository of the hub that holds one.
-        name: a name for the adapter.
-        dtype: of a base that is loaded here.
-        revision: of a base that is loaded here.
-        trust_remote_code: run Python code that comes with a base that is loaded here.
+    ``model`` is the base (hub name, folder or model), or the result of an earlier call, for a
+    further adapter. The keywords are for a base that is loaded here by name.
 
     Raises:
-        UserError: the base cannot be loaded, an option is of a base that is not loaded here, or the
-            adapter is damaged or of another model.
+        UserError: the base cannot be loaded, a keyword does not apply, or the adapter is damaged or
+            of another model.
     """
     given = {"dtype": dtype != "auto", "revision": revision, "trust_remote_code": trust_remote_code}
-    if not isinstance(model, str) and any(given.values()):
-        name_of_option = next(key for key in given if given[key])
-        raise UserError(
-            f"{name_of_option}= cannot be used with a model that is loaded already: give the name "
-            "of its base, or leave the option out"
-        )
     if isinstance(model, str):
         cpu = torch.device("cpu")
         base = load_pretrained("base", model, dtype, cpu, revision, trust_remote_code)
         model = Adapters(base.model, base.fingerprint)
-    elif not isinstance(model, Adapters):
+    else:
+        for key in given:
+            advice = "give the name of its base, or leave the option out"
+            refuse(bool(given[key]), f"{key}=", advice, "a model that is loaded already")
+    if not isinstance(model, Adapters):
         model = Adapters(model, fingerprint_of(model))
     model.load(folder, name)
     return model
@@ -295,11 +254,9 @@ def _fetched(folder: str | Path, revision: str | None) -> Path:
         return path
     try:
         with asking_hub(str(folder)):
-            files = list(_FILES)
-            return Path(snapshot_download(str(folder), revision=revision, allow_patterns=files))
+            return Path(snapshot_download(str(folder), revision=revision, allow_patterns=_FILES))
     except Exception as error:  # huggingface_hub, httpx and the cache raise their own exceptions
         raise UserError(
-            f"folder={folder} cannot be used: there is no such folder here, and from the hub it "
-            f"cannot be loaded: {reason(error)}; accepted: the adapter/ of a run, or a repository "
-            "with one"
+            f"folder={folder} cannot be used: it is no folder here, and from the hub it cannot be "
+            f"loaded: {reason(error)}; it must be the adapter/ of a run"
         ) from error

@@ -17,17 +17,11 @@ from diffx.dex.layout import Layer
 
 @dataclass
 class Adapted:
-    """A pretrained model with a variant attached.
-
-    Attributes:
-        model: the model; only trained parameters, in fp32, require gradients.
-        branches: the DEX projection of each layer; empty where the variant has no branch.
-        lora: the ``LoraModel`` of the variant ``lora``.
-    """
+    """A pretrained model with a variant; only trained parameters, in fp32, require gradients."""
 
     model: PreTrainedModel
-    branches: list[DexProjection] = field(default_factory=list)
-    lora: Any = None
+    branches: list[DexProjection] = field(default_factory=list)  # one for each layer, or none
+    lora: Any = None  # the LoraModel of the variant `lora`
 
     def set_step(self, step: int) -> None:
         """Set t of lambda(t): the number of optimizer steps done."""
@@ -36,10 +30,7 @@ class Adapted:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], step: int, dtype: torch.dtype) -> None:
-        """Load ``weights`` for the names of ``trained`` and end the training at ``step``.
-
-        All weights but W_D and lambda are cast to ``dtype``.
-        """
+        """Load the weights of ``trained``, end at ``step``, cast all but W_D and lambda."""
         for name, parameter in self.trained().items():
             parameter.copy_(weights[name])
         self.set_step(step)
@@ -65,20 +56,16 @@ def attach(
 ) -> Adapted:
     """Attach a variant to a model, in place; weights that it does not train are frozen.
 
-    ``layers`` comes from ``find_layers``, ``heads`` are those chosen in each layer,
-    ``anneal_steps`` is T of equation 4, and ``seed`` is that of W_D and LoRA.
+    ``heads`` are those chosen in each of ``layers``, ``anneal_steps`` is T of equation 4.
     """
-    variant = config.variant
-    model.requires_grad_(False)
+    adapted, variant = Adapted(model.requires_grad_(False)), config.variant
     if variant is Variant.full:
         model.float().requires_grad_(True)
-        return Adapted(model)
-    if variant is Variant.lora:
-        return Adapted(model, lora=_lora(model, layers, config.lora_rank, seed))
-    if variant is not Variant.adapter_only:
+    elif variant is Variant.lora:
+        adapted.lora = _lora(model, layers, config.lora_rank, seed)
+    elif variant is not Variant.adapter_only:
         for layer in layers:
             _train_projections(model, layer)
-    adapted = Adapted(model)
     if not variant.branches:
         return adapted
     generator = torch.Generator().manual_seed(seed)
@@ -103,15 +90,10 @@ def attach(
 
 @torch.no_grad()
 def fold(adapted: Adapted, keep_branch: bool = False) -> PreTrainedModel:
-    """Turn the model, in place, into an equivalent plain one.
-
-    Branches are folded into the output projections in fp64, unless ``keep_branch`` is true; LoRA
-    is merged.
-    """
-    model = adapted.model
+    """Make a plain model, in place: LoRA merged, and branches folded in fp64 or kept."""
     if adapted.lora is not None:
         return adapted.lora.merge_and_unload()
-    for name, module in list(model.named_modules()):
+    for name, module in list(adapted.model.named_modules()):
         if isinstance(module, PartlyTrained):
             weight = module.weight
         elif isinstance(module, DexProjection) and not keep_branch:
@@ -119,8 +101,8 @@ def fold(adapted: Adapted, keep_branch: bool = False) -> PreTrainedModel:
         else:
             continue
         projection_weight(module.proj).copy_(weight)
-        model.set_submodule(name, module.proj)
-    return model
+        adapted.model.set_submodule(name, module.proj)
+    return adapted.model
 
 
 def _train_projections(model: PreTrainedModel, layer: Layer) -> None:
@@ -128,33 +110,26 @@ def _train_projections(model: PreTrainedModel, layer: Layer) -> None:
     rows = defaultdict[str, set[int]](set)
     for projection in [*layer.keys, *layer.values]:
         rows[projection.name].update(projection.rows)
+    whole = [layer.output]
     for name, chosen in rows.items():
         module = model.get_submodule(name)
-        weight = projection_weight(module)
-        if len(chosen) < weight.shape[1 if isinstance(module, Conv1D) else 0]:
+        if len(chosen) < projection_weight(module).shape[isinstance(module, Conv1D)]:
             model.set_submodule(name, PartlyTrained(module, sorted(chosen)))
         else:
-            _train_in_fp32(module)
-    _train_in_fp32(model.get_submodule(layer.output))
-
-
-def _train_in_fp32(module: nn.Module) -> None:
-    weight = projection_weight(module)
-    weight.data = weight.data.float()
-    weight.requires_grad_(True)
+            whole.append(name)
+    for name in whole:
+        weight = projection_weight(model.get_submodule(name))
+        weight.data = weight.data.float()
+        weight.requires_grad_(True)
 
 
 def _lora(model: PreTrainedModel, layers: Sequence[Layer], rank: int, seed: int) -> Any:
     from peft import LoraConfig, LoraModel  # slow to import, and only one variant needs it
 
     targets = sorted({name for layer in layers for name in layer.names})
+    conv = all(isinstance(model.get_submodule(name), Conv1D) for name in targets)
     torch.manual_seed(seed)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=targets,
-        fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in targets),
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=conv)
     lora = LoraModel(model, config, "default")
     for parameter in Adapted(model).trained().values():
         parameter.data = parameter.data.float()
@@ -162,24 +137,17 @@ def _lora(model: PreTrainedModel, layers: Sequence[Layer], rank: int, seed: int)
 
 
 def parameter_counts(adapted: Adapted) -> dict[str, int]:
-    """Count parameters.
+    """Count the parameters: W_D, lambda, others (attention or LoRA) and their sum ``trained``.
 
-    Returns:
-        The trained ones, ``W_D``, ``lambda``, ``others`` (attention weights or LoRA) and their sum
-        ``trained``; and those of the whole model, ``embedding``, ``rest`` and their ``total``.
+    ``embedding`` and ``rest`` sum up to the ``total`` of the model.
     """
     counts = {"W_D": 0, "lambda": 0, "others": 0}
     parts = {"w_d": "W_D", "lambda_learn": "lambda"}
     for name, parameter in adapted.trained().items():
         counts[parts.get(name.rpartition(".")[2], "others")] += parameter.numel()
+    counts["trained"] = sum(counts.values())
     total = sum(parameter.numel() for parameter in adapted.model.parameters())
-    for module in adapted.model.modules():
-        if isinstance(module, PartlyTrained):  # its rows replace those of `proj`
-            total -= module.rows.numel()
+    parts_of = (part for part in adapted.model.modules() if isinstance(part, PartlyTrained))
+    total -= sum(part.rows.numel() for part in parts_of)  # they replace rows of `proj`
     embedding = projection_weight(adapted.model.get_input_embeddings()).numel()
-    return counts | {
-        "trained": sum(counts.values()),
-        "embedding": embedding,
-        "rest": total - embedding,
-        "total": total,
-    }
+    return counts | {"embedding": embedding, "rest": total - embedding, "total": total}

@@ -1,7 +1,6 @@
 """The differential step before an output projection (arXiv 2505.16333, equations 3 to 5).
 
-Notation: B batch, T tokens, H heads, d_v width of a head's output O, t optimizer steps done, T_a
-annealing steps.
+Notation: B batch, T tokens, H heads, d_v width of a head's output O, t optimizer steps done of T_a.
 """
 
 import math
@@ -19,31 +18,24 @@ from diffx.models.layers import KeepsFp32
 class DexProjection(KeepsFp32):
     """An output projection whose input is O - lambda(t) O W_D instead of O, in chosen heads.
 
-    Args:
-        proj: the pretrained projection, (B, T, H·d_v) to (B, T, D).
-        num_heads: H.
-        width: d_v.
-        heads: the chosen heads.
-        layer: l, from 0; lambda_init = 0.8 - 0.6·exp(-0.3·l).
-        share: one W_D for the layer, (d_v, d_v), or one for each head, (H, d_v, d_v).
-        sign: -1 subtracts (DEX), +1 adds (its control).
-        anneal_steps: T_a; 0 is lambda_learn from the start, None a constant lambda_init.
+    It maps (B, T, H·d_v) to (B, T, D), as ``proj`` does. W_D is (d_v, d_v) for the layer or
+    (H, d_v, d_v), one for each head.
     """
 
-    chosen: Tensor
-    schedule: Tensor
+    chosen: Tensor  # (H, 1), 1 or 0
+    schedule: Tensor  # (2,), the weights of lambda_init and lambda_learn in lambda(t)
 
     def __init__(
         self,
         proj: nn.Module,
-        num_heads: int,
-        width: int,
-        heads: list[int],
-        layer: int,
+        num_heads: int,  # H
+        width: int,  # d_v
+        heads: list[int],  # the chosen ones
+        layer: int,  # from 0
         *,
         share: Share = Share.layer,
-        sign: int = -1,
-        anneal_steps: int | None = 0,
+        sign: int = -1,  # +1 adds, as a control
+        anneal_steps: int | None = 0,  # T_a; 0: lambda_learn from the start, None: lambda_init
     ):
         super().__init__()
         self.proj = proj
@@ -59,8 +51,8 @@ class DexProjection(KeepsFp32):
         chosen = torch.zeros(num_heads, 1, **fp32)
         chosen[self.heads] = 1
         # Persistent, so that they survive a model built on the meta device.
-        self.register_buffer("chosen", chosen)  # (H, 1)
-        self.register_buffer("schedule", torch.zeros(2, **fp32))  # of lambda_init, lambda_learn
+        self.register_buffer("chosen", chosen)
+        self.register_buffer("schedule", torch.zeros(2, **fp32))
         self.set_step(0)
 
     def initialize(self, init: Init, generator: torch.Generator) -> None:
@@ -83,7 +75,7 @@ class DexProjection(KeepsFp32):
         return self.schedule[:1] * self.lambda_init + learned
 
     def matrix(self) -> Tensor:
-        """``sign`` · lambda(t) W_D, fp32, (d_v, d_v) or (H, d_v, d_v)."""
+        """``sign`` · lambda(t) W_D, fp32."""
         # Lambda multiplies W_D, not O W_D, which would save a (B, T, D) for backward.
         return self.sign * self.lambda_value() * self.w_d
 
@@ -111,11 +103,7 @@ class DexProjection(KeepsFp32):
 
 
 class PartlyTrained(nn.Module):
-    """A frozen ``nn.Linear`` or Conv1D of which only some output features are trained.
-
-    Attributes:
-        rows: the weights of these features, fp32; they replace those of ``proj``.
-    """
+    """A frozen ``nn.Linear`` or Conv1D; ``rows``, fp32, replace some of its output features."""
 
     index: Tensor
 
@@ -123,7 +111,7 @@ class PartlyTrained(nn.Module):
         super().__init__()
         self.proj = proj
         weight = projection_weight(proj)
-        self.dim = 1 if isinstance(proj, Conv1D) else 0
+        self.dim = int(isinstance(proj, Conv1D))
         self.register_buffer("index", torch.tensor(rows, device=weight.device), persistent=False)
         self.rows = nn.Parameter(weight.detach().index_select(self.dim, self.index).float())
 
@@ -135,13 +123,11 @@ class PartlyTrained(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        bias = self.proj.bias
-        assert bias is None or isinstance(bias, Tensor)
+        bias: Any = self.proj.bias
         return F.linear(x, self.weight.T if self.dim else self.weight, bias)
 
 
 def projection_weight(proj: nn.Module) -> Tensor:
     """The weight of an ``nn.Linear`` (out, in) or a Conv1D (in, out)."""
-    weight = proj.weight
-    assert isinstance(weight, Tensor)
-    return weight
+    assert isinstance(proj.weight, Tensor)
+    return proj.weight

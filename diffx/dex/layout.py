@@ -1,8 +1,8 @@
 """Find the attention projections of a pretrained model of any family, in one forward pass.
 
-``transformers`` passes queries, keys and values to one function; gradients show on which output
-features of which linear maps they depend. The linear map that reads the result of that function is
-the output projection. Notation: B batch, T tokens, H query heads, d_v width of a value.
+``transformers`` passes queries, keys and values to one function; gradients show on which features
+of which linear maps they depend. The linear map that reads the result is the output projection.
+Notation: B batch, T tokens, H query heads, d_v width of a value.
 """
 
 from collections import Counter
@@ -11,14 +11,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import huggingface_hub.utils.logging
 import torch
-import transformers.utils.logging
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from diffx.config import UserError
+from diffx.config.checks import refuse
 from diffx.dex.layer import DexProjection, projection_weight
 from diffx.errors import reason
 from diffx.hub.attention import attending_with
@@ -34,41 +34,32 @@ class Projection:
 
 @dataclass(frozen=True)
 class Layer:
-    """The attention of one layer.
+    """The attention of one layer, with the projections of its queries, keys and values."""
 
-    Attributes:
-        output: name of the output projection, whose input is H·d_v features, head after head.
-        num_heads: H.
-        width: d_v.
-        queries: projections of the queries; ``keys`` and ``values`` likewise.
-    """
-
-    output: str
-    num_heads: int
-    width: int
+    output: str  # name of the output projection, which reads H·d_v features, head after head
+    num_heads: int  # H
+    width: int  # d_v
     queries: list[Projection]
     keys: list[Projection]
     values: list[Projection]
 
     @property
     def names(self) -> set[str]:
-        """The names of all linear maps of the attention."""
+        """The names of all its linear maps."""
         return {self.output, *(part.name for part in self.queries + self.keys + self.values)}
 
 
 def find_layers(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = None) -> list[Layer]:
     """Find the attention layers of a model, in the order of execution.
 
-    Args:
-        model: a model of ``transformers``.
-        inputs: arguments of its forward pass; None is two tokens.
+    ``inputs`` are the arguments of a forward pass; None is two tokens.
 
     Raises:
         UserError: the attention of a module, which is named, cannot be analysed, or has a branch.
     """
-    refused = f"base={model.name_or_path or type(model).__name__} cannot be used"
-    if any(isinstance(module, DexProjection) for module in model.modules()):
-        raise UserError(f"{refused}: it has a DEX branch already; give the pretrained model")
+    setting = f"base={model.name_or_path or type(model).__name__}"
+    adapted = any(isinstance(module, DexProjection) for module in model.modules())
+    refuse(adapted, setting, "it has a DEX branch already; give the pretrained model")
     if inputs is None:
         inputs = {"input_ids": torch.tensor([[0, 1]], device=model.device)}
     try:
@@ -76,28 +67,28 @@ def find_layers(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None = No
             return _trace(model, inputs)
     except _UnclearError as error:
         raise UserError(
-            f"{refused}: {error}; DEX needs a model of transformers with ordinary attention that "
-            "follows its AttentionInterface, such as Llama, Qwen, Mistral, Gemma, Phi, GPT-2, "
-            "GPT-NeoX or OPT"
+            f"{setting} cannot be used: {error}; DEX needs a model of transformers with ordinary "
+            "attention by its AttentionInterface, such as Llama, Qwen, Gemma, Phi, GPT-2 or OPT"
         ) from error
 
 
-def names_heads_of(layers: Sequence[Layer], heads: Sequence[Sequence[int]]) -> bool:
-    """Whether ``heads`` gives, for each layer, heads that the layer has."""
-    return len(heads) == len(layers) and all(
-        set(chosen) <= set(range(layer.num_heads))
-        for chosen, layer in zip(heads, layers, strict=True)
-    )
+def check_heads(setting: str, layers: Sequence[Layer], heads: Sequence[Sequence[int]]) -> None:
+    """Raise ``UserError`` unless ``heads`` gives, for each layer, heads that the layer has."""
+    pairs = zip(layers, heads, strict=False)
+    exist = all({*chosen} <= {*range(layer.num_heads)} for layer, chosen in pairs)
+    lacking = "it names layers or heads that the model does not have"
+    refuse(not exist or len(heads) != len(layers), setting, lacking)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the warnings of ``transformers`` and ``huggingface_hub``."""
-    with ExitStack() as stack:
-        for logging in (transformers.utils.logging, huggingface_hub.utils.logging):
-            stack.callback(logging.set_verbosity, logging.get_verbosity())
-            logging.set_verbosity_error()
+    """Silence the warnings of ``transformers``."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
         yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 @contextmanager
@@ -118,36 +109,32 @@ class _UnclearError(Exception):
 def _trace(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
     names = {module: name for name, module in model.named_modules()}
     layers: list[Layer] = []
-    # linear maps since the last attention, and their outputs
-    before: list[tuple[nn.Module, Tensor]] = []
-    # attention before its output projection: the module, its output, its projections
-    waiting: list[tuple[nn.Module, Tensor, tuple[list[Projection], ...]]] = []
+    before: list[
+        tuple[nn.Module, Tensor]
+    ] = []  # linear maps since the last attention, with outputs
+    # attention before its output projection: its name, its output, its projections
+    waiting: list[tuple[str, Tensor, tuple[list[Projection], ...]]] = []
     random = torch.Generator().manual_seed(0)
 
     def check_output_was_read() -> None:
         if waiting:
-            attention = names[waiting[0][0]]
-            raise _UnclearError(f"no linear map reads the output of {attention} as it is")
+            raise _UnclearError(f"no linear map reads the output of {waiting[0][0]} as it is")
 
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-    ) -> Any:
+    def attend(module: nn.Module, *tensors: Any, **_: Any) -> Any:
+        query, key, value, _mask = tensors
         check_output_was_read()
         # Random numbers in place of the output, by which the output projection is recognised.
         shape = query.transpose(1, 2).shape[:3]  # (B, T, H)
         output = torch.randn(*shape, value.shape[3], generator=random).to(query)
         parts = tuple(_sources(tensor, before, names) for tensor in (query, key, value))
         if not all(parts):
-            raise _UnclearError(
-                f"the queries, keys or values of {names[module]} come from no linear map"
-            )
-        waiting.append((module, output, parts))
+            raise _UnclearError(f"no linear map gives queries, keys or values of {names[module]}")
+        waiting.append((names[module], output, parts))
         before.clear()
         return output, None
 
     def linear(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        # a router of experts, for example, returns several tensors
-        if not args or not isinstance(output, Tensor):
+        if not args or not isinstance(output, Tensor):  # such as a router of experts
             return output
         if waiting and torch.equal(args[0].flatten(), waiting[0][1].flatten()):
             _, context, parts = waiting.pop()
@@ -165,27 +152,23 @@ def _trace(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Layer]:
         try:
             with torch.enable_grad(), attending_with(model, attend):
                 model(**inputs)
-        except UserError as error:
-            raise _UnclearError(f"{name} does not let another attention replace its own") from error
         except _UnclearError:
             raise
+        except UserError as error:
+            raise _UnclearError(f"{name} does not let another attention replace its own") from error
         except Exception as error:  # the code of a model may fail in any way here
             raise _UnclearError(f"{name} fails while it is watched: {reason(error)}") from error
     check_output_was_read()
     if not layers:
         raise _UnclearError(f"no attention was seen in {name}")
-    _check_sharing(model, layers)
-    return layers
-
-
-def _check_sharing(model: PreTrainedModel, layers: list[Layer]) -> None:
-    """Refuse layers that share a projection or its weight: training one would change both."""
+    # Training a projection or weight that layers share would change all of them.
     modules = list(model.modules())
     uses = Counter(id(tensor) for module in modules for tensor in module.parameters(recurse=False))
     layers_of = Counter(name for layer in layers for name in layer.names)
     for name, number in sorted(layers_of.items()):
         if number > 1 or uses[id(projection_weight(model.get_submodule(name)))] > 1:
             raise _UnclearError(f"{name} is shared by several layers")
+    return layers
 
 
 def _sources(
@@ -196,11 +179,11 @@ def _sources(
         return []
     # Random weights, since a plain sum could cancel in a norm.
     weights = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor) + 0.5
-    outputs = [output for _, output in before]
+    modules, outputs = zip(*before, strict=True)
     total = (tensor * weights).sum()
     gradients = torch.autograd.grad(total, outputs, retain_graph=True, materialize_grads=True)
-    projections = []
-    for (module, _), gradient in zip(before, gradients, strict=True):
-        if rows := gradient.flatten(0, -2).any(0).nonzero().flatten().tolist():
-            projections.append(Projection(names[module], rows))
-    return projections
+    features = [
+        gradient.flatten(0, -2).any(0).nonzero().flatten().tolist() for gradient in gradients
+    ]
+    sources = zip(modules, features, strict=True)
+    return [Projection(names[module], rows) for module, rows in sources if rows]

@@ -57,6 +57,7 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "base"
     _supports_sdpa = _supports_flash_attn = True
     _keep_in_fp32_modules_strict = {"w_d", "lambda_learn", "chosen", "schedule"}  # noqa: RUF012  # the type that the base class gives it
+    forward = _BaseForward()
 
     def __init__(self, config: DexModelConfig, base: PreTrainedModel | None = None):
         attention = config._attn_implementation  # None, unless the caller asked for one
@@ -68,8 +69,12 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
                 trust_remote_code=False,
                 attn_implementation=attention,
             )
+            common: dict[str, Any] = {"sign": config.sign, "anneal_steps": config.anneal_steps}
             for branch in config.branches:
-                _put(base, branch, config)
+                shape: dict[str, Any] = {key: branch[key] for key in branch if key != "output"}
+                output = base.get_submodule(branch["output"])
+                projection = DexProjection(output, share=Share(config.share), **common, **shape)
+                base.set_submodule(branch["output"], projection)
         self.base = base
         self.supports_gradient_checkpointing = base.supports_gradient_checkpointing
         config._attn_implementation = base.config._attn_implementation
@@ -77,6 +82,7 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {f"base.{name}": f"base.{ties[name]}" for name in ties}
         self.generation_config = base.generation_config
         self.post_init()
+        self.set_step(config.step)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights come from a file."""
@@ -103,8 +109,6 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
             if isinstance(module, DexProjection):
                 module.set_step(step)
 
-    forward = _BaseForward()
-
     @property
     def accepts_loss_kwargs(self) -> bool:
         """As in the base; without it there, Trainer inspects ``forward``."""
@@ -119,32 +123,14 @@ class DexForCausalLM(PreTrainedModel, GenerationMixin):
 
 def to_dex(adapted: Adapted, step: int) -> DexForCausalLM:
     """Wrap an adapted model, whose other trained parts are folded, at ``step`` of lambda(t)."""
-    first = adapted.branches[0]
-    names = {module: name for name, module in adapted.model.named_modules()}
+    model, first = adapted.model, adapted.branches[0]
+    names = {module: name for name, module in model.named_modules()}
     branches = [
-        {
-            "output": names[branch],
-            "num_heads": branch.num_heads,
-            "width": branch.width,
-            "heads": branch.heads,
-            "layer": layer,
-        }
+        {"output": names[branch], "layer": layer}
+        | {key: getattr(branch, key) for key in ("num_heads", "width", "heads")}
         for layer, branch in enumerate(adapted.branches)
     ]
-    share = Share.layer if first.w_d.ndim == 2 else Share.head
-    base = adapted.model.config.to_dict()
-    config = DexModelConfig(
-        base, branches, share.value, first.sign, first.anneal_steps, step, dtype=adapted.model.dtype
-    )
-    return DexForCausalLM(config, adapted.model)
-
-
-def _put(base: PreTrainedModel, branch: dict[str, Any], config: DexModelConfig) -> None:
-    shape = dict(branch)
-    name = shape.pop("output")
-    share, sign, steps = Share(config.share), config.sign, config.anneal_steps
-    projection = DexProjection(
-        base.get_submodule(name), **shape, share=share, sign=sign, anneal_steps=steps
-    )
-    projection.set_step(config.step)
-    base.set_submodule(name, projection)
+    share = (Share.layer if first.w_d.ndim == 2 else Share.head).value
+    steps, base = first.anneal_steps, model.config.to_dict()
+    config = DexModelConfig(base, branches, share, first.sign, steps, step, dtype=model.dtype)
+    return DexForCausalLM(config, model)

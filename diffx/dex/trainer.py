@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from diffx.config import UserError
+from diffx.config.checks import refuse, require
 from diffx.config.dex import CRITERIA, DexConfig, Variant
 from diffx.dex.attach import attach
 from diffx.dex.layer import PartlyTrained
@@ -27,11 +27,8 @@ class DexCallback(TrainerCallback):
         """
         model = kwargs["model"]
         dex_models = [module for module in model.modules() if isinstance(module, DexForCausalLM)]
-        if not dex_models:
-            raise UserError(
-                f"model={type(model).__name__} cannot be used with DexCallback: it holds no "
-                "DexForCausalLM; make one with diffx.dex.get_dex_model"
-            )
+        setting, advice = f"model={type(model).__name__}", "make one with diffx.dex.get_dex_model"
+        refuse(not dex_models, setting, f"it holds no DexForCausalLM; {advice}", "DexCallback")
         for dex_model in dex_models:
             dex_model.set_step(state.global_step)
 
@@ -41,16 +38,10 @@ class DexCallback(TrainerCallback):
 def get_dex_model(
     model: PreTrainedModel, config: DexConfig, calibration: Sequence[Tensor] = (), seed: int = 0
 ) -> DexForCausalLM:
-    """Put a variant with a branch into a pretrained model, to be trained by ``Trainer``.
+    """Put a variant with a branch into a causal model, in place, to be trained by ``Trainer``.
 
-    The weights that the variant trains become fp32; the others are frozen. Load the base in fp32,
-    or train with autocast (``bf16=True``).
-
-    Args:
-        model: a causal model of ``transformers``; changed in place.
-        config: the variant, with ``anneal_steps`` unless its lambda is fixed.
-        calibration: tokens (B, T) for the entropy and importance criteria.
-        seed: of W_D and of ``heads=random``.
+    Trained weights become fp32; load the base in fp32, or train with autocast (``bf16=True``).
+    Entropy and importance are those on ``calibration``, tokens (B, T) each.
 
     Raises:
         UserError: the variant has no branch, a setting is missing, or the attention of the model
@@ -58,32 +49,23 @@ def get_dex_model(
     """
     from diffx.dex.heads import choose_heads, load_plan  # imports matplotlib
 
-    variant = config.variant
-    if not variant.branches:
-        raise UserError(
-            f"dex.variant={variant.value} cannot be used here: it has no branch; accepted: "
-            + ", ".join(other for other in Variant if other.branches)
-        )
-    if variant.anneals and config.anneal_steps is None:
-        raise UserError(
-            "dex.anneal_steps=null cannot be used here: the number of steps is not known; give a "
-            "whole number, such as half of them"
-        )
-    if config.heads.startswith(("entropy", "importance")) and not calibration:
-        raise UserError(
-            f"dex.heads={config.heads} cannot be used without calibration=, the tokens to choose by"
-        )
-    layers = find_layers(model)
-    fingerprint = fingerprint_of(model) or ""
-    if config.heads in CRITERIA:
+    variant, heads = config.variant, config.heads
+    with_branch = "a variant with a branch: " + ", ".join(kind for kind in Variant if kind.branches)
+    require(variant.branches, "dex.variant", variant.value, with_branch)
+    steps_known = config.anneal_steps is not None or not variant.anneals
+    require(steps_known, "dex.anneal_steps", "null", "a whole number, such as half of the steps")
+    by_text = heads.startswith(("entropy", "importance"))
+    refuse(by_text and not calibration, f"dex.heads={heads}", "it needs calibration=, some tokens")
+    layers, fingerprint = find_layers(model), fingerprint_of(model) or ""
+    if heads in CRITERIA:
         plan = choose_heads(model, layers, config, calibration, fingerprint, seed)
     else:
-        plan = load_plan(Path(config.heads), fingerprint, layers)
+        plan = load_plan(Path(heads), fingerprint, layers)
     adapted = attach(model, layers, config, plan.heads, int(config.anneal_steps or 0), seed)
-    if any(isinstance(module, PartlyTrained) for module in model.modules()):
-        raise UserError(
-            f"dex.variant={variant.value} cannot be used here with {type(model).__name__}, whose "
-            "queries, keys and values are one projection; use dex.variant=adapter_only, or "
-            "`diffx adapt-dex`"
-        )
+    refuse(
+        any(isinstance(module, PartlyTrained) for module in model.modules()),
+        f"dex.variant={variant.value}",
+        f"queries, keys and values of {type(model).__name__} are one projection; use "
+        "dex.variant=adapter_only, or `diffx adapt-dex`",
+    )
     return to_dex(adapted, 0)

@@ -16,17 +16,12 @@ _ON = 0.01  # a branch is on if it changes the output of the chosen heads by thi
 
 
 class Watch:
-    """The probe of ``fit`` for the branches of an adapted model.
-
-    Attributes:
-        ratios: ||lambda O W_D|| / ||O|| of each layer, at the last call.
-    """
+    """The probe of ``fit`` for the branches of an adapted model."""
 
     def __init__(self, adapted: Adapted):
-        self._adapted = adapted
+        self._adapted, self._hooked = adapted, False
         self._gradients: dict[str, Tensor] = {}
-        self._hooked = False
-        self.ratios: list[float] = []
+        self.ratios: list[float] = []  # ||lambda O W_D|| / ||O|| of each layer, at the last call
 
     def set_step(self, step: int) -> None:
         """Set t of lambda(t), before a step or an evaluation; record gradient norms from now on."""
@@ -48,9 +43,8 @@ class Watch:
     def __call__(self, forward: Callable[[], object]) -> dict[str, float]:
         """Run the model once and return statistics of each layer.
 
-        They are ``dex/lambda``, ``dex/ratio`` (||lambda O W_D|| / ||O||), ``dex/cos`` (the cosine
-        of O and lambda O W_D), where O is the output of the chosen heads, and the gradient norms of
-        the last step.
+        They are ``dex/lambda``, ``dex/ratio`` (||lambda O W_D|| / ||O||) and ``dex/cos`` (the
+        cosine of O and lambda O W_D) in the chosen heads, and the gradient norms of the last step.
         """
         if not self._adapted.branches:
             return {}
@@ -58,7 +52,7 @@ class Watch:
         with ExitStack() as stack:
             for layer, branch in enumerate(self._adapted.branches):
                 read = partial(_read, statistics, layer)
-                stack.callback(branch.register_forward_pre_hook(read).remove)
+                stack.enter_context(branch.register_forward_pre_hook(read))
             stack.enter_context(evaluating(self._adapted.model))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             forward()

@@ -1,4 +1,4 @@
-"""Models as lm-eval asks them: decoders and models of ``transformers``; answers are kept in a file.
+"""Models as lm-eval asks them; answers are kept in a file.
 
 A request is lm-eval's ``Instance``: a context and a continuation, a text to score, or a prompt.
 """
@@ -6,8 +6,9 @@ A request is lm-eval's ``Instance``: a context and a continuation, a text to sco
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from diffx.config import RunError, UserError
+from diffx.config import RunError
+from diffx.config.checks import refuse
 from diffx.config.eval import EvalJob
-from diffx.data.sources import reason
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.scoring import generations, loglikelihoods
+from diffx.evaluation.task_rows import refusing
 from diffx.files import append_lines, checked_line, read_json_lines
 from diffx.models import Decoder
 
-Ask = Callable[[str, list[Any]], list[Any]]  # a method of LM and requests -> an answer to each
 _CHUNK = 512  # requests between two writes
 _CPU_LOGITS = 2**31  # bytes
 _USER, _ASSISTANT = "diffx asks", "diffx answers"  # texts to look for in a filled chat template
@@ -37,17 +38,10 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is done
 
 
 class DecoderLM(TemplateLM):
-    """A decoder; scores are those of lm-eval's ``HFLM``, whatever the batch.
+    """A decoder; scores are those of lm-eval's ``HFLM``, whatever the batch (or ``auto``).
 
-    A text without a prefix is conditioned on end-of-text. Choices share the pass over their
-    context. A text that does not fit in the model's context loses its beginning.
-
-    Args:
-        lm: the model.
-        batch: contexts at once, or ``auto``.
-
-    Attributes:
-        cut: requests so far that lost their beginning.
+    A text without a prefix is conditioned on end-of-text. A text that does not fit in the model's
+    context loses its beginning: ``cut`` counts these requests.
     """
 
     def __init__(self, lm: LanguageModel, batch: int | str = "auto"):
@@ -79,13 +73,11 @@ class DecoderLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs, longest = [], self._lm.context
         for texts, context, continuation in requests:
-            room = longest + 1 - len(continuation)  # the last token is predicted, but not read
-            if not continuation or room < 1:
-                size = f"{len(continuation)} tokens" if continuation else "no token of its own"
-                raise RunError(
-                    f"the continuation {texts[1][:60]!r} has {size}: it must have from 1 to "
-                    f"{longest} (the model's context)"
-                )
+            size = len(continuation)
+            if not 1 <= size <= longest:
+                failed = f"the continuation {texts[1][:60]!r} has {size or 'no'} tokens"
+                raise RunError(f"{failed}: it must have from 1 to {longest} (the model's context)")
+            room = longest + 1 - size  # the last token is predicted, but not read
             pairs.append((context[-room:], continuation))
             self.cut += len(context) > room
         return loglikelihoods(self._lm, pairs, self._batch)
@@ -95,18 +87,12 @@ class DecoderLM(TemplateLM):
 
         As in lm-eval, a token that begins each text is scored too.
         """
-        windows = [
-            [
-                make_disjoint_window(window)
-                for window in get_rolling_token_windows(
-                    self.tok_encode(request.args[0]), self.prefix_token_id, self._lm.context, 1
-                )
-            ]
-            for request in requests
-        ]
-        flat = [window for text in windows for window in text]
-        scores = iter(loglikelihoods(self._lm, flat, self._batch))
-        return [sum(next(scores)[0] for _ in text) for text in windows]
+        settings = (self.prefix_token_id, self._lm.context, 1)
+        tokens = [self.tok_encode(request.args[0]) for request in requests]
+        texts = [list(get_rolling_token_windows(text, *settings)) for text in tokens]
+        windows = [make_disjoint_window(window) for text in texts for window in text]
+        scores = iter(loglikelihoods(self._lm, windows, self._batch))
+        return [sum(next(scores)[0] for _ in text) for text in texts]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue prompts greedily, each until one of its stop strings."""
@@ -136,13 +122,11 @@ def generation_settings(arguments: dict[str, Any]) -> dict[str, Any]:
 def quiet() -> Iterator[None]:
     """Hide tqdm's progress bars.
 
-    A patch: lm-eval 0.4.13 builds requests and reads rolling windows under bars without an option
-    to hide them, and tqdm reads ``TQDM_DISABLE`` only when it is imported.
+    A patch: lm-eval 0.4.13 has no option for some of its bars, and tqdm reads ``TQDM_DISABLE`` only
+    when it is imported.
     """
     original = tqdm.__init__
-    tqdm.__init__ = lambda self, *args, **options: original(
-        self, *args, **options | {"disable": True}
-    )
+    tqdm.__init__ = lambda *args, **options: original(*args, **options | {"disable": True})
     try:
         yield
     finally:
@@ -158,69 +142,44 @@ def _tokenizer(lm: LanguageModel, job: EvalJob) -> Any:
 
 
 def with_chat_template(lm: LanguageModel, job: EvalJob, system: str | None = None) -> LanguageModel:
-    """Return a copy of a model whose prompts are a user's turn in its chat template.
-
-    Args:
-        lm: the model.
-        job: names the tokenizer.
-        system: a system instruction that the template must accept.
+    """Copy a model; the copy's prompts are a user's turn in its chat template.
 
     Raises:
-        UserError: the model has no chat template, or one that cannot be used.
+        UserError: the template is missing, cannot be used, or refuses the instruction ``system``.
     """
-    refused = "suite.chat_template=true cannot be used"
-    if isinstance(lm.model, Decoder):
-        raise UserError(
-            f"{refused}: a run has no chat template; only a model of the hub can have one"
-        )
+    setting, name = "suite.chat_template=true", lm.name
+    problem = "a run has no chat template; only a model of the hub can have one"
+    refuse(isinstance(lm.model, Decoder), setting, problem)
     tokenizer = _tokenizer(lm, job)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{refused}: the tokenizer of {lm.name} has no chat template; choose an instruct model"
-        )
+    problem = f"the tokenizer of {name} has no chat template; choose an instruct model"
+    refuse(not tokenizer.chat_template, setting, problem)
+    fill = partial(tokenizer.apply_chat_template, tokenize=False)
     turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}]
-    try:
-        asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        answered = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception as error:  # a template is code that can fail in any way
-        raise UserError(f"{refused}: the template of {lm.name} fails: {reason(error)}") from error
+    with refusing(setting, f"the template of {name} fails"):
+        asked, answered = fill(turns[:1], add_generation_prompt=True), fill(turns)
     if system:
-        messages = [{"role": "system", "content": system}, *turns[:1]]
-        try:
-            accepted = system.strip() in tokenizer.apply_chat_template(messages, tokenize=False)
-        except TemplateError:
-            accepted = False
-        if not accepted:
-            raise UserError(
-                f"suite.system_instruction={system} cannot be used: the chat template of "
-                f"{lm.name} has no system role; set it to null"
-            )
-    if _USER not in asked or _ASSISTANT not in answered:
-        raise UserError(f"{refused}: the template of {lm.name} leaves out a turn's text")
+        instructed = ""
+        with suppress(TemplateError):
+            instructed = fill([{"role": "system", "content": system}, *turns[:1]])
+        problem = f"the chat template of {name} has no system role; set it to null"
+        refuse(system.strip() not in instructed, f"suite.system_instruction={system}", problem)
+    incomplete = _USER not in asked or _ASSISTANT not in answered
+    refuse(incomplete, setting, f"the template of {name} leaves out a turn's text")
     head, _, middle = asked.rpartition(_USER)
     chat = copy(lm)
-    first, chat.suffix, chat.closing = (
-        tokenizer.encode(text, add_special_tokens=False)
-        for text in (head, middle, answered.rpartition(_ASSISTANT)[2])
-    )
+    texts = (head, middle, answered.rpartition(_ASSISTANT)[2])
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    first, chat.suffix, chat.closing = map(encode, texts)
     chat.prefix = first if first[: len(lm.prefix)] == lm.prefix else lm.prefix + first
     chat.ends = lm.ends | ({*chat.closing[:1]} & {*tokenizer.all_special_ids})
     return chat
 
 
 class PretrainedLM:
-    """A model of ``transformers`` through lm-eval's own class.
+    """A model of ``transformers`` through lm-eval's class, ``hflm``.
 
-    With ``batch=auto`` the longest request of each chunk sets the batch; it is halved when memory
-    runs out.
-
-    Args:
-        lm: the model.
-        job: names the tokenizer, and the batch.
-
-    Attributes:
-        hflm: lm-eval's class.
-        cut: requests so far that lost their beginning.
+    The longest request of a chunk sets ``batch=auto``, which is halved when memory runs out.
+    ``cut`` counts requests that lost their beginning.
     """
 
     def __init__(self, lm: LanguageModel, job: EvalJob):
@@ -233,18 +192,16 @@ class PretrainedLM:
         lengths = [] if method == "loglikelihood_rolling" else list(map(self._tokens, requests))
         most = self.hflm.max_length
         self.cut += sum(length > most for length in lengths)
-        auto = self._batch == "auto"
-        size = self._fitting(min(max(lengths, default=most), most)) if auto else int(self._batch)
+        longest = min(max(lengths, default=most), most)
+        size = self._fitting(longest) if self._batch == "auto" else int(self._batch)
         while True:
             self.hflm.batch_size_per_gpu = size
             try:
                 return getattr(self.hflm, method)(requests, disable_tqdm=True)
             except torch.OutOfMemoryError as error:
                 if size == 1:
-                    raise RunError(
-                        f"one request does not fit in the memory of {self.hflm.device}: "
-                        "choose dtype=bf16 or fewer shots"
-                    ) from error
+                    failed = f"one request does not fit in the memory of {self.hflm.device}"
+                    raise RunError(f"{failed}: choose dtype=bf16 or fewer shots") from error
                 size //= 2
 
     def _tokens(self, request: Any) -> int:
@@ -266,14 +223,18 @@ class RecordingLM(LM):
     """Asks a model requests without an answer yet, and appends the answers to a file in chunks.
 
     Args:
-        ask: the model.
+        ask: takes the name of a method of lm-eval's models and requests, and returns the answers.
         path: JSON lines, one an answer, each with a checksum; read first if it exists.
         tell: called with the numbers of answered requests and of all.
         template: for chat templates, the model of lm-eval that has one.
     """
 
     def __init__(
-        self, ask: Ask, path: Path, tell: Callable[[int, int], None], template: LM | None = None
+        self,
+        ask: Callable[[str, list[Any]], list[Any]],
+        path: Path,
+        tell: Callable[[int, int], None],
+        template: LM | None = None,
     ):
         super().__init__()
         self._ask, self._path, self._tell, self._template = ask, path, tell, template
@@ -283,41 +244,33 @@ class RecordingLM(LM):
             if isinstance(row.get("request"), str) and "answer" in row
         }
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Score continuations of contexts."""
-        return [tuple(answer) for answer in self._answer("loglikelihood", requests)]
-
-    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Score whole texts."""
-        return self._answer("loglikelihood_rolling", requests)
-
-    def generate_until(self, requests: list[Any]) -> list[str]:
-        """Continue prompts."""
-        return self._answer("generate_until", requests)
-
     def _answer(self, method: str, requests: list[Any]) -> list[Any]:
-        keys, counts = [], Counter[str]()
+        keys, todo, counts = [], [], Counter[str]()
         for request in requests:  # equal requests can have several answers, where they are sampled
             key = hash_args(method, request.args)
             keys.append(f"{key}/{counts[key]}")
             counts[key] += 1
-        pairs = zip(keys, requests, strict=True)
-        todo = [(key, request) for key, request in pairs if key not in self._known]
-        done = len(keys) - len(todo)
-        self._tell(done, len(keys))
-        for first in range(0, len(todo), _CHUNK):
-            names, chunk = zip(*todo[first : first + _CHUNK], strict=True)
-            answers = dict(zip(names, self._ask(method, list(chunk)), strict=True))
+            if keys[-1] not in self._known:
+                todo.append((keys[-1], request))
+        self._tell(len(keys) - len(todo), len(keys))
+        while todo:
+            chunk, todo = todo[:_CHUNK], todo[_CHUNK:]
+            answers = self._ask(method, [request for _, request in chunk])
             with append_lines(self._path) as file:
-                for key, answer in answers.items():
+                for (key, _), answer in zip(chunk, answers, strict=True):
+                    self._known[key] = answer
                     file.write(checked_line({"request": key, "answer": answer}))
-            self._known |= answers
-            self._tell(done + first + len(chunk), len(keys))
-        return [self._known[key] for key in keys]
+            self._tell(len(keys) - len(todo), len(keys))
+        known = [self._known[key] for key in keys]
+        return list(map(tuple, known)) if method == "loglikelihood" else known
+
+    loglikelihood = partialmethod(_answer, "loglikelihood")
+    loglikelihood_rolling = partialmethod(_answer, "loglikelihood_rolling")
+    generate_until = partialmethod(_answer, "generate_until")
 
     @property
     def tokenizer_name(self) -> str:
-        """Of the model with the chat template."""
+        """The name of the tokenizer with the chat template."""
         return "" if self._template is None else self._template.tokenizer_name
 
     def apply_chat_template(

@@ -1,12 +1,13 @@
 """Attention to the answer and to the noise in the retrieval task (arXiv 2410.05258, table 3).
 
-Shares of the row of the last position before the answer's number: of the row divided by its sum
-(``answer``, ``noise``), and of |A| divided by the sum of |A| (``|answer|``, ``|noise|``), since the
-paper does not say how it normalises signed maps. The answer is the sentence of the first queried
-needle, noise is the rest of the context; the first token and the question are neither.
+Shares of the row of the last position before the answer's number: of the row A divided by its sum
+(``answer``, ``noise``), and of |A| divided by its sum (``|answer|``, ``|noise|``), since the paper
+does not say how it normalises signed maps. The answer is the sentence of the first queried needle,
+noise is the rest of the context; the first token and the question are neither.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,40 +17,28 @@ from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.retrieval import haystack_of, hide, long_enough
 from diffx.evaluation.suite import Context, Example, Record
 from diffx.models.view import AttentionView
-from diffx.results.declare import Average, Declaration, Metric, Picture, Table
+from diffx.results.declare import Average, Declaration, Picture, Table, metrics
 from diffx.results.published import published
 
 _NAMES = ("answer", "noise", "|answer|", "|noise|")
 
 
 def plan(context: Context) -> list[Example]:
-    """Depths and samples of one case and length; the needles depend on the seed and the depth only.
-
-    Raises:
-        UserError: the model cannot read the length, or it does not hold the needles or exceeds the
-            text.
-    """
-    suite = context.suite
+    """Depths and samples of one case and length; needles depend on the seed and the depth only."""
+    suite, examples = context.suite, []
     needles, asked = suite.case
     length = suite.length or min(context.lm.context, 4096)
-    shared = {"needles": needles, "asked": asked, "length": length}
-    examples = []
     for depth in suite.depths:
         name = f"N={needles} R={asked}/T={length}/depth={depth:g}"
-        data = shared | {"draw": f"depth {depth:.0%}", "depth": depth}
-        examples += [
-            Example(f"{name}/{number}", data | {"number": number})
-            for number in context.limited(range(suite.samples))
-        ]
+        data = {"needles": needles, "asked": asked, "length": length, "depth": depth}
+        data["draw"] = f"depth {depth:.0%}"
+        for number in context.limited(range(suite.samples)):
+            examples.append(Example(f"{name}/{number}", data | {"number": number}))
     return long_enough(context, haystack_of(context), examples, "suite.length")
 
 
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
-    """Read one sample at a time.
-
-    Raises:
-        UserError: the model's attention cannot be seen.
-    """
+    """Read one sample at a time."""
     haystack = haystack_of(context)
     for example in examples:
         sample = hide(context, haystack, example)
@@ -89,29 +78,18 @@ def _allocate(lm: LanguageModel, sample: Sample) -> np.ndarray:
 
 def declare(context: Context) -> Declaration:
     """Means by depth, and by layer and head."""
+    axes: Any = {"x": "depth", "xlabel": "depth of the answer", "ylabel": "share of attention"}
     bars = [
-        Picture(
-            kind="bars",
-            title=f"Attention to the {name}",
-            metrics=[name, f"|{name}|"],
-            x="depth",
-            xlabel="depth of the answer",
-            ylabel="share of attention",
-        )
+        Picture(kind="bars", title=f"Attention to the {name}", metrics=[name, f"|{name}|"], **axes)
         for name in ("answer", "noise")
     ]
-    heads = Picture(
-        kind="heat",
-        title="Attention to the answer, by layer and head",
-        metrics=["answer"],
-        x="head",
-        y="layer",
-        xlabel="head",
-        ylabel="layer",
-    )
+    axes = {"x": "head", "y": "layer", "xlabel": "head", "ylabel": "layer"}
+    title = "Attention to the answer, by layer and head"
+    heads = Picture(kind="heat", title=title, metrics=["answer"], **axes)
     return Declaration(
         metrics=[
-            Metric(name=name, better="higher" if "answer" in name else "lower") for name in _NAMES
+            *metrics(["answer", "|answer|"]),
+            *metrics(["noise", "|noise|"], better="lower"),
         ],
         tables=[
             Table(by=["depth"], label="depth {depth:.0%}", average=Average(over=["depth"])),

@@ -8,12 +8,12 @@ from diffx.evaluation.grading import final, is_number, matches
 def score(row: dict[str, str], responses: list[str]) -> dict[str, float]:
     """Whether a response gives the row's answer, as text, as a number, or as an equal expression.
 
-    A number is compared by ``matches`` alone, which is exact. ``math_verify`` counts a comparison
-    of over 5 s as wrong, and works in the main thread only (it uses a signal).
+    ``math_verify`` counts a comparison of over 5 s as wrong, and works in the main thread only.
     """
     gold, response = row["answer"], responses[0]
-    if matches(gold, response) or is_number(gold):
-        return {"exact_match": float(matches(gold, response))}
+    equal = matches(gold, response)
+    if equal or is_number(gold):
+        return {"exact_match": float(equal)}
     expected = parse(f"${gold.strip('$')}$", extraction_config=[LatexExtractionConfig()])
     said = final(response)
     given = parse(response if said is None else f"${said.strip('$')}$")

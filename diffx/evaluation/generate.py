@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffx.config import UserError
+from diffx.config.checks import MOST, require
 from diffx.config.train import GenerateJob
 from diffx.evaluation.model import LanguageModel
 from diffx.loading import load
 
 
 def generate_text(job: GenerateJob) -> None:
-    """Print a prompt's continuation as it is drawn (``diffx generate``).
+    """Print a prompt's continuation as it is drawn.
 
     Raises:
         UserError: the checkpoint or the prompt cannot be used.
@@ -28,22 +29,13 @@ def generate_text(job: GenerateJob) -> None:
 def stream(lm: LanguageModel, prompt: str, job: GenerateJob) -> Iterator[str]:
     """Yield the continuation in pieces of whole characters."""
     text_ids = [*(lm.prefix or [lm.tokenizer.eot_id]), *lm.encode(prompt)]
-    if lm.limit is not None and len(text_ids) + job.max_tokens > lm.limit:
-        raise UserError(
-            f"max_tokens={job.max_tokens} cannot be used: with the prompt's {len(text_ids)} tokens "
-            f"it must stay within {lm.limit}"
-        )
+    room = (lm.limit or MOST) - len(text_ids)
+    accepted = f"at most {room} after the prompt's {len(text_ids)} tokens"
+    require(job.max_tokens <= room, "max_tokens", job.max_tokens, accepted)
+    settings = {name: getattr(job, name) for name in ("temperature", "top_k", "top_p", "seed")}
     drawn: list[int] = []
     shown = ""
-    tokens = lm.sample(
-        text_ids,
-        job.max_tokens,
-        temperature=job.temperature,
-        top_k=job.top_k,
-        top_p=job.top_p,
-        seed=job.seed,
-    )
-    for token in tokens:
+    for token in lm.sample(text_ids, job.max_tokens, **settings):
         drawn.append(token)
         text = lm.decode(drawn)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):

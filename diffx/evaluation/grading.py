@@ -1,6 +1,7 @@
 """Mathematics tasks of ``tasks/``: their rows in one form, and whether an answer is right."""
 
 import re
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
@@ -8,39 +9,32 @@ from datasets import Dataset
 
 _DIGITS = r"(?<!\d)\d{1,100}(?!\d)"  # bounded, so that a search is linear
 _NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)])-)?"
-    rf"(?:(?:(?P<whole>{_DIGITS})\s+)?(?P<above>{_DIGITS})\s*/\s*(?P<below>{_DIGITS})"
-    rf"|(?P<decimal>(?:{_DIGITS}(?:\.\d{{1,100}})?|\.\d{{1,100}})(?:[eE][-+]?\d{{1,3}})?))"
+    rf"(?P<sign>(?<![\w)])-)?(?P<value>(?:{_DIGITS}\s+)?{_DIGITS}\s*/\s*{_DIGITS}"
+    rf"|(?:{_DIGITS}(?:\.\d{{1,100}})?|\.\d{{1,100}})(?:[eE][-+]?\d{{1,3}})?)"
 )
+_QUESTIONS = ("question", "problem", "content", "input")
+_ANSWERS = ("answer", "Answer", "target")
 _WORDS = re.compile(r"\\(?:text|textbf|mathbf|mathrm)\s*\{([^{}]*)\}")
 
 
 def rows(dataset: Dataset) -> Dataset:
-    """Give each row a ``question`` and an ``answer``.
-
-    Rows of MATH (problem, solution), SVAMP (Body, Question, Answer), MAWPS (input, target), CARP
-    (content, answer), TabMWP (table, table_title, question, choices, answer) or CollegeMath
-    (question, answer); ``question`` and ``answer`` serve for all.
-    """
+    """Give rows of MATH, SVAMP, MAWPS, CARP, TabMWP or CollegeMath ``question`` and ``answer``."""
     return dataset.map(_row, remove_columns=dataset.column_names)
 
 
 def _row(row: dict[str, Any]) -> dict[str, str]:
-    keys = ("question", "problem", "content", "input")
-    question = next((row[key] for key in keys if row.get(key)), "")
+    question = next((row[key] for key in _QUESTIONS if row.get(key)), "")
     if row.get("Body"):
         body = row["Body"].strip()
-        question = f"{body if body.endswith(('.', '!', '?')) else body + '.'} {row['Question']}"
+        question = f"{body}{'' if body.endswith(('.', '!', '?')) else '.'} {row['Question']}"
     if row.get("table"):
         title = f' regarding "{row["table_title"]}"' if row.get("table_title") else ""
         head = f"Read the following table{title} and answer a question."
         question = f"{head}\n{row['table']}\n{question}"
         if row.get("choices"):
             question += f" Choose from: {', '.join(map(str, row['choices']))}."
-    names = ("answer", "Answer", "target")
-    answer = next((row[key] for key in names if row.get(key) is not None), None)
-    if answer is None:
-        answer = final(row["solution"])
+    answers = [row[key] for key in _ANSWERS if row.get(key) is not None]
+    answer = answers[0] if answers else final(row["solution"])
     return {"question": question.strip(), "answer": str(answer).strip()}
 
 
@@ -58,9 +52,8 @@ def matches(gold: str, response: str) -> bool:
     said = final(response)
     number = _number(_bare(gold))
     if number is None:
-        if said is None:
-            return False
-        return _plain(gold) in map(_plain, (said, re.split(r"[,;:.]|\bbecause\b", said)[0]))
+        parts = [] if said is None else [said, re.split(r"[,;:.]|\bbecause\b", said)[0]]
+        return _plain(gold) in map(_plain, parts)
     answer = _bare(response if said is None else said)
     if said is not None and _number(end := answer.rpartition("=")[2]) is not None:  # "3 + 4 = 7"
         answer = end
@@ -92,15 +85,14 @@ def final(response: str) -> str | None:
 
 
 def _bare(text: str) -> str:
-    """A text with plain numbers: without LaTeX, unit signs, bold, and commas of thousands."""
+    """The text without LaTeX, signs of units, bold type and commas of thousands."""
     text = " ".join(text.split())  # single blanks, so that searches are linear
     text = text.replace("\N{MINUS SIGN}", "-").replace("**", "")
     text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)  # a mixed number
     text = re.sub(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1/\2", text)
     text = _WORDS.sub(r"\1", text)
-    text = re.sub(
-        r"\s*(?:\\times|\\cdot|\N{MULTIPLICATION SIGN})\s*10\s*\^\s*\{?(-?\d+)\}?", r"e\1", text
-    )
+    times = r"(?:\\times|\\cdot|\N{MULTIPLICATION SIGN})"
+    text = re.sub(rf"\s*{times}\s*10\s*\^\s*\{{?(-?\d+)\}}?", r"e\1", text)
     text = re.sub(r"\\[ ,;!]|[$%\\]", "", text)
     return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
 
@@ -110,11 +102,10 @@ def _number(text: str) -> Fraction | None:
     match = _NUMBER.fullmatch(text.strip())
     if match is None:
         return None
-    sign = -1 if match["sign"] else 1
-    if match["decimal"]:
-        return sign * Fraction(match["decimal"])
-    whole, above, below = (int(match[part] or 0) for part in ("whole", "above", "below"))
-    return sign * (whole + Fraction(above, below)) if below else None
+    parts = re.sub(r"\s*/\s*", "/", match["value"]).split()  # of a mixed number
+    with suppress(ZeroDivisionError):
+        return sum(map(Fraction, parts), Fraction()) * (-1 if match["sign"] else 1)
+    return None
 
 
 def _plain(text: str) -> str:

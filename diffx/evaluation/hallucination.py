@@ -3,20 +3,20 @@
 import random
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffx.config import UserError
+from diffx.config.checks import refuse
 from diffx.config.eval import EndpointJudge
 from diffx.data.hub import asking_hub
-from diffx.errors import reason
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.scoring import generations
 from diffx.evaluation.suite import Context, Example, Record
-from diffx.files import json_sha256, open_text, parse_json
-from diffx.results.declare import Average, Declaration, Metric, Picture, Table, metrics
+from diffx.evaluation.task_rows import check_names, read_rows, refusing, short_name
+from diffx.files import json_sha256, parse_json
+from diffx.results.declare import Average, Declaration, Picture, Table, metrics
 from diffx.results.published import published
 
 # (name, subset, revision) of data sets that `datasets` reads without a script
@@ -29,7 +29,8 @@ _LONGBENCH = "zai-org/LongBench"  # a script, and data.zip
 _LONGBENCH_TASKS = ("qasper", "hotpotqa", "2wikimqa")
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 _ACCEPTED = (
-    '{"document", "reference"} (a summary) or {"context", "question", "answers"} (a question)'
+    'accepted are {"document", "reference"} (a summary) or {"context", "question", "answers"} '
+    "(a question), texts or lists of them"
 )
 _CUT = "\n[...]\n"  # in place of the middle of a long text
 
@@ -40,43 +41,30 @@ _FORMS = {
     "question": ("Text: {text}\n\nQuestion: {question}\n\nAnswer in a few words:", 32, "\n"),
 }
 _AGREEMENT = ("exact_match", "f1", "rouge1", "rouge2", "rougeL")
-_DIVERSITY = {f"distinct_{n}": "higher" for n in (1, 2, 3)} | {"self_bleu": "lower"}
+_DISTINCT = ("distinct_1", "distinct_2", "distinct_3")
 _MAX_UNUSABLE = 0.1  # share of verdicts above which there is a warning
 
 
 def plan(context: Context) -> list[Example]:
-    """Draw the samples of each task, the same ones for every model.
-
-    Raises:
-        UserError: a task cannot be read or has rows of another form, two tasks have one name, or a
-            question and its answer do not fit the model's context.
-    """
-    suite, tasks = context.suite, {}
-    for task in suite.tasks:
-        name, rows = _load(task, suite.data_dir)
-        if name in tasks:
-            raise UserError(
-                f"suite.tasks={','.join(suite.tasks)} cannot be used: two tasks would be called "
-                f"{name}; rename a file"
-            )
+    """Draw the samples of each task, the same ones for every model."""
+    suite, examples = context.suite, []
+    loaded = [_load(task, suite.data_dir) for task in suite.tasks]
+    check_names(suite.tasks, [name for name, _ in loaded])
+    for name, rows in loaded:
         context.sources[name] = json_sha256(rows, sort_keys=False)
         distinct = list({json_sha256(row, sort_keys=False)[:16]: row for row in rows}.items())
         random.Random(f"{context.seed}/{name}").shuffle(distinct)
-        tasks[name] = context.limited(distinct[: suite.samples])
-    examples = [
-        Example(f"{name}/{key}", {"task": name, **row})
-        for name, rows in tasks.items()
-        for key, row in rows
-    ]
+        for key, row in context.limited(distinct[: suite.samples]):
+            examples.append(Example(f"{name}/{key}", {"task": name, **row}))
     for example in examples:
         max_tokens = suite.max_tokens or _FORMS[example.data["kind"]][1]
         needed = len(context.lm.prompt(_prompt(example.data, _CUT))) + max_tokens
-        if needed > context.lm.context:
-            raise UserError(
-                f"suite.max_tokens={max_tokens} cannot be used: {example.id} and its answer take "
-                f"{needed} tokens without any text, and the model was trained on "
-                f"{context.lm.context}; lower it or leave the task out"
-            )
+        refuse(
+            needed > context.lm.context,
+            f"suite.max_tokens={max_tokens}",
+            f"{example.id} and its answer take {needed} tokens without any text, and the model was "
+            f"trained on {context.lm.context}; lower it or leave the task out",
+        )
     return examples
 
 
@@ -96,28 +84,16 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             said = text.strip().partition(stop)[0].rstrip()  # many models begin with an empty line
             scores = score(said, data["references"])
             scores |= {"answer_tokens": len(lm.encode(said)), "empty": float(not said)}
-            yield {
-                "id": chosen[index].id,
-                "by": {"task": data["task"]},
-                **{key: value for key, value in data.items() if key not in ("text", "task")},
-                "prompt": prompt,
-                "answer": said,
-                "scores": scores | {"text_seen": seen},
-            }
+            record = {key: value for key, value in data.items() if key not in ("text", "task")}
+            record |= {"id": chosen[index].id, "by": {"task": data["task"]}, "prompt": prompt}
+            yield record | {"answer": said, "scores": scores | {"text_seen": seen}}
 
 
 def fit(lm: LanguageModel, row: dict[str, Any], max_tokens: int) -> tuple[str, float]:
     """Return a prompt that fits the context together with ``max_tokens`` of answer.
 
-    A long text loses its middle, as in LongBench (arXiv 2308.14508).
-
-    Args:
-        lm: the model.
-        row: ``kind``, ``text`` and, of a question, ``question``.
-        max_tokens: tokens of the answer.
-
-    Returns:
-        The prompt, and the share of the text's tokens in it.
+    A long text loses its middle, as in LongBench (arXiv 2308.14508): the share of its tokens that
+    are in the prompt is returned too.
     """
     room = lm.context - len(lm.prefix) - len(lm.suffix) - max_tokens
     prompt = _prompt(row, row["text"])
@@ -136,8 +112,7 @@ def fit(lm: LanguageModel, row: dict[str, Any], max_tokens: int) -> tuple[str, f
 def judge(context: Context, records: list[Record]) -> list[Record]:
     """Add a ``verdict`` to records, and ``scores["faithful"]`` where the judge gave one.
 
-    An empty answer is not faithful, without asking. Replies are kept in the folder, in a file named
-    by the judge.
+    An empty answer is not faithful, without asking. Replies are kept in a file of the folder.
 
     Raises:
         RunError: the endpoint cannot judge.
@@ -159,28 +134,28 @@ def judge(context: Context, records: list[Record]) -> list[Record]:
         verdict = verdicts.get(record["id"], Verdict(False, ""))
         scores = {} if verdict.faithful is None else {"faithful": float(verdict.faithful)}
         scores |= {k: v for k, v in record["scores"].items() if k != "faithful"}  # another judge's
-        told = {"judge": config.model, "faithful": verdict.faithful, "said": verdict.said}
-        judged.append({**record, "scores": scores, "verdict": told})
+        verdict_data = {"judge": config.model, **asdict(verdict)}
+        judged.append({**record, "scores": scores, "verdict": verdict_data})
     return judged
 
 
 def declare(context: Context) -> Declaration:
     """Means by task, the diversity of all answers of a task, and the share of unusable verdicts."""
-    others = {"answer_tokens": "tokens", "empty": "share", "text_seen": "share"}
     judge = context.job.judge
     judged = f", judged by {judge.model}" if isinstance(judge, EndpointJudge) else ""
     titles = {
         f"Faithful answers{judged}": ["faithful"],
         "Agreement with the references": list(_AGREEMENT),
-        "Diversity of the answers (self_bleu: lower is more diverse)": list(_DIVERSITY),
+        "Diversity of the answers (self_bleu: lower is more diverse)": [*_DISTINCT, "self_bleu"],
     }
     average = Average(over=["task"], metrics={"faithful": ["faithful"]})
     return Declaration(
         metrics=[
             *metrics(["faithful", *_AGREEMENT]),
-            *(Metric(name=name, unit=unit, better="none") for name, unit in others.items()),
-            *(Metric(name=k, better=v, aggregate="given") for k, v in _DIVERSITY.items()),
-            Metric(name="unusable_verdicts", better="lower", aggregate="given"),
+            *metrics(["answer_tokens"], unit="tokens", better="none"),
+            *metrics(["empty", "text_seen"], better="none"),
+            *metrics(_DISTINCT, aggregate="given"),
+            *metrics(["self_bleu", "unusable_verdicts"], better="lower", aggregate="given"),
         ],
         tables=[Table(by=["task"], label="{task}", average=average)],
         pictures=[
@@ -204,14 +179,12 @@ def figures(context: Context, records: list[Record]) -> Iterator[Record]:
         judged = [record["verdict"]["faithful"] for record in of_task if "verdict" in record]
         if not judged:
             continue
-        n, unusable = len(judged), judged.count(None) / len(judged)
-        place = {"task": task, "aggregate": "mean", "n": n}
+        place |= {"aggregate": "mean", "n": len(judged)}
+        unusable = judged.count(None) / len(judged)
         yield place | {"metric": "unusable_verdicts", "value": unusable}
         if unusable > _MAX_UNUSABLE:
-            context.reporter.warn(
-                f"{task}: {unusable:.0%} of the judge's {n} replies give no verdict; "
-                "`faithful` is a mean over the others"
-            )
+            share = f"{unusable:.0%} of the judge's {len(judged)} replies give no verdict"
+            context.reporter.warn(f"{task}: {share}; `faithful` is a mean over the others")
 
 
 def _prompt(row: dict[str, Any], text: str) -> str:
@@ -220,71 +193,45 @@ def _prompt(row: dict[str, Any], text: str) -> str:
 
 def _load(task: str, data_dir: str | None) -> tuple[str, list[dict[str, Any]]]:
     """A task's name and rows: ``kind``, ``text``, ``references``, maybe ``question``."""
-    name, refused = task, f"suite.tasks={task} cannot be used:"
-    known = [*_HUB, *_LONGBENCH_TASKS]
+    name, setting, known = task, f"suite.tasks={task}", [*_HUB, *_LONGBENCH_TASKS]
     if task not in known:
         path = Path(task).expanduser()
-        if not path.is_file() or not path.name.endswith(_SUFFIXES):
-            raise UserError(
-                f"{refused} there is no such .jsonl or .jsonl.gz file, and the known tasks are "
-                f"{', '.join(known)}"
-            )
-        name, rows = path.name.removesuffix(".gz").removesuffix(".jsonl"), _read(path)
+        valid = path.is_file() and path.name.endswith(_SUFFIXES)
+        tasks = f"the known tasks are {', '.join(known)}"
+        refuse(not valid, setting, f"there is no such .jsonl or .jsonl.gz file, and {tasks}")
+        name, rows = short_name(path), read_rows(path)
     elif data_dir:
         paths = [Path(data_dir).expanduser() / f"{task}{suffix}" for suffix in _SUFFIXES]
         existing = [path for path in paths if path.is_file()]
-        if not existing:
-            raise UserError(
-                f"suite.data_dir={data_dir} cannot be used: it has no {task}.jsonl or "
-                f"{task}.jsonl.gz; rows as on the hub, or {_ACCEPTED}"
-            )
-        rows = _read(existing[0])
+        problem = f"it has no {task}.jsonl or {task}.jsonl.gz; rows as on the hub, or {_ACCEPTED}"
+        refuse(not existing, f"suite.data_dir={data_dir}", problem)
+        rows = read_rows(existing[0], "suite.data_dir")
     else:
-        rows = _fetch(task)
-    parsed = [_row(row, f"{refused} row {number}") for number, row in enumerate(rows, 1)]
+        rows = list(enumerate(_fetch(task), 1))
+    parsed = [_row(row, setting, f"row {number}") for number, row in rows]
     usable = [row for row in parsed if row["text"].strip() and row["references"]]
-    if not usable:
-        raise UserError(
-            f"{refused} it holds no row with a text and a reference; accepted are {_ACCEPTED}"
-        )
+    refuse(not usable, setting, f"it holds no row with a text and a reference; {_ACCEPTED}")
     return name, usable
-
-
-def _read(path: Path) -> list[Any]:
-    try:
-        with open_text(path) as file:
-            return [parse_json(line) for line in file if line.strip()]
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be used: {reason(error)}; it must be UTF-8 JSON lines, or those in .gz"
-        ) from error
 
 
 def _fetch(task: str) -> list[Any]:
     name, subset, revision = _HUB.get(task, (_LONGBENCH, None, None))
-    try:
+    advice = f"set suite.data_dir to a folder with {task}.jsonl"
+    with refusing(f"suite.tasks={task}", f"{name} cannot be fetched", advice), asking_hub(name):
         if task in _HUB:
             import datasets  # slow to import, and local data needs no hub
 
-            with asking_hub(name):
-                return list(datasets.load_dataset(name, subset, split="test", revision=revision))
+            return list(datasets.load_dataset(name, subset, split="test", revision=revision))
         from huggingface_hub import hf_hub_download
 
-        with asking_hub(name):
-            archive_path = hf_hub_download(name, "data.zip", repo_type="dataset")
-        with zipfile.ZipFile(archive_path) as archive, archive.open(f"data/{task}.jsonl") as file:
+        path = hf_hub_download(name, "data.zip", repo_type="dataset")
+        with zipfile.ZipFile(path) as archive, archive.open(f"data/{task}.jsonl") as file:
             return [parse_json(line) for line in file]
-    except Exception as error:  # each library has its exceptions
-        raise UserError(
-            f"suite.tasks={task} cannot be used: the data set {name} cannot be fetched: "
-            f"{reason(error)}; set suite.data_dir to a folder with {task}.jsonl"
-        ) from error
 
 
-def _row(row: Any, where: str) -> dict[str, Any]:
+def _row(row: Any, setting: str, place: str) -> dict[str, Any]:
     """Parse a row of a file, or of the hub (article, summary, highlights, input)."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is no JSON object; accepted are {_ACCEPTED}")
+    refuse(not isinstance(row, dict), setting, f"{place} is no JSON object; {_ACCEPTED}")
 
     def field(*names: str) -> Any:
         return next((row[name] for name in names if name in row), None)
@@ -292,18 +239,15 @@ def _row(row: Any, where: str) -> dict[str, Any]:
     parsed: dict[str, Any] = {"kind": "summary", "text": field("document", "article")}
     references = field("reference", "summary", "highlights")
     if parsed["text"] is None or references is None:
-        parsed = {"kind": "question", "text": field("context")}
-        parsed["question"] = field("question", "input")
+        question = field("question", "input")
+        parsed = {"kind": "question", "text": field("context"), "question": question}
         references = field("answers")
     references = references if isinstance(references, list) else [references]
     texts = [*parsed.values(), *references]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f"{where} has the fields {', '.join(map(repr, row)) or 'none'}; accepted are "
-            f"{_ACCEPTED}, texts or lists of them"
-        )
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} holds half of a surrogate pair, which is no text") from error
+    names = ", ".join(map(repr, row)) or "none"
+    valid = all(isinstance(text, str) for text in texts)
+    refuse(not valid, setting, f"{place} has the fields {names}; {_ACCEPTED}")
+    joined = "".join(texts)
+    half = joined.encode(errors="ignore").decode() != joined
+    refuse(half, setting, f"{place} holds half of a surrogate pair, which is no text")
     return {**parsed, "references": [text for text in references if text.strip()]}

@@ -1,20 +1,19 @@
 """Tasks of ``lm-eval`` as a suite: its prompts, metrics and aggregates."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from transformers import GenerationConfig
 
-from diffx.config import UserError
-from diffx.config.checks import require
-from diffx.data.sources import reason
+from diffx.config.checks import POSITIVE, refuse, require
 from diffx.evaluation.adapter import (
     DecoderLM,
     PretrainedLM,
@@ -25,35 +24,34 @@ from diffx.evaluation.adapter import (
 )
 from diffx.evaluation.harness_tasks import Tasks, digest, load_tasks
 from diffx.evaluation.suite import Context, Example, Record
+from diffx.evaluation.task_rows import refusing
 from diffx.models import Decoder
-from diffx.results.declare import Average, Declaration, Metric, Picture, Table
+from diffx.results.declare import Average, Declaration, Metric, Picture, Table, metrics
 from diffx.results.published import published
 
 _COUNTS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_GENERATION = ("until", "do_sample", "temperature", *_COUNTS)
+# Settings of a run's generation, each with a test of its values and what is accepted.
+_GENERATION: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "until": (lambda value: _are_texts(value), "a text or a list of texts"),
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    "temperature": (lambda value: type(value) in (int, float) and value >= 0, "zero or more"),
+    **{name: (lambda value: type(value) is int and value >= 1, POSITIVE) for name in _COUNTS},
+}
 _SEED = 1234  # lm-eval's for demonstrations: seed=0 draws the same ones
 _RESAMPLES = 200  # of figures that are not means
 # What is averaged over tasks: the first of these scores that a task has.
 _AVERAGES = {
     "acc": ["acc"],
     "acc_norm": ["acc_norm", "acc"],
-    "accuracy": [
-        "math_verify",
-        "exact_match",
-        "exact_match,flexible-extract",
-        "exact_match,strict-match",
-    ],
+    "accuracy": ["math_verify", "exact_match"]
+    + [f"exact_match,{name}" for name in ("flexible-extract", "strict-match")],
     "answer_tokens": ["answer_tokens"],
 }
 _SHARES = {"acc", "acc_norm", "exact_match", "em", "f1", "math_verify"}
 
 
 def plan(context: Context) -> list[Example]:
-    """One example for each document of each task, for each number of shots.
-
-    Raises:
-        UserError: a task, its data or a setting cannot be used.
-    """
+    """One example for each document of each task, for each number of shots."""
     suite = context.suite
     if suite.chat_template:  # checks the template
         with_chat_template(context.lm, context.job, suite.system_instruction)
@@ -65,11 +63,9 @@ def plan(context: Context) -> list[Example]:
         runs = _runs(context, loaded, name)
         context.sources[name] = digest(task, with_demonstrations=any(shots for _, shots in runs))
         documents = context.limited(range(len(task.eval_docs)))
-        examples += [
-            Example(f"{name}/{shots}/{number}", {"run": (name, asked, shots)})
-            for asked, shots in runs
-            for number in documents
-        ]
+        for asked, shots in runs:
+            data = {"run": (name, asked, shots)}
+            examples += [Example(f"{name}/{shots}/{number}", data) for number in documents]
     return examples
 
 
@@ -77,60 +73,43 @@ def _tasks(context: Context) -> Tasks:
     suite = context.suite
     arguments = {"max_gen_toks": suite.max_tokens} if suite.max_tokens else {}
     generation = json.dumps(arguments | suite.gen_kwargs)
-    return load_tasks(
-        tuple(suite.tasks), suite.include_path, suite.data_dir, generation, context.seed
-    )
+    folders = suite.include_path, suite.data_dir
+    return load_tasks(tuple(suite.tasks), *folders, generation, context.seed)
 
 
 def _check_gen_kwargs(context: Context) -> None:
     """Refuse names and values that the model's generation does not know."""
-    arguments = context.suite.gen_kwargs
-    if isinstance(context.lm.model, Decoder):
-        others, accepted = {}, " with a run"
-    else:
-        others = GenerationConfig().to_dict()
-        accepted = ", or one of transformers' GenerationConfig"
+    arguments, decoder = context.suite.gen_kwargs, isinstance(context.lm.model, Decoder)
+    known = set() if decoder else GenerationConfig().to_dict().keys()
+    others = "with a run" if decoder else "or one of transformers' GenerationConfig"
     for name, value in arguments.items():
-        key = f"suite.gen_kwargs.{name}"
-        require(name in {*_GENERATION, *others}, key, value, f"{', '.join(_GENERATION)}{accepted}")
-        if name == "until":
-            texts = value if isinstance(value, list) else [value]
-            valid = all(isinstance(text, str) and text for text in texts)
-            require(valid, key, value, "a text or a list of texts")
-        elif name == "do_sample":
-            require(isinstance(value, bool), key, value, "true or false")
-        elif name == "temperature":
-            valid = type(value) in (int, float) and value >= 0
-            require(valid, key, value, "zero or more")
-        elif name in _COUNTS:
-            valid = type(value) is int and value >= 1
-            require(valid, key, value, "a positive whole number")
-    try:
-        others = {name: value for name, value in arguments.items() if name not in _GENERATION}
-        GenerationConfig(**others).validate(strict=False)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"suite.gen_kwargs={arguments} cannot be used: {reason(error)}") from error
+        accepted = f"{', '.join(_GENERATION)}, {others}"
+        key, good = f"suite.gen_kwargs.{name}", name in known
+        if name in _GENERATION:
+            test, accepted = _GENERATION[name]
+            good = test(value)
+        require(good, key, value, accepted)
+    with refusing(f"suite.gen_kwargs={arguments}", "transformers refuses it"):
+        rest = {name: value for name, value in arguments.items() if name not in _GENERATION}
+        GenerationConfig(**rest).validate(strict=False)
+
+
+def _are_texts(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) and text for text in texts)
 
 
 def _check_generation(context: Context, name: str, task: Task) -> None:
     settings = generation_settings(task.get_config("generation_kwargs"))
     tokens, room, given = settings["max_gen_toks"], context.lm.context, context.suite.gen_kwargs
-    if tokens >= room:
-        raise UserError(
-            f"suite.tasks={name} cannot be used: its answers have up to {tokens} tokens, and the "
-            f"model's context is {room}; set suite.max_tokens below that"
-        )
-    if not settings["do_sample"] or not isinstance(context.lm.model, Decoder):
-        return
+    length = f"its answers have up to {tokens} tokens, and the model's context is {room}"
+    setting, below = f"suite.tasks={name}", f"{length}; set suite.max_tokens below that"
+    refuse(tokens >= room, setting, below)
+    sampled = settings["do_sample"] and isinstance(context.lm.model, Decoder)
     if given.get("do_sample", given.get("temperature")):
-        raise UserError(
-            "suite.gen_kwargs.do_sample=true cannot be used with a run: its answers are decoded "
-            "greedily"
-        )
-    raise UserError(
-        f"suite.tasks={name} cannot be used: it samples its answers, and the suite decodes "
-        "greedily; choose another task"
-    )
+        greedily = "its answers are decoded greedily"
+        refuse(sampled, "suite.gen_kwargs.do_sample=true", greedily, "a run")
+    refuse(sampled, setting, "it samples its answers, and a run decodes greedily")
 
 
 def _runs(context: Context, loaded: Tasks, name: str) -> list[tuple[int | None, int]]:
@@ -149,11 +128,7 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     suite, bar = context.suite, context.bar
     decoder = isinstance(context.lm.model, Decoder)
     lm = DecoderLM(context.lm, context.batch) if decoder else PretrainedLM(context.lm, context.job)
-    planned = sum(
-        len(_runs(context, loaded, name)) * len(context.limited(range(len(task.eval_docs))))
-        for name, task in loaded.tasks.items()
-    )
-    done, heading, documents = planned - len(examples), "", 0
+    done, heading, documents = context.answered, "", 0
 
     def tell(answered: int, requests: int) -> None:
         if bar:
@@ -181,10 +156,9 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
                 fewshot_as_multiturn=suite.fewshot_as_multiturn,
             )
         if lm.cut:
-            context.reporter.warn(
-                f"{heading}: {lm.cut} requests are longer than the context of "
-                f"{context.lm.context} tokens: their beginning was left out"
-            )
+            longer = f"longer than the context of {context.lm.context} tokens"
+            beginning = "their beginning was left out"
+            context.reporter.warn(f"{heading}: {lm.cut} requests are {longer}: {beginning}")
             lm.cut = 0
         item = next(item for item, names in loaded.items.items() if name in names)
         place = {"by": {"task": name, "shots": shots, "variant": item}, "shots": asked}
@@ -202,7 +176,7 @@ def _records(context: Context, task: Task, samples: list[dict[str, Any]]) -> Ite
         values: dict[str, Any] = {}  # of metrics that are not means over documents
         for sample in filtered:
             for metric in sample["metrics"]:
-                name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
+                name = _label(metric, sample["filter"])
                 if task.aggregation().get(metric, mean) is mean and np.isscalar(sample[metric]):
                     scores[name] = float(sample[metric])
                 else:
@@ -214,21 +188,16 @@ def _records(context: Context, task: Task, samples: list[dict[str, Any]]) -> Ite
             scores["answer_tokens"] = float(np.mean(lengths))
         elif task.OUTPUT_TYPE == "loglikelihood_rolling":
             scores["loglikelihood"] = float(sum(responses))
-        record = {
-            "id": f"{task.task_name}/{task.get_config('num_fewshot')}/{number}",
-            "scores": scores,
-            "prompts": list(dict.fromkeys(each[0] for each in arguments)),
-            "responses": responses,
-            "target": _plain(sample["target"]),
-        }
+        name = f"{task.task_name}/{task.get_config('num_fewshot')}/{number}"
+        prompts = list(dict.fromkeys(each[0] for each in arguments))
+        record = {"id": name, "scores": scores, "prompts": prompts, "responses": responses}
+        record["target"] = _plain(sample["target"])
         if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
             record["choices"] = [each[1] for each in arguments]
         yield record | ({"values": values} if values else {})
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it."""
-
     def convert(other: Any) -> Any:
         return other.tolist() if hasattr(other, "tolist") else str(other)
 
@@ -237,21 +206,18 @@ def _plain(value: Any) -> Any:
 
 def declare(context: Context) -> Declaration:
     """lm-eval's aggregates by task and shots, those of its groups, and averages."""
-    loaded, default_shots = _tasks(context), context.suite.shots is None
-    average = Average(
-        over=["variant"],
-        by=[] if default_shots else ["shots"],
-        label="average" if default_shots else "average ({shots}-shot)",
-        metrics=_AVERAGES,
-    )
-    metrics = {name: Metric(name=name, unit="share") for name in ("acc", "acc_norm", "accuracy")}
-    metrics |= {"answer_tokens": Metric(name="answer_tokens", unit="tokens", better="none")}
-    for task in loaded.tasks.values():
-        metrics |= {metric.name: metric for metric in _metrics_of(task)}
-    metrics["loglikelihood"] = Metric(name="loglikelihood", unit="nats")
+    by, label = ["shots"], "average ({shots}-shot)"
+    if context.suite.shots is None:
+        by, label = [], "average"
+    average = Average(over=["variant"], by=by, label=label, metrics=_AVERAGES)
+    declared = metrics(["acc", "acc_norm", "accuracy"])
+    declared += metrics(["answer_tokens"], unit="tokens", better="none")
+    for task in _tasks(context).tasks.values():
+        declared += _metrics_of(task)
+    declared += metrics(["loglikelihood"], unit="nats")
     picture = Picture(kind="intervals", title="{panel} (95% intervals)", panels=["unit"])
     return Declaration(
-        metrics=list(metrics.values()),
+        metrics=list({metric.name: metric for metric in declared}.values()),
         tables=[Table(by=["task", "shots"], label="{task} ({shots}-shot)", average=average)],
         pictures=[picture],
         references=published(context.suite.name),
@@ -266,9 +232,12 @@ def _metrics_of(task: Task) -> Iterator[Metric]:
         better = {True: "higher", False: "lower"}.get(directions.get(name), "none")
         how = "mean" if aggregates.get(name, mean) is mean else "given"
         unit = "share" if name in _SHARES else name
-        for each in filters:
-            label = name if each == "none" else f"{name},{each}"
-            yield Metric(name=label, unit=unit, better=better, aggregate=how)
+        labels = [_label(name, each) for each in filters]
+        yield from metrics(labels, unit=unit, better=better, aggregate=how)
+
+
+def _label(metric: str, filter_name: str) -> str:
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
 def figures(context: Context, records: list[Record]) -> list[Record]:
@@ -306,31 +275,20 @@ def _group(
     """lm-eval's figures of a group of tasks, from the means and ``rows`` of its tasks."""
     tasks: dict[str, Any] = {}
     for (task, shots), records in runs.items():
-        n, scores = len(records), [record["scores"] for record in records]
-        figures: dict[str, tuple[float, Any]] = {}
-        for name in scores[0]:
-            values = [score[name] for score in scores]
-            stderr = float(np.std(values, ddof=1) / n**0.5) if n > 1 else "N/A"
-            figures[name] = float(np.mean(values)), stderr
+        scores = pd.DataFrame([record["scores"] for record in records])
+        figures = {name: (scores[name].mean(), scores[name].sem()) for name in scores}
         for row in rows:
-            if (row.get("task"), row.get("shots")) == (task, shots):
+            if (row["task"], row["shots"]) == (task, shots):
                 figures[row["metric"]] = row["value"], row["stderr"]
-        tasks[task] = {"sample_len": n}
+        tasks[task] = {"sample_len": len(records)}
         for label, (value, stderr) in figures.items():
             name, _, filter_name = label.partition(",")
             tasks[task][f"{name},{filter_name or 'none'}"] = value
             tasks[task][f"{name}_stderr,{filter_name or 'none'}"] = stderr
     whole = dict(loaded.groups[group].aggregate(tasks))
+    place = {"task": group, "shots": max(shots for _, shots in runs), "aggregate": "group"}
     for key, value in whole.items():
         name, comma, filter_name = key.partition(",")
         if comma and not name.endswith("_stderr"):
-            stderr = whole[f"{name}_stderr,{filter_name}"]
-            yield {
-                "metric": name if filter_name == "none" else key,
-                "task": group,
-                "shots": max(shots for _, shots in runs),
-                "aggregate": "group",
-                "value": float(value),
-                "stderr": None if stderr == "N/A" else float(stderr),
-                "n": whole["sample_len"],
-            }
+            figure = {"value": value, "stderr": whole[f"{name}_stderr,{filter_name}"]}
+            yield {"metric": _label(name, filter_name), **place, **figure, "n": whole["sample_len"]}

@@ -4,10 +4,10 @@ import difflib
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from diffx.config import UserError
+from diffx.config.checks import refuse
 from diffx.data.hub import asking_hub
 from diffx.errors import reason
+from diffx.evaluation.task_rows import refusing
 
 _TASKS = Path(__file__).with_name("tasks")
 _SUFFIXES = {".jsonl": "json", ".parquet": "parquet"}
@@ -31,9 +33,9 @@ class Tasks:
 
     Attributes:
         tasks: each task, by name.
-        shots: how many demonstrations each shows by itself; None if it does not say.
-        groups: groups that lm-eval gives a score of their own, by name.
-        items: what an average is over, and the tasks behind each: a task, or such a group.
+        shots: a task's default number of demonstrations; None if it has none.
+        groups: groups that have a score in lm-eval, by name.
+        items: what an average is over, and the tasks of each: a task, or such a group.
     """
 
     tasks: dict[str, Task] = field(default_factory=dict)
@@ -50,10 +52,10 @@ def load_tasks(
     generation: str,
     seed: int,
 ) -> Tasks:
-    """Build tasks and read their data.
+    """Build tasks, groups or tags of lm-eval, or of ``include_path``, and read their data.
 
     Args:
-        names: tasks, groups or tags of lm-eval.
+        names: of the tasks.
         include_path: a folder of more task YAMLs.
         data_dir: data of all tasks, ``<data_dir>/<task>/<split>.jsonl`` or ``.parquet``.
         generation: a JSON object of settings of generation, which replace each task's.
@@ -63,19 +65,17 @@ def load_tasks(
         UserError: an unknown task, data that cannot be read, or a missing package.
     """
     for key, folder in (("include_path", include_path), ("data_dir", data_dir)):
-        if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"suite.{key}={folder} cannot be used: there is no such folder")
+        missing = folder is not None and not Path(folder).is_dir()
+        refuse(missing, f"suite.{key}={folder}", "there is no such folder")
     paths: list[str | Path] = [_TASKS, *([include_path] if include_path else [])]
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=paths)  # seconds: it reads thousands of files
     for name in names:
-        if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, manager.all_tasks, 3)
-            accepted = "a task, group or tag of lm-eval, or of suite.include_path"
-            if close:
-                accepted = f"did you mean {', '.join(close)}?"
-            raise UserError(f"suite.tasks={name} cannot be used: there is no such task; {accepted}")
+        close = ", ".join(difflib.get_close_matches(name, manager.all_tasks, 3))
+        advice = "it must be a task, group or tag of lm-eval, or of suite.include_path"
+        problem = f"there is no such task; {f'did you mean {close}?' if close else advice}"
+        refuse(name not in manager.all_tasks, f"suite.tasks={name}", problem)
     loaded = Tasks()
     random.seed(seed)
     np.random.seed(seed)
@@ -119,36 +119,29 @@ def _name_failures(task: Any) -> None:
 
 
 def _add(loaded: Tasks, name: str, manager: TaskManager) -> None:
-    refused = f"suite.tasks={name} cannot be used:"
     try:
         built = manager.load([name])
     except UserError:
         raise
     except Exception as error:  # a task's YAML and code may fail in any way
-        text = f"{error} {error.__cause__}"
         problem = f"building it failed with {type(error).__name__}: {reason(error)}"
         if "antlr4" in str(error):  # of MATH and its relatives, when they are imported
             problem = (
                 "lm-eval's code for it needs antlr4-python3-runtime 4.11, and Hydra 4.9; "
                 "diffx_math has the same problems"
             )
-        elif "math_verify" in text:
+        elif "math_verify" in f"{error} {error.__cause__}":
             problem = "math_verify is not installed; run pip install 'diffx[math]'"
-        raise UserError(f"{refused} {problem}") from error
-    for task_name, task in built["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise UserError(
-                f"suite.tasks={task_name} cannot be used: it runs generated code or needs more "
-                "than text; choose another task"
-            )
-    groups = {name: group for name, group in built["groups"].items() if group.has_aggregation}
-    loaded.tasks |= built["tasks"]
+        raise UserError(f"suite.tasks={name} cannot be used: {problem}") from error
+    tasks = built["tasks"]
+    for task_name, task in tasks.items():
+        unusable = getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False)
+        problem = "it runs generated code or needs more than text; choose another task"
+        refuse(unusable, f"suite.tasks={task_name}", problem)
+    groups = {key: group for key, group in built["groups"].items() if group.has_aggregation}
+    loaded.tasks |= tasks
     loaded.groups |= groups
-    loaded.items |= (
-        {name: list(built["tasks"])}
-        if name in groups
-        else {task: [task] for task in built["tasks"]}
-    )
+    loaded.items |= {name: list(tasks)} if name in groups else {task: [task] for task in tasks}
 
 
 @contextmanager
@@ -160,40 +153,37 @@ def _patched_download(data_dir: str | None) -> Iterator[None]:
     """
     original = ConfigurableTask.download
 
-    def download(
-        task: ConfigurableTask, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def download(task: ConfigurableTask, dataset_kwargs: Any = None, **kwargs: Any) -> None:
+        name = task.config.task
         if data_dir is not None:
-            task.dataset = _local(task, Path(data_dir) / task.config.task)
+            task.dataset = _local(task, Path(data_dir) / name)
             return
-        path, name = task.DATASET_PATH, task.DATASET_NAME
-        try:
-            try:
-                with asking_hub(task.DATASET_PATH or ""):
-                    original(task, dataset_kwargs, **kwargs)
-            except RuntimeError as error:
-                if "scripts are no longer supported" not in str(error):
-                    raise
-                # the hub converts data sets with a script to parquet, a folder a configuration
-                revision = "refs/convert/parquet"
-                task.dataset = datasets.load_dataset(path, data_dir=name, revision=revision)
-        except Exception as error:  # of the hub, the network or the files
-            files = (dataset_kwargs or {}).get("data_files", {})
-            files = files.values() if isinstance(files, dict) else [files]
-            source = ", ".join(map(str, files)) or "/".join(filter(None, (path, name)))
-            folder = f"DIR/{task.config.task}"
-            copies = " and ".join(f"{folder}/{split}.jsonl" for split in _splits(task))
-            raise UserError(
-                f"suite.tasks={task.config.task} cannot be used: its data set {source} cannot be "
-                f"read: {reason(error)}; suite.data_dir=DIR reads a local copy, {copies} "
-                "(or .parquet)"
-            ) from error
+        files = (dataset_kwargs or {}).get("data_files", {})
+        files = files.values() if isinstance(files, dict) else [files]
+        path = (task.DATASET_PATH, task.DATASET_NAME)
+        source = ", ".join(map(str, files)) or "/".join(filter(None, path))
+        copies = " and ".join(f"DIR/{name}/{split}.jsonl" for split in _splits(task))
+        advice = f"suite.data_dir=DIR reads a local copy, {copies} (or .parquet)"
+        with refusing(f"suite.tasks={name}", f"its data set {source} cannot be read", advice):
+            _from_hub(task, partial(original, task, dataset_kwargs, **kwargs))
 
     ConfigurableTask.download = download
     try:
         yield
     finally:
         ConfigurableTask.download = original
+
+
+def _from_hub(task: ConfigurableTask, download: Callable[[], None]) -> None:
+    try:
+        with asking_hub(task.DATASET_PATH or ""):
+            download()
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        # the hub converts data sets with a script to parquet, a folder a configuration
+        place = {"data_dir": task.DATASET_NAME, "revision": "refs/convert/parquet"}
+        task.dataset = datasets.load_dataset(task.DATASET_PATH, **place)
 
 
 def _splits(task: ConfigurableTask) -> list[str]:
@@ -206,22 +196,16 @@ def _splits(task: ConfigurableTask) -> list[str]:
 
 
 def _local(task: ConfigurableTask, folder: Path) -> datasets.DatasetDict:
-    refused = f"suite.data_dir={folder.parent} cannot be used:"
+    setting = f"suite.data_dir={folder.parent}"
     files = {path.stem: path for path in sorted(folder.glob("*")) if path.suffix in _SUFFIXES}
     for split in _splits(task):
-        if split not in files:
-            raise UserError(f"{refused} {folder} has no {split}.jsonl or .parquet")
-    try:
-        return datasets.DatasetDict(
-            {
-                split: datasets.load_dataset(
-                    _SUFFIXES[path.suffix], data_files={split: str(path)}, split=split
-                )
-                for split, path in files.items()
-            }
-        )
-    except Exception as error:  # of the files
-        raise UserError(f"{refused} a file in {folder} cannot be read: {reason(error)}") from error
+        refuse(split not in files, setting, f"{folder} has no {split}.jsonl or .parquet")
+    parts = datasets.DatasetDict()
+    for split, path in files.items():
+        with refusing(setting, f"a file in {folder} cannot be read"):
+            kind, data = _SUFFIXES[path.suffix], {split: str(path)}
+            parts[split] = datasets.load_dataset(kind, data_files=data, split=split)
+    return parts
 
 
 def digest(task: Task, with_demonstrations: bool) -> str:

@@ -1,22 +1,18 @@
 """Many-shot in-context classification: accuracy by demonstrations (arXiv 2410.05258, 3.5)."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from diffx.config import UserError
-from diffx.evaluation.icl_prompts import Prompts, classify
+from diffx.evaluation.icl_prompts import Prompts, ask_queries, check_shots, classify
 from diffx.evaluation.icl_tasks import Task, load_tasks
 from diffx.evaluation.suite import Context, Example
-from diffx.results.declare import Average, Declaration, Metric, Picture, Reference, Table
+from diffx.results.declare import Average, Declaration, Picture, Reference, Table, metrics
 from diffx.results.published import published
 
 
 def plan(context: Context) -> list[Example]:
-    """The same queries for every number of shots, after ever more of the same demonstrations.
-
-    Raises:
-        UserError: a task cannot be read, or the shots do not fit the model's context.
-    """
+    """The same queries for every number of shots, after ever more of the same demonstrations."""
     return [example for task in load_tasks(context) for example in _plan_task(context, task)]
 
 
@@ -26,23 +22,14 @@ def _plan_task(context: Context, task: Task) -> Iterator[Example]:
     queries = context.limited(queries)
     a_shot = len(labels) if suite.per_class else 1  # demonstrations
     most = Prompts(lm, suite.template, labels).room(rows, queries, lm.context) // a_shot
-    unit = "demonstrations"
     if suite.per_class:  # each class has as many
-        most = min(most, min(sum(label == name for _, label in rows) for name in labels))
-        unit = "demonstrations a class"
-    if max(suite.shots or [1]) > most:
-        shown = "null" if suite.shots is None else ",".join(map(str, suite.shots))
-        raise UserError(
-            f"suite.shots={shown} cannot be used: {task.name} has {max(most, 0)} {unit} that fit "
-            f"into the model's {lm.context} tokens; ask for fewer, or null for all that fit"
-        )
+        most = min(most, *Counter(label for _, label in rows).values())
+    fits = max(suite.shots or [1]) <= most
+    check_shots(context, task, fits, most, " a class" * suite.per_class)
     for shots in suite.shots or [2**power for power in range(most.bit_length())]:
-        shared: dict[str, Any] = {"by": {"task": task.name, "shots": shots}, "about": {}}
-        shared |= {"labels": labels, "demonstrations": rows[: shots * a_shot]}
-        for index, (text, label) in enumerate(queries):
-            # a query is one example, whatever the shots
-            query = {"text": text, "label": label, "example": f"{task.name}/{index}"}
-            yield Example(f"{task.name}/{shots}/{index}", shared | query)
+        data = {"labels": labels, "demonstrations": rows[: shots * a_shot]}
+        data["by"] = {"task": task.name, "shots": shots}
+        yield from ask_queries(f"{task.name}/{shots}", task.name, queries, data)
 
 
 answer = classify
@@ -51,32 +38,19 @@ answer = classify
 def declare(context: Context) -> Declaration:
     """Accuracy by task and shots, and by task the mean over shots, as in the paper."""
     a_class = " a class" * context.suite.per_class
-    guesses = [
-        Reference(
-            label=f"guessing among {len(task.labels)} labels",
-            metric="accuracy",
-            value=1 / len(task.labels),
-            by={"task": task.name},
-        )
-        for task in load_tasks(context)
-    ]
-    picture = Picture(
-        kind="curve",
-        title="{panel}",
-        metrics=["accuracy"],
-        x="shots",
-        panels=["task"],
-        xlabel=f"demonstrations{a_class}",
-        ylabel="accuracy (band: 95% interval)",
-        log="x",
-        limits=[0, 1],
-    )
+    references = published("icl")
+    for task in load_tasks(context):
+        n, by = len(task.labels), {"task": task.name}
+        label = f"guessing among {n} labels"
+        references.append(Reference(label=label, metric="accuracy", value=1 / n, by=by))
+    axes: Any = {"x": "shots", "xlabel": f"demonstrations{a_class}", "log": "x"}
+    axes |= {"ylabel": "accuracy (band: 95% interval)", "limits": [0, 1], "panels": ["task"]}
     return Declaration(
-        metrics=[Metric(name="accuracy", unit="accuracy")],
+        metrics=metrics(["accuracy"], unit="accuracy"),
         tables=[
             Table(by=["task", "shots"], label="{task} {shots} shots" + a_class),
             Table(by=["task"], label="{task}", average=Average(over=["task"])),
         ],
-        pictures=[picture],
-        references=[*published("icl"), *guesses],
+        pictures=[Picture(kind="curve", title="{panel}", metrics=["accuracy"], **axes)],
+        references=references,
     )

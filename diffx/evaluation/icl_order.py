@@ -1,7 +1,7 @@
 """The effect of the order of the same demonstrations (arXiv 2410.05258, section 3.5).
 
-The difference between best and worst order grows with the number of orders, and with few queries by
-chance: compare models over the same orders and queries.
+Best minus worst order grows with the number of orders, and with few queries by chance: compare
+models over the same orders and queries.
 """
 
 import random
@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diffx.config import UserError
-from diffx.evaluation.icl_prompts import Prompts, classify
+from diffx.evaluation.icl_prompts import Prompts, ask_queries, check_shots, classify
 from diffx.evaluation.icl_tasks import Row, Task, alternate, load_tasks
 from diffx.evaluation.suite import Context, Example, Record
 from diffx.results.declare import Average, Declaration, Picture, Table, metrics
@@ -27,11 +26,7 @@ _SPREADS: dict[str, Callable[[list[float]], Any]] = {
 
 
 def plan(context: Context) -> list[Example]:
-    """Each seed's queries after each order of its demonstrations; ``limit`` is for one order.
-
-    Raises:
-        UserError: a task cannot be read, or the demonstrations do not fit the model's context.
-    """
+    """Each seed's queries after each order of its demonstrations; ``limit`` is for one order."""
     return [example for task in load_tasks(context) for example in _plan_task(context, task)]
 
 
@@ -45,24 +40,16 @@ def _plan_task(context: Context, task: Task) -> Iterator[Example]:
 
     most = room(lm.context)
     shots = suite.shots or min(_MAX_DEFAULT, room(lm.context // 2))
-    if not 2 <= shots <= most:
-        raise UserError(
-            f"suite.shots={suite.shots or 'null'} cannot be used: {task.name} has {max(most, 0)} "
-            f"demonstrations that fit into the model's {lm.context} tokens; ask for 2 or more that "
-            "fit"
-        )
+    check_shots(context, task, 2 <= shots <= most, most)
     for arrangement in suite.arrangements:
         for seed, (queries, rows) in drawn.items():
             prefix = f"{task.name}/{arrangement}/{shots}/{seed}"
             for order in range(suite.orders):
                 name = f"{prefix}/{order}"
-                shared: dict[str, Any] = {"by": {"task": task.name, "variant": arrangement}}
-                shared |= {"labels": task.labels, "about": {"seed": seed, "order": order}}
-                shared["demonstrations"] = arrange(rows[:shots], arrangement, name)
-                for index, (text, label) in enumerate(context.limited(queries)):
-                    # a query is one example, whatever the order
-                    query = {"text": text, "label": label, "example": f"{prefix}/{index}"}
-                    yield Example(f"{name}/{index}", shared | query)
+                data: Record = {"labels": task.labels, "about": {"seed": seed, "order": order}}
+                data["by"] = {"task": task.name, "variant": arrangement}
+                data["demonstrations"] = arrange(rows[:shots], arrangement, name)
+                yield from ask_queries(name, prefix, context.limited(queries), data)
 
 
 def arrange(rows: list[Row], arrangement: str, key: str) -> list[Row]:
@@ -83,13 +70,8 @@ def declare(context: Context) -> Declaration:
         metrics=["accuracy", *_SPREADS],
         average=Average(over=["task"], by=["variant"], label="average {variant}"),
     )
-    dots = Picture(
-        kind="dots",
-        title="Orders of the same demonstrations",
-        metrics=[_ORDER],
-        limits=[0, 1.02],
-        ylabel="accuracy (dot: an order; line: mean)",
-    )
+    title, ylabel = "Orders of the same demonstrations", "accuracy (dot: an order; line: mean)"
+    limits: list[float | None] = [0, 1.02]
     return Declaration(
         metrics=[
             *metrics(["accuracy", _ORDER], unit="accuracy"),
@@ -97,7 +79,7 @@ def declare(context: Context) -> Declaration:
         ],
         tables=[by_arrangement],
         pictures=[
-            dots,
+            Picture(kind="dots", title=title, metrics=[_ORDER], limits=limits, ylabel=ylabel),
             Picture(kind="bars", title="Best order minus worst", metrics=["max - min"]),
         ],
         references=published("icl_order"),
@@ -113,10 +95,11 @@ def figures(context: Context, records: list[Record]) -> Iterator[Record]:
         orders = groups.setdefault(key, {})
         orders.setdefault(record["order"], []).append(record["scores"]["accuracy"])
     for (task, variant, seed), orders in groups.items():
-        accuracies = {f"seed {seed}, order {key}": float(np.mean(of)) for key, of in orders.items()}
-        values = [(_ORDER, example, value) for example, value in accuracies.items()]
-        for name, spread in _SPREADS.items():
-            values.append((name, f"seed {seed}", float(spread(list(accuracies.values())))))
         place = {"task": task, "variant": variant, "aggregate": EXAMPLE}
-        for name, example, value in values:
-            yield place | {"metric": name, "example": example, "value": value}
+        means = {order: float(np.mean(scores)) for order, scores in orders.items()}
+        for order, value in means.items():
+            example = f"seed {seed}, order {order}"
+            yield place | {"metric": _ORDER, "example": example, "value": value}
+        for name, spread in _SPREADS.items():
+            value = float(spread(list(means.values())))
+            yield place | {"metric": name, "example": f"seed {seed}", "value": value}

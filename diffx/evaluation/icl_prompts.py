@@ -1,15 +1,17 @@
 """Demonstrations, queries and labels as tokens, and the label that a model finds likeliest.
 
-Each part is tokenized by itself, so that prompts share their beginnings: demonstrations are read
-once for all queries, a query once for all labels.
+Each part is tokenized by itself: a model reads demonstrations once for all queries, and a query
+once for all labels.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain, groupby
+from typing import Any
 
 import torch
 
-from diffx.evaluation.icl_tasks import Row
+from diffx.config.checks import refuse
+from diffx.evaluation.icl_tasks import Row, Task
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.scoring import in_batches
 from diffx.evaluation.suite import Context, Example, Record
@@ -18,12 +20,7 @@ _CACHED = 4  # cached tokens of rows after a shared context, as a multiple of a 
 
 
 class Prompts:
-    """A template's parts as tokens.
-
-    Args:
-        lm: whose tokens.
-        template: has ``{text}``, then ``{label}``, and nothing but whitespace after it.
-        labels: all labels of the task.
+    """The parts of a template, which has ``{text}`` and ends with ``{label}``, as tokens.
 
     Attributes:
         labels: tokens of each label, with the whitespace before it and the template's end, without
@@ -76,6 +73,23 @@ class Prompts:
         return sum(total <= tokens for total in used) - 1
 
 
+def check_shots(context: Context, task: Task, good: bool, most: int, unit: str = "") -> None:
+    """Raise ``UserError`` unless ``suite.shots`` is good: ``most`` demonstrations fit."""
+    shots = context.suite.shots
+    shots = ",".join(map(str, shots)) if isinstance(shots, list) else shots or "null"
+    fit = f"demonstrations{unit} that fit into the model's {context.lm.context} tokens"
+    number = f"{task.name} has {max(most, 0)} {fit}; ask for another number, or null"
+    refuse(not good, f"suite.shots={shots}", number)
+
+
+def ask_queries(name: str, pair: str, queries: list[Row], data: dict[str, Any]) -> list[Example]:
+    """Queries after the same demonstrations; for comparisons, ``pair`` names a query's example."""
+    return [
+        Example(f"{name}/{n}", data | {"text": text, "label": label, "example": f"{pair}/{n}"})
+        for n, (text, label) in enumerate(queries)
+    ]
+
+
 def likeliest(
     lm: LanguageModel,
     context: list[int],
@@ -86,14 +100,7 @@ def likeliest(
     """Find the label with the highest sum of log-probabilities after ``context`` and each query.
 
     The first token bounds a label's sum from above, so that only labels that can still be the
-    highest are read whole.
-
-    Args:
-        lm: the model.
-        context: tokens before every query; may be empty.
-        queries: one token or more each.
-        labels: one token or more each.
-        batch: queries at once, or ``auto``.
+    highest are read whole. The context may be empty; ``batch`` is queries at once, or ``auto``.
 
     Yields:
         Index of the query, index of its label, and the label's sum in nats.
@@ -141,22 +148,15 @@ def classify(context: Context, examples: list[Example]) -> Iterator[Record]:
         prompts = Prompts(lm, context.suite.template, first["labels"])
         demonstrations = prompts.demonstrations(first["demonstrations"])
         shared = lm.prefix + list(chain.from_iterable(demonstrations))
-        queries = prompts.queries(example.data["text"] for example in members)
-        queries = [query + lm.suffix for query in queries]
+        texts = [example.data["text"] for example in members]
+        queries = [query + lm.suffix for query in prompts.queries(texts)]
         for index, label, score in likeliest(lm, shared, queries, prompts.answers, context.batch):
-            example, data, predicted = members[index], members[index].data, first["labels"][label]
-            record = {
-                "id": example.id,
-                "example": data["example"],
-                "by": data["by"],
-                "scores": {"accuracy": float(predicted == data["label"])},
-                **data["about"],
-                "text": data["text"],
-                "label": data["label"],
-                "predicted": predicted,
-                "log_probability": score,
-                "tokens": len(shared) + len(queries[index]),
-            }
+            example, predicted = members[index], first["labels"][label]
+            data = example.data
+            record = {key: data[key] for key in ("example", "by", "text", "label")}
+            record |= {"id": example.id, "predicted": predicted, "log_probability": score}
+            record["scores"] = {"accuracy": float(predicted == data["label"])}
+            record["tokens"] = len(shared) + len(queries[index])
             if example.id.endswith("/0"):  # the same for all
                 record["demonstrations"] = first["demonstrations"]
-            yield record
+            yield record | data.get("about", {})

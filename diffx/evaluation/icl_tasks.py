@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
-from diffx.config import UserError
+from diffx.config.checks import refuse
 from diffx.data.hub import asking_hub
-from diffx.errors import reason
 from diffx.evaluation.suite import Context
-from diffx.files import json_sha256, open_text, parse_json
+from diffx.evaluation.task_rows import check_names, read_rows, refusing, short_name
+from diffx.files import json_sha256
 
 _CONVERTED = "refs/convert/parquet"  # `datasets` no longer runs a data set's script
 # name: (data set, subset, revision, text column, label column, a label that is skipped)
@@ -28,13 +27,9 @@ Row = tuple[str, str]  # a text and its label
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Texts with labels.
+    """Texts with labels (sorted), to draw demonstrations (``train``) and queries (``test``) from.
 
-    Attributes:
-        name: as results name it.
-        labels: all labels, sorted.
-        train: rows to take demonstrations from.
-        test: rows to take queries from; None without such a split: they come out of ``train``.
+    Without ``test``, queries come out of ``train``.
     """
 
     name: str
@@ -43,28 +38,20 @@ class Task:
     test: list[Row] | None
 
     def draw(self, seed: int, queries: int, by_class: bool) -> tuple[list[Row], list[Row]]:
-        """Draw queries and shuffled demonstrations.
+        """Draw ``queries`` rows at most, and shuffled demonstrations; the number changes no order.
 
-        The number of queries changes neither their order nor that of the demonstrations.
-
-        Args:
-            seed: of both.
-            queries: how many at most.
-            by_class: the classes take turns, so that the first k·C demonstrations hold k of each of
-                C classes.
+        ``by_class`` lets the classes take turns: the first k·C demonstrations hold k of each of C
+        classes.
 
         Raises:
             UserError: there are too few rows for the queries.
         """
         choose = random.Random(f"{seed}/{self.name}")
-        train, test = list(self.train), None if self.test is None else list(self.test)
+        train, test = list(self.train), list(self.test or ())
         choose.shuffle(train)
-        if test is None:
-            if queries >= len(train):
-                raise UserError(
-                    f"suite.queries={queries} cannot be used: {self.name} has {len(train)} texts, "
-                    "demonstrations included"
-                )
+        if self.test is None:
+            reason = f"{self.name} has {len(train)} texts, demonstrations included"
+            refuse(queries >= len(train), f"suite.queries={queries}", reason)
             train, test = train[:-queries], train[: -queries - 1 : -1]
         else:
             choose.shuffle(test)
@@ -92,17 +79,10 @@ def load_tasks(context: Context) -> list[Task]:
     """
     names = context.suite.tasks
     tasks = [_load(name, context.suite.labels, context.seed) for name in names]
+    check_names(names, [task.name for task in tasks])
     for task in tasks:
-        if sum(other.name == task.name for other in tasks) > 1:
-            raise UserError(
-                f"suite.tasks={','.join(names)} cannot be used: two tasks would be called "
-                f"{task.name}; rename a file"
-            )
-        if len(task.labels) < 2:
-            raise UserError(
-                f"suite.tasks={task.name} cannot be used: its texts have {len(task.labels)} "
-                "labels; two are needed"
-            )
+        few = f"its texts have {len(task.labels)} labels; two are needed"
+        refuse(len(task.labels) < 2, f"suite.tasks={task.name}", few)
         context.sources[task.name] = json_sha256([task.train, task.test])
     return tasks
 
@@ -113,35 +93,16 @@ def _load(name: str, labels: int, seed: int) -> Task:
     if name in HUB_TASKS:
         return _from_hub(name)
     path = Path(name).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"suite.tasks={name} cannot be used: there is no such file; it must be "
-            f"{', '.join(HUB_TASKS)}, synthetic or a path of JSON lines"
-        )
-    rows = _read_lines(path)
-    short = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    return Task(short, sorted({label for _, label in rows}), rows, None)
-
-
-def _read_lines(path: Path) -> list[Row]:
-    refused = f"suite.tasks={path} cannot be used:"
-    try:
-        with open_text(path) as file:
-            lines = [(n, parse_json(line)) for n, line in enumerate(file, 1) if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{refused} {reason(error)}; it must be UTF-8 JSON lines, or those in .gz"
-        ) from error
+    known = f"it must be {', '.join(HUB_TASKS)}, synthetic or a path of JSON lines"
+    refuse(not path.is_file(), f"suite.tasks={name}", f"there is no such file; {known}")
     rows = []
-    for number, row in lines:
-        values: list[Any] = [None]
-        if isinstance(row, dict):
-            values = [row.get("text"), row.get("label")]
-        if not all(isinstance(value, str) and value.strip() for value in values):
-            form = '{"text": "...", "label": "..."}'
-            raise UserError(f"{refused} line {number} is not {form}")
-        rows.append((values[0].strip(), values[1].strip()))
-    return rows
+    for number, row in read_rows(path):
+        values = [row.get("text"), row.get("label")] if isinstance(row, dict) else []
+        texts = [value.strip() for value in values if isinstance(value, str) and value.strip()]
+        accepted = '{"text": "...", "label": "..."}'
+        refuse(len(texts) < 2, f"suite.tasks={path}", f"line {number} is not {accepted}")
+        rows.append((texts[0], texts[1]))
+    return Task(short_name(path), sorted({label for _, label in rows}), rows, None)
 
 
 def _from_hub(name: str) -> Task:
@@ -149,19 +110,13 @@ def _from_hub(name: str) -> Task:
     import datasets  # slow to import, and most runs need no hub
 
     path, subset, revision, text, label, skipped = HUB_TASKS[name]
-    splits = []
-    try:
-        for split in ("train", "test"):
-            with asking_hub(path):
-                rows = datasets.load_dataset(path, subset, revision=revision, split=split)
+    splits, advice = [], 'give a path of JSON lines {"text", "label"} in its place'
+    for split in ("train", "test"):
+        with refusing(f"suite.tasks={name}", f"{path} cannot be fetched", advice), asking_hub(path):
+            rows = datasets.load_dataset(path, subset, revision=revision, split=split)
             names = rows.features[label].int2str
             pairs = [(row[text].strip(), names(row[label])) for row in rows]
-            splits.append([(body, tag.replace("_", " ")) for body, tag in pairs if tag != skipped])
-    except Exception as error:  # each library has its exceptions
-        raise UserError(
-            f"suite.tasks={name} cannot be used: {path} cannot be fetched: {reason(error)}; "
-            'give a path of JSON lines {"text", "label"} in its place'
-        ) from error
+        splits.append([(body, tag.replace("_", " ")) for body, tag in pairs if tag != skipped])
     train, test = splits
     return Task(name, sorted({tag for _, tag in train + test}), train, test)
 

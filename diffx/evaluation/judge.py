@@ -7,8 +7,8 @@ import os
 import re
 import string
 import zlib
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,17 +18,13 @@ from openai import (
     APIConnectionError,
     APIStatusError,
     AsyncOpenAI,
-    AuthenticationError,
-    BadRequestError,
     DefaultAsyncHttpxClient,
-    NotFoundError,
     OpenAIError,
-    PermissionDeniedError,
-    UnprocessableEntityError,
     omit,
 )
 
-from diffx.config import RunError, UserError
+from diffx.config import RunError
+from diffx.config.checks import refuse
 from diffx.config.eval import EndpointJudge
 from diffx.errors import reason
 from diffx.files import append_lines, checked_line, json_sha256, parse_json, read_json_lines
@@ -75,21 +71,15 @@ _SINGLE = re.compile(
     re.IGNORECASE,
 )
 _MAX_SINGLE = 60  # characters
-_FINAL_CHANNEL = "<|channel|>final<|message|>"
 
 
 class _TooLargeError(ValueError):
-    """A reply of more than ``_MAX_BYTES``."""
+    pass
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The judge's verdict on one answer.
-
-    Attributes:
-        faithful: the judgement; None if the reply holds none.
-        said: the reply, or why there is none.
-    """
+    """The verdict on one answer, None if there is none, and the reply or why there is none."""
 
     faithful: bool | None
     said: str
@@ -103,15 +93,16 @@ def judge_prompt(prompt: str, references: Sequence[str], answer: str) -> str:
 def parse(said: str) -> bool | None:
     """Read the verdict in a reply, in time linear in its length; None if there is none.
 
-    Text before ``</think>`` or before the final channel is ignored. The last JSON object (or Python
-    dict) with a ``faithful`` that is a boolean, ``"yes"`` or ``"no"`` decides; without one, a reply
-    that is a verdict word and little else.
+    Text before ``</think>`` or the final channel is ignored. The last JSON object (or Python dict)
+    with a ``faithful`` that is a boolean, ``"yes"`` or ``"no"`` decides; without one, a reply that
+    is a verdict word and little else.
     """
     text = said.rpartition("</think>")[2].partition("<think>")[0]
     if "<|channel|>" in text:
-        _, channel, text = text.rpartition(_FINAL_CHANNEL)
+        _, channel, text = text.rpartition("<|channel|>final<|message|>")
         text = text if channel else ""
-    verdict = next(iter(deque(_MEMBER.finditer(text), maxlen=1)), None)
+    members = list(_MEMBER.finditer(text))
+    verdict = members[-1] if members else None
     if verdict is None:
         text = _TAG.sub("", text).strip(string.whitespace + string.punctuation)
         verdict = _SINGLE.fullmatch(text) if len(text) <= _MAX_SINGLE else None
@@ -131,69 +122,62 @@ def ask(
     verdict is written to ``cache`` at once; other replies are asked for again by the next call.
 
     Args:
-        judge: the endpoint; its key is read from the environment variable ``OPENAI_API_KEY``.
+        judge: the endpoint; its key is the environment variable ``OPENAI_API_KEY``.
         prompts: from ``judge_prompt``; equal ones are asked once.
-        cache: JSON lines {"key", "model", "said", "checksum"}; the key is a hash of endpoint,
-            model, temperature and prompt.
+        cache: JSON lines {"key", "model", "said", "checksum"}; the key is a hash.
         progress: called with the number of prompts that have a verdict.
 
     Raises:
         UserError: the key holds a character that cannot be sent.
-        RunError: the endpoint cannot be reached, refuses the key or all prompts, does not know the
-            model or does not answer with chat completions.
+        RunError: the endpoint cannot be reached, or refuses the key or all prompts; no such model;
+            replies are not chat completions.
     """
     secret = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not (secret.isascii() and secret.isprintable()):
-        raise UserError(
-            "OPENAI_API_KEY cannot be used: it holds a character that a key cannot have; "
-            "copy it again"
-        )
+    valid = secret.isascii() and secret.isprintable()
+    problem = "it holds a character that a key cannot have; copy it again"
+    refuse(not valid, "OPENAI_API_KEY", problem)
+    name = f"judge.base_url={judge.base_url} with judge.model={judge.model}"
     endpoint = [judge.base_url, judge.model, judge.temperature]
     keys = [json_sha256([*endpoint, prompt]) for prompt in prompts]
-    replies = {
-        row["key"]: row["said"]
-        for row in read_json_lines(cache, skip_damaged=True)
-        if isinstance(row.get("key"), str)
-        and isinstance(row.get("said"), str)
-        and parse(row["said"]) is not None
-    }
+    replies: dict[str, str] = {}
+    for row in read_json_lines(cache, skip_damaged=True):
+        key, said = row.get("key"), row.get("said")
+        if isinstance(key, str) and isinstance(said, str) and parse(said) is not None:
+            replies[key] = said
     todo = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in replies}
     refusals: dict[str, str] = {}
     done = itertools.count(len(prompts) - len(todo) + 1)
     with append_lines(cache) as file:
 
-        def keep(key: str, reply: str | None, refusal: str) -> None:
-            if reply is None:
+        def keep(key: str, reply: str, refusal: str) -> None:
+            if refusal:
                 refusals[key] = refusal
             else:
                 replies[key] = reply
-                if parse(reply) is not None:
-                    file.write(checked_line({"key": key, "model": judge.model, "said": reply}))
-                    file.flush()
+            if parse(reply) is not None:
+                file.write(checked_line({"key": key, "model": judge.model, "said": reply}))
+                file.flush()
             if progress is not None:
                 progress(next(done))
 
         try:
             asyncio.run(_ask_all(judge, secret, todo, keep))
         except (OpenAIError, ValueError) as error:
-            raise RunError(_failure(judge, error, secret)) from None  # the cause may quote the key
+            # the cause may quote the key
+            raise RunError(f"{name} {_failure(error, secret)}") from None
     if refusals and len(refusals) == len(set(keys)):
-        raise RunError(f"{_name(judge)} refuses every request: {next(iter(refusals.values()))}")
-    return [
-        Verdict(parse(replies[key]), replies[key])
-        if key in replies
-        else Verdict(None, refusals[key])
-        for key in keys
-    ]
+        raise RunError(f"{name} refuses every request: {next(iter(refusals.values()))}")
+    said = refusals | replies
+    return [Verdict(parse(replies.get(key, "")), said[key]) for key in keys]
 
 
 async def _ask_all(
     judge: EndpointJudge,
     secret: str,
     prompts: Mapping[str, str],
-    keep: Callable[[str, str | None, str], None],
+    keep: Callable[[str, str, str], None],
 ) -> None:
-    """Ask each prompt; ``keep`` gets its key, the reply or None, and the reason for None."""
+    """Ask each prompt; ``keep`` gets its key, and the reply or the reason for none."""
     slots = asyncio.Semaphore(judge.concurrency)
     async with AsyncOpenAI(
         base_url=judge.base_url,
@@ -203,12 +187,14 @@ async def _ask_all(
         http_client=_BoundedClient(judge.timeout),
     ) as client:
 
-        async def one(key: str, prompt: str) -> tuple[str, str | None, str]:
+        async def one(key: str, prompt: str) -> tuple[str, str, str]:
             async with slots:
                 try:
                     return key, await _reply(client, judge, prompt), ""
-                except (BadRequestError, UnprocessableEntityError, _TooLargeError) as error:
-                    return key, None, _redacted(error, secret)
+                except (APIStatusError, _TooLargeError) as error:
+                    if getattr(error, "status_code", 400) not in (400, 422):
+                        raise
+                    return key, "", _redacted(error, secret)
 
         tasks = [asyncio.ensure_future(one(key, prompt)) for key, prompt in prompts.items()]
         try:
@@ -235,32 +221,25 @@ class _BoundedClient(DefaultAsyncHttpxClient):
         try:
             return await asyncio.wait_for(self._read(request, options), self._seconds)
         except asyncio.TimeoutError:
-            raise _httpx.ReadTimeout(
-                f"no whole reply within judge.timeout={self._seconds:g} seconds", request=request
-            ) from None
+            failed = f"no whole reply within judge.timeout={self._seconds:g} seconds"
+            raise _httpx.ReadTimeout(failed, request=request) from None
 
     async def _read(self, request: Any, options: dict[str, Any]) -> Any:
         response = await super().send(request, **options | {"stream": True})
         content = b""
-        try:
+        async with aclosing(response):
             async for block in response.aiter_raw():
                 content += block
                 if len(content) > _MAX_BYTES:
                     break
-        finally:
-            await response.aclose()
         headers = dict(response.headers)
         if headers.pop("content-encoding", "") == "gzip":  # some servers send it unasked
             try:
                 content = zlib.decompressobj(wbits=31).decompress(content, _MAX_BYTES + 1)
             except zlib.error:
                 content = b""
-        return _httpx.Response(
-            response.status_code,
-            headers=headers,
-            content=content[: _MAX_BYTES + 1],
-            request=request,
-        )
+        options = {"content": content[: _MAX_BYTES + 1], "request": request}
+        return _httpx.Response(response.status_code, headers=headers, **options)
 
 
 async def _reply(client: AsyncOpenAI, judge: EndpointJudge, prompt: str) -> str:
@@ -273,9 +252,8 @@ async def _reply(client: AsyncOpenAI, judge: EndpointJudge, prompt: str) -> str:
     try:
         content = parse_json(raw.content)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError):  # such as a page of HTML
-        raise ValueError(
-            "it answers, but not with a chat completion; the address mostly ends in /v1"
-        ) from None
+        wrong = "it answers, but not with a chat completion; the address mostly ends in /v1"
+        raise ValueError(wrong) from None
     return _text(content)
 
 
@@ -286,32 +264,26 @@ def _text(content: Any) -> str:
         return "".join(part for part in parts if isinstance(part, str))
     if content is None or isinstance(content, str):
         return content or ""
-    try:
+    with suppress(RecursionError):
         return json.dumps(content)
-    except RecursionError:
-        return ""
+    return ""
 
 
-def _name(judge: EndpointJudge) -> str:
-    return f"judge.base_url={judge.base_url} with judge.model={judge.model}"
-
-
-def _failure(judge: EndpointJudge, error: Exception, secret: str) -> str:
+def _failure(error: Exception, secret: str) -> str:
     """Describe an error in one line, without the key or what a server quotes of it."""
     text = _redacted(error.__cause__ or error, secret)
-    if isinstance(error, AuthenticationError | PermissionDeniedError):
-        key = "refuses the key in" if secret else "asks for a key; set"
-        failure = f"{key} OPENAI_API_KEY (HTTP {error.status_code})"
-    elif isinstance(error, NotFoundError):
-        failure = f"does not exist, the address or the model (HTTP 404: {text})"
-    elif isinstance(error, APIStatusError):
-        failure = f"failed, retries included (HTTP {error.status_code}: {text})"
-    elif isinstance(error, APIConnectionError):
-        failure = f"cannot be reached: {text}"
-    else:
-        failure = f"cannot judge: {text}"
-    kept = "generations and verdicts are kept, run the same command to go on"
-    return f"{_name(judge)} {failure}; {kept}"
+    match getattr(error, "status_code", None):
+        case 401 | 403 as status:
+            key = "refuses the key in" if secret else "asks for a key; set"
+            failure = f"{key} OPENAI_API_KEY (HTTP {status})"
+        case 404:
+            failure = f"does not exist, the address or the model (HTTP 404: {text})"
+        case None:
+            reached = not isinstance(error, APIConnectionError)
+            failure = f"{'cannot judge' if reached else 'cannot be reached'}: {text}"
+        case status:
+            failure = f"failed, retries included (HTTP {status}: {text})"
+    return f"{failure}; generations and verdicts are kept, run the same command to go on"
 
 
 def _redacted(error: BaseException, secret: str) -> str:

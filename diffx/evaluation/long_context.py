@@ -1,16 +1,18 @@
 """Loss by position in long texts, on repeated pairs of tokens (AR-hit) and on the rest.
 
-AR-hit (Arora et al., "Zoology", arXiv 2312.04927): the last token of an n-gram that is in the
-context and is not frequent in the training text. Here n is 2. Notation: T tokens, V vocabulary.
+AR-hit (Arora et al., "Zoology", arXiv 2312.04927): the last token of an n-gram (here a pair) that
+is in the context and is not frequent in the training text. Notation: T tokens.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from diffx.config import RunError, UserError
+from diffx.config.checks import refuse
 from diffx.data import open_data
 from diffx.data.shards import TokenArray
 from diffx.data.sources import label
@@ -23,32 +25,18 @@ _BLOCK = 1 << 24  # training tokens counted at once
 
 
 def plan(context: Context) -> list[Example]:
-    """Cut ``suite.texts`` texts of ``suite.length`` scored tokens out of the documents.
-
-    Raises:
-        UserError: the model cannot read so many tokens, or the documents are too short.
-    """
+    """Cut ``suite.texts`` texts of ``suite.length`` scored tokens out of the documents."""
     suite, lm = context.suite, context.lm
     length, texts = int(suite.length or lm.context), len(context.limited(range(suite.texts)))
-    if lm.limit is not None and length > lm.limit:
-        raise UserError(
-            f"suite.length={length} cannot be used: the model reads {lm.limit} tokens at most"
-        )
+    context.check_length("suite.length", length)
     documents = context.documents()
     context.sources["tokenizer"] = lm.tokenizer.fingerprint  # texts are cut in tokens
-    corpus = np.concatenate(
-        [
-            np.array([lm.tokenizer.eot_id, *tokens], np.int32)
-            for first in range(0, len(documents), _GROUP)
-            for tokens in lm.encode_batch(documents[first : first + _GROUP])
-        ]
-    )
+    groups = [documents[first : first + _GROUP] for first in range(0, len(documents), _GROUP)]
+    encoded = [tokens for group in groups for tokens in lm.encode_batch(group)]
+    corpus = np.concatenate([np.array([lm.tokenizer.eot_id, *text], np.int32) for text in encoded])
     size = length + 1 - len(lm.prefix)  # the first token of a text is not scored
-    if len(corpus) < texts * size:
-        raise UserError(
-            f"suite.texts={texts} cannot be used: {label(context.data)} has {len(corpus)} tokens, "
-            f"and each text takes {size}; ask for less"
-        )
+    reason = f"{label(context.data)} has {len(corpus)} tokens, and each text takes {size}"
+    refuse(len(corpus) < texts * size, f"suite.texts={texts}", f"{reason}; ask for less")
     prefix, step = np.array(lm.prefix, np.int32), len(corpus) // texts
     examples = []
     for number in range(texts):
@@ -60,39 +48,27 @@ def plan(context: Context) -> list[Example]:
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     """Score the texts one by one."""
     suite = context.suite
-    if not examples:
-        return
-    repeats = [repeated(example.data["tokens"]) for example in examples]
-    pairs = [pair_keys(example.data["tokens"]) for example in examples]
+    texts = [example.data["tokens"] for example in examples]
     where, train = _training_tokens(context, examples[0].data["corpus"])
-    parts = [keys[repeat] for keys, repeat in zip(pairs, repeats, strict=True)]
-    wanted = np.unique(np.concatenate(parts))
+    wanted = np.unique(np.concatenate([pair_keys(text)[repeated(text)] for text in texts]))
     frequent = wanted[count_pairs(train, wanted) > suite.frequent]
-    for example, keys, repeat in zip(examples, pairs, repeats, strict=True):
-        tokens = example.data["tokens"].tolist()
+    for example, text in zip(examples, texts, strict=True):
+        tokens = text.tolist()
         loss = token_losses(context.lm, tokens, suite.chunk)
-        hits, n = repeat & ~np.isin(keys, frequent), len(loss)
-        means = [("nll", loss), ("nll/ar_hit", loss[hits]), ("nll/others", loss[~hits])]
-        means.append(("ar_hit share", hits))
+        hits, n = repeated(text) & ~np.isin(pair_keys(text), frequent), len(loss)
+        means = {"nll": loss, "nll/ar_hit": loss[hits], "nll/others": loss[~hits]}
         rows: list[Record] = [
-            {"metric": name, "value": float(of.mean()), "weight": len(of), "length": n}
-            for name, of in means
-            if len(of)
+            {"metric": name, "value": float(values.mean()), "weight": len(values), "length": n}
+            for name, values in (means | {"ar_hit share": hits}).items()
+            if len(values)
         ]
         sums = loss.cumsum()
         for position in (*(1 << power for power in range((n - 1).bit_length())), n):
             value = float(sums[position - 1] / position)
             rows.append({"metric": "cumulative nll", "value": value, "position": position})
-        yield {
-            "id": example.id,
-            "by": {},
-            "scores": {},
-            "rows": rows,
-            "tokens": n,
-            "ar_hits": int(hits.sum()),
-            "frequent": f"over {suite.frequent} times in {where}",
-            "begin": context.lm.decode(tokens[:32]),
-        }
+        record = {"id": example.id, "by": {}, "scores": {}, "rows": rows, "tokens": n}
+        record |= {"ar_hits": int(hits.sum()), "begin": context.lm.decode(tokens[:32])}
+        yield record | {"frequent": f"over {suite.frequent} times in {where}"}
 
 
 def pair_keys(tokens: np.ndarray) -> np.ndarray:
@@ -125,18 +101,15 @@ def _training_tokens(context: Context, corpus: np.ndarray) -> tuple[str, TokenAr
         try:
             return "the training tokens", open_data(data, context.lm.tokenizer).train
         except (UserError, RunError) as error:
-            context.reporter.warn(
-                "frequent pairs are counted in the evaluated corpus: the training text is missing "
-                f"({error})"
-            )
+            counted = "frequent pairs are counted in the evaluated corpus"
+            context.reporter.warn(f"{counted}: the training text is missing ({error})")
     return "the evaluated corpus", TokenArray([corpus])
 
 
 def token_losses(lm: LanguageModel, tokens: Sequence[int], chunk: int) -> np.ndarray:
     """Negative log-likelihood, in nats, of each token (T,) but the first, fp64 (T - 1,).
 
-    With a key/value cache ``chunk`` tokens are read at a time: memory grows with T, and with
-    chunk · V. Without a cache the text is read at once.
+    With a key/value cache ``chunk`` tokens are read at a time, else all at once.
     """
     inputs, targets = list(tokens[:-1]), torch.tensor(tokens[1:], device=lm.device)
     if not lm.caches:
@@ -156,31 +129,25 @@ def declare(context: Context) -> Declaration:
     """The loss, its two parts (each token counts the same), and the loss of the first tokens."""
     loss = {"unit": "nats per token", "better": "lower"}
     parts = ["nll/ar_hit", "nll/others"]
-    curve = Picture(
-        kind="curve",
-        title="Loss of the first tokens",
-        metrics=["cumulative nll"],
-        x="position",
-        xlabel="tokens",
-        ylabel="nats per token up to there",
-        log="x",
-    )
+    first, title = ["cumulative nll"], "Loss of the first tokens"
+    axes: Any = {"x": "position", "xlabel": "tokens", "log": "x"}
+    axes |= {"ylabel": "nats per token up to there"}
     return Declaration(
         metrics=[
             *metrics(["nll", *parts], aggregate="weighted mean", **loss),
             Metric(name="ar_hit share", better="none", aggregate="weighted mean"),
-            *metrics(["cumulative nll"], **loss),
+            *metrics(first, **loss),
         ],
         tables=[
             Table(by=["length"], label="{length} tokens", metrics=["nll", *parts, "ar_hit share"]),
-            Table(by=["position"], label="first {position} tokens", metrics=["cumulative nll"]),
+            Table(by=["position"], label="first {position} tokens", metrics=first),
         ],
         pictures=[
-            curve,
+            Picture(kind="curve", title=title, metrics=first, **axes),
             Picture(kind="bars", title="Repeated pairs and the rest", metrics=parts, x="metric"),
         ],
         notes=[
-            f"AR-hits leave out pairs seen over {context.suite.frequent} times in training; "
-            "bands and lines: 95% intervals over texts."
+            f"AR-hits: without pairs seen over {context.suite.frequent} times in training; bands "
+            "and lines: 95% intervals over texts."
         ],
     )

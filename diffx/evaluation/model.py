@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from diffx.hub.attention import cache_keyword, observing
@@ -45,21 +46,17 @@ class LanguageModel:
 
     Args:
         loaded: from ``diffx.loading.load``.
-        caches: keep keys and values. Without, each text is read whole each time, as needed by a
+        caches: keep keys and values. Without, a text is read whole each time, as needed by a
             quantization whose scale is that of a whole text; give it one text at a time then.
 
     Attributes:
-        loaded: as given.
-        caches: as given.
-        model: the decoder or the pretrained model.
-        tokenizer: text to tokens and back.
-        device: the model's device.
         context: tokens it was trained to read at once.
         limit: tokens it can read at once; None if there is no bound (rotary positions).
-        prefix: tokens that every text begins with; may be none.
-        suffix: tokens between a text and its answer; none without a chat template.
-        closing: tokens that end an answer; none without a chat template.
+        prefix: tokens that every text begins with.
+        suffix: tokens between a text and its answer, with a chat template.
+        closing: tokens that end an answer, with a chat template.
         ends: tokens that end a generation.
+        encode, encode_batch, decode: texts to tokens without special ones, and back.
         pads: whether texts of different lengths can share a cache.
     """
 
@@ -71,28 +68,18 @@ class LanguageModel:
         self.suffix: list[int] = []
         self.closing: list[int] = []
         self.device = next(loaded.model.parameters()).device
-        self.pads = True
+        self.name = loaded.name
+        self.encode, self.encode_batch = self.tokenizer.encode, self.tokenizer.encode_batch
+        self.decode = self.tokenizer.decode
+        config = loaded.model.config
         self._decoder = isinstance(loaded.model, Decoder)
-        if not self._decoder:
-            self.pads = _full_attention(loaded.model.config)
+        self.pads = self._decoder or _full_attention(config)
+        if self._decoder:
+            self.num_layers = config.num_layers
+        else:
+            self.num_layers = config.get_text_config().num_hidden_layers
             self._cache = cache_keyword(loaded.model)
             self._keeps = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
-
-    @property
-    def name(self) -> str:
-        """The model's name, for tables."""
-        return self.loaded.name
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers."""
-        if self._decoder:
-            return int(self.model.config.num_layers)
-        return int(self.model.config.get_text_config().num_hidden_layers)
-
-    def encode(self, text: str) -> list[int]:
-        """Encode a text, without special tokens."""
-        return self.tokenizer.encode(text)
 
     def prompt(self, text: str, answer: str = "") -> list[int]:
         """Tokens of an input: ``prefix``, text, ``suffix`` and the beginning of the answer."""
@@ -100,21 +87,10 @@ class LanguageModel:
             return self.prefix + self.encode(text + answer)
         return self.prefix + self.encode(text) + self.suffix + self.encode(answer.lstrip())
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Encode several texts."""
-        return self.tokenizer.encode_batch(texts)
-
-    def decode(self, ids: list[int]) -> str:
-        """Turn tokens into text."""
-        return self.tokenizer.decode(ids)
-
     @torch.inference_mode()
-    def logits(self, ids: Tensor, keep: int | None = None) -> Tensor:
-        """Logits after the last ``keep`` tokens (all, if None) of ids (B, T), fp32 (B, keep, V).
-
-        Rows may end in padding.
-        """
-        return self._forward(ids.to(self.device), keep or ids.shape[1])
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits after each token of ids (B, T), fp32 (B, T, V)."""
+        return self._forward(ids.to(self.device), ids.shape[1])
 
     @torch.inference_mode()
     def score(
@@ -137,19 +113,26 @@ class LanguageModel:
         scores, greedy = zip(*parts, strict=True)
         return torch.cat(scores), torch.cat(greedy)
 
-    @torch.inference_mode()
-    def start(self, texts: list[list[int]]) -> Prefix:
-        """Read texts of one token or more into a cache."""
-        if not self.caches or (not self.pads and len({len(text) for text in texts}) > 1):
-            return self._reread(texts)
+    def start(self, texts: list[list[int]], free: int = 0) -> Prefix:
+        """Read texts of one token or more into a cache with room for ``free`` more tokens."""
+        texts = [list(text) for text in texts]
         ids, padding = self._padded(texts)
+        if not self.caches or (any(padding) and not self.pads):
+            return self._reread(texts)
+        prefix = self.read(ids, padding, free)
+        prefix.tokens = texts
+        return prefix
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor, padding: list[int] | None = None, free: int = 0) -> Prefix:
+        """Read ids (B, T), whose rows end in so much padding; the prefix has no ``tokens``."""
+        config = self.model.config
+        cache: Any = None if self._decoder else DynamicCache(config=config)
         if self._decoder:
             dtype = self.model.output_weight.dtype
-            cache: Any = KVCache(self.model.config, len(ids), ids.shape[1], self.device, dtype)
-        else:
-            cache = DynamicCache(config=self.model.config)
-        prefix = Prefix(torch.empty(0), [list(text) for text in texts], cache)
-        prefix.logits = self._append(prefix, ids, padding, keep=None)[:, 0]
+            cache = KVCache(config, len(ids), ids.shape[1] + free, self.device, dtype)
+        prefix = Prefix(torch.empty(0), [], cache)
+        prefix.logits = self._append(prefix, ids, padding or [0] * len(ids))[:, 0]
         return prefix
 
     @torch.inference_mode()
@@ -159,27 +142,40 @@ class LanguageModel:
         """Continue row ``rows[i]`` of a prefix, which is not changed, with ``tokens[i]``.
 
         Returns:
-            The new prefix, and the logits after each new token, fp32 (len(rows), longest, V), where
+            The new prefix, and the logits after each new token, fp32 (len(rows), longest, V);
             shorter rows end in padding.
         """
         texts = [prefix.tokens[row] + list(new) for row, new in zip(rows, tokens, strict=True)]
-        longest = max(map(len, tokens))
         if prefix.cache is None:
             ids, padding = self._padded(texts)
             logits = self._forward(ids, ids.shape[1])
-            firsts = [len(text) - len(new) for text, new in zip(texts, tokens, strict=True)]
-            places = torch.tensor(firsts)[:, None] + torch.arange(longest)
-            places = places.clamp(max=ids.shape[1] - 1).to(self.device)
-            chosen = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[2]))
-            return Prefix(_last(logits, padding), texts), chosen
+            pairs = zip(logits, texts, tokens, strict=True)
+            parts = [row[len(text) - len(new) : len(text)] for row, text, new in pairs]
+            return Prefix(_last(logits, padding), texts), pad_sequence(parts, batch_first=True)
         ids, padding = self._padded(tokens)
-        new = self._select(prefix, rows, longest)
-        new.tokens = texts
-        logits = self._append(new, ids, padding, keep=longest)
-        new.logits = _last(logits, padding)
+        index = torch.tensor(rows, device=self.device)
+        if self._decoder:
+            cache = prefix.cache.select(index, ids.shape[1])
+        else:
+            cache = copy.deepcopy(prefix.cache)
+            cache.batch_select_indices(index)
+        valid = None if prefix.valid is None else prefix.valid[index]
+        extended = Prefix(prefix.logits, texts, cache, valid)
+        logits = self._append(extended, ids, padding, ids.shape[1])
+        extended.logits = _last(logits, padding)
         if any(padding) and not self.pads:
-            new.cache = None
-        return new, logits
+            extended.cache = None
+        return extended, logits
+
+    @torch.inference_mode()
+    def step(self, prefix: Prefix, chosen: Tensor) -> None:
+        """Read one more token of each text, chosen (B,), in place."""
+        if prefix.cache is not None:
+            prefix.logits = self._append(prefix, chosen[:, None], [0] * len(chosen), 1)[:, -1]
+            return
+        for text, token in zip(prefix.tokens, chosen.tolist(), strict=True):  # device sync
+            text.append(token)
+        prefix.logits = self._reread(prefix.tokens).logits
 
     @torch.inference_mode()
     def generate(
@@ -189,12 +185,11 @@ class LanguageModel:
         if not self.pads and len({len(prompt) for prompt in prompts}) > 1:
             return [self.generate([prompt], max_tokens, stop)[0] for prompt in prompts]
         tail = max(map(len, stop or ()), default=0) + 8  # tokens that may hold a stop string
-        state = self.start(prompts)
-        self._reserve(state, max_tokens)
+        prefix = self.start(prompts, max_tokens)
         drawn: list[list[int]] = [[] for _ in prompts]
         active = set(range(len(prompts)))
-        for step in range(max_tokens):
-            chosen = state.logits.argmax(-1)  # (B,)
+        for count in range(1, max_tokens + 1):
+            chosen = prefix.logits.argmax(-1)  # (B,)
             tokens = chosen.tolist()  # device sync
             for row in list(active):
                 if tokens[row] in self.ends:
@@ -203,9 +198,9 @@ class LanguageModel:
                 drawn[row].append(tokens[row])
                 if stop and any(text in self.decode(drawn[row][-tail:]) for text in stop):
                     active.remove(row)
-            if not active or step + 1 == max_tokens:
+            if not active or count == max_tokens:
                 break
-            self._read(state, chosen)
+            self.step(prefix, chosen)
         return drawn
 
     def sample(
@@ -220,15 +215,13 @@ class LanguageModel:
     ) -> Iterator[int]:
         """Continue a prompt, yielding each token at once; see ``diffx.models.generate``."""
         generator = torch.Generator().manual_seed(seed)
-        state = self.start([prompt])
-        self._reserve(state, max_tokens)
+        prefix = self.start([prompt], max_tokens)
         for _ in range(max_tokens):
-            token = sample(state.logits[0], temperature, top_k, top_p, generator)
+            token = sample(prefix.logits[0], temperature, top_k, top_p, generator)
             if token in self.ends:
                 return
             yield token
-            with torch.inference_mode():  # not around the yield, where the caller's code runs
-                self._read(state, torch.tensor([token], device=self.device))
+            self.step(prefix, torch.tensor([token], device=self.device))
 
     @torch.inference_mode()
     def observe(
@@ -248,10 +241,8 @@ class LanguageModel:
     def attention_maps(self, ids: Tensor) -> list[Tensor]:
         """The map of each layer for ids (B, T), fp32 (B, heads, T, T): A1 - lambda A2.
 
-        A DEX branch works on the output of attention, so that an adapted model's maps are ordinary.
-
-        Raises:
-            UserError: the model's attention cannot be seen.
+        DEX works on the output of attention: an adapted model's maps are ordinary. Raises as
+        ``observe``.
         """
         maps: list[Tensor] = []
 
@@ -265,18 +256,14 @@ class LanguageModel:
     def lambdas(self, ids: Tensor) -> list[Tensor | None]:
         """Lambda of each layer for ids (B, T), broadcastable to (B, T, heads).
 
-        None without a difference; of an adapted model the lambda of the branch.
-
-        Raises:
-            UserError: the model's attention cannot be seen.
+        None without a difference; of an adapted model, of its branch. Raises as ``observe``.
         """
-        if self.loaded.adapted is not None:
-            branches = self.loaded.adapted.branches
-            lambdas: list[Tensor | None] = [branch.lambda_value().detach() for branch in branches]
-            return lambdas or [None] * self.num_layers
-        lambdas = []
-        self.observe(ids, lambda layer, view: lambdas.append(view.lam))
-        return lambdas
+        lambdas: list[Tensor | None] = []
+        if self.loaded.adapted is None:
+            self.observe(ids, lambda layer, view: lambdas.append(view.lam))
+            return lambdas
+        lambdas += [branch.lambda_value().detach() for branch in self.loaded.adapted.branches]
+        return lambdas or [None] * self.num_layers
 
     def _forward(self, ids: Tensor, keep: int) -> Tensor:
         if self._decoder:
@@ -287,17 +274,17 @@ class LanguageModel:
     def _project(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.model.output_weight).float()
 
-    def _append(self, prefix: Prefix, ids: Tensor, padding: list[int], keep: int | None) -> Tensor:
+    def _append(self, prefix: Prefix, ids: Tensor, padding: list[int], keep: int = 0) -> Tensor:
         """Read ids (B, T) after a prefix, in place.
 
-        Returns logits after the last ``keep`` tokens, or (None) after the last that is no padding.
+        Returns logits after the last ``keep`` tokens, or (0) after the last that is no padding.
         """
         if self._decoder:
             hidden = self.model.forward_hidden(ids, cache=prefix.cache)
-            chosen = _last(hidden, padding)[:, None] if keep is None else hidden[:, -keep:]
+            hidden = hidden[:, -keep:] if keep else _last(hidden, padding)[:, None]
             prefix.cache.drop_padding(padding)
-            return self._project(chosen)
-        if keep is None:
+            return self._project(hidden)
+        if not keep:
             return _last(self._append(prefix, ids, padding, max(padding) + 1), padding)[:, None]
         options: dict[str, Any] = {self._cache: prefix.cache}
         if self._keeps:
@@ -314,45 +301,15 @@ class LanguageModel:
             prefix.valid = torch.cat([valid, steps < ends[:, None]], dim=1)
         return self.model(input_ids=ids, use_cache=True, **options).logits[:, -keep:].float()
 
-    def _reserve(self, prefix: Prefix, tokens: int) -> None:
-        """Let a decoder's cache hold more tokens; that of ``transformers`` grows by itself."""
-        if self._decoder and prefix.cache is not None:
-            rows = torch.arange(len(prefix.tokens), device=self.device)
-            prefix.cache = prefix.cache.select(rows, tokens)
-
-    def _read(self, prefix: Prefix, chosen: Tensor) -> None:
-        """Read one more token of each text, chosen (B,), in place."""
-        if prefix.cache is not None:
-            prefix.logits = self._append(prefix, chosen[:, None], [0] * len(chosen), keep=1)[:, -1]
-            return
-        for text, token in zip(prefix.tokens, chosen.tolist(), strict=True):  # device sync
-            text.append(token)
-        prefix.logits = self._reread(prefix.tokens).logits
-
-    def _select(self, prefix: Prefix, rows: list[int], tokens: int) -> Prefix:
-        """Copy rows of a prefix into one that can hold more tokens."""
-        index = torch.tensor(rows, device=self.device)
-        if self._decoder:
-            cache = prefix.cache.select(index, tokens)
-        else:
-            cache = copy.deepcopy(prefix.cache)
-            cache.batch_select_indices(index)
-        valid = None if prefix.valid is None else prefix.valid[index]
-        return Prefix(prefix.logits[index], prefix.tokens, cache, valid)
-
+    @torch.inference_mode()
     def _reread(self, texts: list[list[int]]) -> Prefix:
         ids, padding = self._padded(texts)
-        logits = _last(self._forward(ids, max(padding) + 1), padding)
-        return Prefix(logits, [list(text) for text in texts])
+        return Prefix(_last(self._forward(ids, max(padding) + 1), padding), texts)
 
     def _padded(self, texts: list[list[int]]) -> tuple[Tensor, list[int]]:
-        longest = max(map(len, texts))
-        padding = [longest - len(text) for text in texts]
-        rows = [
-            [*text, *[self.tokenizer.eot_id] * pad]
-            for text, pad in zip(texts, padding, strict=True)
-        ]
-        return torch.tensor(rows, device=self.device), padding
+        rows = [torch.tensor(text) for text in texts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.eot_id)
+        return ids.to(self.device), [ids.shape[1] - len(text) for text in texts]
 
 
 def log_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -371,7 +328,6 @@ def _last(values: Tensor, padding: list[int]) -> Tensor:
 def _full_attention(config: Any) -> bool:
     """Whether every layer sees all earlier tokens; a sliding window counts padding as text."""
     config = config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
+    if kinds := getattr(config, "layer_types", None):
         return set(kinds) == {"full_attention"}
     return not getattr(config, "sliding_window", None)

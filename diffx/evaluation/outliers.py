@@ -1,22 +1,21 @@
 """The largest attention logits and hidden states, and medians (arXiv 2410.05258, table 5).
 
-Magnitudes of the scaled causal logits of every query map (both of a differential head), and of
-every layer's output. Ranks are exact. A median is interpolated in a
-histogram, whose bins have a relative width of at most 1/64; magnitudes below 2^-20 count as
-2^-20. Notation: B batch, T tokens, D model width; memory grows with T.
+Magnitudes of the scaled causal logits of every query map, and of every layer's output (B, T, D).
+Ranks are exact. A median is interpolated in a histogram, whose bins have a relative width of at
+most 1/64; magnitudes below 2^-20 count as 2^-20. Memory grows with T, the tokens of a window.
 """
 
-import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffx.config import RunError, UserError
+from diffx.config import RunError
+from diffx.config.checks import refuse, require
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context, Example, Record
 from diffx.models.view import AttentionView
@@ -34,13 +33,7 @@ _WINDOWS = "mean over windows"
 
 @dataclass
 class Tally:
-    """Magnitudes of one layer, or of several: the largest ones and a histogram of all.
-
-    Attributes:
-        keep: how many of the largest are kept.
-        top: the largest, from the first.
-        counts: magnitudes in each bin of float32 patterns.
-    """
+    """Magnitudes: the ``keep`` largest, from the first, and counts in bins of float32 patterns."""
 
     keep: int
     top: list[float] = field(default_factory=list)
@@ -50,13 +43,10 @@ class Tally:
         """Count |values|, of any shape, but for infinite ones, which are masked."""
         values = values.float().abs().flatten()
         bins = torch.bincount(values.view(torch.int32) >> _SHIFT, minlength=_INFINITE)
-        counts = bins.cpu().numpy()[:_INFINITE]  # device sync
-        self.counts += counts
+        self.counts += bins.cpu().numpy()[:_INFINITE]  # device sync
         floor = self.top[-1] if len(self.top) == self.keep else -1.0
-        used = counts.nonzero()[0]
-        if len(used) and _edge(used[-1] + 1) > floor:  # false for most blocks
-            values = values[(values > floor) & (values < torch.inf)]
-            self._keep(values.topk(min(self.keep, len(values))).values.tolist())
+        values = values[(values > floor) & (values < torch.inf)]
+        self._keep(values.topk(min(self.keep, len(values))).values.tolist())
 
     def merge(self, layer: dict[str, Any]) -> None:
         """Add another tally's ``record``."""
@@ -68,10 +58,9 @@ class Tally:
         counts = self.counts.copy()
         counts[_LOWEST] += counts[:_LOWEST].sum()
         counts[:_LOWEST] = 0
-        used = counts.nonzero()[0]
-        first, last = int(used[0]), int(used[-1])
+        first = int(counts.nonzero()[0][0])
         top = [float(f"{value:.7g}") for value in self.top]
-        return {"top": top, "first": first, "counts": counts[first : last + 1].tolist()}
+        return {"top": top, "first": first, "counts": np.trim_zeros(counts).tolist()}
 
     def figures(self, ranks: list[int]) -> dict[str, float]:
         """The magnitudes of the ranks that exist, and the median."""
@@ -80,27 +69,20 @@ class Tally:
         middle = sums[-1] / 2
         index = np.searchsorted(sums, middle)
         share = 1 - (sums[index] - middle) / self.counts[index]
-        low, high = _edge(index), _edge(index + 1)
+        edges = (np.array([index, index + 1], dtype=np.int32) << _SHIFT).view(np.float32)
+        low, high = edges.tolist()
         return figures | {"median": low + (high - low) * share}
 
     def _keep(self, values: list[float]) -> None:
-        self.top = list(heapq.merge(self.top, values, reverse=True))[: self.keep]
+        self.top = sorted(self.top + values, reverse=True)[: self.keep]
 
 
 def plan(context: Context) -> list[Example]:
-    """Windows of the joined documents, each twice: for its logits and for its states.
-
-    Raises:
-        UserError: a window does not fit in the model, or there is no text.
-    """
+    """Windows of the joined documents, each twice: for its logits and for its states."""
     suite, lm = context.suite, context.lm
     length = suite.length or min(lm.context, 2048)
-    if length > (lm.limit or length) or length <= len(lm.prefix):
-        most = f" and {lm.limit} at most, which is all that the model reads" if lm.limit else ""
-        raise UserError(
-            f"suite.length={length} cannot be used with {lm.name}: it must be more than "
-            f"{len(lm.prefix)}{most}"
-        )
+    context.check_length("suite.length", length)
+    require(length > len(lm.prefix), "suite.length", length, f"more than {len(lm.prefix)}")
     documents = iter(context.documents())
     context.sources["tokenizer"] = lm.tokenizer.fingerprint  # windows are cut in tokens
     text: list[int] = []
@@ -111,16 +93,13 @@ def plan(context: Context) -> list[Example]:
         while len(text) < size and (document := next(documents, None)) is not None:
             text += [*lm.encode(document), lm.tokenizer.eot_id]
         if not text:
-            context.reporter.warn(
-                f"suite.tokens={suite.tokens}: the text has only {suite.tokens - remaining} "
-                "tokens, which are all measured"
-            )
+            few = f"the text has only {suite.tokens - remaining} tokens, which are all measured"
+            context.reporter.warn(f"suite.tokens={suite.tokens}: {few}")
             break
         windows.append(lm.prefix + text[:size])
         text = text[size:]
         remaining -= len(windows[-1])
-    if not windows:
-        raise UserError("data= cannot be used: it has no text")
+    refuse(not windows, "data=", "it has no text")
     return [
         Example(f"{group}/{number:05d}", {"task": group, "tokens": window})
         for group in _GROUPS
@@ -129,11 +108,7 @@ def plan(context: Context) -> list[Example]:
 
 
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
-    """Read each window once and yield a record for its logits and one for its states.
-
-    Raises:
-        RunError: queries, keys or states are not finite.
-    """
+    """Read each window once and yield a record for its logits and one for its states."""
     lm, ranks = context.lm, context.suite.top
     keep = max(ranks)
     windows: dict[tuple[int, ...], list[Example]] = {}
@@ -144,15 +119,11 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
         for example in asked:
             # a layer without attention has no logits
             layers = [tally.record() for tally in tallies[example.data["task"]] if tally.top]
-            whole = _merged(layers, keep)
-            yield {
-                "id": example.id,
-                "by": {"task": example.data["task"]},
-                "scores": {f"{k}, {_WINDOWS}": v for k, v in whole.figures(ranks).items()},
-                "tokens": len(window),
-                "text": lm.decode(list(window)),
-                "layers": layers,
-            }
+            magnitudes = _merged(layers, keep).figures(ranks)
+            scores = {f"{name}, {_WINDOWS}": value for name, value in magnitudes.items()}
+            by = {"task": example.data["task"]}
+            record: Record = {"id": example.id, "by": by, "scores": scores, "tokens": len(window)}
+            yield record | {"text": lm.decode(list(window)), "layers": layers}
 
 
 def declare(context: Context) -> Declaration:
@@ -160,16 +131,9 @@ def declare(context: Context) -> Declaration:
     names = [*(f"top-{rank}" for rank in context.suite.top), "median"]
     shown = [name for name in names if name in ("top-1", "top-10", "top-100", "median")] or names
     options = {"unit": "magnitude", "better": "lower"}
-    curves = Picture(
-        kind="curve",
-        title="{panel} by layer",
-        metrics=shown,
-        x="layer",
-        panels=["task"],
-        xlabel="layer",
-        ylabel="magnitude",
-        log="y",
-    )
+    axes: Any = {"x": "layer", "xlabel": "layer", "ylabel": "magnitude", "log": "y"}
+    title = "{panel} by layer"
+    curves = Picture(kind="curve", title=title, metrics=shown, panels=["task"], **axes)
     return Declaration(
         metrics=[
             *metrics(names, aggregate="given", **options),
@@ -190,7 +154,7 @@ def figures(context: Context, records: list[Record]) -> Iterator[Record]:
     ranks = context.suite.top
     for task in _GROUPS:
         windows = [record["layers"] for record in records if record["by"]["task"] == task]
-        layers = list(map(list, zip(*windows, strict=True)))
+        layers = list(zip(*windows, strict=True))
         for layer, tallies in [(None, chain.from_iterable(layers)), *enumerate(layers)]:
             place = {"task": task, "layer": layer, "n": len(windows)}
             for name, value in _merged(tallies, max(ranks)).figures(ranks).items():
@@ -207,26 +171,17 @@ def _read(
     def attention(layer: int, view: AttentionView) -> None:
         _require_finite(layer, view.q, view.k)
         rows = max(1, _ELEMENTS // len(window))
-        for m in range(view.num_maps):
-            for start in range(0, len(window), rows):
-                stop = min(start + rows, len(window))
-                tallies[LOGITS][layer].add(view.logits(m, start, stop)[..., :stop])
+        for m, start in product(range(view.num_maps), range(0, len(window), rows)):
+            stop = min(start + rows, len(window))
+            tallies[LOGITS][layer].add(view.logits(m, start, stop)[..., :stop])
 
     def hidden(layer: int, states: Tensor) -> None:
         _require_finite(layer, states)
         tallies[STATES][layer].add(states)
 
-    lm.observe(
-        torch.tensor([window]),
-        attention if LOGITS in groups else None,
-        hidden if STATES in groups else None,
-    )
+    callbacks = (attention if LOGITS in groups else None, hidden if STATES in groups else None)
+    lm.observe(torch.tensor([window]), *callbacks)
     return tallies
-
-
-def _edge(number: np.intp) -> float:
-    """The lower edge of a bin."""
-    return float((np.array([number], dtype=np.int32) << _SHIFT).view(np.float32)[0])
 
 
 def _merged(layers: Iterable[dict[str, Any]], keep: int) -> Tally:
@@ -238,7 +193,5 @@ def _merged(layers: Iterable[dict[str, Any]], keep: int) -> Tally:
 
 def _require_finite(layer: int, *tensors: Tensor) -> None:
     if not all(tensor.isfinite().all() for tensor in tensors):  # device sync
-        raise RunError(
-            f"layer {layer} gives values that are not finite: the weights are broken, or dtype= is "
-            "too narrow for them"
-        )
+        causes = "the weights are broken, or dtype= is too narrow for them"
+        raise RunError(f"layer {layer} gives values that are not finite: {causes}")

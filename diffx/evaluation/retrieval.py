@@ -2,14 +2,16 @@
 
 The first queried needle is at the depth, the others at random places. A score is the share of the
 asked numbers that are right: ``greedy`` in the greedy continuation, in order; ``constrained`` by
-likelihood among all numbers in the text. A length counts the whole input and answer in tokens.
+likelihood among all numbers in the text. A length is that of input and answer in tokens.
 """
 
 import re
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 from diffx.config import UserError
+from diffx.config.checks import refuse
 from diffx.data.needles import CITIES, Haystack, Needles, Sample, draw_needles, question_of
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.scoring import generations, loglikelihoods
@@ -21,18 +23,11 @@ _CHUNK = 32768  # tokens read between two writings of records
 
 
 def plan(context: Context) -> list[Example]:
-    """Cases, lengths, depths and samples; needles depend on seed, case and depth only.
-
-    Raises:
-        UserError: the model cannot read a length, or it does not hold the needles or exceeds the
-            text.
-    """
-    suite = context.suite
+    """Cases, lengths, depths and samples; needles depend on seed, case and depth only."""
+    suite, examples = context.suite, []
     most = min(context.lm.context, 4096)
-    examples = []
-    for (needles, asked), length, depth in product(
-        suite.cases, suite.lengths or [most // 4, most // 2, most], suite.depths
-    ):
+    lengths = suite.lengths or [most // 4, most // 2, most]
+    for (needles, asked), length, depth in product(suite.cases, lengths, suite.depths):
         case = _case(needles, asked)
         data = {"task": case, "draw": case, "needles": needles, "asked": asked}
         data |= {"length": length, "depth": depth}
@@ -64,54 +59,39 @@ def hide(context: Context, haystack: Haystack, example: Example) -> Sample:
 def long_enough(
     context: Context, haystack: Haystack, examples: list[Example], key: str
 ) -> list[Example]:
-    """Drop default lengths that do not hold the needles, and refuse what cannot be asked.
-
-    Args:
-        context: the suite's context.
-        haystack: the text.
-        examples: of every length.
-        key: the setting of the lengths, null for the default ones.
+    """Drop default lengths (the setting ``key`` is null) that do not hold the needles.
 
     Raises:
-        UserError: see ``plan``; or no default length holds the needles.
+        UserError: the model cannot read a length; a length that is set, or every default one, does
+            not hold the needles; or the text is too short.
     """
     lm, digits = context.lm, context.suite.digits
     needles = max(example.data["needles"] for example in examples)
-    if needles > min(len(CITIES), 9 * 10 ** (digits - 1)):
-        raise UserError(
-            f"suite.digits={digits} cannot be used with {needles} needles: there are not so many "
-            "numbers; give more digits"
-        )
+    few, most = "there are not so many numbers; give more digits", 9 * 10 ** (digits - 1)
+    refuse(needles > min(len(CITIES), most), f"suite.digits={digits}", few, f"{needles} needles")
     text = max(haystack.least(needles_of(context, example)) for example in examples)
     least = text + len(lm.prefix + lm.suffix)
     lengths = sorted({example.data["length"] for example in examples})
     short, longest = [length for length in lengths if length < least], lengths[-1]
     needed = f"{needles} needles, question and answer take {least} tokens"
-    if short and getattr(context.suite, key.removeprefix("suite.")) is not None:
-        raise UserError(f"{key}={short[0]} cannot be used: {needed}; give more")
-    if short == lengths:
-        raise UserError(
-            f"{key}=null cannot be used with {lm.name}: {needed}, and the longest default is "
-            f"{longest}; give fewer needles by {key.replace('length', 'case')}, or more tokens by "
-            f"{key}"
-        )
+    if getattr(context.suite, key.removeprefix("suite.")) is not None:
+        refuse(bool(short), f"{key}={lengths[0]}", f"{needed}; give more")
+    case = key.replace("length", "case")
+    fewer = f"give fewer needles by {case}, or more tokens by {key}"
+    default = f"{needed}, and the longest default is {longest}; {fewer}"
+    refuse(short == lengths, f"{key}=null", default, lm.name)
     if short:
         context.reporter.warn(f"{key}=null leaves out {' and '.join(map(str, short))}: {needed}")
         examples = [example for example in examples if example.data["length"] >= least]
-    if longest > (lm.limit or longest):
-        raise UserError(
-            f"{key}={longest} cannot be used with {lm.name}: it reads {lm.limit} tokens at most"
-        )
+    context.check_length(key, longest)
     if longest > lm.context:
-        context.reporter.warn(
-            f"{key}={longest} is more than the {lm.context} tokens that {lm.name} was trained on"
-        )
+        trained = f"{lm.context} tokens that {lm.name} was trained on"
+        context.reporter.warn(f"{key}={longest} is more than the {trained}")
     try:
         haystack.hide(needles_of(context, examples[0]), longest)
     except ValueError as error:
-        raise UserError(
-            f"{key}={longest} cannot be used: {error}; choose more text by data=, or give less"
-        ) from error
+        more = "choose more text by data=, or give less"
+        raise UserError(f"{key}={longest} cannot be used: {error}; {more}") from error
     return examples
 
 
@@ -149,7 +129,7 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
 
 
 def numbers_in(text: str) -> list[str]:
-    """The whole numbers of a text; commas of thousands, as in 1,234,567, are left out."""
+    """The whole numbers of a text, without commas of thousands."""
     return re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
 
 
@@ -161,24 +141,19 @@ def _choose(context: Context, samples: list[Sample]) -> list[list[str]]:
         needles, before = sample.needles, lm.prefix + lm.encode(sample.context)
         for city in needles.cities[: needles.asked]:
             question, start = _parts(question_of([city]))
+            answers = [f"{start} {number}" for number in needles.numbers]
             if lm.suffix:
                 asked = before + _encode_after(lm, [question])[0] + lm.suffix
-                texts = [lm.encode(f"{start.lstrip()} {number}") for number in needles.numbers]
+                texts = [lm.encode(answer.lstrip()) for answer in answers]
             else:
-                asked = before
-                texts = _encode_after(
-                    lm, [f"{question}{start} {number}" for number in needles.numbers]
-                )
+                asked, texts = before, _encode_after(lm, [question + answer for answer in answers])
             requests += [(asked, tokens) for tokens in texts]
     scores = iter(loglikelihoods(lm, requests, context.batch))
-    return [
-        [
-            max((next(scores)[0], -place, number) for place, number in enumerate(numbers))[2]
-            for _ in range(sample.needles.asked)
-        ]
-        for sample in samples
-        for numbers in [sample.needles.numbers]
-    ]
+    chosen = []
+    for needles in (sample.needles for sample in samples):
+        sums = [[next(scores)[0] for _ in needles.numbers] for _ in range(needles.asked)]
+        chosen.append([needles.numbers[of_city.index(max(of_city))] for of_city in sums])
+    return chosen
 
 
 def _parts(prompt: str) -> tuple[str, str]:
@@ -209,20 +184,8 @@ def declare(context: Context) -> Declaration:
         Reference(label="guessing", metric="constrained", value=1 / n, by={"task": _case(n, asked)})
         for n, asked in suite.cases
     ]
-    pictures = [
-        Picture(
-            kind="heat",
-            title="{panel}",
-            metrics=[name],
-            x="length",
-            y="depth",
-            panels=["task", "metric"],
-            xlabel="tokens",
-            ylabel="depth of the answer",
-            limits=[0, 1],
-        )
-        for name in names
-    ]
+    axes: Any = {"x": "length", "y": "depth", "limits": [0, 1], "xlabel": "tokens"}
+    axes |= {"ylabel": "depth of the answer", "panels": ["task", "metric"], "title": "{panel}"}
     cell = label + " depth {depth:.0%}"
     return Declaration(
         metrics=metrics(names, unit="share of numbers right"),
@@ -231,7 +194,7 @@ def declare(context: Context) -> Declaration:
             Table(by=["task", "length"], label=label, compared=False),
             Table(by=["task", "length", "depth"], label=cell, compared=False),
         ],
-        pictures=pictures,
+        pictures=[Picture(kind="heat", metrics=[name], **axes) for name in names],
         references=[*published("retrieval"), *guessing],
     )
 

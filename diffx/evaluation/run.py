@@ -32,7 +32,7 @@ from diffx.console import Reporter, make_table
 from diffx.errors import describe_any, one_line, storage_errors
 from diffx.evaluation.adapter import with_chat_template
 from diffx.evaluation.model import LanguageModel
-from diffx.evaluation.suite import Context, Example, Record, rows_of
+from diffx.evaluation.suite import Context, Example, Record, rows_of, with_unit
 from diffx.files import (
     append_lines,
     checked_line,
@@ -65,7 +65,7 @@ class Change:
     Attributes:
         name: ends the name of the folder.
         settings: part of the settings hash.
-        applied: applies the change to a model for as long as a context lasts.
+        applied: the context in which a model is changed.
         caches: whether the change works with a key/value cache.
         facts: more about it, for the results.
     """
@@ -78,11 +78,11 @@ class Change:
 
 
 def evaluate(job: EvalJob, words: list[str]) -> Path:
-    """Run a suite on a checkpoint, resume it or show its results, and return the folder of results.
+    """Run a suite on a checkpoint, or resume it, or show its results; return their folder.
 
     Raises:
-        UserError: the checkpoint or the suite cannot be used as they are; nothing was made.
-        RunError: something outside failed; finished records are kept, and the same command goes on.
+        UserError: the checkpoint or the suite cannot be used; nothing was made.
+        RunError: something outside failed; the same command goes on after the finished records.
     """
     return measure(job, _load(job))
 
@@ -101,35 +101,33 @@ def evaluate_all(jobs: list[EvalJob]) -> int:
         except Exception as error:
             code, line = describe_any(error)
             codes.append(code)
-            message = f"error: suite={job.suite.name}: {one_line(line)}"
-            print(message, file=sys.stderr, flush=True)
+            line = f"error: suite={job.suite.name}: {one_line(line)}"
+            print(line, file=sys.stderr, flush=True)
     return min(codes, default=0)
 
 
 def _load(job: EvalJob) -> LanguageModel:
-    return LanguageModel(
-        load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code)
-    )
+    options = job.device, job.dtype, job.revision, job.trust_remote_code
+    return LanguageModel(load(job.checkpoint, *options))
 
 
 def measure(
     job: EvalJob, lm: LanguageModel, change: Change | None = None, table: bool = True
 ) -> Path:
     """Run a suite on a model, changed meanwhile by ``change``; ``table`` prints the results."""
-    started = time.time()
-    suite = job.suite
+    started, suite, reporter = time.time(), job.suite, Reporter()
     module = import_module(f"diffx.evaluation.{_MODULES.get(suite.kind, suite.kind)}")
     # lm-eval applies chat templates itself
     if suite.kind != "harness" and getattr(suite, "chat_template", False):
         lm = with_chat_template(lm, job)
-    context = Context(job, lm, Path(), Reporter())
+    context = Context(job, lm, Path(), reporter)
     examples = module.plan(context)
-    judged = job.judge.kind != "none" and hasattr(module, "judge")
-    settings = _settings(context, judged) | ({"change": change.settings} if change else {})
+    judged = job.judge.kind != "none"
+    settings = _settings(context) | ({"change": change.settings} if change else {})
     name = f"{suite.name}-{change.name}" if change else suite.name
     place = lm.loaded.folder / "evals" / str(lm.loaded.step) / name
     folder = context.folder = place / json_sha256(settings)[:12]
-    context.reporter.line(f"{name} on {lm.name}, {len(examples)} examples, in {folder}")
+    reporter.line(f"{name} on {lm.name}, {len(examples)} examples, in {folder}")
     with storage_errors(f"the evaluation in {folder} stopped"):
         folder.mkdir(parents=True, exist_ok=True)
         with (
@@ -139,10 +137,7 @@ def measure(
             _prepare(context, settings)
             metrics = None if judged else _finished(context)
             if metrics is not None:
-                context.reporter.line(
-                    "measured before with the same settings: these are its figures; "
-                    "force=true measures again"
-                )
+                reporter.line("measured before with these settings: force=true measures again")
                 _tidy(folder)
                 if table:
                     _show(context, metrics)
@@ -153,29 +148,22 @@ def measure(
             if judged:
                 records = module.judge(context, records)
             metrics = _write(module, context, records, facts)
-            rows = _show(context, metrics) if table else [cells(metric) for metric in metrics]
-            picture = folder / f"{suite.name}.png"
-            show_evaluation(
-                folder,
-                job.wandb,
-                f"{lm.name}-{name}",
-                settings,
-                [column.replace("\n", " ") for column in COLUMNS],
-                rows,
-                {f"{metric['label']}/{metric['metric']}": metric["value"] for metric in metrics},
-                picture,
-                context.reporter.warn,
-            )
+            rows = _show(context, metrics) if table else list(map(cells, metrics))
+            columns = [column.replace("\n", " ") for column in COLUMNS]
+            values = {f"{row['label']}/{row['metric']}": row["value"] for row in metrics}
+            picture, title = folder / f"{suite.name}.png", f"{lm.name}-{name}"
+            shown = (settings, columns, rows, values, picture, reporter.warn)
+            show_evaluation(folder, job.wandb, title, *shown)
     if table:
         files = f"results: {folder / 'results.json'}   records: {folder / _RECORDS}.zst"
-        context.reporter.line(f"{files}   picture: {picture}")
+        reporter.line(f"{files}   picture: {picture}")
     return folder
 
 
 def make_rows(
     module: ModuleType, context: Context, records: list[Record], declaration: Declaration
 ) -> pd.DataFrame:
-    """The rows of an evaluation: those of its examples, and those that the suite works out."""
+    """The rows of an evaluation: those of its examples, and the suite's ``figures``."""
     lm, loaded, job = context.lm, context.lm.loaded, context.lm.loaded.job
     common = {
         "checkpoint": lm.name,
@@ -186,11 +174,10 @@ def make_rows(
         "tokens": loaded.step * job.train.batch_tokens if job else None,
         "source": context.suite.name,
     }
-    rows = [common | row for row in rows_of(records, declaration)]
-    for row in module.figures(context, records) if hasattr(module, "figures") else ():
-        metric = declaration.metric(row["metric"])
-        rows.append({"unit": metric.unit, "better": metric.better} | common | row)
-    return make_frame(rows)
+    rows = list(rows_of(records, declaration))
+    if hasattr(module, "figures"):
+        rows += [with_unit(row, declaration) for row in module.figures(context, records)]
+    return make_frame(common | row for row in rows)
 
 
 def _write(
@@ -198,25 +185,22 @@ def _write(
 ) -> list[Row]:
     """Write the files of a finished evaluation, and return its metrics."""
     lm, folder, suite = context.lm, context.folder, context.suite
-    declaration: Declaration = module.declare(context)
+    declaration = module.declare(context)
     frame = make_rows(module, context, records, declaration)
     metrics = aggregate(frame, declaration)
     with replacing(folder / f"{suite.name}.png", ".png") as temporary:
         title = f"{suite.name}: {lm.name}"
         draw_results(metrics, frame.to_dict("records"), declaration, title, temporary)
     compressor = zstandard.ZstdCompressor(write_checksum=True)
-    with (
-        replacing(folder / f"{_RECORDS}.zst") as temporary,
-        zstandard.open(temporary, "wt", cctx=compressor, encoding="utf-8") as file,
-    ):
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    with replacing(folder / f"{_RECORDS}.zst") as temporary:
+        temporary.write_bytes(compressor.compress(lines.encode()))
     write_frame(frame, folder / ROWS)
-    checkpoint = {key: getattr(lm.loaded, key) for key in ("name", "step", "fingerprint")}
     results = {
         "suite": suite.name,
         "settings_hash": folder.name,
         "data": asdict(context.data) if "data" in context.sources else None,
-        "checkpoint": checkpoint,
+        "checkpoint": {key: getattr(lm.loaded, key) for key in ("name", "step", "fingerprint")},
         "judge": asdict(context.job.judge),
         "metrics": metrics,
         "declaration": declaration.as_json(),
@@ -240,17 +224,14 @@ def read_records(folder: Path) -> list[Record]:
                 records = [parse_json(line) for line in file] + records
         except (ValueError, zstandard.ZstdError) as error:
             _log.warning("%s is damaged (%s): its records are measured again", finished, error)
-    return [record for record in records if _is_record(record)]
-
-
-def _is_record(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("id"), str)
-        and isinstance(value.get("by"), dict)
-        and isinstance(value.get("scores"), dict)
-        and all(isinstance(score, int | float) for score in value["scores"].values())
-    )
+    kinds = {"id": str, "by": dict, "scores": dict}
+    return [
+        record
+        for record in records
+        if isinstance(record, dict)
+        and all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+        and all(isinstance(score, int | float) for score in record["scores"].values())
+    ]
 
 
 def _finished(context: Context) -> list[Row] | None:
@@ -259,12 +240,11 @@ def _finished(context: Context) -> list[Row] | None:
     if not path.exists():
         return None
     try:
-        metrics = read_json(path, {"metrics": list})["metrics"]
-        if all(isinstance(cell, str) for metric in metrics for cell in cells(metric)):
-            read_frame(path.with_name(ROWS))
-            return list(metrics)
-        raise TypeError
-    except (UserError, TypeError, ValueError, AttributeError, KeyError) as error:
+        metrics: list[Row] = read_json(path, {"metrics": list})["metrics"]
+        "".join(cell for metric in metrics for cell in cells(metric))  # fails if one is no text
+        read_frame(path.with_name(ROWS))
+        return metrics
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         reason = error if isinstance(error, UserError) else f"{path} is damaged"
         context.reporter.warn(f"{reason}: its figures are computed again")
         return None
@@ -277,17 +257,15 @@ def _tidy(folder: Path) -> None:
             path.unlink()
 
 
-def _settings(context: Context, judged: bool) -> dict[str, Any]:
+def _settings(context: Context) -> dict[str, Any]:
     """What decides the results, besides the model; it is hashed."""
     job = context.job
-    judge = {key: asdict(job.judge).get(key) for key in ("base_url", "model", "temperature")}
-    return ({"judge": judge} if judged else {}) | {
-        "suite": asdict(job.suite),
-        "sources": context.sources,
-        "dtype": job.dtype.value,
-        "limit": job.limit,
-        "seed": job.seed,
-    }
+    settings: dict[str, Any] = {"suite": asdict(job.suite), "sources": context.sources}
+    settings |= {"dtype": job.dtype.value, "limit": job.limit, "seed": job.seed}
+    if job.judge.kind != "none":
+        keys = ("base_url", "model", "temperature")
+        settings["judge"] = {key: asdict(job.judge).get(key) for key in keys}
+    return settings
 
 
 def _prepare(context: Context, settings: dict[str, Any]) -> None:
@@ -296,15 +274,14 @@ def _prepare(context: Context, settings: dict[str, Any]) -> None:
     settings = parse_json(json.dumps(settings))
     state = {"fingerprint": context.lm.loaded.fingerprint, "settings": settings}
     if path.exists():
-        problem = ""
+        problem = f"{path} is damaged"
         try:
             known = read_json(path)
-            if known != state:
-                weights = (
-                    f"the weights of {context.job.checkpoint} are not those that were measured"
-                )
-                same = known.get("settings") == settings
-                problem = f"{weights} before" if same else f"{path} is damaged"
+            if known == state:
+                problem = ""
+            elif known.get("settings") == settings:
+                old = "are not those that were measured before"
+                problem = f"the weights of {context.job.checkpoint} {old}"
         except UserError as error:
             problem = str(error)
         if problem:
@@ -322,7 +299,7 @@ def _answer(module: ModuleType, context: Context, examples: list[Example]) -> li
     reporter, name = context.reporter, context.suite.name
     done = {record["id"]: record for record in read_records(context.folder)}
     todo = [example for example in examples if example.id not in done]
-    answered = len(examples) - len(todo)
+    answered = context.answered = len(examples) - len(todo)
     if answered and todo:
         reporter.line(f"{answered} of {len(examples)} examples were answered before")
     if todo:
@@ -341,7 +318,7 @@ def _answer(module: ModuleType, context: Context, examples: list[Example]) -> li
 
 
 def _show(context: Context, metrics: list[Row]) -> list[list[str]]:
-    rows = [cells(metric) for metric in metrics]
+    rows = list(map(cells, metrics))
     title = f"{context.suite.name}: {context.lm.name}"
     context.reporter.table(make_table(title, COLUMNS, rows[:_MAX_ROWS]))
     if len(rows) > _MAX_ROWS:

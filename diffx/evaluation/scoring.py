@@ -3,13 +3,15 @@
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from diffx.config import RunError
-from diffx.evaluation.model import LanguageModel
+from diffx.evaluation.model import LanguageModel, log_probabilities
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,7 +38,7 @@ def in_batches(
         batch: items at once, or ``auto``: as many as a budget of tokens holds. Either is halved
             when memory runs out.
         device: where the work runs.
-        work: applied to each batch.
+        work: gives the result of a batch.
         alike: with ``auto``, the least length in a batch as a share of the longest.
 
     Yields:
@@ -71,11 +73,8 @@ def in_batches(
                 ) from error
             queue.extendleft(reversed(taken))
             rows = len(taken) // 2
-            warnings.warn(
-                f"{len(taken)} sequences do not fit in the memory of {device}: "
-                f"going on with {rows}",
-                stacklevel=2,
-            )
+            failed = f"{len(taken)} sequences do not fit in the memory of {device}"
+            warnings.warn(f"{failed}: going on with {rows}", stacklevel=2)
             continue
         yield taken, result
 
@@ -84,15 +83,8 @@ def loglikelihoods(
     lm: LanguageModel,
     requests: Sequence[tuple[Tokens, Tokens]],
     batch: int | str = "auto",
-    progress: Callable[[int], None] | None = None,
 ) -> list[tuple[float, bool]]:
-    """Score continuations of contexts.
-
-    Args:
-        lm: the model.
-        requests: context and continuation, one token or more each.
-        batch: contexts at once, or ``auto``.
-        progress: called with the number of requests done.
+    """Score continuations of contexts, pairs of one token or more each.
 
     Returns:
         For each request the sum of the continuation's log-probabilities, in nats, and whether
@@ -101,19 +93,20 @@ def loglikelihoods(
     contexts: dict[tuple[int, ...], list[int]] = {}
     for index, (context, _) in enumerate(requests):
         contexts.setdefault(tuple(context), []).append(index)
-
-    def longest_target(indices: list[int]) -> int:
-        return max(len(requests[index][1]) for index in indices)
-
     # a context is read once where that saves more than the second pass costs
     shared = [
         context
         for context, indices in contexts.items()
-        if len(indices) > 1 and 2 * len(context) >= longest_target(indices)
+        if len(indices) > 1 and 2 * len(context) >= max(len(requests[i][1]) for i in indices)
     ]
     single = {*range(len(requests))} - {index for context in shared for index in contexts[context]}
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-    done = 0
+
+    def store(indices: list[int], sums: Tensor, greedy: Tensor) -> None:
+        lengths = [len(requests[index][1]) for index in indices]
+        parts = zip(sums.cpu().double().split(lengths), greedy.cpu().split(lengths), strict=True)
+        for index, (part, right) in zip(indices, parts, strict=True):
+            scores[index] = float(part.sum()), bool(right.all())
 
     def score_shared(batch_of: list[tuple[int, ...]]) -> None:
         prefix = lm.start([list(context) for context in batch_of])
@@ -123,46 +116,36 @@ def loglikelihoods(
             return max(len(requests[pair[1]][1]), held)
 
         def extend(pairs: list[tuple[int, int]]) -> None:
-            rows, targets = zip(*((row, list(requests[i][1])) for row, i in pairs), strict=True)
-            logits = prefix.logits[list(rows)][:, None]  # (n, 1, V)
+            rows = [row for row, _ in pairs]
+            targets = [list(requests[index][1]) for _, index in pairs]
+            logits = prefix.logits[rows][:, None]  # (n, 1, V)
             if max(map(len, targets)) > 1:  # the extra token of a one-token target is padding
-                _, more = lm.extend(prefix, list(rows), [each[:-1] or each for each in targets])
+                _, more = lm.extend(prefix, rows, [each[:-1] or each for each in targets])
                 logits = torch.cat([logits, more], dim=1)
-            for (_, index), score in zip(pairs, _scores(logits, list(targets)), strict=True):
-                scores[index] = score
+            flat = torch.tensor(list(chain.from_iterable(targets)), device=logits.device)
+            places = zip(logits, targets, strict=True)
+            logits = torch.cat([row[: len(target)] for row, target in places])
+            store([index for _, index in pairs], *log_probabilities(logits, flat))
 
         pairs = [(row, i) for row, context in enumerate(batch_of) for i in contexts[context]]
-        for _ in in_batches(pairs, cost, batch, lm.device, extend):
-            pass
+        deque(in_batches(pairs, cost, batch, lm.device, extend), maxlen=0)  # runs all
 
     def score_single(indices: list[int]) -> None:
         chosen = [requests[index] for index in indices]
-        texts = [[*context, *target[:-1]] for context, target in chosen]
-        longest = max(map(len, texts))
-        ids = torch.tensor([text + [lm.tokenizer.eot_id] * (longest - len(text)) for text in texts])
+        texts = [torch.tensor([*context, *target[:-1]]) for context, target in chosen]
+        ids = pad_sequence(texts, batch_first=True, padding_value=lm.tokenizer.eot_id)
         places = [
             (row, len(context) - 1 + step, token)
             for row, (context, target) in enumerate(chosen)
             for step, token in enumerate(target)
         ]
-        log_probabilities, greedy = lm.score(ids, *torch.tensor(places).T)
-        lengths = [len(target) for _, target in chosen]
-        parts = zip(log_probabilities.double().split(lengths), greedy.split(lengths), strict=True)
-        for index, (part, right) in zip(indices, parts, strict=True):
-            scores[index] = (float(part.sum()), bool(right.all()))  # device sync
-
-    for batch_of, _ in in_batches(shared, len, batch, lm.device, score_shared, _ALIKE):
-        done += sum(len(contexts[context]) for context in batch_of)
-        if progress:
-            progress(done)
+        store(indices, *lm.score(ids, *torch.tensor(places).T))
 
     def size(index: int) -> int:
         return sum(map(len, requests[index]))
 
-    for indices, _ in in_batches(sorted(single), size, batch, lm.device, score_single, _ALIKE):
-        done += len(indices)
-        if progress:
-            progress(done)
+    deque(in_batches(shared, len, batch, lm.device, score_shared, _ALIKE), maxlen=0)
+    deque(in_batches(sorted(single), size, batch, lm.device, score_single, _ALIKE), maxlen=0)
     return scores
 
 
@@ -189,16 +172,3 @@ def generations(
 def cut(text: str, stop: Sequence[str]) -> str:
     """The part of a text before the first of the stop strings."""
     return text[: min((text.index(word) for word in stop if word in text), default=len(text))]
-
-
-def _scores(logits: Tensor, targets: list[list[int]]) -> list[tuple[float, bool]]:
-    """Log-probability sums and greediness of targets under logits (n, T, V)."""
-    longest = max(map(len, targets))
-    padded = torch.tensor(
-        [target + [-1] * (longest - len(target)) for target in targets], device=logits.device
-    )
-    logits, real = logits[:, :longest], padded >= 0
-    chosen = logits.gather(2, padded.clamp(min=0)[..., None])[..., 0] - logits.logsumexp(-1)
-    sums = (chosen.double() * real).sum(1)
-    greedy = ((logits.argmax(-1) == padded) | ~real).all(1)
-    return list(zip(sums.tolist(), greedy.tolist(), strict=True))  # device sync

@@ -1,12 +1,11 @@
 """Speed and memory of a model: training, reading a prompt, and decoding after it.
 
-A figure is the median over rounds; a short call is repeated within its round. Training is forward
-and backward in the run's ``train.precision`` (else ``auto``), the rest runs in ``dtype``.
-Memory is the peak of tensors, with the weights. Notation: B sequences, T tokens.
+A figure is the median over rounds. Training is forward and backward in the run's
+``train.precision`` (else ``auto``), the rest runs in ``dtype``. Memory is the peak of tensors, with
+the weights. Notation: B sequences, T tokens.
 """
 
 import gc
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,16 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
-from diffx.config import UserError
 from diffx.config.train import Precision
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.suite import Context, Example, Record
 from diffx.files import read_json
-from diffx.hub.attention import cache_keyword
-from diffx.models import Decoder, KVCache
-from diffx.results.declare import Average, Declaration, Metric, Picture, Table, metrics
+from diffx.models import Decoder
+from diffx.results.declare import Average, Declaration, Picture, Table, metrics
 from diffx.results.published import published
 from diffx.train.checkpoint import STATE
 from diffx.train.parallel import autocast
@@ -32,47 +28,35 @@ from diffx.train.throughput import peak_allocation, synchronize
 
 TRAIN, PREFILL, DECODE = "train tokens/s", "prefill tokens/s", "decode tokens/s"
 TRAIN_MEMORY, MEMORY = "train peak memory MB", "inference peak memory MB"  # of 10^6 bytes
-
-_ROUND_SECONDS = 0.2  # least seconds of a round, so that the clock's error does not count
+# Shorter calls are repeated within a round, so that the clock's error does not count.
+_ROUND_SECONDS = 0.2
 
 Call = Callable[[], tuple[float, ...]]  # does its work once and returns the seconds of each phase
 
 
 def plan(context: Context) -> list[Example]:
-    """One example for each number and length of sequences.
-
-    Raises:
-        UserError: the model cannot read a length.
-    """
-    suite, limit = context.suite, context.lm.limit
+    """One example for each number and length of sequences."""
+    suite = context.suite
     for length in suite.lengths:
-        if limit is not None and length + suite.decode_tokens > limit:
-            raise UserError(
-                f"suite.lengths={length} cannot be used with {context.lm.name}: with "
-                f"suite.decode_tokens={suite.decode_tokens} it must be {limit} at most, which is "
-                "all that the model reads"
-            )
+        context.check_length("suite.lengths", length, suite.decode_tokens)
+    shapes = [(batch, length) for batch in suite.batches for length in suite.lengths]
     return [
-        Example(f"B={batch} T={length}", {"shape": [batch, length]})
-        for batch in suite.batches
-        for length in suite.lengths
+        Example(f"B={batch} T={length}", {"shape": (batch, length)}) for batch, length in shapes
     ]
 
 
 def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
     """Measure each shape; what does not fit in memory has no score, and there is a warning."""
     suite, lm = context.suite, context.lm
-    weights = sum(
-        tensor.numel() * tensor.element_size()
-        for tensor in (*lm.model.parameters(), *lm.model.buffers())
-    )
+    weights = sum(tensor.nbytes for tensor in (*lm.model.parameters(), *lm.model.buffers()))
     for example in examples:
         batch, length = example.data["shape"]
         ids = _tokens(lm, batch, length + 1, context.seed)
         read, steps = batch * length, suite.decode_tokens
         parts: list[tuple[dict[str, int], str, Call, Call]] = []  # tokens, memory, calls
         if suite.train:
-            parts.append(({TRAIN: read}, TRAIN_MEMORY, training(lm, ids), training(lm, ids)))
+            call = training(lm, ids)
+            parts.append(({TRAIN: read}, TRAIN_MEMORY, call, call))
         calls = reading(lm, ids[:, 1:], steps), reading(lm, ids[:, 1:], 1)
         parts.append(({PREFILL: read, DECODE: batch * steps}, MEMORY, *calls))
         rounds: dict[str, list[float]] = {}
@@ -81,9 +65,8 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             measured = _measure(call, short, suite.rounds, lm.device)
             if measured is None:
                 failed += [*tokens, memory]
-                context.reporter.warn(
-                    f"{example.id}: {' and '.join(tokens)} cannot be measured: out of memory"
-                )
+                names = " and ".join(tokens)
+                context.reporter.warn(f"{example.id}: {names} cannot be measured: out of memory")
                 continue
             seconds, peak = measured
             for (name, count), phase in zip(tokens.items(), seconds.T, strict=True):
@@ -95,13 +78,8 @@ def answer(context: Context, examples: list[Example]) -> Iterator[Record]:
             for name, values in rounds.items()
             for number, value in enumerate(values)
         ]
-        yield {
-            "id": example.id,
-            "by": {"variant": f"B={batch}", "length": length},
-            "scores": {},
-            "rows": rows,
-            "out_of_memory": failed,
-        }
+        by = {"variant": f"B={batch}", "length": length}
+        yield {"id": example.id, "by": by, "scores": {}, "rows": rows, "out_of_memory": failed}
 
 
 def declare(context: Context) -> Declaration:
@@ -109,38 +87,23 @@ def declare(context: Context) -> Declaration:
     speeds, memories = [PREFILL, DECODE], [MEMORY]
     if context.suite.train:
         speeds, memories = [TRAIN, *speeds], [TRAIN_MEMORY, *memories]
+    names = [*speeds, *memories]
     median: dict[str, Any] = {"aggregate": "median", "ratio": True}
-    shapes = Table(
-        by=["variant", "length"],
-        label="{variant} T={length}",
-        metrics=[*speeds, *memories],
-        average=Average(over=["variant", "length"]),
-    )
-    pictures = [
-        Picture(
-            kind="curve",
-            title=name,
-            metrics=[name],
-            x="length",
-            series="variant",
-            xlabel="T, tokens of a sequence",
-            log="x",
-            limits=[0, None],
-        )
-        for name in (*speeds, *memories)
-    ]
+    average = Average(over=["variant", "length"])
+    axis: Any = {"x": "length", "xlabel": "T, tokens of a sequence", "log": "x"}
+    axis |= {"series": "variant", "limits": [0, None]}
     return Declaration(
         metrics=[
             *metrics(speeds, unit="tokens/s", **median),
             *metrics(memories, unit="MB", better="lower", **median),
-            Metric(name="parameters", unit="parameters", better="none", aggregate="given"),
-            Metric(name="validation loss", unit="nats", better="lower", aggregate="given"),
+            *metrics(["parameters"], unit="parameters", better="none", aggregate="given"),
+            *metrics(["validation loss"], unit="nats", better="lower", aggregate="given"),
         ],
         tables=[
             Table(by=[], label="model", metrics=["parameters", "validation loss"], compared=False),
-            shapes,
+            Table(by=average.over, label="{variant} T={length}", metrics=names, average=average),
         ],
-        pictures=pictures,
+        pictures=[Picture(kind="curve", title=name, metrics=[name], **axis) for name in names],
         references=published("speed"),
     )
 
@@ -182,32 +145,15 @@ def training(lm: LanguageModel, ids: Tensor) -> Call:
 
 def reading(lm: LanguageModel, ids: Tensor, steps: int) -> Call:
     """A call that reads ids (B, T) into a cache, and decodes ``steps`` tokens; two phases."""
-    model = lm.model
 
-    def start() -> Callable[[Tensor], Tensor]:
-        """A new cache, and what returns the next tokens (B, 1) after more tokens."""
-        if isinstance(model, Decoder):
-            size = len(ids), ids.shape[1] + steps
-            weight = model.output_weight
-            cache = KVCache(model.config, *size, lm.device, weight.dtype)
-            return lambda tokens: F.linear(
-                model.forward_hidden(tokens, cache=cache)[:, -1:], weight
-            ).argmax(-1)
-        options: dict[str, Any] = {cache_keyword(model): DynamicCache(config=model.config)}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            options["logits_to_keep"] = 1
-        return lambda tokens: (
-            model(input_ids=tokens, use_cache=True, **options).logits[:, -1:].argmax(-1)
-        )
-
-    @torch.inference_mode()
     def call() -> tuple[float, float]:
         begin = _now(lm.device)
-        step = start()
-        token = step(ids)
+        prefix = lm.read(ids, free=steps)
+        chosen = prefix.logits.argmax(-1)
         read = _now(lm.device)
         for _ in range(steps):
-            token = step(token)
+            lm.step(prefix, chosen)
+            chosen = prefix.logits.argmax(-1)
         return read - begin, _now(lm.device) - read
 
     return call
@@ -222,11 +168,9 @@ def _measure(
         calls = max(1, round(_ROUND_SECONDS / sum(call())))
         seconds = [np.mean([call() for _ in range(calls)], axis=0) for _ in range(rounds)]
         return np.array(seconds), peak
-    except RuntimeError as error:
-        # torch.OutOfMemoryError is one; the CPU's allocator has no class for it
-        if not isinstance(error, torch.OutOfMemoryError) and (
-            "can't allocate memory" not in str(error)
-        ):
+    except RuntimeError as error:  # the CPU's allocator has no class for it
+        known = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not known:
             raise
     gc.collect()  # after the except clause, whose traceback holds the tensors
     if device.type == "cuda":

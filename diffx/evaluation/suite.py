@@ -2,10 +2,10 @@
 
 A suite is a module with three functions, and a fourth for figures that no aggregate gives:
 
-    plan(context) -> list[Example]              the same for every model; refuses bad settings
+    plan(context) -> list[Example]           the same for every model; UserError for bad settings
     answer(context, examples) -> Iterator[Record]      one record an example, as soon as it is known
-    declare(context) -> Declaration             its metrics, tables, pictures and published figures
-    figures(context, records) -> Iterable[dict]         more rows of the table of results
+    declare(context) -> Declaration          its metrics, tables, pictures and published figures
+    figures(context, records) -> Iterable[dict]        more rows of the table of results
 
 A record is a JSON-able dict with ``id``; ``by``, columns of ``diffx.results.table.BY``; ``scores``,
 name to figure; optionally ``example``, which pairs models in place of the id, and ``rows``, rows of
@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from diffx.config.checks import refuse
 from diffx.config.data import DataConfig, StdlibData
 from diffx.config.eval import EvalJob
 from diffx.console import Bar, Reporter
@@ -33,12 +34,7 @@ Record = dict[str, Any]
 
 @dataclass(slots=True)
 class Example:
-    """One question to a model.
-
-    Attributes:
-        id: unique in the suite, and the same for every model.
-        data: what the suite needs to ask it.
-    """
+    """One question to a model: an id, the same for every model, and what the suite needs."""
 
     id: str
     data: dict[str, Any] = field(default_factory=dict)
@@ -48,14 +44,8 @@ class Example:
 class Context:
     """What a suite works with.
 
-    Attributes:
-        job: the job.
-        lm: the model.
-        folder: the folder of results.
-        reporter: for lines and warnings.
-        sources: SHA-256 (or revision) of each data source that the plan read; part of the settings
-            hash.
-        bar: the progress display while examples are answered.
+    ``folder`` is that of the results; ``sources`` has the SHA-256 of what the plan reads, by name;
+    ``bar`` is the progress display while examples are answered, of which ``answered`` were before.
     """
 
     job: EvalJob
@@ -64,6 +54,7 @@ class Context:
     reporter: Reporter
     sources: dict[str, str] = field(default_factory=dict)
     bar: Bar | None = None
+    answered: int = 0
 
     @property
     def suite(self) -> Any:
@@ -85,6 +76,13 @@ class Context:
         limit = self.job.limit
         return examples[: math.ceil(len(examples) * limit) if isinstance(limit, float) else limit]
 
+    def check_length(self, key: str, length: int, more: int = 0) -> None:
+        """Raise ``UserError`` if the model cannot read ``length`` tokens and ``more``."""
+        limit, needed = self.lm.limit, f", and {more} more are needed" if more else ""
+        too_long = limit is not None and length + more > limit
+        problem = f"it reads {limit} tokens at most{needed}"
+        refuse(too_long, f"{key}={length}", problem, self.lm.name)
+
     @property
     def data(self) -> DataConfig:
         """The source of text: ``data=``, else the model's training data, else Python's source."""
@@ -92,13 +90,13 @@ class Context:
 
     @cached_property
     def _texts(self) -> tuple[list[str], str]:
-        trained, keys = self.lm.loaded.data, ("kind", "path", "name")
-        held_out = trained is not None and all(
-            getattr(trained, key, None) == getattr(self.data, key, None) for key in keys
+        trained, used = (
+            [getattr(data, key, None) for key in ("kind", "path", "name")]
+            for data in (self.lm.loaded.data, self.data)
         )
-        texts, digest = read_texts(self.data, held_out=held_out)
+        texts, digest = read_texts(self.data, held_out=trained == used)
         path = self.lm.loaded.folder / "data.json"
-        if held_out and self.data.kind in ("text", "stdlib") and path.is_file():
+        if trained == used and self.data.kind in ("text", "stdlib") and path.is_file():
             split = read_json(path).get("val")
             recorded = split.get("bytes") if isinstance(split, dict) else None
             size = sum(len(text.encode()) for text in texts)
@@ -106,8 +104,8 @@ class Context:
             if isinstance(recorded, int) and recorded != size and recorded < MAX_CHARACTERS:
                 self.reporter.warn(
                     f"{self.lm.name} held out {recorded:,} bytes of its text, and {size:,} are "
-                    "held out today (the text changed, or another version of diffx split it): it "
-                    "may have been trained on a part of them"
+                    "held out today: it may have been trained on a part of them (the text or the "
+                    "version of diffx changed)"
                 )
         return texts, digest
 
@@ -123,6 +121,10 @@ def rows_of(records: Iterable[Record], declaration: Declaration) -> Iterator[dic
         example = {"example": record.get("example", record["id"]), "aggregate": EXAMPLE}
         scores = [{"metric": name, "value": value} for name, value in record["scores"].items()]
         for row in (*scores, *record.get("rows", ())):
-            metric = declaration.metric(row["metric"])
-            unit = {"unit": metric.unit, "better": metric.better}
-            yield unit | example | record["by"] | row
+            yield with_unit(example | record["by"] | row, declaration)
+
+
+def with_unit(row: dict[str, Any], declaration: Declaration) -> dict[str, Any]:
+    """The row with the unit and the direction of its metric."""
+    metric = declaration.metric(row["metric"])
+    return {"unit": metric.unit, "better": metric.better, **row}

@@ -27,18 +27,11 @@ def summary_scores(summary: str, references: Sequence[str]) -> dict[str, float]:
 
 
 def diversity(texts: Sequence[str], most: int = 100) -> dict[str, float]:
-    """How much the texts of one task differ, from 0 to 1.
+    """How much the first ``most`` texts of one task differ, from 0 to 1, as far as defined.
 
     ``distinct_n``, n = 1, 2, 3: distinct n-grams per n-gram (Li et al., arXiv 1510.03055); it falls
     with the number and the length of the texts, so compare equal numbers. ``self_bleu``: mean BLEU
     of each text with all others as references (Zhu et al., arXiv 1802.01886); lower is diverse.
-
-    Args:
-        texts: the generations.
-        most: the first texts that are compared; the work grows with their square.
-
-    Returns:
-        The figures that are defined: none without words, no ``self_bleu`` of a single text.
     """
     texts = list(texts[:most])
     words = [_WORDS(text.lower()).split() for text in texts]

@@ -1,6 +1,4 @@
-"""Observe and replace the attention of a model.
-
-A ``Decoder`` is observed by hooks, a model of ``transformers`` through its attention interface.
+"""Observe and replace attention: by hooks of a ``Decoder``, by the interface of ``transformers``.
 
 Notation: B batch, T tokens, D model width, M query maps, G key maps.
 """
@@ -9,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,15 +26,14 @@ from diffx.ops import QuantizedLogits
 _NAME = "diffx"  # of `_attend` among the attention functions of transformers
 _ATTEND = "_diffx_attend"  # the attribute of a module that holds the function of `attending_with`
 _ROWS = 256  # query rows of a map that are computed at once
-# Keywords of attention functions without effect here: queries and keys are rotated already, and the
+# Keywords of attention functions without effect here, since queries and keys are rotated and the
 # mask holds the window. Any other may change the attention, as sinks and biases do: an error.
 _HARMLESS = {
     *("sliding_window", "position_ids", "cache", "past_key_values", "cache_position", "use_cache"),
     *("output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch"),
-    *("logits_to_keep", "layer_idx"),
+    *("logits_to_keep", "layer_idx", "scaling", "is_causal"),
 }
 _HARMLESS_IF_OFF = {"dropout", "output_attentions"}
-_HANDLED = {"scaling", "is_causal"}
 # The name of the cache; renamed in transformers 5.24.
 CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
 
@@ -54,35 +52,30 @@ def observing(
 ) -> Iterator[None]:
     """Call back in forward passes without a cache, within the context.
 
-    Args:
-        model: a ``Decoder``, or a causal model of transformers that uses its attention interface.
-        attention: called with the layer from 0 and its queries and keys.
-        hidden: called with the layer from 0 and its output (B, T, D), the residual stream included.
+    ``attention`` is called with each layer, from 0, and its queries and keys, ``hidden`` with the
+    layer and its output (B, T, D), the residual stream included.
 
     Raises:
         UserError: ``attention`` is given, and the attention of the model cannot be observed.
     """
     with ExitStack() as stack:
-        if hidden is not None:
-            for layer, block in enumerate(decoder_blocks(model)):
-                give = partial(_give_hidden, hidden, layer)
-                stack.enter_context(block.register_forward_hook(give))
-        if attention is not None and isinstance(model, Decoder):
+        for layer, block in enumerate(decoder_blocks(model) if hidden else ()):
+            hook = partial(_give_hidden, hidden, layer)
+            stack.enter_context(block.register_forward_hook(hook))
+        if attention and isinstance(model, Decoder):
             for module in attention_modules(model):
-                give = partial(_give_view, attention)
-                stack.enter_context(module.register_forward_pre_hook(give))
-        elif attention is not None:
+                hook = partial(_give_view, attention)
+                stack.enter_context(module.register_forward_pre_hook(hook))
+        elif attention:
             stack.enter_context(attending_with(model, _observing(model, attention)))
         yield
 
 
-def _give_hidden(
-    callback: Callable[..., None], layer: int, _: nn.Module, args: Any, output: Any
-) -> None:
+def _give_hidden(callback: Any, layer: int, _: nn.Module, args: Any, output: Any) -> None:
     callback(layer, output[0] if isinstance(output, tuple) else output)
 
 
-def _give_view(callback: Callable[..., None], module: Attention, args: tuple[Any, ...]) -> None:
+def _give_view(callback: Any, module: Attention, args: tuple[Any, ...]) -> None:
     callback(module.layer, module.view(*args[:3]))
 
 
@@ -103,24 +96,19 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def _unsupported(model: nn.Module, why: str) -> UserError:
-    name = getattr(model, "name_or_path", "") or type(model).__name__
-    return UserError(
-        f"checkpoint={name} cannot be used: {type(model).__name__} {why}; the suite needs a run, "
-        "or a causal model with ordinary attention by transformers' AttentionInterface"
-    )
+    name, kind = getattr(model, "name_or_path", ""), type(model).__name__
+    accepted = "the suite needs a run, or a causal model with transformers' AttentionInterface"
+    return UserError(f"checkpoint={name or kind} cannot be used: {kind} {why}; {accepted}")
 
 
 def _observing(model: nn.Module, callback: Callable[..., None]) -> Callable[..., Any]:
     """An attention function that gives ``callback`` a view of each layer and computes by SDPA."""
     second_call = False  # DiffLlama attends twice with the same maps, to halves of the values
 
-    def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
-    ) -> Any:
+    def attend(module: Any, *tensors: Any, **options: Any) -> Any:
         nonlocal second_call
-        _refuse_extras(model, attention_mask, kwargs, _HANDLED | {"softcap"})
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, M or G, width)
-        maps, scale = q.shape[2], kwargs.get("scaling")
+        q, k, v, causal = _read(model, module, tensors, options, "softcap")
+        maps, scale = q.shape[2], options.get("scaling")
         order, lam = list(range(maps)), None
         if isinstance(module, DiffLlamaAttention):  # its head j pairs maps j and j + M/2
             order = [m // 2 + m % 2 * (maps // 2) for m in range(maps)]
@@ -131,25 +119,23 @@ def _observing(model: nn.Module, callback: Callable[..., None]) -> Callable[...,
             key_map=[m // (maps // k.shape[2]) for m in order],
             scale=q.shape[3] ** -0.5 if scale is None else scale,
             lam=lam,
-            mask=attention_mask,
-            softcap=kwargs.get("softcap"),
-            causal=_causal(module, kwargs),
+            mask=tensors[3],
+            softcap=options.get("softcap"),
+            causal=causal,
         )
         if not second_call:
             callback(module.layer_idx, view)
         second_call = lam is not None and not second_call
-        if view.softcap is None:
-            return ALL_ATTENTION_FUNCTIONS["sdpa"](
-                module, query, key, value, attention_mask, **kwargs
-            )
-        return _weigh(view, v), None  # SDPA has no softcap
+        if view.softcap is not None:  # which SDPA does not have
+            return _weigh(view, v), None
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *tensors, **options)
 
     return attend
 
 
 @contextmanager
 def attending_with(model: nn.Module, attend: Callable[..., Any]) -> Iterator[None]:
-    """Let one model attend with a function of the attention interface of ``transformers``.
+    """Let one model attend by ``attend(module, query, key, value, mask, **options)``.
 
     Raises:
         UserError: the model does not use that interface.
@@ -167,10 +153,12 @@ def attending_with(model: nn.Module, attend: Callable[..., Any]) -> Iterator[Non
         yield
 
 
-def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
     """Attend with the module's function; with SDPA in another model that shares the config."""
     attend = getattr(module, _ATTEND, None) or ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return attend(module, *args, **kwargs)
+    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -185,14 +173,11 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
         UserError: the model has another attention than queries, keys and a mask.
     """
 
-    def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
-    ) -> Any:
-        _refuse_extras(model, attention_mask, kwargs, _HANDLED)
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, heads, width)
+    def attend(module: Any, *tensors: Any, **options: Any) -> Any:
+        q, k, v, causal = _read(model, module, tensors, options)
         sets = 2 if isinstance(module, DiffLlamaAttention) else 1  # all A1 are before all A2
-        causal, scale = _causal(module, kwargs), kwargs.get("scaling")
-        return quantized.attention(q, k, v, causal, scale, mask=attention_mask, sets=sets), None
+        scale = options.get("scaling")
+        return quantized.attention(q, k, v, causal, scale, mask=tensors[3], sets=sets), None
 
     with ExitStack() as stack:
         modules = attention_modules(model)
@@ -204,38 +189,41 @@ def quantizing_logits(model: nn.Module, quantized: QuantizedLogits) -> Iterator[
         yield
 
 
-def _refuse_extras(
-    model: nn.Module, mask: Tensor | None, kwargs: dict[str, Any], handled: set[str]
-) -> None:
-    """Raise ``UserError`` if the attention is more than queries, keys and a boolean mask."""
+def _read(
+    model: nn.Module, module: Any, tensors: tuple[Any, ...], options: dict[str, Any], *handled: str
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Queries, keys and values (B, T, M or G, width), and whether they are causal without a mask.
+
+    Raises:
+        UserError: the attention is more than these and a boolean mask.
+    """
+    *qkv, mask = tensors
     extra = [
         name
-        for name, value in kwargs.items()
-        if value is not None and name not in _HARMLESS | handled
+        for name, value in options.items()
+        if value is not None and name not in {*_HARMLESS, *handled}
         if name not in _HARMLESS_IF_OFF or value
     ]
     if extra or (mask is not None and mask.dtype != torch.bool):
         raise _unsupported(model, f"adds {extra[0] if extra else 'a bias'} to its attention")
-
-
-def _causal(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether attention is causal where ``transformers`` gives no mask."""
-    is_causal = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = options.get("is_causal")
+    q, k, v = (x.transpose(1, 2) for x in qkv)
+    return q, k, v, bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _diffllama_lambda(module: DiffLlamaAttention) -> Tensor:
-    first = (module.lambda_q1 * module.lambda_k1).sum(-1, dtype=torch.float32).exp()
-    second = (module.lambda_q2 * module.lambda_k2).sum(-1, dtype=torch.float32).exp()
+    first, second = (
+        (q * k).sum(-1, dtype=torch.float32).exp()
+        for q, k in ((module.lambda_q1, module.lambda_k1), (module.lambda_q2, module.lambda_k2))
+    )
     return first - second + module.lambda_init
 
 
 def _weigh(view: AttentionView, values: Tensor) -> Tensor:
     """The output (B, T, M, width) of ordinary maps, given values (B, T, G, width)."""
     out = values.new_empty(*view.q.shape[:3], values.shape[3])
-    for m, key in enumerate(view.key_map):
-        for start in range(0, out.shape[1], _ROWS):
-            stop = min(start + _ROWS, out.shape[1])
-            weights = view.head_map(m, start, stop).to(values.dtype)
-            out[:, start:stop, m] = weights @ values[:, :, key]
+    for (m, key), start in product(enumerate(view.key_map), range(0, out.shape[1], _ROWS)):
+        stop = min(start + _ROWS, out.shape[1])
+        weights = view.head_map(m, start, stop).to(values.dtype)
+        out[:, start:stop, m] = weights @ values[:, :, key]
     return out

@@ -44,57 +44,47 @@ def training_card(
     parameters: int | None = None,
     library: str = "diffx",
 ) -> ModelCard:
-    """Describe a model that a run trained or adapted.
+    """Describe the model called ``name`` of a run, at ``step``, adapted from ``base`` or trained.
 
-    Args:
-        job: the job of the run.
-        name: the name of the model.
-        step: of the checkpoint; the summary's losses of another step are not used.
-        summary: ``summary.json`` of the run; empty if there is none.
-        usage: Python code that loads the model.
-        base: the name of the base of an adapted run.
-        parameters: their number; None takes it from the summary.
-        library: the library that loads it.
+    ``summary`` is that of the run, or empty. ``usage`` is code that loads the model by ``library``.
+    ``parameters`` is their number; None takes it from the summary.
     """
-    counts = summary.get("parameters", {})
-    rows = {"parameters": parameters or counts.get("total")}
-    license_name = None
+    counts, license_name = summary.get("parameters", {}), None
     if isinstance(job, AdaptJob):
-        variant = job.dex.variant.value
-        license_name = _license(job.base, job.revision)
-        rows["architecture"] = f"{base} with DEX, variant {variant}"
-        rows["trained parameters"] = counts.get("trained")
+        variant, license_name = job.dex.variant.value, _license(job.base, job.revision)
+        architecture = f"{base} with DEX, variant {variant}"
     else:
         variant = job.model.kind
         sizes = {key: getattr(job.model, key) for key in _SHAPE}
         shape = ", ".join(f"{key} {size}" for key, size in sizes.items() if size is not None)
-        rows["architecture"] = f"{variant}: {shape}"
-    rows |= {
+        architecture = f"{variant}: {shape}"
+    losses = summary if summary.get("step") == step else {}
+    if not losses and summary.get("best/step") == step:
+        losses = {"val/loss": summary.get("best/val/loss")}
+    rows = {
+        "parameters": parameters or counts.get("total"),
+        "architecture": architecture,
+        "trained parameters": counts.get("trained"),  # of an adapted run
         "training text": _data_name(job.data),
         "steps": step,
         "tokens": step * int(job.train.batch_tokens),
         "sequence length": job.train.seq_len,
         "seed": job.seed,
+        "held-out loss, nats a token": losses.get("val/loss"),
+        "held-out bits per byte": losses.get("val/bpb"),
+        "held-out loss of the base": losses.get("base/val/loss"),
     }
-    if summary.get("step") == step:
-        rows |= {
-            "held-out loss, nats a token": summary.get("val/loss"),
-            "held-out bits per byte": summary.get("val/bpb"),
-            "held-out loss of the base": summary.get("base/val/loss"),
-        }
-    elif summary.get("best/step") == step:
-        rows |= {"held-out loss, nats a token": summary.get("best/val/loss")}
-    data = ModelCardData(
-        pipeline_tag="text-generation",
-        base_model=base,
-        library_name=library,
-        license=license_name,
-        tags=["diffx", "differential-attention", variant],
-        datasets=[job.data.name]
-        if isinstance(job.data, HubData) and not _is_local(job.data.name)
-        else None,
+    public = isinstance(job.data, HubData) and not _is_local(job.data.name)
+    facts: dict[str, Any] = {"base_model": base, "library_name": library, "license": license_name}
+    facts["datasets"] = [getattr(job.data, "name", "")] if public else None
+    tags = ["diffx", "differential-attention", variant]
+    data = ModelCardData(pipeline_tag="text-generation", tags=tags, **facts)
+    formats = {int: "{:,}", float: "{:.4f}"}
+    table = "\n".join(
+        f"| {key} | {formats.get(type(value), '{}').format(value)} |"
+        for key, value in rows.items()
+        if value is not None
     )
-    table = "\n".join(f"| {key} | {_shown(rows[key])} |" for key in rows if rows[key] is not None)
     return ModelCard(
         f"""---
 {data.to_yaml()}
@@ -117,11 +107,6 @@ Made with diffx {version("diffx")}.
     )
 
 
-def _shown(value: Any) -> str:
-    formats = {int: "{:,}", float: "{:.4f}"}
-    return formats.get(type(value), "{}").format(value)
-
-
 def _data_name(data: DataConfig) -> str:
     """The text by name, without the folder of a local file."""
     if data.kind == "stdlib":
@@ -139,9 +124,8 @@ def _is_local(name: str) -> bool:
 
 def _license(base: str, revision: str | None) -> str | None:
     """The license in the model card of a base that is a folder or in the hub's cache."""
-    path: Any = Path(base, CARD)
-    if not Path(base).is_dir():
-        path = try_to_load_from_cache(base, CARD, revision=revision)
+    local = Path(base).is_dir()
+    path: Any = Path(base, CARD) if local else try_to_load_from_cache(base, CARD, revision=revision)
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return None
     license_name = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict().get("license")

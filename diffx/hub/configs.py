@@ -1,8 +1,4 @@
-"""Configurations and model classes that are registered with ``transformers``.
-
-``import diffx`` has the auto classes of ``transformers`` import this module, so it imports neither
-torch nor a model.
-"""
+"""Classes that ``import diffx`` registers with ``transformers``, without torch and models."""
 
 from importlib import import_module
 from typing import Any
@@ -18,12 +14,7 @@ _CACHES = ["cache", "past_key_values"]
 
 
 class DiffxConfig(PretrainedConfig):
-    """Configuration of a ``Decoder``.
-
-    Args:
-        architecture: the fields of a ``ModelConfig``, ``kind`` included.
-        use_cache: whether ``forward`` returns a cache by default.
-    """
+    """Configuration of a ``Decoder``: ``architecture`` has the fields of its ``ModelConfig``."""
 
     model_type = "diffx"
     keys_to_ignore_at_inference = _CACHES
@@ -53,14 +44,9 @@ class DiffxConfig(PretrainedConfig):
 class DexModelConfig(PretrainedConfig):
     """Configuration of an adapted model that keeps its branch.
 
-    Args:
-        base: the config of the base, with its ``model_type``.
-        branches: for each layer ``output`` (the name of the projection) and arguments of
-            ``DexProjection``, as are ``share``, ``sign`` and ``anneal_steps``.
-        share: ``layer`` or ``head``.
-        sign: -1 or +1.
-        anneal_steps: T of equation 4; None for a fixed lambda.
-        step: t of equation 4.
+    ``base`` is the config of the base. ``branches`` has for each layer ``output``, the name of the
+    projection, and arguments of ``DexProjection``, as are ``share``, ``sign`` and ``anneal_steps``.
+    ``step`` is t of equation 4.
     """
 
     model_type = "diffx_dex"
@@ -78,8 +64,8 @@ class DexModelConfig(PretrainedConfig):
     ):
         self.base, self.branches = base or {}, branches or []
         self.share, self.sign, self.anneal_steps, self.step = share, sign, anneal_steps, step
-        sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads"
-        for key in (*sizes.split(), "max_position_embeddings"):
+        sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads "
+        for key in (sizes + "max_position_embeddings").split():
             options.setdefault(key, self.base.get(key))
         options["tie_word_embeddings"] = bool(self.base.get("tie_word_embeddings", False))
         super().__init__(**options)
@@ -91,12 +77,16 @@ class _LazyModel:
     module: str
 
     @classmethod
+    def _model(cls) -> Any:
+        return getattr(import_module(cls.module), cls.__name__)
+
+    @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        return getattr(import_module(cls.module), cls.__name__).from_pretrained(*args, **kwargs)
+        return cls._model().from_pretrained(*args, **kwargs)
 
     @classmethod
     def _from_config(cls, *args: Any, **kwargs: Any) -> Any:
-        return getattr(import_module(cls.module), cls.__name__)._from_config(*args, **kwargs)
+        return cls._model()._from_config(*args, **kwargs)
 
 
 for config, package, name in (

@@ -1,11 +1,9 @@
 """Conversion of ``transformer`` to and from Llama, and of ``diff_v1`` to and from DiffLlama.
 
-The models compute the same function with another order of rows. A ``Decoder`` rotates features 2i
-and 2i+1 of a head, Llama i and i + d/2. Differential head j of a ``Decoder`` has maps 2j and 2j+1;
-in DiffLlama it has maps j and j + H/2, and the wide value is split into heads g and g + H_kv/2.
-DiffLlama's head norm has no gain: the gain is multiplied into ``o_proj``.
-
-Notation: H and H_kv the baseline's heads, d = D/H their width.
+The functions are the same with another order of rows. A ``Decoder`` rotates features 2i and 2i+1 of
+a head, Llama i and i + d/2. Differential head j of a ``Decoder`` has maps 2j and 2j+1, that of
+DiffLlama j and j + H/2, and its value is heads g and g + H_kv/2. DiffLlama's head norm has no gain:
+it is multiplied into ``o_proj``. Notation: H and H_kv heads of the baseline, d = D/H their width.
 """
 
 from collections.abc import Callable
@@ -25,7 +23,7 @@ from diffx.config.model import DiffV1Config, Halve, LambdaScope, ModelConfig, Tr
 from diffx.models import Decoder, build_model
 
 # Fields of a ``ModelConfig`` and of a config of ``transformers``.
-_NAMES = {
+NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -44,9 +42,7 @@ def to_llama(model: Decoder) -> LlamaForCausalLM:
     """
     config = model.config
     if config.kind != "transformer":
-        raise ValueError(
-            f"model={config.kind} cannot be written as a Llama: only model=transformer can"
-        )
+        raise ValueError(f"model={config.kind} cannot be written as a Llama: model=transformer can")
     llama = LlamaForCausalLM(LlamaConfig(**_shape(config)))
     return _fill(llama, model, _reorder(model.state_dict(), config, _halves, pairs=False))
 
@@ -55,8 +51,7 @@ def from_llama(llama: LlamaForCausalLM) -> Decoder:
     """Convert a Llama to a ``transformer`` with copied weights.
 
     Raises:
-        ValueError: biases, scaled RoPE, another activation, or heads whose widths do not sum to the
-            hidden size.
+        ValueError: biases, scaled RoPE, another activation, or heads of another width than D/H.
     """
     return _decoder(llama, TransformerConfig(**_checked_shape(llama.config)), pairs=False)
 
@@ -69,19 +64,12 @@ def to_diffllama(model: Decoder) -> DiffLlamaForCausalLM:
     """
     config = model.config
     if not isinstance(config, DiffV1Config):
-        raise ValueError(
-            f"model={config.kind} cannot be written as a DiffLlama: only model=diff_v1 can"
-        )
-    for key, needed in (
-        ("lambda_init", "depth"),
-        ("lambda_scope", LambdaScope.layer),
-        ("sublayer_norm", True),
-        ("halve", Halve.head_count),
-    ):
+        raise ValueError(f"model={config.kind} cannot be written as a DiffLlama: model=diff_v1 can")
+    fixed: dict[str, Any] = {"lambda_init": "depth", "lambda_scope": LambdaScope.layer}
+    fixed |= {"sublayer_norm": True, "halve": Halve.head_count}
+    for key, needed in fixed.items():
         if (value := getattr(config, key)) != needed:
-            raise ValueError(
-                f"model.{key}={value} cannot be written as a DiffLlama, which always has {needed}"
-            )
+            raise ValueError(f"model.{key}={value} cannot be in a DiffLlama: it has {needed}")
     state = _reorder(model.state_dict(), config, _halves, pairs=True)
     for name in [name for name in state if name.endswith("sublayer_norm.weight")]:
         gain = state.pop(name)  # (2d,)
@@ -101,7 +89,7 @@ def from_diffllama(llama: DiffLlamaForCausalLM) -> Decoder:
 
 
 def _halves(rows: Tensor, groups: int, unit: int) -> Tensor:
-    """Reorder each group, in units of rows, from pairs (0 1, 2 3, …) to halves (0 2 …, 1 3 …)."""
+    """Reorder units of each group of rows from pairs (0 1, 2 3, …) to halves (0 2 …, 1 3 …)."""
     return rows.unflatten(0, (groups, -1, 2, unit)).transpose(1, 2).flatten(0, 3)
 
 
@@ -130,7 +118,7 @@ def _reorder(
 
 
 def _shape(config: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(config, key) for key, name in _NAMES.items()} | {
+    return {name: getattr(config, key) for key, name in NAMES.items()} | {
         "intermediate_size": config.ffn_size,
         "rope_theta": config.rope_theta,
         "bos_token_id": None,
@@ -139,10 +127,8 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
 
 
 def _checked_shape(config: PretrainedConfig) -> dict[str, Any]:
-    rope = getattr(config, "rope_parameters", None) or {
-        "rope_theta": config.rope_theta,
-        **(config.rope_scaling or {}),
-    }
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
     for key, value, needed in (
         ("hidden_act", config.hidden_act, "silu"),
         ("attention_bias", config.attention_bias, False),
@@ -154,7 +140,7 @@ def _checked_shape(config: PretrainedConfig) -> dict[str, Any]:
             raise ValueError(
                 f"a {config.model_type} with {key}={value} cannot be converted: it must be {needed}"
             )
-    return {key: getattr(config, name) for key, name in _NAMES.items()} | {
+    return {key: getattr(config, name) for key, name in NAMES.items()} | {
         "intermediate_size": config.intermediate_size,
         "rope_theta": rope["rope_theta"],
     }

@@ -57,26 +57,14 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: DynamicCache | None = None,
     ) -> CausalLMOutputWithPast:
-        """Compute the logits of the next token.
+        """Compute the logits of the next token; the arguments are those of Llama's ``forward``.
 
-        The arguments are those of Llama's ``forward``, with the same defaults; any other keyword is
-        a ``TypeError``. Padding may be on either side.
-
-        Args:
-            input_ids: (B, T).
-            attention_mask: (B, S), 0 at padding, of all cached and new tokens.
-            position_ids: (B, T) or (1, T); None counts from the cache's length. Without a mask and
-                a cache, a position that does not follow the one before it begins a document.
-            cache: keys and values of the S - T tokens before.
-            inputs_embeds: (B, T, D), in place of ``input_ids``.
-            labels: (B, T), -100 where there is no loss; shifted by one here.
-            use_cache: return a cache; None takes the default of the config.
-            logits_to_keep: the number of last tokens, 0 for all, or the indices (n,) of tokens.
-            output_hidden_states: return the input of each layer and the normalized output of the
-                last one, each (B, T, D); None takes the default of the config.
-            output_attentions: must not be true; ``diffx.hub.attention.observing`` gives the maps.
-            num_items_in_batch: the divisor of the loss, in place of the number of targets.
-            past_key_values: the name of ``cache`` before transformers 5.24.
+        Any other keyword is a ``TypeError``. ``attention_mask`` (B, S) is of all cached and new
+        tokens, 0 at padding on either side. Without it and a cache, a position of ``position_ids``
+        (B or 1, T) that does not follow the one before it begins a document. Hidden states are the
+        input of each layer and the normalized output of the last one, (B, T, D) each.
+        ``output_attentions`` must not be true: ``diffx.hub.attention.observing`` gives the maps.
+        ``past_key_values`` is the name of ``cache`` before transformers 5.24.
 
         Raises:
             ValueError: an argument cannot be used, such as a cache that is no ``DynamicCache``.
@@ -84,10 +72,9 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         config, decoder = self.config, self.decoder
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("one of input_ids and inputs_embeds must be given, and not both")
-        if output_attentions or (output_attentions is None and config.output_attentions):
-            raise ValueError(
-                "output_attentions=True is not supported: diffx.hub.attention.observing gives maps"
-            )
+        if config.output_attentions if output_attentions is None else output_attentions:
+            instead = "diffx.hub.attention.observing gives maps"
+            raise ValueError(f"output_attentions=True is not supported: {instead}")
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         x = decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
@@ -99,10 +86,7 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None:
             shape, needed = tuple(attention_mask.shape), (len(x), length + x.shape[1])
             if shape != needed:
-                raise ValueError(
-                    f"attention_mask has the shape {shape}: it must be {needed}, of all cached and "
-                    "new tokens"
-                )
+                raise ValueError(f"attention_mask has the shape {shape}: it must be {needed}")
             if not bool(attention_mask.all()):  # device sync
                 view = view or _CacheView(DynamicCache())
                 view.valid = attention_mask.bool()
@@ -114,9 +98,8 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         states: list[Tensor] = []
         with ExitStack() as stack:
             for layer in decoder.layers if output_hidden_states else ():
-                stack.enter_context(
-                    layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
-                )
+                hook = layer.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+                stack.enter_context(hook)
             hidden = decoder.run_layers(x, position_ids, view, cu_seqlens)
         last = isinstance(logits_to_keep, int)
         kept = hidden[:, -logits_to_keep:] if last else hidden[:, logits_to_keep]
@@ -125,21 +108,15 @@ class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
         if output_hidden_states:
             fields["hidden_states"] = (*states, hidden)
         if labels is not None:
-            fields["loss"] = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
+            sizes = {"vocab_size": config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            fields["loss"] = self.loss_function(logits=logits, labels=labels, **sizes)
         return CausalLMOutputWithPast(logits=logits, **fields)
 
 
-def _pick_cache(
-    cache: DynamicCache | None, past_key_values: DynamicCache | None
-) -> DynamicCache | None:
-    if cache is not None and past_key_values is not None:
+def _pick_cache(cache: DynamicCache | None, older_name: DynamicCache | None) -> DynamicCache | None:
+    if cache is not None and older_name is not None:
         raise ValueError("cache and past_key_values are two names of one argument: give one")
-    cache = past_key_values if cache is None else cache
+    cache = older_name if cache is None else cache
     # A fixed cache returns positions that are not filled yet; one with a window loses tokens.
     if cache is not None and (not isinstance(cache, DynamicCache) or any(cache.is_sliding)):
         raise ValueError(

@@ -10,20 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffx.config import quantize as config
 from diffx.config.eval import EvalJob
-from diffx.config.quantize import (
-    EXACT,
-    AttentionLogits,
-    LogitScope,
-    QuantizeJob,
-    StateScope,
-    Weights,
-    change_settings,
-)
+from diffx.config.quantize import EXACT, LogitScope, QuantizeJob, StateScope
 from diffx.evaluation.model import LanguageModel
 from diffx.evaluation.run import Change, measure
 from diffx.hub.attention import decoder_blocks, quantizing_logits
-from diffx.loading import Loaded, load
+from diffx.loading import load
 from diffx.ops import QuantizedLogits, absmax_quantize
 from diffx.quantization.weights import check_weights, quantize_weights
 
@@ -37,37 +30,30 @@ def quantize(job: QuantizeJob) -> dict[int, Path]:
     """
     loaded = load(job.checkpoint, job.device, job.dtype, job.revision, job.trust_remote_code)
     keys = {key.name: getattr(job, key.name) for key in fields(EvalJob)} | {"kind": "eval"}
-    skipped = check_weights(job, loaded) if isinstance(job.method, Weights) else []
+    skipped = check_weights(job, loaded) if isinstance(job.method, config.Weights) else []
     folders = {}
     for bits in sorted({EXACT, *job.bits}, reverse=True):
-        quantized, change = loaded, None
-        if bits != EXACT:
-            quantized, change = _quantized(job, loaded, bits, skipped)
+        model, change, changed = loaded, None, {}
+        if bits != EXACT and isinstance(job.method, config.Weights):
+            model, change = quantize_weights(job, loaded, bits, skipped)
+            changed["checkpoint"] = model.model.name_or_path
+        elif bits != EXACT:
+            change = _simulated(job.method, bits)
         caches = change is None or change.caches
-        changed = {} if caches else {"batch": 1}
-        if quantized is not loaded:
-            changed["checkpoint"] = quantized.model.name_or_path
-        folders[bits] = measure(
-            EvalJob(**keys | changed), LanguageModel(quantized, caches), change, table=False
-        )
+        if not caches:
+            changed["batch"] = 1
+        evaluation = EvalJob(**keys | changed)
+        folders[bits] = measure(evaluation, LanguageModel(model, caches), change, table=False)
     return folders
 
 
-def _quantized(
-    job: QuantizeJob, loaded: Loaded, bits: int, skipped: list[str]
-) -> tuple[Loaded, Change]:
-    """The model to evaluate at ``bits`` bits, and the change of the job's method to it."""
-    method: Any = job.method
-    if isinstance(method, Weights):
-        return quantize_weights(job, loaded, bits, skipped)
-    if isinstance(method, AttentionLogits):
-        logits = QuantizedLogits(bits, method.scope.value)
-        apply: Any = partial(quantizing_logits, quantized=logits)
-    else:
-        apply = partial(quantizing_states, bits=bits, scope=method.scope)
+def _simulated(method: Any, bits: int) -> Change:
+    apply: Any = partial(quantizing_states, bits=bits, scope=method.scope)
+    if isinstance(method, config.AttentionLogits):
+        apply = partial(quantizing_logits, quantized=QuantizedLogits(bits, method.scope.value))
     caches = method.scope in (LogitScope.row, StateScope.token)
-    name, settings = f"{method.kind}-{bits}bit", change_settings(method, bits)
-    return loaded, Change(name, settings, apply, caches=caches)
+    name = f"{method.kind}-{bits}bit"
+    return Change(name, config.change_settings(method, bits), apply, caches=caches)
 
 
 @contextmanager

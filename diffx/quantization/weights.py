@@ -11,8 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, TorchAoConfig
 from transformers.utils.import_utils import is_torchao_available
 
-from diffx.config import UserError
-from diffx.config.checks import require
+from diffx.config.checks import refuse, require
 from diffx.config.quantize import EXACT, QuantizeJob, Scheme, Weights, change_settings
 from diffx.config.train import Device
 from diffx.console import Reporter
@@ -30,46 +29,36 @@ def check_weights(job: QuantizeJob, loaded: Loaded) -> list[str]:
     """The linear layers that are not quantized: the output projection and those the job skips.
 
     Raises:
-        UserError: the model is quantized already, torchao or the hardware lacks a feature, or no
-            layer fits the job.
+        UserError: the model, torchao, the hardware or a layer does not fit the job.
     """
     method: Any = job.method
-    if not is_torchao_available():
-        raise UserError(
-            "method=weights cannot be used: it needs torchao 0.15 or newer; pip install "
-            "'diffx[torchao]' installs it"
-        )
-    if hasattr(getattr(loaded.model, "config", None), "quantization_config"):
-        raise UserError(
-            f"checkpoint={job.checkpoint} cannot be used: its weights are quantized; give the "
-            "model they were made from"
-        )
+    install = "it needs torchao 0.15 or newer; pip install 'diffx[torchao]' installs it"
+    refuse(not is_torchao_available(), "method=weights", install)
+    quantized = hasattr(getattr(loaded.model, "config", None), "quantization_config")
+    original = "its weights are quantized; give the model they were made from"
+    refuse(quantized, f"checkpoint={job.checkpoint}", original)
     device = next(loaded.model.parameters()).device
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    if method.scheme is Scheme.float8_dynamic and not capable:
-        raise UserError(
-            f"method.scheme=float8_dynamic cannot be used on {device}: it needs a GPU of compute "
-            "capability 8.9 or newer"
-        )
+    refuse(
+        method.scheme is Scheme.float8_dynamic and not capable,
+        "method.scheme=float8_dynamic",
+        "it needs a GPU of compute capability 8.9 or newer",
+        str(device),
+    )
     model = _plain(job, loaded)
     linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     skipped = [name for name, part in linear.items() if part is model.get_output_embeddings()]
     for part in method.skip:
         matched = [name for name in linear if f".{part}." in f".{name}."]
-        if not matched:
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-            raise UserError(
-                f"method.skip={part} cannot be used: no linear layer's name has it; accepted: "
-                f"whole parts, such as {known}"
-            )
+        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+        accepted = f"a whole part of a linear layer's name, such as {known}"
+        require(bool(matched), "method.skip", part, accepted)
         skipped += matched
-    quantized = {name: part.in_features for name, part in linear.items() if name not in skipped}
-    if not quantized:
-        raise UserError(
-            f"method=weights cannot be used: {type(model).__name__} has no linear layer to quantize"
-        )
+    widths = {name: part.in_features for name, part in linear.items() if name not in skipped}
+    nothing = f"{type(model).__name__} has no linear layer to quantize"
+    refuse(not widths, "method=weights", nothing)
     for group in {_group(method, bits) for bits in job.bits if bits != EXACT}:
-        for name, width in quantized.items():
+        for name, width in widths.items():
             divides, accepted = not group or width % group == 0, f"a divisor of {width}, the width"
             require(divides, "method.group_size", group, f"{accepted} of {name}")
     return skipped
@@ -80,19 +69,18 @@ def quantize_weights(
 ) -> tuple[Loaded, Change]:
     """Make the model at ``bits`` bits, unless its folder exists, and load it.
 
-    The model is stored in the folder of ``loaded``, under ``quantized/<step>/<name>-<hash>/``, and
-    keeps the name and the folder of ``loaded``. ``skipped`` is the result of ``check_weights``.
+    It is stored in the folder of ``loaded``, under ``quantized/<step>/<name>-<hash>/``.
+    ``skipped`` is the result of ``check_weights``.
 
     Raises:
-        UserError: torchao cannot quantize so on this machine.
         RunError: the folder cannot be written.
     """
     method: Any = job.method
-    dtype = next(loaded.model.parameters()).dtype
+    dtype = str(next(loaded.model.parameters()).dtype)
     settings = change_settings(method, bits) | {"group_size": _group(method, bits)}
-    known = json_sha256({"fingerprint": loaded.fingerprint, "dtype": str(dtype), **settings})
-    name = f"{method.scheme.value}-{bits}bit-{known[:12]}"
-    out = loaded.folder / "quantized" / str(loaded.step) / name
+    known = json_sha256({"fingerprint": loaded.fingerprint, "dtype": dtype, **settings})
+    out = loaded.folder / "quantized" / str(loaded.step)
+    out /= f"{method.scheme.value}-{bits}bit-{known[:12]}"
     if job.force:
         shutil.rmtree(out, ignore_errors=True)
     if not out.exists():
@@ -100,8 +88,7 @@ def quantize_weights(
     model = load(str(out), job.device, job.dtype, trust_remote_code=job.trust_remote_code).model
     before = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     facts = {"folder": str(out), "bytes": stored_bytes(out), "bytes_before": before}
-    name, nothing = f"weights-{bits}bit", lambda model: nullcontext()
-    change = Change(name, settings, nothing, caches=True, facts=facts)
+    change = Change(f"weights-{bits}bit", settings, lambda model: nullcontext(), True, facts)
     return replace(loaded, model=model, adapted=None), change
 
 
@@ -112,28 +99,23 @@ def stored_bytes(folder: Path) -> int:
 
 def _make(job: QuantizeJob, loaded: Loaded, bits: int, skipped: list[str], out: Path) -> None:
     """Quantize the model while ``transformers`` loads it, and save it."""
-    parameter = next(loaded.model.parameters())
-    device, dtype = parameter.device, parameter.dtype
+    weight = next(loaded.model.parameters())
+    device, dtype, trusted = weight.device, weight.dtype, job.trust_remote_code
     with new_model_folder(out, "checkpoint") as folder:
         source, plain = job.checkpoint, folder / "plain"
         if loaded.job is not None:
             source = str(plain)
             write_pretrained(_plain(job, loaded), loaded, plain)
         if bits < _ROW_BITS and device.type == "cpu":
-            Reporter().warn(
-                f"on a CPU torchao stores {bits}-bit weights one to a byte: it computes as at "
-                f"{bits} bits, and is larger"
-            )
+            Reporter().warn(f"on a CPU torchao stores {bits}-bit weights one to a byte")
         config = TorchAoConfig(_recipe(job.method, bits, device), modules_to_not_convert=skipped)
-        pretrained = load_pretrained(
-            "checkpoint", source, dtype, device, job.revision, job.trust_remote_code, config
-        )
-        write_pretrained(pretrained.model, loaded, folder)
+        options = dtype, device, job.revision, trusted, config
+        write_pretrained(load_pretrained("checkpoint", source, *options).model, loaded, folder)
         shutil.rmtree(plain, ignore_errors=True)
 
 
 def _plain(job: QuantizeJob, loaded: Loaded) -> PreTrainedModel:
-    """The model as one of ``transformers``: of a run, its export with the branch folded."""
+    """The model as one of ``transformers``: of a run, its export."""
     if loaded.job is None:
         return loaded.model
     run = load_run(job.checkpoint, Device.cpu, trust_remote_code=job.trust_remote_code)
@@ -149,14 +131,15 @@ def _recipe(method: Any, bits: int, device: torch.device) -> Any:
     """The config for torchao, without its compiler settings, which hold for the whole process."""
     from torchao import quantization as ao
 
+    forms = {
+        Scheme.int8_dynamic: ao.Int8DynamicActivationInt8WeightConfig,
+        Scheme.float8: ao.Float8WeightOnlyConfig,
+        Scheme.float8_dynamic: ao.Float8DynamicActivationFloat8WeightConfig,
+    }
     plain: dict[str, Any] = {"set_inductor_config": False}
+    if method.scheme in forms:
+        return forms[method.scheme](**plain)
     group = _group(method, bits)
-    if method.scheme is Scheme.int8_dynamic:
-        return ao.Int8DynamicActivationInt8WeightConfig(**plain)
-    if method.scheme is Scheme.float8:
-        return ao.Float8WeightOnlyConfig(**plain)
-    if method.scheme is Scheme.float8_dynamic:
-        return ao.Float8DynamicActivationFloat8WeightConfig(**plain)
     scales = ao.PerGroup(group) if group else ao.PerRow()
     if bits == _ROW_BITS:
         return ao.Int8WeightOnlyConfig(granularity=scales, **plain)

@@ -28,6 +28,7 @@ BY = {
     "task": "string",
     "shots": "Int64",
     "length": "Int64",  # tokens
+    "pairs": "Int64",  # of key and value, in a sample
     "depth": "Float64",  # share of the text
     "position": "Int64",  # tokens
     "layer": "Int64",
@@ -89,13 +90,14 @@ def read_frame(path: Path) -> pd.DataFrame:
     """Read a frame that ``write_frame`` wrote.
 
     Raises:
-        UserError: the file is missing or damaged, or its columns are not those of the schema.
+        UserError: the file is missing or damaged, or its columns are not those of the schema. A
+            column of ``BY`` that an older version did not have is null.
     """
     try:
         frame = pd.read_parquet(path)
-        if list(frame.columns) != list(COLUMNS):
+        if not COLUMNS.keys() - BY.keys() <= {*frame.columns} <= COLUMNS.keys():
             raise ValueError("its columns are not those of the table of results")
-        return frame.astype(COLUMNS)
+        return frame.reindex(columns=[*COLUMNS]).astype(COLUMNS)
     except (
         OSError,
         ValueError,

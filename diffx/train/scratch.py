@@ -50,10 +50,11 @@ class Scratch:
             UserError: the vocabulary, the tokenizer or the weights cannot be used.
         """
         job, tokenizer = self._job, corpus.tokenizer
-        other = job.data.kind == "shards" and tokenizer.kind != job.tokenizer.kind
+        has_tokenizer = job.data.kind in ("shards", "recall")
+        other = has_tokenizer and tokenizer.kind != job.tokenizer.kind
         why = f"these hold {tokenizer.kind} tokens; leave it out"
         given = f"tokenizer={job.tokenizer.kind}"
-        refuse(other and self._tokenizer_given, given, why, "data=shards")
+        refuse(other and self._tokenizer_given, given, why, f"data={job.data.kind}")
         size = job.model.vocab_size or tokenizer.vocab_size
         why = f"the tokenizer has {tokenizer.vocab_size} entries; leave it null, or give more"
         refuse(size < tokenizer.vocab_size, f"model.vocab_size={size}", why)

@@ -28,9 +28,7 @@ def test_figures_and_table(hf_folder, tmp_path, capsys, monkeypatch):
         )
         assert ratio["work"] == work and ratio["target"] == (target, None)
         assert rates[ratio["to"]] == max(rates["HFLM, batch 1"], rates["HFLM, batch 2"])
-        assert (
-            report["largest_difference"][work]["HFLM, batch 1"] < 1e-2
-        )  # the answers are the same ones
+
         assert rates["diffx"] == pytest.approx(numbers[work] / (sum(seconds["diffx"]) / 2))
     printed = capsys.readouterr().out
     assert "choices that share a prompt" in printed and "1.50" in printed

@@ -171,6 +171,6 @@ def test_too_little_text_or_context_is_one_line(context, wrap, tiny):
     assert len(long_context.plan(context(length=None))[0].data["tokens"]) == 257
     limited = wrap(tiny().model, limit=64)
     with pytest.raises(
-        UserError, match=r"^suite\.length=100 cannot be used: the model reads 64 tokens at most$"
+        UserError, match=r"^suite\.length=100 cannot be used with tiny: it reads 64 tokens at most$"
     ):
         long_context.plan(context(limited))

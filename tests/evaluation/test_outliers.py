@@ -217,7 +217,7 @@ def test_memory_grows_with_the_tokens_and_not_with_their_square(kind, context, t
 def test_windows_that_do_not_fit_are_refused(context, tiny):
     suite = context(tiny("transformer"))
     suite.lm.limit = 16
-    with pytest.raises(UserError, match=r"suite.length=32 .* 16 at most"):
+    with pytest.raises(UserError, match=r"suite.length=32 .* 16 tokens at most"):
         outliers.plan(suite)
     with pytest.raises(UserError, match=r"suite.length=1 .* more than 1"):
         outliers.plan(context(tiny("transformer"), length=1))

@@ -221,5 +221,5 @@ def test_a_run_shows_its_validation_loss_at_that_step(tiny, summarize, tmp_path)
 def test_lengths_that_the_model_cannot_read_are_refused(tiny, tmp_path):
     lm = tiny()
     lm.limit = 18
-    with pytest.raises(UserError, match=r"suite.lengths=16 .* 18 at most"):
+    with pytest.raises(UserError, match=r"suite.lengths=16 .* 18 tokens at most, and 3 more"):
         speed.plan(make_context(lm, tmp_path))

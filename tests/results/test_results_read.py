@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from diffx.config import UserError
@@ -43,5 +44,11 @@ def test_a_frame_reads_back_and_refuses_other_columns(tmp_path):
     assert frame["value"].isna().all() and frame["n"].tolist()[1] == 3
     write_frame(frame, tmp_path / "rows.parquet")
     assert read_frame(tmp_path / "rows.parquet").equals(frame)
+    write_frame(frame.drop(columns="depth"), tmp_path / "older.parquet")  # without a column of BY
+    assert read_frame(tmp_path / "older.parquet").equals(frame.assign(depth=pd.NA).astype(COLUMNS))
+    for other in (frame.drop(columns="value"), frame.assign(colour="red")):
+        write_frame(other, tmp_path / "other.parquet")
+        with pytest.raises(UserError, match="not those of the table"):
+            read_frame(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="colour"):
         make_frame([{"colour": "red"}])
