@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,21 @@ def refuse(condition: bool, setting: str, reason: str, other: str = "") -> None:
     """
     if condition:
         raise UserError(f"{setting} cannot be used{other and f' with {other}'}: {reason}")
+
+
+@contextmanager
+def refusing(
+    setting: str,
+    errors: type[Exception] | tuple[type[Exception], ...],
+    before: str = "",
+    accepted: str = "",
+) -> Iterator[None]:
+    """Turn exceptions of a library into a ``UserError``: ``before``, the reason, ``accepted``."""
+    try:
+        yield
+    except errors as error:
+        why = f"{before}{reason(error)}{accepted and f'; {accepted}'}"
+        raise UserError(f"{setting} cannot be used: {why}") from error
 
 
 def check_fields(

@@ -1,20 +1,19 @@
 """Batches of token windows, the same for every architecture and any number of processes."""
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffx.config import UserError
-from diffx.data.shards import HeldOut, TokenArray
+from diffx.config.checks import refuse, require
+from diffx.data.shards import HeldOut, Row, TokenArray
 
 IGNORE = -100
-Row = tuple[np.ndarray, np.ndarray | None]  # tokens and their loss mask (None: all carry loss)
 
 
 @dataclass(slots=True)
@@ -43,17 +42,9 @@ def make_batch(rows: list[Row], position: str) -> Batch:
 
 
 class Batches(ABC):
-    """Base of the endless training batches.
+    """Base of the endless training batches: ``batch_size`` rows of ``seq_len`` tokens over all.
 
-    A process takes rows ``rank::world_size`` of each batch.
-
-    Args:
-        corpus: identifies the text and its tokens.
-        seq_len: T in tokens.
-        batch_size: rows of a batch over all processes.
-        seed: of the order.
-        rank: number of this process.
-        world_size: number of processes.
+    A process takes rows ``rank::world_size`` of each batch. ``corpus`` identifies the tokens.
     """
 
     def __init__(
@@ -85,11 +76,8 @@ class Batches(ABC):
         Raises:
             UserError: the text or its tokens have changed.
         """
-        if state["corpus"] != self._corpus:
-            raise UserError(
-                "data cannot be used: its text or its tokens are not those that the checkpoint was "
-                "trained on; start a new run"
-            )
+        why = "its text or its tokens are not those that the checkpoint was trained on"
+        refuse(state["corpus"] != self._corpus, "data", f"{why}; start a new run")
         self._step = state["step"]
 
 
@@ -97,26 +85,22 @@ class WindowBatches(Batches):
     """Batches from a ``TokenArray``; see ``Batches`` for the other arguments.
 
     Each epoch takes all windows of T tokens once, in an order that depends on the seed and the
-    epoch. They start at a random offset, so that no token is omitted in every epoch.
+    epoch, from a random offset, so that no token is omitted in every epoch.
     """
 
     def __init__(self, tokens: TokenArray, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if len(tokens) <= self._seq_len:
-            raise UserError(
-                f"train.seq_len={self._seq_len} cannot be used: it must be below the {len(tokens)} "
-                "tokens of the training text"
-            )
+        accepted = f"below the {len(tokens)} tokens of the training text"
+        require(self._seq_len < len(tokens), "train.seq_len", self._seq_len, accepted)
         self._tokens = tokens
         self._per_epoch = (len(tokens) - 1) // self._seq_len
-        # A batch can lie in two epochs.
-        self._starts = functools.lru_cache(2)(self._shuffled_starts)
+        self._starts = lru_cache(2)(self._shuffled_starts)  # a batch can lie in two epochs
 
     def __next__(self) -> Batch:
-        first, per_epoch = self._step * self._batch_size, self._per_epoch
-        windows = [divmod(first + row, per_epoch) for row in self._rows]
+        first = self._step * self._batch_size
+        windows = [divmod(first + row, self._per_epoch) for row in self._rows]
         starts = [int(self._starts(epoch)[window]) for epoch, window in windows]
-        epoch = first // per_epoch
+        epoch = first // self._per_epoch
         position = f"batch {self._step} (epoch {epoch}), training tokens from {_listed(starts)}"
         self._step += 1
         rows = [self._tokens.read(start, start + self._seq_len + 1) for start in starts]
@@ -136,10 +120,7 @@ def val_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Predict every held-out token once.
-
-    The last window, and rows that a process lacks, are padded with targets that carry no loss.
-    """
+    """Predict every held-out token once; padding carries no loss."""
     _check_rows(seq_len, batch_size, world_size)
     tokens, mask = held_out.read(0, len(held_out))
     n_windows = -(-(len(tokens) - 1) // seq_len)
@@ -161,16 +142,9 @@ def _listed(starts: list[int]) -> str:
 
 
 def cu_seqlens(inputs: Tensor, eot_id: int) -> Tensor:
-    """Return the document boundaries of the flattened batch.
+    """Return the document boundaries of inputs (B, T): int32 (n + 1,), from 0 to B·T.
 
     A document starts at its leading end-of-text token, and at the start of a row.
-
-    Args:
-        inputs: tokens (B, T).
-        eot_id: the end-of-text token.
-
-    Returns:
-        int32 (n + 1,), from 0 to B·T.
     """
     starts = inputs == eot_id
     starts[:, 0] = True
@@ -179,8 +153,6 @@ def cu_seqlens(inputs: Tensor, eot_id: int) -> Tensor:
 
 
 def _check_rows(seq_len: int, batch_size: int, world_size: int) -> None:
-    if batch_size % world_size:
-        raise UserError(
-            f"train.batch_tokens={seq_len * batch_size} cannot be used: it must be a multiple of "
-            f"train.seq_len={seq_len} times {world_size} processes"
-        )
+    accepted = f"a multiple of train.seq_len={seq_len} times {world_size} processes"
+    good = batch_size % world_size == 0
+    require(good, "train.batch_tokens", seq_len * batch_size, accepted)

@@ -1,11 +1,11 @@
-"""``open_data``: from a config to training batches and held-out text, through a cache of tokens."""
+"""From a config to training batches and held-out text, through a cache of tokens."""
 
-import itertools
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from diffx.config.data import (
     TokenizerConfig,
 )
 from diffx.data.batches import Batch, Batches, WindowBatches, val_batches
-from diffx.data.prepare import Source, build, ready, settings, tokenizer_facts
+from diffx.data.prepare import Source, build, holdout_threshold, ready, settings, tokenizer_facts
 from diffx.data.recall import HELD_OUT, TRAINING, make_sample, recall_tokenizer
 from diffx.data.shards import (
     HeldOut,
@@ -43,11 +43,12 @@ from diffx.data.synthetic import (
     retrieval_held_out,
     train_tokenizer,
 )
-from diffx.data.tokenizers import Tokenizer, load_tokenizer
+from diffx.data.tokenizers import Tokenizer, decode_documents, load_tokenizer
 from diffx.errors import storage_errors
-from diffx.files import json_sha256
+from diffx.files import json_sha256, sha256
 
 _SHARD_TOKENS = 10**8
+MAX_CHARACTERS = 64 << 20  # that `read_texts` reads; no evaluation needs more
 _log = logging.getLogger(__name__)
 
 
@@ -59,8 +60,7 @@ class Corpus:
         data: the config it was opened with.
         tokenizer: of its tokens.
         val: held-out tokens.
-        info: recorded in the run folder: sources with hashes, and the documents, tokens and bytes
-            of each split.
+        info: the content of ``data.json``: hashes of the sources, and the size of each split.
     """
 
     data: DataConfig
@@ -85,7 +85,7 @@ class Corpus:
 
     @property
     def train(self) -> TokenArray:
-        """Training tokens; of a stream, those of its first documents."""
+        """The training tokens of the shards."""
         return self.shards.train
 
     def batches(
@@ -94,8 +94,7 @@ class Corpus:
         """Return endless training batches; see ``Batches`` for the arguments.
 
         Raises:
-            UserError: the training text is shorter than one sequence, or the rows do not divide
-                among the processes.
+            UserError: the text is too short, or the rows do not divide among the processes.
         """
         corpus = json_sha256([self.info["sha256"], self.tokenizer.fingerprint])
         args = (corpus, seq_len, batch_size, seed, rank, world_size)
@@ -126,11 +125,7 @@ def open_data(
 ) -> Corpus:
     """Open a corpus; tokenize it first if the cache (``$DIFFX_CACHE``) does not have it.
 
-    Args:
-        data: the source.
-        tokenizer: the tokenizer to make, or an existing one. Shards and the recall task have their
-            own.
-        progress: called as the corpus is read.
+    The tokenizer is made, or taken as it is; shards and the recall task have one already.
 
     Raises:
         UserError: the text or the tokenizer cannot be used.
@@ -156,17 +151,18 @@ def open_data(
     if isinstance(data, ShardsData):
         shards = Shards(Path(data.path).expanduser(), progress)
     elif isinstance(data, HubData):
-        first = list(itertools.islice(documents(data), data.tokenizer_documents))
+        first = list(islice(documents(data), data.tokenizer_documents))
         contents = json_sha256([document.digest.hex() for document in first])
         shards = _cached(Source(data, lambda: first, progress=progress), tokenizer, contents)
     else:
         files = source_files(data)
-        hashes = file_hashes(files)
-        sizes = {name: path.stat().st_size for name, path in files.items()}
+        hashes = dict(file_hashes(files))
         info["files"] = [
-            {"name": name, "bytes": sizes[name], "sha256": hashes[name]} for name in files
+            {"name": name, "bytes": path.stat().st_size, "sha256": hashes[name]}
+            for name, path in files.items()
         ]
-        source = Source(data, lambda: documents(data), sum(sizes.values()), progress)
+        total = sum(file["bytes"] for file in info["files"])
+        source = Source(data, lambda: documents(data), total, progress)
         shards = _cached(source, tokenizer, json_sha256(list(hashes.values())))
     val = shards.held_out(int(data.val_tokens))
     info |= {key: shards.meta[key] for key in ("sha256", "tokenizer", "train")}
@@ -179,7 +175,7 @@ def _counts(val: HeldOut) -> dict[str, int]:
 
 
 def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: str) -> Shards:
-    """Open the cached shards of files with the hash ``contents``; build them if none are usable."""
+    """Open the cached shards of the source, whose hash is ``contents``; build them if needed."""
     made = ready(tokenizer)
     wanted = settings(source.data, made, contents)
     folder = cache_folder() / json_sha256(wanted)[:32]
@@ -202,3 +198,31 @@ def _cached(source: Source, tokenizer: TokenizerConfig | Tokenizer, contents: st
             build(temporary, source, made, wanted, _SHARD_TOKENS, workers=1)
             os.replace(temporary, folder)
     return Shards(folder)
+
+
+def read_texts(data: DataConfig, held_out: bool) -> tuple[list[str], str]:
+    """Return a corpus's documents, at most the first 64M characters, and their SHA-256.
+
+    Only the documents that training leaves out are read if ``held_out``, and of token shards.
+
+    Raises:
+        UserError: the text cannot be used.
+    """
+    texts: list[str] = []
+    if isinstance(data, ShardsData):
+        shards, limit = Shards(Path(data.path).expanduser()), int(data.val_tokens)
+        texts = decode_documents(shards.tokenizer, shards.held_out(limit).read(0, limit)[0])
+    else:
+        read = None
+        if isinstance(data, HubData):  # which is read once
+            read = list(islice(documents(data), data.tokenizer_documents))
+        source, length = Source(data, lambda: read or documents(data)), 0
+        threshold = holdout_threshold(source) if held_out else 2**64
+        for document in source.read():
+            if document.key <= threshold:
+                texts.append(document.prompt + document.text)
+                length += len(document.text)
+                if length > MAX_CHARACTERS:
+                    break
+    texts = [text for text in texts if text]
+    return texts, sha256("\0".join(texts))

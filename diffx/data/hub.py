@@ -14,10 +14,7 @@ from huggingface_hub.utils import logging
 
 @contextmanager
 def asking_hub(spec: str) -> Iterator[None]:
-    """Let a library ask the hub for ``spec``, and take it from the cache where there is no network.
-
-    Args:
-        spec: a name of the hub, or a folder.
+    """Let a library load ``spec``, a name of the hub or a folder; without network, from the cache.
 
     Raises:
         ConnectionError: it is not in the cache and the hub cannot be asked.
@@ -29,13 +26,11 @@ def asking_hub(spec: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        chain: BaseException | None = error
         # huggingface_hub's OfflineModeIsEnabled is a ConnectionError.
-        while chain is not None and not isinstance(
-            chain, ConnectionError | LocalEntryNotFoundError
-        ):
-            chain = chain.__cause__ or chain.__context__
-        if refused and chain:
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, ConnectionError | LocalEntryNotFoundError):
+            cause = cause.__cause__ or cause.__context__
+        if refused and cause:
             raise ConnectionError(refused) from error
         raise
     finally:

@@ -3,14 +3,16 @@
     … text. The magic number of Chicago is 1234567. More text … What is the magic number of
     Chicago? The magic number of Chicago is → 1234567.
 
-Training (data=retrieval) and evaluation (suite=retrieval) use this format. The task is that of
-Gemini 1.5 and the Large World Model (arXiv 2402.08268), used in arXiv 2410.05258, section 3.4.
+The task of the Large World Model (arXiv 2402.08268), used in arXiv 2410.05258, section 3.4.
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
+
+import numpy as np
 
 _NAMES = """
 Accra Adelaide Algiers Amman Amsterdam Ankara Antwerp Athens Atlanta Auckland Baghdad Baku Bangkok
@@ -40,7 +42,7 @@ class Needles:
         numbers: one a needle, all different.
         asked: how many are asked for.
         places: of each needle, as a share of the text's length; the first is the depth.
-        start: the place in the source where the text begins, as a share of its length.
+        start: where the text begins in the source, as a share of the source's length.
     """
 
     cities: list[str]
@@ -62,13 +64,12 @@ class Needles:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Needles in a text; the input of a model is ``context + needles.question``.
+    """Needles in a text.
 
     Attributes:
         context: the text with the needles.
         needles: the hidden sentences.
-        span: first and last character of the first asked needle in ``context``, with the blank
-            before it.
+        span: the characters of the first needle in ``context``, with the blank before it.
     """
 
     context: str
@@ -77,7 +78,7 @@ class Sample:
 
     @property
     def prompt(self) -> str:
-        """The input of a model."""
+        """The input of a model: the context and the question."""
         return self.context + self.needles.question
 
 
@@ -93,7 +94,7 @@ def needle_of(city: str, number: str) -> str:
 
 
 def draw_needles(seed: str, needles: int, asked: int, depth: float, digits: int) -> Needles:
-    """Draw cities, numbers and places; equal arguments give equal needles on every machine."""
+    """Draw needles; equal arguments give equal needles on every machine."""
     choose = random.Random(seed)
     cities = choose.sample(CITIES, needles)
     numbers = choose.sample(range(10 ** (digits - 1), 10**digits), needles)
@@ -102,22 +103,17 @@ def draw_needles(seed: str, needles: int, asked: int, depth: float, digits: int)
 
 
 class Haystack:
-    """Text in which needles are hidden, cut into sentences.
-
-    Args:
-        texts: documents.
-        encode_batch: maps texts to tokens.
-    """
+    """Documents, cut into sentences, in which needles are hidden."""
 
     def __init__(
         self, texts: Iterable[str], encode_batch: Callable[[list[str]], Sequence[Sequence[int]]]
     ) -> None:
         self._sentences = [sentence for text in texts for sentence in _sentences(text)]
         self._encode_batch = encode_batch
-        self._costs: dict[int, int] = {}  # tokens of the sentences that were used
+        self._cost = cache(lambda sentence: self._count([f" {sentence}"])[0])
 
     def least(self, needles: Needles) -> int:
-        """Return the number of tokens of needles, question and answer without text."""
+        """Return the tokens of needles, question and answer without text."""
         hidden = " ".join(map(needle_of, needles.cities, needles.numbers))
         return sum(self._count([hidden + needles.question, needles.answer]))
 
@@ -128,33 +124,30 @@ class Haystack:
             ValueError: ``length`` is below ``least``, or the text is too short.
         """
         pieces, costs = self._take(needles.start, length - self.least(needles))
-        while True:
-            sample = _join(pieces, costs, needles)
-            if sum(self._count([sample.prompt, needles.answer])) <= length:
-                return sample
+        sample = _join(pieces, costs, needles)
+        # Joined sentences can have more tokens than the sum of their counts.
+        while sum(self._count([sample.prompt, needles.answer])) > length:
             if not pieces:
                 raise ValueError(f"{length} tokens do not hold the needles")
-            # Joined sentences can have more tokens than the sum of their counts.
             pieces[-1] = pieces[-1].rpartition(" ")[0]
             if not pieces[-1]:
                 del pieces[-1], costs[-1]
+            sample = _join(pieces, costs, needles)
+        return sample
 
     def _take(self, start: float, limit: int) -> tuple[list[str], list[int]]:
         """Take sentences, and the first words of the last, up to ``limit`` tokens; with counts."""
-        total = len(self._sentences)
         pieces: list[str] = []
         costs: list[int] = []
-        for place in range(int(start * total), int(start * total) + total):
-            index = place % total
-            sentence = self._sentences[index]
-            if index not in self._costs:
-                self._costs[index] = self._count([" " + sentence])[0]
-            cost = self._costs[index]
+        first = int(start * len(self._sentences))
+        for sentence in self._sentences[first:] + self._sentences[:first]:
+            cost = self._cost(sentence)
             if cost >= limit:
-                parts = [f" {part}" for part in accumulate(sentence.split(), "{} {}".format)]
-                counted = zip(parts, self._count(parts), strict=True)
-                for part, cost in [pair for pair in counted if pair[1] <= limit][-1:]:
-                    pieces.append(part[1:])
+                parts = list(accumulate(sentence.split(), "{} {}".format))
+                counts = self._count([f" {part}" for part in parts])
+                fitting = [pair for pair in zip(parts, counts, strict=True) if pair[1] <= limit]
+                for part, cost in fitting[-1:]:
+                    pieces.append(part)
                     costs.append(cost)
                 return pieces, costs
             pieces.append(sentence)
@@ -168,11 +161,8 @@ class Haystack:
 
 def _join(pieces: list[str], costs: list[int], needles: Needles) -> Sample:
     """Put each needle between two sentences, at the position nearest to its place."""
-    joints = [0, *accumulate(costs)]  # tokens before each joint
-    at = [
-        min(range(len(joints)), key=lambda joint: abs(joints[joint] - place * joints[-1]))
-        for place in needles.places
-    ]
+    joints = np.cumsum([0, *costs])  # tokens before each joint
+    at = [int(abs(joints - place * joints[-1]).argmin()) for place in needles.places]
     # Of several needles at one joint, the asked one is first at depth 0 and last at depth 1.
     shares = [needles.places[0], *[0.5] * (len(at) - 1)]
     order = sorted(range(len(at)), key=lambda needle: (at[needle], shares[needle], needle))
@@ -181,9 +171,9 @@ def _join(pieces: list[str], costs: list[int], needles: Needles) -> Sample:
     done = 0
     for needle in order:
         parts += pieces[done : at[needle]]
-        done = max(done, at[needle])
+        done = at[needle]
         if needle == 0:
-            start = sum(map(len, parts)) + max(len(parts) - 1, 0)
+            start = len(" ".join(parts))
         parts.append(hidden[needle])
     context = " ".join(parts + pieces[done:])
     return Sample(context, needles, (start, start + len(hidden[0]) + (start > 0)))
@@ -193,7 +183,7 @@ def _listed(items: Sequence[str]) -> str:
     return ", ".join(items[:-1]) + " and " * (len(items) > 1) + items[-1]
 
 
-def _sentences(text: str) -> Iterable[str]:
+def _sentences(text: str) -> Iterator[str]:
     words: list[str] = []
     for word in text.split():
         words.append(word)

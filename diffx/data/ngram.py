@@ -1,7 +1,4 @@
-"""N-gram models of the training tokens, the baselines of a trained model.
-
-They are measured on the same held-out targets as the model.
-"""
+"""N-gram models of the training tokens, measured on the held-out targets of a trained model."""
 
 import math
 
@@ -19,16 +16,16 @@ def baselines(
 ) -> dict[str, dict[str, float]]:
     """Measure the unigram and bigram models of a corpus in nats a token and bits a byte.
 
-    A small vocabulary makes a bigram weaker, so it is also measured, in bits a byte of the same
-    documents, with a byte-level BPE of 4,096 tokens, except on token shards, which hold no text.
-    The synthetic tasks have no baselines: their targets are random.
+    A small vocabulary makes a bigram weaker, so it is also measured with a byte-level BPE of 4,096
+    tokens, except on token shards, which hold no text. The synthetic tasks have no baselines: their
+    targets are random.
     """
     if corpus.data.kind in ("retrieval", "recall"):
         return {}
     losses = {}
-    for name, measure in (("unigram", unigram), ("bigram_kneser_ney", bigram_kneser_ney)):
+    for measure in (unigram, bigram_kneser_ney):
         nats = measure(corpus.train, corpus.val, corpus.tokenizer.vocab_size)
-        losses[name] = {"nats": nats, "bpb": bits_per_byte(nats, corpus.val)}
+        losses[measure.__name__] = {"nats": nats, "bpb": bits_per_byte(nats, corpus.val)}
     if corpus.data.kind != "shards":
         other = open_data(corpus.data, BpeTokenizer(vocab_size=4096), progress=progress)
         val = other.shards.held_out(like=corpus.val)
@@ -38,14 +35,13 @@ def baselines(
 
 
 def bits_per_byte(nats: float, val: HeldOut) -> float:
-    """Convert the mean loss over the scored targets of ``val`` from nats to bits a byte."""
+    """Convert the mean loss over the targets of ``val`` from nats to bits a byte."""
     return nats * val.n_tokens / val.n_bytes / math.log(2)
 
 
 def unigram(train: TokenArray, val: HeldOut, vocab_size: int) -> float:
     """Return nats a token of the unigram model with add-one smoothing."""
-    _, targets = _scored(val)
-    tokens = _counted(train)
+    tokens, (_, targets) = _counted(train), _scored(val)
     probability = (np.bincount(tokens, minlength=vocab_size) + 1) / (len(tokens) + vocab_size)
     return float(-np.log(probability[targets]).mean())
 
@@ -71,14 +67,8 @@ def kneser_ney_probability(
     An unseen context has q alone. The discounts are n1 / (n1 + 2·n2), with n1 and n2 the numbers of
     counts that are 1 and 2.
 
-    Args:
-        train: tokens, int64 (N,).
-        contexts: tokens, int64 (M,).
-        targets: the tokens that follow them, int64 (M,).
-        vocab_size: V.
-
-    Returns:
-        float64 (M,).
+    ``train`` is int64 (N,), ``contexts`` and the ``targets`` that follow them are int64 (M,), and
+    the result is float64 (M,).
     """
     pairs, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
     heads, tails = np.divmod(pairs, vocab_size)

@@ -14,27 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from diffx.config import UserError
+from diffx.config.checks import refuse
 from diffx.config.data import BpeTokenizer, DataConfig, HubData, TokenizerConfig
 from diffx.config.train import PrepareJob
 from diffx.data.shards import (
     FORMAT,
     ProgressCallback,
+    Row,
     Shards,
-    ShardWriter,
     no_progress,
     read_meta,
     token_dtype,
     write_meta,
+    write_shards,
 )
 from diffx.data.sources import Document, documents, label, source_files
-from diffx.data.tokenizers import (
-    FastTokenizer,
-    TiktokenEncoding,
-    Tokenizer,
-    load_tokenizer,
-    make_tokenizer,
-)
+from diffx.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from diffx.errors import storage_errors
 from diffx.files import json_sha256, locked, replacing_folder
 
@@ -43,15 +38,24 @@ BPE_BYTES = 200 * 10**6  # more text hardly changes a vocabulary of some thousan
 _GROUP_BYTES, _GROUP_DOCUMENTS = 1 << 20, 512  # what a process tokenizes at once
 
 
+@dataclass(frozen=True)
+class Source:
+    """Documents to tokenize: ``read`` returns the same at each call, from ``total`` bytes."""
+
+    data: DataConfig
+    read: Callable[[], Iterable[Document]]
+    total: int | None = None
+    progress: ProgressCallback = no_progress
+
+
 def prepare(job: PrepareJob, progress: ProgressCallback = no_progress) -> Path:
     """Tokenize a corpus into ``job.out``, for ``data=shards``.
 
     The result does not depend on the number of processes. An unfinished folder is continued after
-    its last finished shard: earlier documents are read again, but not tokenized.
+    its last finished shard.
 
     Raises:
-        UserError: the text or the tokenizer cannot be used, or ``job.out`` holds something else, is
-            damaged or was made with other settings.
+        UserError: the text, the tokenizer or ``job.out`` cannot be used.
         RunError: the disk is full or cannot be written.
     """
     out = Path(job.out).expanduser()
@@ -77,58 +81,37 @@ def prepare(job: PrepareJob, progress: ProgressCallback = no_progress) -> Path:
 
 def _begun(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """Return the ``meta.json`` of an unfinished or finished folder, ``None`` for a new one."""
-    meta, refused = read_meta(out), f"out={out} cannot be used"
-    if meta is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{refused}: it exists and holds no token shards; choose a new folder")
+    meta, setting = read_meta(out), f"out={out}"
+    other = meta is None and out.exists() and (not out.is_dir() or any(out.iterdir()))
+    refuse(other, setting, "it exists and holds no token shards; choose a new folder")
     for key, value in wanted.items():
-        if meta and meta["settings"].get(key) != value:
-            raise UserError(
-                f"{refused}: it was made with another {key}; choose a new folder or delete it"
-            )
+        why = f"it was made with another {key}; choose a new folder or delete it"
+        refuse(meta is not None and meta["settings"].get(key) != value, setting, why)
     return meta
 
 
 def ready(tokenizer: TokenizerConfig | Tokenizer) -> BpeTokenizer | Tokenizer:
     """Make the tokenizer, unless it must be trained first; a cache's key depends on its content."""
-    if isinstance(tokenizer, BpeTokenizer | FastTokenizer | TiktokenEncoding):
-        return tokenizer
-    return make_tokenizer(tokenizer, ())
+    if isinstance(tokenizer, TokenizerConfig) and not isinstance(tokenizer, BpeTokenizer):
+        return make_tokenizer(tokenizer, ())
+    return tokenizer
 
 
 def settings(
     data: DataConfig, tokenizer: BpeTokenizer | Tokenizer, contents: str
 ) -> dict[str, Any]:
     """Return all settings that determine the shards of a corpus, with names for messages."""
-    chosen = {
-        f"data.{key}": value
-        for key, value in asdict(data).items()
-        if key not in ("path", "val_tokens", "shuffle_buffer")
-    }
+    # Version 1 held out whole documents, however few and long.
+    chosen = {"format": FORMAT, "way to hold documents out": 2}
+    for key, value in asdict(data).items():
+        if key not in ("path", "val_tokens", "shuffle_buffer"):
+            chosen[f"data.{key}"] = value
     if isinstance(tokenizer, BpeTokenizer):
         made = asdict(tokenizer)
     else:
         made = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
     chosen |= {f"tokenizer.{key}": value for key, value in made.items()}
-    # Version 1 held out whole documents, however few and long.
-    versions = {"format": FORMAT, "way to hold documents out": 2}
-    return versions | chosen | {"state of the files": contents}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Documents to tokenize.
-
-    Attributes:
-        data: the config.
-        read: returns the documents, the same at each call.
-        total: bytes of the files; ``None`` if unknown.
-        progress: called as they are read.
-    """
-
-    data: DataConfig
-    read: Callable[[], Iterable[Document]]
-    total: int | None = None
-    progress: ProgressCallback = no_progress
+    return chosen | {"state of the files": contents}
 
 
 def build(
@@ -144,7 +127,7 @@ def build(
     if meta is None:
         threshold = holdout_threshold(source)
         if isinstance(tokenizer, BpeTokenizer):
-            tokenizer = make_tokenizer(tokenizer, _training_texts(source, threshold))
+            tokenizer = make_tokenizer(tokenizer, training_texts(source, threshold))
         meta = {
             "format": FORMAT,
             "complete": False,
@@ -161,19 +144,9 @@ def build(
         with replacing_folder(folder) as start:  # so that the folder never lacks its meta.json
             tokenizer.save(start / "tokenizer")
             write_meta(start, meta)
-    writer = ShardWriter(folder, meta, shard_tokens)
-    read = 0
     done = meta["train"]["documents"] + meta["val"]["documents"]
-    rest = itertools.islice(source.read(), done, None)
-    try:
-        for group in _tokenize(rest, folder / "tokenizer", meta["masked"], workers):
-            for document, tokens, mask in group:
-                writer.add(document, tokens, mask)
-                read = document.read or read + document.n_bytes
-            source.progress("tokenizing", read, source.total)
-        writer.finish()
-    finally:
-        writer.close()
+    rows = _tokenize(source, done, folder / "tokenizer", meta["masked"], workers)
+    write_shards(folder, meta, rows, shard_tokens)
 
 
 def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -185,9 +158,9 @@ def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
 def holdout_threshold(source: Source) -> int:
     """Return the highest key that is held out.
 
-    Of more than ``_FEW`` documents, ``data.val_fraction`` of all keys is held out, and only the
-    first ``_FEW`` are read. Of fewer, those with the lowest keys are held out whose bytes come
-    nearest to ``data.val_fraction`` of all bytes: at least one document, and not all.
+    Of more than ``_FEW`` documents, ``data.val_fraction`` of all keys is held out. Of fewer, those
+    with the lowest keys are held out whose bytes come nearest to ``data.val_fraction`` of all
+    bytes: at least one document, and not all.
 
     Raises:
         UserError: the corpus holds no text, or no two different documents.
@@ -199,14 +172,10 @@ def holdout_threshold(source: Source) -> int:
         read += [(document.key, document.n_bytes)] if len(read) <= _FEW else []
         if len(read) > _FEW and low <= wanted < high:
             return wanted
-    refused = f"{label(source.data)} cannot be used"
-    if high < 0:
-        raise UserError(f"{refused}: it holds no text")
-    if low == high:
-        raise UserError(
-            f"{refused}: it holds one document, and one more is held out; give more text, or a "
-            ".jsonl"
-        )
+    setting = label(source.data)
+    refuse(high < 0, setting, "it holds no text")
+    one = "it holds one document, and one more is held out; give more text, or a .jsonl"
+    refuse(low == high, setting, one)
     if len(read) > _FEW:
         return low
     read.sort()
@@ -216,25 +185,22 @@ def holdout_threshold(source: Source) -> int:
     return min(sizes, key=lambda key: abs(sizes[key] - aim))
 
 
-def encode_documents(
-    tokenizer: Tokenizer, texts: list[tuple[str, str]], masked: bool
-) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """Tokenize (prompt, text) pairs.
-
-    Returns:
-        For each, an array of end of text, prompt and text, and its loss mask if ``masked``.
-    """
-    prompts = tokenizer.encode_batch([prompt for prompt, _ in texts]) if masked else None
-    encoded = tokenizer.encode_batch([text for _, text in texts])
+def encode_documents(tokenizer: Tokenizer, documents: list[Document], masked: bool) -> list[Row]:
+    """Tokenize each document to an array of end of text, prompt and text, and its loss mask."""
+    prompts: list[list[int]] = [[]] * len(documents)
+    if masked:
+        prompts = tokenizer.encode_batch([document.prompt for document in documents])
+    encoded = tokenizer.encode_batch([document.text for document in documents])
     dtype = token_dtype(tokenizer.vocab_size)
     rows = []
-    for prompt, ids in zip(prompts or [[]] * len(texts), encoded, strict=True):
+    for prompt, ids in zip(prompts, encoded, strict=True):
         mask = np.array([1] + [0] * len(prompt) + [1] * len(ids), np.uint8) if masked else None
         rows.append((np.array([tokenizer.eot_id, *prompt, *ids], dtype), mask))
     return rows
 
 
-def _training_texts(source: Source, threshold: int) -> Iterator[str]:
+def training_texts(source: Source, threshold: int) -> Iterator[str]:
+    """Yield the texts that a tokenizer is trained on."""
     done, limit = 0, getattr(source.data, "tokenizer_documents", None)
     for document in itertools.islice(source.read(), limit):
         if document.key > threshold:
@@ -253,43 +219,40 @@ def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
         if size >= _GROUP_BYTES or len(group) >= _GROUP_DOCUMENTS:
             yield group
             group, size = [], 0
-    if group:
-        yield group
+    yield group
 
 
 def _tokenize(
-    documents: Iterable[Document], folder: Path, masked: bool, workers: int
-) -> Iterator[list[tuple[Document, Any, Any]]]:
-    """Tokenize documents in order, in groups, of which two a worker are in progress."""
+    source: Source, done: int, folder: Path, masked: bool, workers: int
+) -> Iterator[tuple[Document, Row]]:
+    """Tokenize documents after the first ``done`` in order; two groups a worker are in progress."""
     pool: Executor = ThreadPoolExecutor(1)
     if workers > 1:
         # A forked process would inherit locks that the libraries' threads hold.
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, spawn, _start_worker)
-    fingerprint = load_tokenizer(folder).fingerprint
-    pending: deque[tuple[list[Document], Future]] = deque()
+    _load.cache_clear()
+    pending: deque[tuple[list[Document], Future[list[Row]]]] = deque()
+    groups, read = _groups(itertools.islice(source.read(), done, None)), 0
     try:
         # The empty groups at the end let the last ones be yielded.
-        for group in itertools.chain(_groups(documents), itertools.repeat([], 2 * workers)):
-            texts = [(document.prompt, document.text) for document in group]
-            pending.append((group, pool.submit(_encode, folder, fingerprint, texts, masked)))
+        for group in itertools.chain(groups, itertools.repeat([], 2 * workers)):
+            pending.append((group, pool.submit(_encode, folder, group, masked)))
             if len(pending) > 2 * workers:
                 finished, future = pending.popleft()
-                rows = zip(finished, future.result(), strict=True)
-                yield [(document, *encoded) for document, encoded in rows]
+                for document, row in zip(finished, future.result(), strict=True):
+                    yield document, row
+                    read = document.read or read + document.n_bytes
+                source.progress("tokenizing", read, source.total)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _encode(
-    folder: Path, fingerprint: str, texts: list[tuple[str, str]], masked: bool
-) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    return encode_documents(_loaded(folder, fingerprint), texts, masked)
+_load = functools.lru_cache(1)(load_tokenizer)
 
 
-@functools.lru_cache(1)
-def _loaded(folder: Path, fingerprint: str) -> Tokenizer:
-    return load_tokenizer(folder)
+def _encode(folder: Path, documents: list[Document], masked: bool) -> list[Row]:
+    return encode_documents(_load(folder), documents, masked)
 
 
 def _start_worker() -> None:

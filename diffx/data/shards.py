@@ -7,16 +7,13 @@ A folder holds ``meta.json``, ``tokenizer/`` and, for shard 0 (1, 2 …):
     val-00000.docs.bin  three uint64 a held-out document: key, tokens, bytes that are scored
     *.mask.bin          uint8 a token, 1 where it carries loss; only if there are prompts
 
-``meta.json`` is rewritten atomically after each finished shard, with ``"complete": true`` after the
-last. It holds the SHA-256 of each file, the tokenizer's fingerprint, and a ``checksum`` over its
-other keys, which older folders lack.
+``meta.json`` is rewritten after each finished shard and says ``"complete": true`` after the last.
+It holds the SHA-256 of each file and, but in older folders, a ``checksum`` over its other keys.
 """
 
-import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,16 +22,19 @@ import numpy as np
 from filelock import FileLock
 
 from diffx.config import UserError
-from diffx.data.sources import Document
+from diffx.config.checks import refuse
+from diffx.data.sources import Document, file_hashes
 from diffx.data.tokenizers import load_tokenizer
 from diffx.files import json_checksum, read_json, sha256, write_json
 
 ProgressCallback = Callable[[str, int, int | None], None]
-"""Takes a stage (``verifying``, ``tokenizing`` …), bytes done, and bytes in all if known."""
+"""Takes a stage such as ``verifying``, bytes done, and bytes in all if known."""
+
+Row = tuple[np.ndarray, np.ndarray | None]
+"""Tokens and their loss mask; ``None`` if all carry loss."""
 
 FORMAT = 1
 _DTYPES = ("<u2", "<u4")
-_SUFFIXES = {"train": [".bin"], "val": [".bin", ".docs.bin"]}
 _COUNTS = {"documents": int, "tokens": int, "bytes": int}
 _META = {
     "complete": bool,
@@ -67,12 +67,7 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class TokenArray:
-    """A sequence of tokens that consists of several arrays.
-
-    Args:
-        parts: the tokens, mapped from files or in memory.
-        masks: for each part, 1 where a token carries loss; by default all do.
-    """
+    """Several arrays of tokens as one; their masks have 1 where a token carries loss."""
 
     def __init__(
         self, parts: Sequence[np.ndarray], masks: Sequence[np.ndarray] | None = None
@@ -83,8 +78,8 @@ class TokenArray:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return tokens ``start`` to ``stop`` and their loss mask (``None`` if all carry loss)."""
+    def read(self, start: int, stop: int) -> Row:
+        """Return tokens ``start`` to ``stop`` and their loss mask."""
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         last = int(np.searchsorted(self._starts, stop, side="left"))
         spans = [slice(max(start - begin, 0), stop - begin) for begin in self._starts[first:last]]
@@ -101,7 +96,7 @@ class HeldOut(TokenArray):
 
     Attributes:
         n_tokens: number of targets that are scored.
-        n_bytes: their UTF-8 bytes (none for end of text): bits per byte are nats / n_bytes / ln 2.
+        n_bytes: their UTF-8 bytes (none for end of text).
         keys: the keys of the documents.
     """
 
@@ -114,16 +109,12 @@ class HeldOut(TokenArray):
 
 
 class Shards:
-    """An opened folder of finished shards. Files that were not verified before are verified.
-
-    Args:
-        folder: holds ``meta.json``.
-        progress: called as files are hashed.
+    """An opened folder of finished shards, verified unless it was before.
 
     Attributes:
-        folder: as given.
+        folder: the folder.
         meta: the content of ``meta.json``.
-        tokenizer: the tokenizer that made the tokens.
+        tokenizer: made the tokens.
         train: the training tokens.
 
     Raises:
@@ -131,25 +122,24 @@ class Shards:
     """
 
     def __init__(self, folder: Path, progress: ProgressCallback = no_progress) -> None:
-        self.folder, refused = folder, f"data.path={folder} cannot be used"
-        meta = read_meta(folder)
-        if meta is None or not meta["complete"]:
-            why = "holds no token shards" if meta is None else "is not finished"
-            raise UserError(f"{refused}: it {why}; `diffx data prepare` writes or finishes it")
+        meta, setting = read_meta(folder) or {}, f"data.path={folder}"
+        why = "is not finished" if meta else "holds no token shards"
+        why = f"it {why}; `diffx data prepare` writes or finishes it"
+        refuse(not meta.get("complete"), setting, why)
         _verify(folder, meta["files"], progress)
-        self.meta = meta
+        self.folder, self.meta = folder, meta
         self.tokenizer = load_tokenizer(folder / "tokenizer")
-        if self.tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
-            raise UserError(f"{refused}: the fingerprint of its tokenizer differs from meta.json's")
+        other = self.tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]
+        refuse(other, setting, "the fingerprint of its tokenizer differs from meta.json's")
         self.train = self._tokens("train")
 
     def held_out(self, limit: int | None = None, like: HeldOut | None = None) -> HeldOut:
         """Gather held-out documents in the order of their keys, which are hashes.
 
         Args:
-            limit: take each document that keeps the total at or under this many tokens. If none
-                does, take the beginning of the shortest, unless it has a loss mask.
-            like: take the same text, tokenized by another tokenizer, instead.
+            limit: tokens in all, at most. If no document has as few, the beginning of the shortest
+                is taken, unless it has a loss mask.
+            like: take the text of these, which another tokenizer made, instead.
         """
         documents = self._tokens("val")
         index = np.concatenate(self._arrays("val", ".docs.bin", "<u8")).reshape(-1, 3)
@@ -186,10 +176,9 @@ class Shards:
     def _arrays(self, split: str, suffix: str, dtype: str) -> list[np.ndarray]:
         names = [_shard_name(split, shard, suffix) for shard in range(self.meta["shards"])]
         # An empty file cannot be mapped.
-        present = [name for name in names if self.meta["files"][name]["bytes"]]
-        return [np.memmap(self.folder / name, dtype, "r") for name in present] or [
-            np.empty(0, dtype)
-        ]
+        present = [self.folder / name for name in names if self.meta["files"][name]["bytes"]]
+        maps: list[np.ndarray] = [np.memmap(path, dtype, "r") for path in present]
+        return maps or [np.empty(0, dtype)]
 
 
 def read_meta(folder: Path) -> dict[str, Any] | None:
@@ -204,37 +193,33 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     meta = read_json(path, {"format": int})
     if meta["format"] != FORMAT:
         raise UserError(f"{path} has the format {meta['format']}; this version reads {FORMAT}")
+    damage = ""
     if meta.get("checksum", json_checksum(meta)) != json_checksum(meta):
-        raise UserError(f"{path} is damaged: its content does not have its checksum")
-    wrong = _wrong_key(meta, _META)
-    if wrong is None:
+        damage = "content does not have its checksum"
+    elif not (wrong := _wrong_key(meta, _META)):
         files = meta["files"]
         shards = range(min(meta["shards"], len(files) + 1))
-        names = {name for shard in shards for name in _shard_names(shard, meta["masked"])}
+        names = {name for n in shards for name in _shard_names(n, meta["masked"])}
         if other := sorted(names ^ files.keys()):
-            raise UserError(
-                f"{path} is damaged: {other[0]!r} is no name of a file of {meta['shards']} shards, "
-                "or is missing"
-            )
+            damage = f"{other[0]!r} is missing, or is no name of a file of {meta['shards']} shards"
         wrong = _wrong_key(files, {name: {"bytes": int, "sha256": str} for name in files})
-    if wrong is not None:
-        raise UserError(f"{path} is damaged: its {wrong!r} is missing or cannot be used")
+    if damage or wrong:
+        damage = damage or f"{wrong!r} is missing or cannot be used"
+        raise UserError(f"{path} is damaged: its {damage}")
     return meta
 
 
 def _wrong_key(value: Any, schema: dict[str, Any]) -> str | None:
     """Return a key that is missing, of another type than in ``schema``, or a negative number."""
-    for key, kind in schema.items():
-        item = value.get(key)
+
+    def good(item: Any, kind: Any) -> bool:
         if isinstance(kind, tuple):
-            good = item in kind
-        elif isinstance(kind, dict):
-            good = isinstance(item, dict) and _wrong_key(item, kind) is None
-        else:
-            good = isinstance(item, kind) and (kind is not int or item >= 0)
-        if not good:
-            return key
-    return None
+            return item in kind
+        if isinstance(kind, dict):
+            return isinstance(item, dict) and _wrong_key(item, kind) is None
+        return isinstance(item, kind) and (kind is not int or item >= 0)
+
+    return next((key for key, kind in schema.items() if not good(value.get(key), kind)), None)
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
@@ -243,24 +228,18 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def _verify(folder: Path, files: dict[str, dict[str, Any]], progress: ProgressCallback) -> None:
-    """Compare the size and the SHA-256 of each file with those in ``meta.json``.
+    """Refuse files that are missing or altered.
 
-    The cache folder records the size, times of change and inode of the files that were hashed; a
-    file is hashed again when one of these differs. A change that alters none of them, such as a
-    fault of the disk, is not noticed. If the cache folder cannot be written, every call hashes.
-
-    Raises:
-        UserError: a file is missing or was altered.
+    The cache folder records size, times and inode of the files that were hashed, and only a file in
+    which one of these differs is hashed again. If the cache cannot be written, every call hashes.
     """
-    state, refused = {}, f"data.path={folder} cannot be used"
+    state, setting = {}, f"data.path={folder}"
     for name, file in files.items():
-        if not (folder / name).is_file():
-            raise UserError(f"{refused}: {name} is missing")
-        status = (folder / name).stat()
-        if status.st_size != file["bytes"]:
-            raise UserError(f"{refused}: {name} has {status.st_size} bytes, not {file['bytes']}")
+        refuse(not (folder / name).is_file(), setting, f"{name} is missing")
+        status, size = (folder / name).stat(), file["bytes"]
+        refuse(status.st_size != size, setting, f"{name} has {status.st_size} bytes, not {size}")
         times = [status.st_mtime_ns, status.st_ctime_ns]
-        state[name] = [status.st_size, *times, status.st_ino, file["sha256"]]
+        state[name] = [size, *times, status.st_ino, file["sha256"]]
     record = cache_folder() / "verified" / f"{sha256(str(folder.resolve()))[:32]}.json"
     with ExitStack() as stack:
         try:
@@ -270,102 +249,72 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]], progress: ProgressCa
             verified = read_json(record)
         except (OSError, UserError):  # the cache cannot be written; no record yet, or a damaged one
             verified = {}
-        names = [name for name in files if verified.get(name) != state[name]]
-        done, total = 0, sum(files[name]["bytes"] for name in names)
-        with ThreadPoolExecutor() as pool:
-            hashes = pool.map(_hash, [folder / name for name in names])
-            for name, digest in zip(names, hashes, strict=True):
-                if digest != files[name]["sha256"]:
-                    raise UserError(f"{refused}: {name} is damaged: its SHA-256 differs")
-                done += files[name]["bytes"]
-                progress("verifying", done, total)
-        if names:
-            try:
+        paths = {name: folder / name for name in files if verified.get(name) != state[name]}
+        done, total = 0, sum(files[name]["bytes"] for name in paths)
+        for name, digest in file_hashes(paths):
+            altered = digest != files[name]["sha256"]
+            refuse(altered, setting, f"{name} is damaged: its SHA-256 differs")
+            done += files[name]["bytes"]
+            progress("verifying", done, total)
+        try:
+            if paths:
                 write_json(record, state)
-            except OSError as error:
-                told = f"{folder} is hashed again at the next start"
-                _log.warning("%s: %s cannot be written: %s", told, record, error.strerror)
+        except OSError as error:
+            again = f"{folder} is hashed again at the next start"
+            _log.warning("%s: %s cannot be written: %s", again, record, error.strerror)
 
 
-def _hash(path: Path) -> str:
-    try:
-        return sha256(path)
-    except OSError as error:
-        refused = f"data.path={path.parent} cannot be used"
-        raise UserError(f"{refused}: {path.name} cannot be read: {error.strerror}") from error
+def write_shards(
+    folder: Path,
+    meta: dict[str, Any],
+    rows: Iterable[tuple[Document, Row]],
+    shard_tokens: int,
+) -> None:
+    """Write documents after the last finished shard of a folder, and mark it as complete.
 
-
-class ShardWriter:
-    """Appends documents to a folder, after its last finished shard.
-
-    Args:
-        folder: where to write.
-        meta: the content of the folder's ``meta.json``; updated in place.
-        shard_tokens: training tokens at which a shard is finished, after a whole document.
+    ``meta`` is the content of ``meta.json``, updated in place. ``rows`` begin with end of text. A
+    shard is finished after the document in which it reaches ``shard_tokens`` training tokens.
     """
+    for path in folder.glob("*.bin"):
+        if path.name not in meta["files"]:
+            path.unlink()  # of an unfinished shard
+    files: dict[str, BinaryIO] = {}
 
-    def __init__(self, folder: Path, meta: dict[str, Any], shard_tokens: int) -> None:
-        self._folder, self._meta, self._shard_tokens = folder, meta, shard_tokens
-        self._open: dict[str, tuple[BinaryIO, Any]] = {}
-        for path in folder.glob("*.bin"):
-            if path.name not in meta["files"]:
-                path.unlink()  # of an unfinished shard
-        self._start_shard()
+    def write(split: str, suffix: str, array: np.ndarray) -> None:
+        files[_shard_name(split, meta["shards"], suffix)].write(array.tobytes())
 
-    def add(self, document: Document, tokens: np.ndarray, mask: np.ndarray | None) -> None:
-        """Append a document's tokens, with end of text first, and their loss mask if any."""
-        meta, n_tokens, n_bytes = self._meta, len(tokens), document.n_bytes
-        split = "val" if document.key <= meta["threshold"] else "train"
-        self._append(split, tokens, mask)
-        if split == "val":
-            self._write("val", ".docs.bin", np.array([document.key, n_tokens, n_bytes], "<u8"))
-        else:
-            self._in_shard += n_tokens
-        for key, count in {"documents": 1, "tokens": n_tokens, "bytes": n_bytes}.items():
-            meta[split][key] += count
-        meta["sha256"] = sha256(bytes.fromhex(meta["sha256"]), document.digest)
-        if self._in_shard >= self._shard_tokens:
-            self._finish_shard()
-            self._start_shard()
-
-    def finish(self) -> None:
-        """Write the last shard, with an end-of-text token after the last training document."""
-        end = np.array([self._meta["tokenizer"]["eot_id"]], self._meta["dtype"])
-        self._append("train", end, np.ones(1, np.uint8) if self._meta["masked"] else None)
-        self._meta["train"]["tokens"] += 1
-        self._meta["complete"] = True
-        self._finish_shard()
-
-    def close(self) -> None:
-        """Close the files of an unfinished shard."""
-        for file, _ in self._open.values():
-            file.close()
-        self._open.clear()
-
-    def _append(self, split: str, tokens: np.ndarray, mask: np.ndarray | None) -> None:
-        self._write(split, ".bin", tokens)
-        if mask is not None:
-            self._write(split, ".mask.bin", mask)
-
-    def _write(self, split: str, suffix: str, array: np.ndarray) -> None:
-        file, hasher = self._open[_shard_name(split, self._meta["shards"], suffix)]
-        content = array.tobytes()
-        file.write(content)
-        hasher.update(content)
-
-    def _start_shard(self) -> None:
-        self._in_shard = 0
-        for name in _shard_names(self._meta["shards"], self._meta["masked"]):
-            self._open[name] = ((self._folder / name).open("wb"), hashlib.sha256())
-
-    def _finish_shard(self) -> None:
-        for name, (file, hasher) in self._open.items():
-            file.flush()
-            os.fsync(file.fileno())
-            self._meta["files"][name] = {"bytes": file.tell(), "sha256": hasher.hexdigest()}
-        self.close()
-        self._meta["shards"] += 1
-        write_meta(self._folder, self._meta)
+    rows = iter(rows)
+    while not meta["complete"]:
+        start, names = meta["train"]["tokens"], _shard_names(meta["shards"], meta["masked"])
+        with ExitStack() as stack:
+            for name in names:
+                files[name] = stack.enter_context((folder / name).open("wb"))
+            for document, (tokens, mask) in rows:
+                split = "val" if document.key <= meta["threshold"] else "train"
+                counts = [1, len(tokens), document.n_bytes]
+                for key, count in zip(_COUNTS, counts, strict=True):
+                    meta[split][key] += count
+                meta["sha256"] = sha256(bytes.fromhex(meta["sha256"]), document.digest)
+                write(split, ".bin", tokens)
+                if mask is not None:
+                    write(split, ".mask.bin", mask)
+                if split == "val":
+                    write("val", ".docs.bin", np.array([document.key, *counts[1:]], "<u8"))
+                if meta["train"]["tokens"] - start >= shard_tokens:
+                    break
+            else:  # end of text after the last training document
+                write("train", ".bin", np.array([meta["tokenizer"]["eot_id"]], meta["dtype"]))
+                if meta["masked"]:
+                    write("train", ".mask.bin", np.ones(1, np.uint8))
+                meta["train"]["tokens"] += 1
+                meta["complete"] = True
+            for name in names:
+                files[name].flush()
+                os.fsync(files[name].fileno())
+                digest = sha256(folder / name)
+                meta["files"][name] = {"bytes": files[name].tell(), "sha256": digest}
+        meta["shards"] += 1
+        write_meta(folder, meta)
 
 
 def _shard_name(split: str, shard: int, suffix: str) -> str:
@@ -373,8 +322,6 @@ def _shard_name(split: str, shard: int, suffix: str) -> str:
 
 
 def _shard_names(shard: int, masked: bool) -> list[str]:
-    return [
-        _shard_name(split, shard, suffix)
-        for split, suffixes in _SUFFIXES.items()
-        for suffix in suffixes + [".mask.bin"] * masked
-    ]
+    kinds = [("train", ".bin"), ("val", ".bin"), ("val", ".docs.bin")]
+    kinds += [("train", ".mask.bin"), ("val", ".mask.bin")] * masked
+    return [_shard_name(split, shard, suffix) for split, suffix in kinds]

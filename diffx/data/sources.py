@@ -17,6 +17,7 @@ from typing import Any
 import zstandard
 
 from diffx.config import RunError, UserError
+from diffx.config.checks import refuse, refusing
 from diffx.config.data import DataConfig, HubData, RecallData, RetrievalData, StdlibData, TextData
 from diffx.data.hub import asking_hub
 from diffx.errors import reason
@@ -25,6 +26,7 @@ from diffx.files import parse_json, sha256
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 NO_TEXT = "data=recall cannot be used: its samples are not text; choose data=text, hub or stdlib"
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 _PIECES, _PIECE_MIN, _PIECE_MAX = 100, 1 << 10, 1 << 20
 
 
@@ -35,7 +37,6 @@ class Document:
     Attributes:
         text: the text, which carries loss.
         prompt: text before it, which carries no loss; may be empty.
-        name: the file or the data set.
         digest: SHA-256 of prompt and text.
         n_bytes: UTF-8 bytes of ``text``.
         read: bytes of the source's files up to its end, for a progress bar; 0 if unknown.
@@ -43,7 +44,6 @@ class Document:
 
     text: str
     prompt: str
-    name: str
     digest: bytes
     n_bytes: int
     read: int = 0
@@ -61,27 +61,24 @@ def documents(data: DataConfig) -> Iterator[Document]:
     that ``data.val_fraction`` can be met. A text with a prompt stays whole.
 
     Raises:
-        UserError: a file or data set cannot be read, text is not UTF-8, a JSON line or a field is
-            wrong.
+        UserError: a file or data set cannot be read, text is not UTF-8, or a row has no such field.
     """
     if isinstance(data, RetrievalData):
         data = data.text()
     if isinstance(data, HubData):
         yield from hub_documents(data, hub_dataset(data))
         return
-    files = source_files(data)
-    before, total = 0, sum(path.stat().st_size for path in files.values())
+    paths = source_files(data).values()
+    before, total = 0, sum(path.stat().st_size for path in paths)
     size = max(total // _PIECES, _PIECE_MIN)
-    for name, path in files.items():
-        try:
-            for text, prompt, where, read in _read(path, data, alone=len(files) == 1):
+    for path in paths:
+        with refusing(f"data.path={path}", _UNREADABLE, "it cannot be read: "):
+            for text, prompt, read in _read(path, data, alone=len(paths) == 1):
                 cut = isinstance(data, TextData) and not prompt and len(text) >= 2 * size
                 for piece in _pieces(text.splitlines(keepends=True), size) if cut else [text]:
                     if piece:
-                        yield _document(piece, prompt, name, where, before + read)
+                        yield _document(piece, prompt, before + read)
             before += path.stat().st_size
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise UserError(f"{_cannot(path)}: it cannot be read: {reason(error)}") from error
 
 
 def source_files(data: DataConfig) -> dict[str, Path]:
@@ -96,9 +93,8 @@ def source_files(data: DataConfig) -> dict[str, Path]:
         for folder, folders, names in os.walk(root):
             folders[:] = [name for name in folders if name not in _NOT_STDLIB]
             sources += [Path(folder, name) for name in names if name.endswith(".py")]
-        if not sources:
-            refused = f"data=stdlib cannot be used: {root} holds no Python source"
-            raise UserError(f"{refused}; choose data=text data.path=FOLDER")
+        why = f"{root} holds no Python source; choose data=text data.path=FOLDER"
+        refuse(not sources, "data=stdlib", why)
         return {path.relative_to(root).as_posix(): path for path in sorted(sources)}
     if isinstance(data, RecallData):
         raise UserError(NO_TEXT)
@@ -109,11 +105,11 @@ def source_files(data: DataConfig) -> dict[str, Path]:
     return {path.as_posix(): path for path in paths.values()}
 
 
-def file_hashes(files: dict[str, Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file, computed in several threads."""
+def file_hashes(files: dict[str, Path]) -> Iterator[tuple[str, str]]:
+    """Yield the name and the SHA-256 of each file, computed in several threads."""
     try:
         with ThreadPoolExecutor() as pool:
-            return dict(zip(files, pool.map(sha256, files.values()), strict=True))
+            yield from zip(files, pool.map(sha256, files.values()), strict=True)
     except OSError as error:
         raise UserError(f"{_cannot(error.filename)}: it cannot be read: {reason(error)}") from error
 
@@ -129,59 +125,47 @@ def _cannot(path: Any) -> str:
     return f"data.path={path} cannot be used"
 
 
-def _document(text: str, prompt: str, name: str, where: str, read: int = 0) -> Document:
-    try:
-        data, head = text.encode(), prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: character {error.start} is half of a surrogate pair, which is no text"
-        ) from error
-    digest = hashlib.sha256(head + b"\0" + data).digest()
-    return Document(text, prompt, name, digest, len(data), read)
+def _document(text: str, prompt: str, read: int = 0) -> Document:
+    content = text.encode()
+    digest = hashlib.sha256(prompt.encode() + b"\0" + content).digest()
+    return Document(text, prompt, digest, len(content), read)
 
 
 def _expand(entry: str) -> list[Path]:
+    path, setting = Path(entry).expanduser(), f"data.path={entry}"
     accepted = f"accepted are {', '.join(SUFFIXES)}"
-    path = Path(entry).expanduser()
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise UserError(f"{_cannot(entry)}: its suffix is not supported; {accepted}")
+        other = not path.name.endswith(SUFFIXES)
+        refuse(other, setting, f"its suffix is not supported; {accepted}")
         return [path]
-    candidates: Iterable[Path]
     if path.is_dir():
-        candidates = (
-            child
-            for child in path.rglob("*")
-            if not any(part.startswith(".") for part in child.relative_to(path).parts)
-        )
-    elif glob.has_magic(entry):
-        candidates = map(Path, glob.glob(str(path), recursive=True))
+        inside = [(file, file.relative_to(path).parts) for file in path.rglob("*")]
+        paths = [file for file, parts in inside if not any(part[0] == "." for part in parts)]
     else:
-        raise UserError(f"{_cannot(entry)}: there is no such file or directory")
-    paths = sorted(
-        child for child in candidates if child.name.endswith(SUFFIXES) and child.is_file()
-    )
-    if not paths:
-        verb = "holds" if path.is_dir() else "matches"
-        raise UserError(f"{_cannot(entry)}: it {verb} no file that can be read; {accepted}")
+        paths = [Path(name) for name in glob.iglob(str(path), recursive=True)]
+        missing = not glob.has_magic(entry)
+        refuse(missing, setting, "there is no such file or directory")
+    paths = sorted(file for file in paths if file.name.endswith(SUFFIXES) and file.is_file())
+    verb = "holds" if path.is_dir() else "matches"
+    refuse(not paths, setting, f"it {verb} no file that can be read; {accepted}")
     return paths
 
 
-def _read(path: Path, data: DataConfig, alone: bool) -> Iterator[tuple[str, str, str, int]]:
-    """Yield text, prompt, the place for messages, and the bytes of the file read so far."""
-    where, size = _cannot(path), path.stat().st_size
-    if isinstance(data, TextData) and path.suffix == ".parquet":
-        yield from _read_parquet(path, data)
-    elif isinstance(data, TextData) and path.suffix in (".jsonl", ".gz", ".zst"):
-        yield from _read_jsonl(path, data)
+def _read(path: Path, data: DataConfig, alone: bool) -> Iterator[tuple[str, str, int]]:
+    """Yield text, prompt, and the bytes of the file read so far."""
+    size = path.stat().st_size
+    if isinstance(data, TextData) and path.suffix not in (".txt", ".md"):
+        read_rows = _read_parquet if path.suffix == ".parquet" else _read_jsonl
+        for where, row, read in read_rows(path, data):
+            yield *_fields(row, data, where), read
     elif alone:
         # One document could not be split into training and held-out text.
         size, read = min(max(size // _PIECES, _PIECE_MIN), _PIECE_MAX), 0
         for piece in _pieces((line for line, _ in _lines(path)), size):
             read += len(piece.encode())
-            yield piece, "", where, read
+            yield piece, "", read
     else:
-        yield _decode(path.read_bytes(), path), "", where, size
+        yield _decode(path.read_bytes(), path), "", size
 
 
 def _decode(content: bytes, path: Path, start: int = 0) -> str:
@@ -219,25 +203,23 @@ def _pieces(lines: Iterable[str], size: int) -> Iterator[str]:
     yield "".join(taken)
 
 
-def _read_jsonl(path: Path, data: TextData) -> Iterator[tuple[str, str, str, int]]:
+def _read_jsonl(path: Path, data: TextData) -> Iterator[tuple[str, dict[str, Any], int]]:
     for number, (text, read) in enumerate(_lines(path), 1):
         where = f"{_cannot(path)}: line {number}"
         if not text.strip():
             continue
-        try:
+        with refusing(f"data.path={path}", ValueError, f"line {number} is not JSON: "):
             row = parse_json(text)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object with a field {data.text_key!r}")
-        yield *_fields(row, data, where), where, read
+        yield where, row, read
 
 
-def _read_parquet(path: Path, data: TextData) -> Iterator[tuple[str, str, str, int]]:
+def _read_parquet(path: Path, data: TextData) -> Iterator[tuple[str, dict[str, Any], int]]:
     from pyarrow import ArrowException  # slow to import, and most runs need no parquet
     from pyarrow.parquet import ParquetFile
 
-    try:
+    with refusing(f"data.path={path}", ArrowException, "it cannot be read as parquet: "):
         file = ParquetFile(path)
         names, total = file.schema_arrow.names, file.metadata.num_rows
         columns = [name for name in names if name in (data.text_key, data.prompt_key)]
@@ -245,11 +227,7 @@ def _read_parquet(path: Path, data: TextData) -> Iterator[tuple[str, str, str, i
         for batch in file.iter_batches(columns=columns, batch_size=1024):
             for row in batch.to_pylist() if batch.num_columns else [dict.fromkeys(names)]:
                 rows += 1
-                where = f"{_cannot(path)}: row {rows}"
-                yield *_fields(row, data, where), where, size * rows // total
-    except ArrowException as error:
-        why = f"it cannot be read as parquet: {reason(error)}"
-        raise UserError(f"{_cannot(path)}: {why}") from error
+                yield f"{_cannot(path)}: row {rows}", row, size * rows // total
 
 
 def _fields(row: dict[str, Any], data: TextData | HubData, where: str) -> tuple[str, str]:
@@ -263,42 +241,33 @@ def _fields(row: dict[str, Any], data: TextData | HubData, where: str) -> tuple[
         if not isinstance(value, str):
             kind = type(value).__name__
             raise UserError(f"{where}: {key!r} (data.{setting}) is not text but {kind}")
+        if value.encode(errors="ignore").decode() != value:
+            why = "has half of a surrogate pair, which is no text"
+            raise UserError(f"{where}: {key!r} (data.{setting}) {why}")
         values.append(value)
     return values[0], values[1]
 
 
 def hub_dataset(data: HubData) -> Any:
-    """Open a data set as a ``datasets.IterableDataset``.
-
-    Raises:
-        UserError: it does not exist, cannot be reached, or lacks the split.
-    """
+    """Open a data set of the hub as a ``datasets.IterableDataset``; ``UserError`` if it cannot."""
     import datasets  # slow to import, and most runs need no hub
 
-    try:
-        with asking_hub(data.name):
-            return datasets.load_dataset(
-                data.name, data.subset, split=data.split, revision=data.revision, streaming=True
-            )
-    except Exception as error:  # each library below has other exceptions
-        asked = f"data.name={data.name} with data.subset={data.subset} and data.split={data.split}"
-        accepted = "it must be a data set of the hub that can be reached, or a local folder"
-        raise UserError(f"{asked} cannot be used: {reason(error)}; {accepted}") from error
+    asked = f"data.name={data.name} with data.subset={data.subset} and data.split={data.split}"
+    accepted = "it must be a data set of the hub that can be reached, or a local folder"
+    options: Any = {"split": data.split, "revision": data.revision, "streaming": True}
+    # Each library below has other exceptions.
+    with refusing(asked, Exception, accepted=accepted), asking_hub(data.name):
+        return datasets.load_dataset(data.name, data.subset, **options)
 
 
 def hub_documents(data: HubData, dataset: Any) -> Iterator[Document]:
-    """Read a data set's documents, without empty ones.
-
-    Raises:
-        UserError: a row lacks a field.
-        RunError: the stream was interrupted.
-    """
+    """Read a data set's documents, without empty ones; ``RunError`` if the stream breaks."""
     where = f"{label(data)} cannot be used: a row"
     try:
         for row in dataset:
             text, prompt = _fields(row, data, where)
             if text:
-                yield _document(text, prompt, data.name, where)
+                yield _document(text, prompt)
     except UserError:
         raise
     except Exception as error:  # each library below has other exceptions

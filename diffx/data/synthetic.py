@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from diffx.config import UserError
+from diffx.config.checks import refuse
 from diffx.config.data import BpeTokenizer, RecallData, RetrievalData
-from diffx.data.batches import Batch, Batches, Row, make_batch
+from diffx.data.batches import Batch, Batches, make_batch
 from diffx.data.needles import Haystack, draw_needles, needle_of
-from diffx.data.prepare import Source, holdout_threshold
-from diffx.data.shards import HeldOut, Shards, TokenArray, token_dtype
+from diffx.data.prepare import Source, holdout_threshold, training_texts
+from diffx.data.shards import HeldOut, Row, Shards, TokenArray, token_dtype
 from diffx.data.sources import documents
 from diffx.data.tokenizers import Tokenizer, decode_documents, make_tokenizer
 
@@ -35,13 +36,7 @@ _CURRICULUM = (
 
 
 class Samples:
-    """Makes samples of ``data.length`` tokens.
-
-    Args:
-        data: the task.
-        tokenizer: of the samples.
-        text: the text in which needles are hidden.
-    """
+    """Makes samples of ``data.length`` tokens, with needles hidden in ``text``."""
 
     def __init__(self, data: RetrievalData, tokenizer: Tokenizer, text: TokenArray) -> None:
         self._data, self._tokenizer = data, tokenizer
@@ -49,10 +44,9 @@ class Samples:
         self._haystack = Haystack(decode_documents(tokenizer, tokens), tokenizer.encode_batch)
 
     def make(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Make the sample of a key, always the same.
+        """Return the sample of a key, padded by end-of-text tokens, and its loss mask.
 
-        Returns:
-            Its tokens, padded by end-of-text tokens, and their loss mask; both (data.length,).
+        Both have the shape (data.length,).
 
         Raises:
             UserError: it is longer than ``data.length``.
@@ -75,25 +69,16 @@ class Samples:
             prompt = self._haystack.hide(needles, data.length - used).prompt
         except ValueError as error:
             least = used + self._haystack.least(needles)
-            why = str(error)
-            if least > data.length:
-                why = f"a sample may take {least} tokens without text; give more"
+            why = f"a sample may take {least} tokens without text; give more"
+            why = why if least > data.length else str(error)
             raise UserError(f"data.length={data.length} cannot be used: {why}") from error
-        return self._window(
-            zip([tokenizer.encode(prompt), *encoded], cycle([False, True]), strict=False)
-        )
+        return self._window([tokenizer.encode(prompt), *encoded], cycle([False, True]))
 
     def make_pairs(self, key: str, form: tuple[str, str, str]) -> tuple[np.ndarray, np.ndarray]:
-        """Make a sample of bare pairs of city and number, then twice as many drawn from them.
+        """Return a sample of bare pairs of city and number, then twice as many drawn from them.
 
-        Only the numbers of the second part are scored.
-
-        Args:
-            key: of the sample.
-            form: texts after a city of the first part, a city of the second part, and a number.
-
-        Returns:
-            Tokens and loss mask, as ``make`` does.
+        Only the numbers of the second part are scored. ``form`` holds the texts after a city of the
+        first part, a city of the second part, and a number.
         """
         data, choose = self._data, random.Random(f"{key}/pairs")
         needles = draw_needles(key, data.needles, 1, 0.0, data.digits)
@@ -106,21 +91,22 @@ class Samples:
             for text in (f" {city}{verb}", f" {number}{form[2]}")
         ]
         scored = chain([False] * (2 * len(first)), cycle([False, True]))
-        return self._window(zip(self._tokenizer.encode_batch(spans), scored, strict=False))
+        return self._window(self._tokenizer.encode_batch(spans), scored)
 
-    def _window(self, spans: Iterable[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarray]:
-        """Join spans, each with whether it is scored, to tokens and their loss mask."""
+    def _window(
+        self, spans: list[list[int]], scored: Iterable[bool]
+    ) -> tuple[np.ndarray, np.ndarray]:
         length, tokenizer = self._data.length, self._tokenizer
         tokens = np.full(length, tokenizer.eot_id, token_dtype(tokenizer.vocab_size))
         mask, place = np.zeros(length, np.uint8), 1
-        for ids, scored in spans:
+        for ids, carries_loss in zip(spans, scored, strict=False):
             tokens[place : place + len(ids)] = ids
-            mask[place : place + len(ids)] = scored
+            mask[place : place + len(ids)] = carries_loss
             place += len(ids)
         return tokens, mask
 
     def make_training(self, key: str, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Make the ``number``-th training sample; the first ones follow the curriculum."""
+        """Return the ``number``-th training sample; the first ones follow the curriculum."""
         share = number / self._data.curriculum if number < self._data.curriculum else 1.0
         form = next((form for end, form in _CURRICULUM if share < end), None)
         return self.make(key) if form is None else self.make_pairs(key, form)
@@ -143,11 +129,8 @@ class SampleBatches(Batches):
         *args: Any,
     ) -> None:
         super().__init__(*args)
-        if self._seq_len != data.length:
-            raise UserError(
-                f"train.seq_len={self._seq_len} cannot be used: with data={data.kind} it must be "
-                f"data.length={data.length}"
-            )
+        accepted = f"with data={data.kind} it must be data.length={data.length}"
+        refuse(self._seq_len != data.length, f"train.seq_len={self._seq_len}", accepted)
         self._eot, self._make = eot_id, make
 
     def __next__(self) -> Batch:
@@ -193,8 +176,7 @@ def held_out(
 def train_tokenizer(data: RetrievalData, vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE on the first training documents and on needles."""
     source = Source(data.text(), lambda: documents(data))
-    threshold = holdout_threshold(source)
-    texts = (document.text for document in source.read() if document.key > threshold)
+    texts = training_texts(source, holdout_threshold(source))
     drawn = (draw_needles(f"tokenizer/{i}", 1, 1, 0.0, data.digits) for i in range(_NEEDLES))
     needles = (needle_of(one.cities[0], one.numbers[0]) + one.question for one in drawn)
     config = BpeTokenizer(vocab_size=vocab_size)

@@ -14,27 +14,22 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from diffx.config import UserError
-from diffx.config.data import (
-    BpeTokenizer,
-    BytesTokenizer,
-    HfTokenizer,
-    TiktokenTokenizer,
-    TokenizerConfig,
-)
+from diffx.config.checks import refuse, refusing
+from diffx.config.data import BpeTokenizer, HfTokenizer, TiktokenTokenizer, TokenizerConfig
 from diffx.data.hub import asking_hub
 from diffx.errors import reason
 from diffx.files import json_sha256, read_json, sha256, write_json
 
 END_OF_TEXT = "<|endoftext|>"
-_FILE = "diffx_tokenizer.json"
+_FILE, _RANKS = "diffx_tokenizer.json", "ranks.tiktoken"
 _log = logging.getLogger(__name__)
 
 
 class FastTokenizer:
-    """A tokenizer of the ``tokenizers`` library: kinds ``bpe``, ``bytes`` and ``hf``.
+    """A tokenizer of the ``tokenizers`` library.
 
     Attributes:
-        kind: which of the three.
+        kind: ``bpe``, ``bytes`` or ``hf``.
         eot_id: the end-of-text token.
         vocab_size: one more than the highest token.
         fingerprint: SHA-256 of the definition.
@@ -47,10 +42,10 @@ class FastTokenizer:
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
-        self.kind = kind
         eot_id = backend.token_to_id(eot)
         if eot_id is None:
             raise ValueError(f"the vocabulary has no {eot}")
+        self.kind = kind
         self.eot_id: int = eot_id
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
         self._backend, self._eot, self._pretrained = backend, eot, pretrained
@@ -74,11 +69,9 @@ class FastTokenizer:
     def save(self, folder: str | Path, begin: bool = False) -> None:
         """Write files for ``load_tokenizer`` and ``transformers.AutoTokenizer``.
 
-        Args:
-            folder: the folder to write.
-            begin: let ``transformers`` put end of text before every text, as ``diffx train`` does.
+        With ``begin``, ``transformers`` puts end of text before every text, as training does.
         """
-        from transformers import PreTrainedTokenizerFast  # slow to import, and only needed here
+        from transformers import PreTrainedTokenizerFast  # slow to import
 
         backend, pretrained, eot = self._backend, self._pretrained, self._eot
         if begin:
@@ -87,11 +80,10 @@ class FastTokenizer:
                 single=f"{eot} $A", pair=f"{eot} $A $B:1", special_tokens=[(eot, self.eot_id)]
             )
         if begin or pretrained is None:
+            special = {"eos_token": eot} | ({"bos_token": eot} if begin else {})
+            inputs = ["input_ids", "attention_mask"]
             pretrained = PreTrainedTokenizerFast(
-                tokenizer_object=backend,
-                model_input_names=["input_ids", "attention_mask"],
-                eos_token=eot,
-                **({"bos_token": eot} if begin else {}),
+                tokenizer_object=backend, model_input_names=inputs, **special
             )
         pretrained.save_pretrained(folder)
         saved = {"kind": self.kind, "eot": eot, "fingerprint": self.fingerprint}
@@ -101,8 +93,9 @@ class FastTokenizer:
 class TiktokenEncoding:
     """A tokenizer of the optional ``tiktoken`` library, with ``FastTokenizer``'s attributes."""
 
+    kind = "tiktoken"
+
     def __init__(self, encoding: Any) -> None:
-        self.kind = "tiktoken"
         self.eot_id: int = encoding.eot_token
         self.vocab_size: int = encoding.n_vocab
         self._encoding = encoding
@@ -110,31 +103,29 @@ class TiktokenEncoding:
         self.fingerprint = json_sha256(definition, sort_keys=False)
 
     def encode(self, text: str) -> list[int]:
-        """Encode one text, without an end-of-text token."""
+        """See ``FastTokenizer``."""
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Encode several texts at once."""
+        """See ``FastTokenizer``."""
         return self._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def decode(self, ids: list[int]) -> str:
-        """Map tokens to text, special tokens included."""
+        """See ``FastTokenizer``."""
         return self._encoding.decode(ids)
 
     def save(self, folder: str | Path, begin: bool = False) -> None:
         """Write the vocabulary for ``load_tokenizer``; ``transformers`` cannot read it."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "ranks.tiktoken").write_bytes(self._ranks())
-        encoding = self._encoding
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / _RANKS).write_bytes(self._ranks())
         saved = {
             "kind": self.kind,
-            "name": encoding.name,
-            "pat_str": encoding._pat_str,
-            "special_tokens": encoding._special_tokens,
+            "name": self._encoding.name,
+            "pat_str": self._encoding._pat_str,
+            "special_tokens": self._encoding._special_tokens,
             "fingerprint": self.fingerprint,
         }
-        write_json(folder / _FILE, saved)
+        write_json(Path(folder) / _FILE, saved)
 
     def _ranks(self) -> bytes:
         ranks = sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1])
@@ -157,18 +148,30 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     Raises:
         UserError: the tokenizer does not exist, cannot be reached, or has no end-of-text token.
     """
-    if isinstance(config, BpeTokenizer):
-        return _train_bpe(config.vocab_size, texts)
-    if isinstance(config, BytesTokenizer):
-        chars = sorted(pre_tokenizers.ByteLevel.alphabet())
-        vocab = {char: index for index, char in enumerate(chars)}
-        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-        backend.add_special_tokens([END_OF_TEXT])
-        return FastTokenizer("bytes", _byte_level(backend, use_regex=False), END_OF_TEXT)
     if isinstance(config, HfTokenizer):
         return _from_hf(config.name, config.revision)
-    assert isinstance(config, TiktokenTokenizer)
-    return _from_tiktoken(config.name)
+    if isinstance(config, TiktokenTokenizer):
+        return _from_tiktoken(config.name)
+    alphabet, bpe = pre_tokenizers.ByteLevel.alphabet(), isinstance(config, BpeTokenizer)
+    vocab = {} if bpe else {char: index for index, char in enumerate(sorted(alphabet))}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bpe)
+    backend.decoder = decoders.ByteLevel()
+    if isinstance(config, BpeTokenizer):
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=alphabet,
+            min_frequency=2,
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens([END_OF_TEXT])
+    tokenizer = FastTokenizer(config.kind, backend, END_OF_TEXT)
+    if isinstance(config, BpeTokenizer) and tokenizer.vocab_size < config.vocab_size:
+        more = "tokenizer.vocab_size=%d is more than the text gives: the vocabulary has %d"
+        _log.warning(more, config.vocab_size, tokenizer.vocab_size)
+    return tokenizer
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -178,14 +181,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         UserError: the folder holds no such tokenizer, or a damaged one.
     """
     folder = Path(folder)
+    refused = f"{folder} cannot be used as a tokenizer"
     try:
         saved = read_json(folder / _FILE, {"kind": str, "fingerprint": str})
         tokenizer: Tokenizer
         if saved["kind"] == "tiktoken":
-            lines = (line.split() for line in (folder / "ranks.tiktoken").read_bytes().splitlines())
+            lines = (line.split() for line in (folder / _RANKS).read_bytes().splitlines())
             ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-            options = {"pat_str": saved["pat_str"], "special_tokens": saved["special_tokens"]}
-            encoding = _tiktoken().Encoding(saved["name"], mergeable_ranks=ranks, **options)
+            options = {key: saved[key] for key in ("name", "pat_str", "special_tokens")}
+            encoding = _tiktoken().Encoding(mergeable_ranks=ranks, **options)
             tokenizer = TiktokenEncoding(encoding)
         elif saved["kind"] == "hf":
             tokenizer = _from_hf(str(folder), None)
@@ -193,78 +197,39 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             tokenizer = FastTokenizer(saved["kind"], backend, saved["eot"])
     except Exception as error:  # a damaged file makes `tokenizers` raise no narrower one
-        raise UserError(f"{folder} cannot be used as a tokenizer: {reason(error)}") from error
+        raise UserError(f"{refused}: {reason(error)}") from error
     if tokenizer.fingerprint != saved["fingerprint"]:
-        raise UserError(f"{folder} cannot be used as a tokenizer: the fingerprint differs")
-    return tokenizer
-
-
-def _byte_level(backend: tokenizers.Tokenizer, use_regex: bool = True) -> tokenizers.Tokenizer:
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _train_bpe(vocab_size: int, texts: Iterable[str]) -> FastTokenizer:
-    backend = _byte_level(tokenizers.Tokenizer(models.BPE()))
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=alphabet,
-        min_frequency=2,
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    tokenizer = FastTokenizer("bpe", backend, END_OF_TEXT)
-    if tokenizer.vocab_size < vocab_size:
-        _log.warning(
-            "tokenizer.vocab_size=%d is more than the text gives: the vocabulary has %d",
-            vocab_size,
-            tokenizer.vocab_size,
-        )
+        raise UserError(f"{refused}: the fingerprint differs")
     return tokenizer
 
 
 def _from_hf(name: str, revision: str | None) -> FastTokenizer:
     from transformers import AutoTokenizer
 
-    refused = f"tokenizer.name={name} cannot be used"
-    try:
-        with asking_hub(name):
-            pretrained = AutoTokenizer.from_pretrained(
-                name, revision=revision, trust_remote_code=False
-            )
-    except Exception as error:  # each library below has other exceptions
-        accepted = "it must be a local folder or a hub name that can be reached"
-        raise UserError(f"{refused}: {reason(error)}; {accepted}") from error
-    if not pretrained.is_fast:
-        raise UserError(f"{refused}: it has no tokenizer.json; choose one that has")
-    if pretrained.eos_token is None:
-        raise UserError(f"{refused}: it has no end-of-text token (eos_token)")
-    return FastTokenizer("hf", pretrained.backend_tokenizer, pretrained.eos_token, pretrained)
+    setting, load = f"tokenizer.name={name}", AutoTokenizer.from_pretrained
+    accepted = "it must be a local folder or a hub name that can be reached"
+    # Each library below has other exceptions.
+    with refusing(setting, Exception, accepted=accepted), asking_hub(name):
+        pretrained = load(name, revision=revision, trust_remote_code=False)
+    refuse(not pretrained.is_fast, setting, "it has no tokenizer.json; choose one that has")
+    eot = pretrained.eos_token
+    refuse(eot is None, setting, "it has no end-of-text token (eos_token)")
+    return FastTokenizer("hf", pretrained.backend_tokenizer, eot, pretrained)
 
 
 def _tiktoken() -> Any:
-    try:
+    install = "run pip install 'diffx[tiktoken]'"
+    with refusing("tokenizer=tiktoken", ImportError, accepted=install):
         import tiktoken
-    except ImportError as error:
-        refused = "tokenizer=tiktoken cannot be used: tiktoken is not installed"
-        raise UserError(f"{refused}; run pip install 'diffx[tiktoken]'") from error
     return tiktoken
 
 
 def _from_tiktoken(name: str) -> TiktokenEncoding:
-    tiktoken, refused = _tiktoken(), f"tokenizer.name={name} cannot be used"
+    tiktoken, setting = _tiktoken(), f"tokenizer.name={name}"
     names = tiktoken.list_encoding_names()
-    if name not in names:
-        raise UserError(f"{refused}: it must be one of {', '.join(names)}")
-    try:
+    refuse(name not in names, setting, f"it must be one of {', '.join(names)}")
+    fetched = "its vocabulary has to be fetched once from the network: "
+    with refusing(setting, (OSError, ValueError), fetched):
         encoding = tiktoken.get_encoding(name)
-        encoding.eot_token  # noqa: B018  # a property that raises where there is none
-    except KeyError as error:
-        raise UserError(f"{refused}: it has no end-of-text token") from error
-    except (OSError, ValueError) as error:
-        why = "its vocabulary has to be fetched once from the network"
-        raise UserError(f"{refused}: {why}: {reason(error)}") from error
-    return TiktokenEncoding(encoding)
+    with refusing(setting, KeyError, "it has no end-of-text token: "):
+        return TiktokenEncoding(encoding)

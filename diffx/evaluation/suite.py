@@ -23,7 +23,7 @@ from diffx.config.checks import refuse
 from diffx.config.data import DataConfig, StdlibData
 from diffx.config.eval import EvalJob
 from diffx.console import Bar, Reporter
-from diffx.data.texts import MAX_CHARACTERS, read_texts
+from diffx.data.corpus import MAX_CHARACTERS, read_texts
 from diffx.evaluation.model import LanguageModel
 from diffx.files import read_json
 from diffx.results.declare import Declaration

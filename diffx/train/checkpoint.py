@@ -1,12 +1,9 @@
 """Checkpoints: ``<run>/checkpoints/step_00001000/`` with weights, optimizer and state.
 
-A checkpoint is written to a temporary folder and renamed. ``state.json`` holds the SHA-256 of the
-other files and a checksum of itself, so that a damaged checkpoint is detected. No file is a pickle.
+``state.json`` holds the SHA-256 of the other files and of itself. No file is a pickle.
 """
 
-import errno
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +20,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from diffx.config import RunError, UserError
+from diffx.config import UserError
+from diffx.config.checks import refuse
+from diffx.errors import storage_errors
 from diffx.files import json_checksum, read_json, replacing_folder, sha256, write_json
 from diffx.models.tensors import read_tensors
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-_NAME = re.compile(r"step_(\d{8,})")
 _FULL = StateDictOptions(
     full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False
 )
@@ -47,18 +45,12 @@ def save_checkpoint(
     state: dict[str, Any],
     main: bool = True,
 ) -> Path:
-    """Write a checkpoint of ``step``; every process calls this, the main one writes.
+    """Write trained parameters, AdamW's moments, and the loop's ``state``, which is JSON-able.
 
-    Args:
-        run_dir: the run folder.
-        step: optimizer steps done.
-        model: its trained parameters are saved unsharded.
-        optimizer: AdamW; its moments are saved by parameter name.
-        state: JSON-able: the data position, pending losses and the rest of the loop's state.
-        main: whether this process writes.
+    Every process calls this; the ``main`` one writes.
 
     Raises:
-        RunError: the disk is full; earlier checkpoints are intact.
+        RunError: the disk is full, or the run folder is gone; earlier checkpoints are intact.
     """
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     weights: dict[str, Any] = get_model_state_dict(model, options=_FULL)
@@ -67,16 +59,13 @@ def save_checkpoint(
         return folder
     trained = trained_shapes(model)
     weights = {name: weights[name] for name in weights if name in trained}  # a tied weight once
-    flat = {
-        f"{name}.{key}": value
-        for name, values in moments["state"].items()
-        for key, value in values.items()
-    }
-    flat["rng.cpu"] = torch.get_rng_state()
+    flat = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         flat["rng.cuda"] = torch.cuda.get_rng_state()
+    for name, values in moments["state"].items():
+        flat |= {f"{name}.{key}": value for key, value in values.items()}
     # A run folder that was deleted in the meantime is not made again: no parents=True.
-    try:
+    with storage_errors(f"the checkpoint of step {step} in {run_dir} cannot be written"):
         folder.parent.mkdir(exist_ok=True)
         with replacing_folder(folder) as temporary:
             sums = {}
@@ -90,18 +79,6 @@ def save_checkpoint(
                 _sync(path)
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one, not used by the resume
         _sync(folder.parent)
-    except FileNotFoundError as error:
-        raise RunError(
-            f"{run_dir} was deleted or moved; the checkpoint of step {step} cannot be written"
-        ) from error
-    except Exception as error:
-        # safetensors reports a full disk only in the text of its exception.
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise RunError(
-                f"no space left on the device for the checkpoint of step {step} in {run_dir}; "
-                "earlier checkpoints are intact"
-            ) from error
-        raise
     return folder
 
 
@@ -120,31 +97,29 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpointError: names the file that is missing or altered.
     """
-    damaged = f"{folder} is damaged"
+
+    def damaged(why: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(f"{folder} is damaged: {why}")
+
     try:
         state = read_json(folder / STATE, {"step": int, "sha256": dict})
     except UserError as error:
-        why = str(error).removeprefix(f"{folder}/")
-        raise DamagedCheckpointError(f"{damaged}: {why}") from error
+        raise damaged(str(error).removeprefix(f"{folder}/")) from error
     checksum, sums = state.pop("checksum", None), state["sha256"]  # old ones have no checksum
-    match = _NAME.fullmatch(folder.name)
-    named = match is not None and state["step"] == int(match[1])
     intact = checksum is None or checksum == json_checksum(state)
-    if not (named and intact and sums.keys() == {WEIGHTS, OPTIMIZER}):
-        raise DamagedCheckpointError(f"{damaged}: {STATE} is not what was written")
+    named = folder.name == f"step_{state['step']:08d}" and sums.keys() == {WEIGHTS, OPTIMIZER}
+    if not (named and intact):
+        raise damaged(f"{STATE} is not what was written")
     for name, expected in sums.items():
         if not (folder / name).is_file():
-            raise DamagedCheckpointError(f"{damaged}: {name} is missing")
+            raise damaged(f"{name} is missing")
         if sha256(folder / name) != expected:
-            raise DamagedCheckpointError(f"{damaged}: {name} does not have its checksum")
+            raise damaged(f"{name} does not have its checksum")
     return state
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights, moments and the random state into a model, sharded or not, and its optimizer.
-
-    ``read_state`` must be called first: it checks the files.
-    """
+    """Load weights, moments and the random state, of files that ``read_state`` has checked."""
     shapes = trained_shapes(model)
     weights: dict[str, Any] = read_tensors(folder / WEIGHTS, shapes)
     set_model_state_dict(model, weights, options=_FULL)
@@ -152,28 +127,22 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
     expected = {"rng.cpu": torch.get_rng_state().shape}
     for name, shape in shapes.items():
-        expected |= {f"{name}.{key}": shape for key in ("exp_avg", "exp_avg_sq")}
+        expected |= {f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
         expected[f"{name}.step"] = torch.Size()
     flat = read_tensors(folder / OPTIMIZER, expected, optional=("rng.cuda",))
-    torch.set_rng_state(flat.pop("rng.cpu"))
-    cuda = flat.pop("rng.cuda", None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
-    states: dict[str, Any] = {}
-    for name, value in flat.items():
-        parameter, _, key = name.rpartition(".")
-        states.setdefault(parameter, {})[key] = value
-    moments = {"state": states, "param_groups": groups}
+    torch.set_rng_state(flat["rng.cpu"])
+    if "rng.cuda" in flat and torch.cuda.is_available():
+        torch.cuda.set_rng_state(flat["rng.cuda"])
+    keys = ("exp_avg", "exp_avg_sq", "step")
+    states = {name: {key: flat[f"{name}.{key}"] for key in keys} for name in shapes}
+    moments: dict[str, Any] = {"state": states, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, moments, options=_FULL)
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """List a run's checkpoints as (step, folder), oldest first."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
-    return sorted((int(match[1]), path) for match, path in matches if match)
+    paths = (run_dir / "checkpoints").glob("step_????????*")
+    return sorted((int(path.name[5:]), path) for path in paths if path.name[5:].isdecimal())
 
 
 def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
@@ -202,8 +171,8 @@ def best(run_dir: Path, until: int | None = None) -> Path | None:
 def prune(run_dir: Path, keep_last: int, step: int) -> None:
     """Delete all checkpoints up to ``step`` but the newest ``keep_last`` and the best.
 
-    ``step`` is the newest intact checkpoint. Later ones are damaged: they are kept, and must not
-    count as the newest. Unfinished checkpoints of killed processes are deleted.
+    ``step`` is the newest intact checkpoint: later ones are damaged, and stay. Unfinished
+    checkpoints of killed processes are deleted.
     """
     keep = best(run_dir, step)
     reached = [folder for number, folder in checkpoints(run_dir) if number <= step]
@@ -215,39 +184,29 @@ def prune(run_dir: Path, keep_last: int, step: int) -> None:
 
 
 def find_checkpoint(spec: str, key: str = "checkpoint") -> tuple[Path, Path]:
-    """Resolve ``runs/x``, ``runs/x@best`` or ``runs/x@1000``; without ``@``, the newest.
+    """Return the folders of the run and the checkpoint of ``runs/x@best`` or ``runs/x@1000``.
 
-    Returns:
-        The run folder and the checkpoint folder.
+    Without ``@`` the checkpoint is the newest.
 
     Raises:
-        UserError: there is no such run or checkpoint; the message lists what exists.
-        DamagedCheckpointError: the checkpoint is damaged.
+        UserError: there is no such run or checkpoint, or it is damaged.
     """
     path, which = spec, ""
     if "@" in spec and not Path(spec).exists():
         path, _, which = spec.rpartition("@")
-    run_dir, refused = Path(path), f"{key}={spec} cannot be used"
-    if not run_dir.is_dir():
-        raise UserError(f"{refused}: there is no folder {path}")
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{refused}: {path} is not a run folder (it has no config.yaml)")
-    steps_saved = {str(step): folder for step, folder in checkpoints(run_dir)}
-    if not steps_saved:
-        raise UserError(f"{refused}: {path} has no checkpoint yet")
-    steps = ", ".join(steps_saved)
-    if which == "best":
-        folder = best(run_dir)
-        if folder is None:
-            why = f"no checkpoint of {path} has a validation loss"
-            raise UserError(f"{refused}: {why}; its steps are {steps}")
-    elif which:
-        if which not in steps_saved:
-            why = f"{path} has no checkpoint {which!r}"
-            raise UserError(f"{refused}: {why}; accepted: best, {steps}")
-        folder = steps_saved[which]
-    else:
-        folder = list(steps_saved.values())[-1]
+    run_dir, setting = Path(path), f"{key}={spec}"
+    refuse(not run_dir.is_dir(), setting, f"there is no folder {path}")
+    why = f"{path} is not a run folder (it has no config.yaml)"
+    refuse(not (run_dir / "config.yaml").is_file(), setting, why)
+    saved: dict[str, Path | None] = {str(step): folder for step, folder in checkpoints(run_dir)}
+    refuse(not saved, setting, f"{path} has no checkpoint yet")
+    accepted = f"accepted: best, {', '.join(saved)}"
+    saved |= {"": list(saved.values())[-1], "best": best(run_dir)}
+    refuse(which not in saved, setting, f"{path} has no checkpoint {which!r}; {accepted}")
+    folder = saved[which]
+    if folder is None:
+        why = f"no checkpoint of {path} has a validation loss"
+        raise UserError(f"{setting} cannot be used: {why}; {accepted}")
     read_state(folder)
     return run_dir, folder
 

@@ -1,8 +1,4 @@
-"""The run folder: its name, its first files, and the settings that a resumed run keeps.
-
-<run>/  config.yaml  overrides.yaml  environment.json  data.json  tokenizer/  metrics.jsonl
-        train.log  checkpoints/step_00001000/  summary.json
-"""
+"""The run folder: its name, its first files, and the settings that a resumed run keeps."""
 
 import dataclasses
 import operator
@@ -23,6 +19,7 @@ import yaml
 
 from diffx.config import UserError
 from diffx.config.bridge import load_config, save_config
+from diffx.config.checks import refuse, refusing
 from diffx.config.data import HfTokenizer
 from diffx.config.dex import AdaptJob
 from diffx.config.train import TrainJob
@@ -33,17 +30,8 @@ from diffx.tracking import read_metrics
 from diffx.train.checkpoint import find_checkpoint, newest_intact
 
 _LOCK = ".lock"
-# What may differ between a run and its resumption: how long, how often, where, and the tracker.
-_FREE = (
-    "train.steps",
-    "train.tokens",
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.keep_last",
-    "train.resume",
-    "device",
-)
+# The keys of `train` that may differ between a run and its resumption: how long, and how often.
+_FREE = ("steps", "tokens", "log_every", "eval_every", "save_every", "keep_last", "resume")
 AnyJob = TrainJob | AdaptJob
 _SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
 
@@ -51,55 +39,43 @@ _SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediat
 def settle(job: AnyJob, overrides: list[str]) -> tuple[AnyJob, Path | None]:
     """Return the job to run, and the folder to resume in (``None``: start in a new one).
 
-    Args:
-        job: as composed from the command line.
-        overrides: the overrides on the command line; they change the saved job of a resumed run.
+    A resumed run has its saved job, changed by the overrides on the command line.
 
     Raises:
-        UserError: the folder exists, there is nothing to resume, or an override conflicts with the
-            earlier run.
+        UserError: the folder exists, there is no run to resume, or an override conflicts with it.
     """
     resume, run_dir = job.train.resume, None if job.run.dir is None else Path(job.run.dir)
     if resume is None or (resume == "auto" and (run_dir is None or not _begun(run_dir))):
-        if run_dir is not None and not _unused(run_dir):
-            raise UserError(
-                f"run.dir={run_dir} cannot be used: it exists; choose another, or continue that "
-                f"run with train.resume={run_dir}"
-            )
+        why = f"it exists; choose another, or continue that run with train.resume={run_dir}"
+        refuse(run_dir is not None and not _unused(run_dir), f"run.dir={run_dir}", why)
         return _continued(job, overrides), None
     folder = run_dir if resume == "auto" and run_dir is not None else Path(resume)
-    refused = f"train.resume={folder} cannot be used"
-    if not folder.is_dir():
-        raise UserError(f"{refused}: there is no such folder; accepted: auto, or a run folder")
-    if not _begun(folder):
-        killed = "its start was killed early: repeat its command with run.dir= and "
-        killed = f"; {killed}train.resume=auto" if _unused(folder) else ""
-        raise UserError(f"{refused}: it is not a run folder (it has no config.yaml){killed}")
-    if run_dir is not None and run_dir.resolve() != folder.resolve():
-        raise UserError(
-            f"run.dir={run_dir} cannot be used with train.resume={folder}: a resumed run stays in "
-            "its folder"
-        )
+    setting = f"train.resume={folder}"
+    why = "there is no such folder; accepted: auto, or a run folder"
+    refuse(not folder.is_dir(), setting, why)
+    why = "it is not a run folder (it has no config.yaml)"
+    if _unused(folder):
+        why += "; its start was killed early: repeat it with run.dir= and train.resume=auto"
+    refuse(not _begun(folder), setting, why)
+    moves = run_dir is not None and run_dir.resolve() != folder.resolve()
+    refuse(moves, f"run.dir={run_dir}", "a resumed run stays in its folder", setting)
     saved = load_config(folder / "config.yaml")
-    if saved.kind != job.kind:
-        raise UserError(f"{refused}: it holds a {saved.kind} run, not a {job.kind} run")
+    refuse(saved.kind != job.kind, setting, f"it holds a {saved.kind} run, not a {job.kind} run")
     if isinstance(saved, AdaptJob) and isinstance(job, AdaptJob):
         # Another person may have written the folder: only this command can trust code.
         saved.trust_remote_code = job.trust_remote_code
-    values, saved_values = _flat(job), _flat(saved)
-    for key in given(overrides, job, saved):
-        if key == "train.steps":
-            saved.train.tokens = None
-        if key == "train.tokens":
-            saved.train.steps = None
+    for key, (value, kept) in given(overrides, job, saved).items():
+        if key in ("train.steps", "train.tokens"):  # the one replaces the other
+            saved.train.steps = saved.train.tokens = None
         group, _, name = key.rpartition(".")
-        if key in _FREE or key.split(".")[0] in ("wandb", "run"):
-            setattr(operator.attrgetter(group)(saved) if group else saved, name, values[key])
-        elif saved_values[key] != values[key]:
+        free = group in ("wandb", "run") or (group == "train" and name in _FREE)
+        if free or key == "device":
+            target = getattr(saved, group) if group else saved
+            setattr(target, name, operator.attrgetter(key)(job))
+        elif value != kept:
             raise UserError(
-                f"{key}={_plain(values[key])} conflicts with the run in {folder}, which has "
-                f"{key}={_plain(saved_values[key])}; a resumed run keeps its settings, save for "
-                "steps, cadence, device and wandb"
+                f"{key}={value} conflicts with the run in {folder}, which has {key}={kept}; a "
+                "resumed run keeps its settings, save for steps, cadence, device and wandb"
             )
     saved.run.dir = str(folder)
     saved.train = dataclasses.replace(saved.train)  # runs its checks again
@@ -115,15 +91,13 @@ def finished(job: AnyJob, folder: Path, reporter: Reporter) -> bool:
     checkpoint = newest_intact(folder, lambda line: None)
     if checkpoint is None or not checkpoint[1]["step"] == summary["step"] == job.train.num_steps:
         return False
-    reporter.line(
-        f"{folder} is finished: {summary['step']} steps, val/loss {summary['val/loss']:.4f}; "
-        "train.steps=N with a larger N goes on"
-    )
+    done = f"{summary['step']} steps, val/loss {summary['val/loss']:.4f}"
+    reporter.line(f"{folder} is finished: {done}; train.steps=N with a larger N goes on")
     return True
 
 
-def given(overrides: list[str], job: AnyJob, saved: AnyJob) -> list[str]:
-    """List the config keys that the overrides set.
+def given(overrides: list[str], job: AnyJob, saved: AnyJob) -> dict[str, tuple[Any, Any]]:
+    """Return the config keys of ``saved`` that the overrides set, with the values of both jobs.
 
     An override of a group (``model=diff_v1``) sets its ``kind``, ``size=`` the shape,
     ``experiment=`` every key in which ``job`` and ``saved`` differ.
@@ -137,15 +111,12 @@ def given(overrides: list[str], job: AnyJob, saved: AnyJob) -> list[str]:
         elif name == "size":
             keys += [f"model.{key}" for key in _SHAPE]
         elif name == "experiment":
-            keys += [
-                key
-                for key, value in values.items()
-                if key not in saved_values or saved_values[key] != value
-            ]
+            keys += [key for key in values if saved_values.get(key) != values[key]]
         else:
             keys += [key for key in values if key == name or key.startswith(f"{name}.")]
     # A key that `saved` lacks belongs to another kind, and the kinds are compared first.
-    return [key for key in dict.fromkeys(keys) if key in saved_values or key.endswith(".kind")]
+    keys = [key for key in keys if key in saved_values or key.endswith(".kind")]
+    return {key: (values[key], saved_values.get(key)) for key in keys}
 
 
 def _continued(job: AnyJob, overrides: list[str]) -> AnyJob:
@@ -154,14 +125,14 @@ def _continued(job: AnyJob, overrides: list[str]) -> AnyJob:
         return job
     source, _ = find_checkpoint(job.train.init_from, "train.init_from")
     saved = load_config(source / "config.yaml")
-    keys, values, saved_values = given(overrides, job, saved), _flat(job), _flat(saved)
-    for key in keys:
+    keys = given(overrides, job, saved)
+    for key, (value, kept) in keys.items():
         fixed = key.split(".")[0] in ("model", "tokenizer") and key != "model.rope_theta"
-        if fixed and values[key] != saved_values[key]:
+        if fixed and value != kept:
             raise UserError(
-                f"{key}={_plain(values[key])} conflicts with train.init_from="
-                f"{job.train.init_from}, which has {key}={_plain(saved_values[key])}; the model "
-                "and the tokenizer come from that run, and only model.rope_theta may change"
+                f"{key}={value} conflicts with train.init_from={job.train.init_from}, which has "
+                f"{key}={kept}; the model and the tokenizer come from that run, and only "
+                "model.rope_theta may change"
             )
     theta = job.model.rope_theta if "model.rope_theta" in keys else saved.model.rope_theta
     model = dataclasses.replace(saved.model, rope_theta=theta)
@@ -173,77 +144,59 @@ def _continued(job: AnyJob, overrides: list[str]) -> AnyJob:
 
 def new_folder(job: AnyJob) -> Path:
     """Return ``run.dir`` or ``runs/<date-time>-<name>``; nothing is created."""
-    if job.run.dir is not None:
-        return Path(job.run.dir)
-    return Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{run_name(job)}"
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    return Path(job.run.dir or f"runs/{now}-{run_name(job)}")
+
+
+def variant(job: AnyJob) -> str:
+    """Return the architecture of a training, or the variant of an adaptation."""
+    return job.model.kind if isinstance(job, TrainJob) else job.dex.variant.value
 
 
 def run_name(job: AnyJob) -> str:
     """Return ``run.name``, or a name made of architecture or variant, data and seed."""
-    kind = job.model.kind if isinstance(job, TrainJob) else job.dex.variant.value
-    return job.run.name or f"{kind}-{job.data.kind}-seed{job.seed}"
+    return job.run.name or f"{variant(job)}-{job.data.kind}-seed{job.seed}"
 
 
 def shown_as(job: AnyJob, overrides: list[str]) -> tuple[str, list[str]]:
-    """Return a run's name in W&B, which contains its overrides, and its tags.
-
-    Args:
-        job: the job that runs.
-        overrides: the overrides that the run was started with.
-    """
-    kind = job.model.kind if isinstance(job, TrainJob) else job.dex.variant.value
-    named = () if job.run.name else ("model", "dex.variant", "data", "seed")  # in run_name()
-    elsewhere = ("run", "wandb", "hydra", "device", "train.resume")
-    changes = []
+    """Return the name in W&B, with the overrides that the run was started with, and the tags."""
+    named = [] if job.run.name else ["model", "dex.variant", "data", "seed"]  # in run_name()
+    hidden = {*named, "run", "wandb", "hydra", "device", "train.resume"}
+    groups = hidden.difference(named)
+    name, tags = run_name(job), [job.kind, variant(job), job.data.kind]
+    tags += [job.base] if isinstance(job, AdaptJob) else []
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if key not in (*named, *elsewhere) and key.partition(".")[0] not in elsewhere:
-            changes.append(override)
-    prefix = "experiment="
-    experiments = [word.removeprefix(prefix) for word in overrides if word.startswith(prefix)]
-    base = [job.base] if isinstance(job, AdaptJob) else []
-    tags = [job.kind, kind, job.data.kind, *base, *experiments]
+        key, _, value = override.lstrip("+~").partition("=")
+        if override.startswith("experiment="):
+            tags.append(value)
+        if key not in hidden and key.partition(".")[0] not in groups:
+            name += f" {override}"
     # W&B takes names of 128 characters and tags of 64.
-    return shorten(" ".join([run_name(job), *changes]), 128), [tag[-64:] for tag in tags]
+    return shorten(name, 128), [tag[-64:] for tag in tags]
 
 
 @contextmanager
 def hold_folder(folder: Path, new: bool) -> Iterator[None]:
-    """Hold a run folder's lock, which the system releases if the process is killed.
-
-    Args:
-        folder: the run folder.
-        new: create the folder first; it must have no files.
+    """Hold a run folder's lock; a ``new`` folder is created first, and must have no files.
 
     Raises:
         UserError: another process holds the lock, or another run created the folder meanwhile.
     """
+    setting = f"run.dir={folder}"
     if new:
-        try:
+        with refusing(setting, OSError, accepted="choose a folder that can be written"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            refused = f"run.dir={folder} cannot be used: {error.strerror}"
-            raise UserError(f"{refused}; choose a folder that can be written") from error
-    with locked(folder / _LOCK, f"run.dir={folder}"):
-        if new and not _unused(folder):
-            raise UserError(f"run.dir={folder} cannot be used: it exists; choose another")
+    with locked(folder / _LOCK, setting):
+        refuse(new and not _unused(folder), setting, "it exists; choose another")
         yield
 
 
 def write_start(
     folder: Path, job: AnyJob, overrides: list[str], tokenizer: Tokenizer, corpus: dict[str, Any]
 ) -> None:
-    """Write the first files of a run; a resumed run adds its overrides and environment.
+    """Write the first files of a run, ``corpus`` into data.json; a resumed run adds to them.
 
-    config.yaml is first: a folder that has it can be resumed. Each file is written atomically; a
-    resumed run writes those that are missing.
-
-    Args:
-        folder: the run folder, locked.
-        job: the job that runs.
-        overrides: the overrides on the command line.
-        tokenizer: the tokenizer of the corpus.
-        corpus: the content of ``data.json``.
+    config.yaml is first: a folder that has it can be resumed. Each file is written atomically.
 
     Raises:
         UserError: a file of the resumed run is damaged; nothing was written.
@@ -266,7 +219,7 @@ def write_start(
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """Describe versions, commit, command, hardware and seed; no variables, they hold secrets."""
+    """Describe versions, command, hardware and seed, without variables, which hold secrets."""
     packages = ["torch", "transformers", "tokenizers", "datasets"]
     packages += ["hydra-core", "lm_eval", "wandb", "numpy"]
     return {
@@ -306,20 +259,16 @@ def _begun(folder: Path) -> bool:
 
 
 def _unused(folder: Path) -> bool:
-    """Return whether the folder is absent, or has only files from before config.yaml."""
-    first_files = (_LOCK, ".config.yaml.tmp")
-    return not folder.exists() or (
-        folder.is_dir() and all(entry.name in first_files for entry in folder.iterdir())
-    )
+    """Return whether a folder is absent, or has only files from before config.yaml."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return {entry.name for entry in folder.iterdir()} <= {_LOCK, ".config.yaml.tmp"}
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        value = getattr(value, "value", value)  # of an enumeration
         values |= _flat(value, f"{key}.") if dataclasses.is_dataclass(value) else {key: value}
     return values
-
-
-def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)

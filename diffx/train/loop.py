@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from diffx.config import RunError
 from diffx.config.train import TrainConfig
@@ -25,7 +25,8 @@ from diffx.train.parallel import World, accumulate, autocast, clip_gradients, pa
 from diffx.train.signals import stop_signals
 from diffx.train.throughput import matmul_ceiling, peak_memory, synchronize
 
-Probe = Callable[[Callable[[], object]], dict[str, float]]
+if TYPE_CHECKING:
+    from diffx.train.run import Subject
 
 
 @dataclass
@@ -35,12 +36,11 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         tokens: training tokens seen.
-        seconds: seconds since the run started, including those before a resume.
-        train_seconds: the part of ``seconds`` in steps, without evaluation and saving.
+        seconds: since the run started, including those before a resume.
+        train_seconds: those in steps, without evaluation and saving.
         pending: losses since the last logged line.
         val_loss: the validation loss at this step, if measured.
-        best_loss: the lowest validation loss so far.
-        best_step: its step.
+        best_loss: the lowest validation loss so far, of step ``best_step``.
         unmeasured: the figures of this step, if a signal came before its validation was done.
     """
 
@@ -55,41 +55,18 @@ class Progress:
     unmeasured: dict[str, float] | None = None
 
 
-@dataclass
-class Fit:
-    """The result of ``fit``.
-
-    Attributes:
-        progress: the state at the end.
-        validation: the last validation's figures.
-        checkpoint: the last checkpoint.
-        tokens_per_second: over all steps of the run, without evaluation and saving.
-    """
-
-    progress: Progress
-    validation: dict[str, float]
-    checkpoint: Path
-    tokens_per_second: float
-
-
 def token_losses(
-    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, boundaries: torch.Tensor | None
-) -> torch.Tensor:
+    model: nn.Module, inputs: Tensor, targets: Tensor, boundaries: Tensor | None
+) -> Tensor:
     """Return the sum of the cross-entropies in nats of the targets that are not -100.
 
-    Args:
-        model: a ``Decoder``, or a model that returns logits.
-        inputs: (B, T) token ids.
-        targets: (B, T) next tokens, -100 where there is no loss.
-        boundaries: (n+1,) document boundaries in the flattened batch; ``None``: no masks.
+    The model returns logits or is a ``Decoder``. ``inputs`` and ``targets`` are (B, T), and
+    ``boundaries`` (n + 1,) those of documents, as of ``cu_seqlens``; ``None``: no masks.
     """
     if isinstance(model, Decoder):
-        loss: torch.Tensor = model(inputs, cu_seqlens=boundaries, targets=targets)
-        return loss
-    logits = model(inputs, cu_seqlens=boundaries)  # (B, T, V)
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
-    )
+        return model(inputs, cu_seqlens=boundaries, targets=targets)
+    logits = model(inputs, cu_seqlens=boundaries).flatten(0, 1).float()  # (B T, V)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum")
 
 
 @torch.no_grad()
@@ -100,18 +77,10 @@ def evaluate(
     world: World,
     on_batch: Callable[[int], None],
 ) -> dict[str, float]:
-    """Measure the held-out loss; every held-out token is predicted once.
+    """Return ``val/loss`` in nats a token, ``val/perplexity``, and ``val/bpb`` in bits per byte.
 
-    Args:
-        model: gives logits or losses; left in training mode.
-        corpus: the held-out tokens.
-        config: the sequence length and the batch size.
-        world: the processes.
-        on_batch: told, before each batch, how many tokens all processes have read; what it raises
-            ends the evaluation.
-
-    Returns:
-        ``val/loss`` in nats a token, ``val/perplexity``, ``val/bpb`` in bits per byte of the text.
+    ``on_batch`` is called before each batch with the tokens that all processes have read; what it
+    raises ends the evaluation. The model is left in training mode.
     """
     model.eval()
     total, eot = torch.zeros(2, dtype=torch.float64), corpus.tokenizer.eot_id
@@ -120,7 +89,7 @@ def evaluate(
     batches = corpus.val_batches(config.seq_len, rows * world.size, world.rank, world.size)
     for number, batch in enumerate(batches):
         on_batch(number * rows * world.size * config.seq_len)
-        nats = _nats(model, batch.inputs, batch.targets, config, eot, world)
+        nats = _nats(model, batch, config, eot, world)
         # Device sync: once a batch, not in training.
         total += torch.tensor([float(nats), float((batch.targets >= 0).sum())], dtype=total.dtype)
     model.train()
@@ -136,52 +105,34 @@ def evaluate(
 
 
 def fit(
-    model: nn.Module,
-    blocks: nn.ModuleList,
+    subject: "Subject",
     corpus: Corpus,
     batches: Batches,
     config: TrainConfig,
-    *,
-    flops_per_token: float,
     world: World,
     run_dir: Path,
     track: Tracker,
     reporter: Reporter,
-    resume: tuple[Path, dict[str, Any]] | None = None,
-    probe: Probe,
-    on_step: Callable[[int], None] | None = None,
-    on_validation: Callable[[int], None] | None = None,
-) -> Fit:
-    """Train a model to ``config.num_steps`` optimizer steps, from ``resume`` if it is given.
+    resume: tuple[Path, dict[str, Any]] | None,
+) -> dict[str, Any]:
+    """Train ``subject``, which run.py describes, to ``config.num_steps`` optimizer steps.
 
-    Args:
-        model: on its device, with weights; parameters that require no gradient stay as they are.
-        blocks: its decoder blocks, a list inside ``model``.
-        corpus: held-out tokens and their tokenizer.
-        batches: this process's training batches, at the step to start from.
-        config: the recipe.
-        flops_per_token: model FLOPs of a training token, for ``train/mfu``.
-        world: the processes.
-        run_dir: the run folder, which exists.
-        track: logs figures.
-        reporter: prints lines and progress.
-        resume: a checkpoint's folder and state, from ``newest_intact``.
-        probe: returns figures for the log; its argument runs the model on one sequence.
-        on_step: called with the steps done, at the start and after each step (for lambda(t)).
-        on_validation: called with the steps done after each validation (to draw samples).
+    ``batches`` are those of this process, at the step to start from. ``resume`` is the folder and
+    the state of the checkpoint to start from, as of ``newest_intact``.
+
+    Returns:
+        The last figures and checkpoint, for summary.json.
 
     Raises:
         RunError: the loss is not finite, or the disk is full.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
+    model = subject.model
     ceiling = matmul_ceiling(world.device, config.precision) * world.size
-    parallelize(model, blocks, config, world)
+    parallelize(model, subject.blocks, config, world)
     optimizer = build_optimizer(model, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    now = Progress()
-    validation: dict[str, float] = {}
-
-    checkpoint = run_dir
+    now, validation, checkpoint = Progress(), dict[str, float](), run_dir
     if resume is not None:
         checkpoint, state = resume
         load_training_state(checkpoint, model, optimizer)
@@ -190,8 +141,7 @@ def fit(
         if world.main:  # a killed process may not have done it
             prune(run_dir, config.keep_last, now.step)
 
-    if on_step is not None:
-        on_step(now.step)
+    subject.on_step(now.step)
     eot = corpus.tokenizer.eot_id
     last, batch_tokens = config.num_steps, int(config.batch_tokens)
 
@@ -215,8 +165,7 @@ def fit(
             now.best_loss, now.best_step = now.val_loss, now.step
         bar.at(now.step, note(), always=True)
         track.log(now.step, now.tokens, row | validation)
-        if on_validation is not None:
-            on_validation(now.step)
+        subject.on_validation(now.step, track)
 
     def check_finite(name: str, value: float, step: int, place: str) -> None:
         if not math.isfinite(value):
@@ -227,13 +176,12 @@ def fit(
     def note() -> str:
         figures = [f"loss {train_loss:.4f}"] if train_loss is not None else []
         figures += [f"val {validation['val/loss']:.4f}"] if validation else []
-        return "  ".join([*figures, f"{figure(speed)} tok/s"] if speed else figures)
+        figures += [f"{figure(speed)} tok/s"] if speed else []
+        return "  ".join(figures)
 
     def stopped() -> Stopped:
-        return Stopped(
-            f"stopped by {stop.name or 'another process'} after step {now.step}; go on with "
-            f"train.resume={run_dir}"
-        )
+        by, step = stop.name or "another process", now.step
+        return Stopped(f"stopped by {by} after step {step}; go on with train.resume={run_dir}")
 
     def save() -> Path:
         now.seconds = track.seconds
@@ -252,7 +200,7 @@ def fit(
     train_loss: float | None = None
     speed = 0.0
     # (step, loss on the device, the batch's position)
-    unread: list[tuple[int, torch.Tensor, str]] = []
+    unread: list[tuple[int, Tensor, str]] = []
     if resume is None:
         now.unmeasured = {}  # step 0
     with stop_signals() as stop, reporter.progress("step", last, now.step) as bar:
@@ -276,8 +224,7 @@ def fit(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             now.step += 1
-            if on_step is not None:
-                on_step(now.step)
+            subject.on_step(now.step)
             now.tokens += batch_tokens
             now.val_loss = None
             unread.append((now.step, loss, batch.position))
@@ -313,10 +260,10 @@ def fit(
                     "train/lr": rate,
                     "train/grad_norm": float(norm),
                     "train/tokens_per_second": speed,
-                    "train/mfu": speed * flops_per_token / ceiling,
+                    "train/mfu": speed * subject.flops_per_token / ceiling,
                     "train/peak_memory_bytes": peak_memory(world.device),
                 }
-                row |= probe(partial(_look, model, batch, config, eot, world))
+                row |= subject.probe(partial(_look, model, batch, config, eot, world))
                 bar.at(now.step, note())
 
             # Evaluate
@@ -335,42 +282,40 @@ def fit(
         if now.val_loss is None:  # resumed at its last step
             measure({})
             checkpoint = save()
-    return Fit(now, validation, checkpoint, now.tokens / max(now.train_seconds, 1e-9))
+    return {
+        "step": now.step,
+        "tokens": now.tokens,
+        **validation,
+        "best/val/loss": now.best_loss,
+        "best/step": now.best_step,
+        "seconds": round(now.seconds, 1),
+        "tokens_per_second": now.tokens / max(now.train_seconds, 1e-9),
+        "checkpoint": str(checkpoint),
+    }
 
 
 def _accumulate_gradients(
     model: nn.Module, batch: Batch, config: TrainConfig, eot: int, world: World
-) -> torch.Tensor:
-    """Accumulate a step's gradients over micro-batches.
-
-    Returns:
-        The mean loss, on the device, the same in every process.
-    """
-    rows = batch.inputs.shape[0]
-    size = config.micro_batch_size or rows
+) -> Tensor:
+    """Accumulate gradients over micro-batches; return the mean loss over all processes."""
+    length = len(batch.inputs)
+    size = config.micro_batch_size or length
     scored = world.total((batch.targets >= 0).sum().float().to(world.device)).clamp(min=1)
     total = torch.zeros((), device=world.device)
-    for start in range(0, rows, size):
-        accumulate(model, last=start + size >= rows)
-        part = slice(start, start + size)
-        nats = _nats(model, batch.inputs[part], batch.targets[part], config, eot, world)
+    for start in range(0, length, size):
+        accumulate(model, last=start + size >= length)
+        inputs, targets = (rows[start : start + size] for rows in (batch.inputs, batch.targets))
+        nats = _nats(model, Batch(inputs, targets, batch.position), config, eot, world)
         # Sharded gradients are averaged over the processes.
         (nats * (world.size / scored)).backward()
         total += nats.detach()
     return world.total(total) / scored
 
 
-def _nats(
-    model: nn.Module,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    config: TrainConfig,
-    eot: int,
-    world: World,
-) -> torch.Tensor:
-    """Return ``token_losses`` of a micro-batch, (b, T), in the training precision."""
-    inputs = inputs.to(world.device, non_blocking=True)
-    targets = targets.to(world.device, non_blocking=True)
+def _nats(model: nn.Module, batch: Batch, config: TrainConfig, eot: int, world: World) -> Tensor:
+    """Return ``token_losses`` of a micro-batch in the training precision."""
+    inputs = batch.inputs.to(world.device, non_blocking=True)
+    targets = batch.targets.to(world.device, non_blocking=True)
     boundaries = cu_seqlens(inputs, eot) if config.mask_documents else None
     with autocast(world.device, config.precision):
         return token_losses(model, inputs, targets, boundaries)

@@ -13,19 +13,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
     Weight decay acts on matrices (embeddings included), not on norm gains, biases, lambda vectors.
     """
-    # One lambda vector a head makes a matrix of them, so they are told by their name.
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    groups: dict[float, list[nn.Parameter]] = {config.weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            # One lambda vector a head makes a matrix of them, so they are told by their name.
             vector = parameter.ndim < 2 or name.rpartition(".")[2].startswith("lambda_")
-            (vectors if vector else matrices).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+            groups[0.0 if vector else config.weight_decay].append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [{"params": group, "weight_decay": decay} for decay, group in groups.items() if group],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

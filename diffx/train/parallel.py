@@ -1,7 +1,4 @@
-"""Devices and distribution, which no other file handles.
-
-Order: activation checkpointing, compile each block, ``fully_shard`` each block, then the root.
-"""
+"""Devices and distribution, which no other file handles."""
 
 import ctypes
 import os
@@ -23,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from diffx.config import UserError
+from diffx.config.checks import refuse, refusing
 from diffx.config.train import Device, Precision, TrainConfig
 from diffx.errors import Stopped, describe, one_line
 from diffx.models.attention import attention_modules
@@ -31,13 +28,7 @@ from diffx.models.attention import attention_modules
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run.
-
-    Attributes:
-        device: the device of this process.
-        rank: the number of this process.
-        size: the number of processes.
-    """
+    """The device and the number of this process, of ``size`` processes."""
 
     device: torch.device
     rank: int = 0
@@ -74,22 +65,13 @@ class World:
 
 
 def pick_device(device: Device) -> torch.device:
-    """Return the device that ``device=`` names, and prepare it.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
-    available = {
-        Device.cuda: torch.cuda.is_available(),
-        Device.mps: torch.backends.mps.is_available(),
-        Device.cpu: True,
-    }
+    """Return the device that ``device=`` names; ``UserError`` if this machine has none."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    present = [Device.cuda] * cuda + [Device.mps] * mps + [Device.cpu]
     if device is Device.auto:
-        device = next(kind for kind, here in available.items() if here)
-    if not available[device]:
-        present = ", ".join(kind.value for kind, here in available.items() if here)
-        refused = f"device={device.value} cannot be used"
-        raise UserError(f"{refused}: torch can see none on this machine; it has {present}")
+        device = present[0]
+    why = f"torch can see none on this machine; it has {', '.join(kind.value for kind in present)}"
+    refuse(device not in present, f"device={device.value}", why)
     if device is Device.cpu:
         keep_freed_memory()
     return torch.device(device.value)
@@ -98,8 +80,8 @@ def pick_device(device: Device) -> torch.device:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for later tensors; other C libraries are not changed.
 
-    By default glibc maps each large block of a training step again, and its pages fault one by one:
-    a step of the default run took five times as long on a virtual machine with two cores.
+    By default each large block is mapped again, and its pages fault one by one: a step of the
+    default run took five times as long on a virtual machine with two cores.
     """
     mallopt = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt", None)
     if mallopt is not None:
@@ -112,11 +94,7 @@ def keep_freed_memory() -> None:
 def join_world(device: Device) -> Iterator[World]:
     """Join the process group if ``torchrun`` started this process, and leave it at the end.
 
-    The first process that fails prints its error, the others nothing; each exits with the code of
-    its error.
-
-    Raises:
-        UserError: this machine has no such device.
+    The first process that fails prints its error; each exits with the code of its error.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World(pick_device(device))
@@ -127,9 +105,8 @@ def join_world(device: Device) -> Iterator[World]:
         if chosen.type == "cuda":
             chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(chosen)
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
-        )
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         yield World(chosen, rank, size)
     except (Exception, Stopped) as error:
         described = describe(error)
@@ -145,14 +122,7 @@ def join_world(device: Device) -> Iterator[World]:
 
 
 def parallelize(model: nn.Module, blocks: nn.ModuleList, config: TrainConfig, world: World) -> None:
-    """Prepare a model on its device for training, in place.
-
-    Args:
-        model: the whole model.
-        blocks: its decoder blocks, a list inside ``model``.
-        config: whether to fuse attention, to checkpoint activations and to compile.
-        world: the processes to shard over; one process shards nothing.
-    """
+    """Prepare a model on its device, with its list of decoder blocks, for training, in place."""
     kernels = fused_kernels(config, world.device)
     for module in attention_modules(model):
         module.implementation = kernels
@@ -175,9 +145,8 @@ def parallelize(model: nn.Module, blocks: nn.ModuleList, config: TrainConfig, wo
 
 def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Keep the outputs of attention kernels, small but expensive; recompute the rest."""
-    attention = isinstance(op, torch._ops.OpOverload) and (
-        "scaled_dot_product" in op.name() or op.namespace == "diffx"
-    )
+    name = op.name() if isinstance(op, torch._ops.OpOverload) else ""
+    attention = "scaled_dot_product" in name or name.startswith("diffx::")
     return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -195,27 +164,18 @@ def clip_gradients(parameters: Iterable[nn.Parameter], bound: float) -> torch.Te
 
 
 def fused_kernels(config: TrainConfig, device: torch.device) -> ModuleType | None:
-    """The implementation of attention by fused kernels, if the config asks for it.
-
-    Raises:
-        UserError: there is no GPU, or no Triton.
-    """
+    """The fused kernels, if the config asks for them; ``UserError`` without GPU or Triton."""
     if not config.fused_attention:
         return None
-    if device.type != "cuda":
-        raise UserError(
-            f"train.fused_attention=true cannot be used on {device}: the kernels are for a GPU "
-            "(device=cuda)"
-        )
-    try:
+    setting, why = "train.fused_attention=true", "the kernels are for a GPU (device=cuda)"
+    refuse(device.type != "cuda", setting, why, f"device={device}")
+    install = "run pip install 'diffx[triton]'"
+    with refusing(setting, ImportError, "it needs Triton: ", install):
         return import_module("diffx.ops.triton_attention")
-    except ImportError as error:
-        refused = "train.fused_attention=true cannot be used: it needs Triton"
-        raise UserError(f"{refused}; run pip install 'diffx[triton]'") from error
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """Return the context for forward passes: bf16 autocast over fp32 weights, or nothing."""
+    """Return the context of forward passes: bf16 autocast over fp32 weights, or none."""
     if precision_of(device, precision) is Precision.fp32:
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)

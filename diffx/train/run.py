@@ -1,15 +1,17 @@
 """One run for ``diffx train`` and ``diffx adapt-dex``: from a job to a finished run folder.
 
-What differs between the two jobs is in ``Scratch`` (scratch.py) and ``Adaptation`` (adapt.py).
-Both have these methods, which ``run_job`` calls in this order:
+``Scratch`` (scratch.py) and ``Adaptation`` (adapt.py) hold what differs, in these methods:
 
-    __init__      checks the job before the corpus is read, and sets ``tokenizer``
-    build         makes the model, and sets ``model``, ``blocks``, ``parameters`` (counts by name),
-                  ``flops_per_token``, ``probe`` and ``on_step`` as ``fit`` takes them
-    write_start   writes the files that only this kind of run has, in the main process
-    describe      prints what is trained
-    finish        after ``fit``: returns the entries of summary.json that only this kind of run has
-    report        prints those entries
+    __init__       checks the job before the corpus is read, and sets ``tokenizer``
+    build          sets ``model`` (on its device, with weights), ``blocks`` (its decoder blocks, a
+                   list inside it), ``parameters`` (counts by name) and ``flops_per_token``
+    write_start    writes the files of this kind of run, in the main process
+    describe       prints what is trained, and returns constants for the tracker
+    on_step        takes the steps done, at the start and after each step
+    probe          returns figures for the log; its argument runs the model on one sequence
+    on_validation  takes the steps done and the tracker, after each validation
+    finish         returns the entries of summary.json of this kind of run
+    report         prints those entries
 """
 
 import dataclasses
@@ -21,12 +23,11 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 import yaml
 
-from diffx.config import RunError, UserError
-from diffx.config.data import DataConfig, TokenizerConfig
-from diffx.config.train import TrainJob, WandbMode
+from diffx.config import RunError
+from diffx.config.checks import refuse
+from diffx.config.train import TrainJob
 from diffx.console import Reporter, duration, make_table
-from diffx.data import Corpus, open_data
-from diffx.data.tokenizers import Tokenizer
+from diffx.data import open_data
 from diffx.files import write_json
 from diffx.tracking import NullTracker, Tracker
 from diffx.train.checkpoint import newest_intact
@@ -38,9 +39,10 @@ from diffx.train.folder import (
     run_name,
     settle,
     shown_as,
+    variant,
     write_start,
 )
-from diffx.train.loop import Fit, fit
+from diffx.train.loop import fit
 from diffx.train.parallel import World, fused_kernels, join_world
 from diffx.train.scratch import Scratch, show_read
 
@@ -53,9 +55,7 @@ Subject = Union[Scratch, "Adaptation"]
 def run_job(job: AnyJob, overrides: list[str]) -> Path:
     """Train or adapt a model, or resume a run, and return the run folder.
 
-    Args:
-        job: the composed job.
-        overrides: the overrides on the command line; a resumed run refuses those that conflict.
+    The saved job of a resumed run is changed by the overrides on the command line.
 
     Raises:
         UserError: the job cannot be run; nothing was written.
@@ -91,16 +91,20 @@ def _run(
         from diffx.train.adapt import Adaptation  # imports matplotlib, which training does not need
 
         subject = Adaptation(job, resumed, world, reporter)
-    corpus = _open_corpus(job.data, subject.tokenizer, world, reporter)
-    rows = int(job.train.batch_tokens) // job.train.seq_len
-    batches = corpus.batches(job.train.seq_len, rows, job.seed, world.rank, world.size)
+    if world.main:  # it fills the caches, and the other processes read them afterwards
+        with reporter.progress("corpus", None, unit="MB") as bar:
+            corpus = open_data(job.data, subject.tokenizer, progress=partial(show_read, bar))
+    world.barrier()
+    if not world.main:
+        corpus = open_data(job.data, subject.tokenizer)
+    steps, tokens, seq_len = job.train.num_steps, int(job.train.batch_tokens), job.train.seq_len
+    batches = corpus.batches(seq_len, tokens // seq_len, job.seed, world.rank, world.size)
     checkpoint = newest_intact(resumed, reporter.warn) if resumed else None
     if checkpoint:
         batches.load_state_dict(checkpoint[1]["data"])
-        done = checkpoint[1]["progress"]["step"]
-        if done > job.train.num_steps:
-            refused = f"train.steps={job.train.num_steps} cannot be used"
-            raise UserError(f"{refused}: the run in {resumed} has done {done} steps; give more")
+        reached = checkpoint[1]["progress"]["step"]
+        why = f"the run in {resumed} has done {reached} steps; give more"
+        refuse(reached > steps, f"train.steps={steps}", why)
     subject.build(corpus, initial=checkpoint is None)
     folder = resumed or Path(world.share(str(new_folder(job))))
     if world.main:
@@ -112,89 +116,30 @@ def _run(
         stack.callback(reporter.close_log)
     world.barrier()
     reporter.line(f"run folder {folder}")
-    subject.describe()
+    constants = subject.describe()
     reporter.line(
-        f"{job.train.num_steps} steps of {job.train.batch_tokens} tokens, T={job.train.seq_len}, "
-        f"on {world.size} x {world.device}"
+        f"{steps} steps of {tokens} tokens, T={seq_len}, on {world.size} x {world.device}"
     )
-    spent = checkpoint[1]["progress"] if checkpoint else None
-    with _open_tracker(job, folder, world, reporter, resumed is not None, spent) as track:
-        show_sample = None
-        if isinstance(subject, Scratch) and job.wandb.mode is not WandbMode.disabled:
-            track.constants = subject.constants()
-            show_sample = partial(subject.show_sample, track)
-        result = fit(
-            subject.model,
-            subject.blocks,
-            corpus,
-            batches,
-            job.train,
-            flops_per_token=subject.flops_per_token,
-            world=world,
-            run_dir=folder,
-            track=track,
-            reporter=reporter,
-            resume=checkpoint,
-            probe=subject.probe,
-            on_step=subject.on_step,
-            on_validation=show_sample,
-        )
-        summary = _summary(job, result, subject.parameters)
-        summary |= subject.finish(folder, result, summary) | {"finished": True}
+    track: Tracker = NullTracker()
+    if world.main:
+        # A run that was killed before its first checkpoint starts again in the same folder.
+        done = checkpoint[1]["progress"] if checkpoint else {"step": -1, "seconds": 0.0}
+        step, seconds = int(done["step"]) if resumed else None, float(done["seconds"])
+        name, tags = shown_as(job, yaml.safe_load((folder / "overrides.yaml").read_text("utf-8")))
+        config = dataclasses.asdict(job)
+        track = Tracker(folder, job.wandb, name, config, reporter.warn, step, seconds, tags)
+    with track:
+        track.constants = constants
+        args = (job.train, world, folder, track, reporter, checkpoint)
+        summary = {"name": run_name(job), "kind": variant(job), "seed": job.seed}
+        summary |= fit(subject, corpus, batches, *args) | {"parameters": subject.parameters}
+        summary |= subject.finish(folder, summary) | {"finished": True}
         if world.main:
             write_json(folder / "summary.json", summary)
             track.summary({key: v for key, v in summary.items() if isinstance(v, int | float)})
             subject.report(summary)
             _report(summary, folder, reporter)
     return folder
-
-
-def _open_corpus(
-    data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, world: World, reporter: Reporter
-) -> Corpus:
-    """Open a corpus: the main process fills the caches, the others read them afterwards."""
-    if world.main:
-        with reporter.progress("corpus", None, unit="MB") as bar:
-            corpus = open_data(data, tokenizer, progress=partial(show_read, bar))
-    world.barrier()
-    return corpus if world.main else open_data(data, tokenizer)
-
-
-def _open_tracker(
-    job: AnyJob,
-    folder: Path,
-    world: World,
-    reporter: Reporter,
-    resumed: bool,
-    progress: dict[str, Any] | None,
-) -> Tracker:
-    """Open the run's tracker, cut back to ``progress``, which the resumed checkpoint holds."""
-    if not world.main:
-        return NullTracker()
-    # A run that was killed before its first checkpoint starts again in the same folder.
-    progress = progress or {"step": -1, "seconds": 0.0}
-    step = int(progress["step"]) if resumed else None
-    name, tags = shown_as(job, yaml.safe_load((folder / "overrides.yaml").read_text("utf-8")))
-    config, seconds = dataclasses.asdict(job), float(progress["seconds"])
-    return Tracker(folder, job.wandb, name, config, reporter.warn, step, seconds, tags)
-
-
-def _summary(job: AnyJob, result: Fit, parameters: dict[str, int]) -> dict[str, Any]:
-    now = result.progress
-    return {
-        "name": run_name(job),
-        "kind": job.model.kind if isinstance(job, TrainJob) else job.dex.variant.value,
-        "seed": job.seed,
-        "step": now.step,
-        "tokens": now.tokens,
-        **result.validation,
-        "best/val/loss": now.best_loss,
-        "best/step": now.best_step,
-        "parameters": parameters,
-        "seconds": round(now.seconds, 1),
-        "tokens_per_second": result.tokens_per_second,
-        "checkpoint": str(result.checkpoint),
-    }
 
 
 def _report(summary: dict[str, Any], folder: Path, reporter: Reporter) -> None:

@@ -1,32 +1,32 @@
 """What only a run of ``diffx train`` does: a decoder from initial weights; see run.py."""
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffx.config import UserError
-from diffx.config.train import TrainJob
+from diffx.config.checks import refuse
+from diffx.config.train import TrainJob, WandbMode
 from diffx.console import Bar, Reporter, figure, make_table
 from diffx.data import Corpus, load_tokenizer
 from diffx.data.ngram import baselines
+from diffx.dex.layout import evaluating
 from diffx.dex.pretrained import free_memory
 from diffx.models import build_model, generate, init_weights
+from diffx.models.attention import attention_modules
 from diffx.models.tensors import read_tensors
 from diffx.tracking import Tracker
 from diffx.train.checkpoint import WEIGHTS, find_checkpoint, trained_shapes
-from diffx.train.loop import Fit
 from diffx.train.parallel import World
 from diffx.train.params import check_memory, counts_table
-from diffx.train.probes import attention_statistics
 
 
 class Scratch:
     """A decoder with random weights, or those of ``train.init_from``; run.py says what calls it."""
-
-    on_step = None
 
     def __init__(
         self,
@@ -44,77 +44,97 @@ class Scratch:
         self.tokenizer = load_tokenizer(saved) if saved and saved.is_dir() else job.tokenizer
 
     def build(self, corpus: Corpus, initial: bool) -> None:
-        """Build the model on its device.
-
-        Args:
-            corpus: the text; its tokenizer gives the size of the vocabulary.
-            initial: whether to load ``train.init_from``; not if a checkpoint is loaded later.
+        """Build the model on its device; load ``train.init_from`` if ``initial``.
 
         Raises:
             UserError: the vocabulary, the tokenizer or the weights cannot be used.
         """
-        job, kind = self._job, corpus.tokenizer.kind
+        job, tokenizer = self._job, corpus.tokenizer
         has_tokenizer = job.data.kind in ("shards", "recall")
-        if has_tokenizer and kind != job.tokenizer.kind and self._tokenizer_given:
-            raise UserError(
-                f"tokenizer={job.tokenizer.kind} cannot be used with data={job.data.kind}: these "
-                f"hold {kind} tokens; leave it out"
-            )
-        entries = corpus.tokenizer.vocab_size
-        size = job.model.vocab_size or entries
-        if size < entries:
-            raise UserError(
-                f"model.vocab_size={size} cannot be used: the tokenizer has {entries} entries; "
-                "leave it null, or give more"
-            )
-        model = build_model(dataclasses.replace(job.model, vocab_size=size))
-        init_weights(model, job.seed)
+        other = has_tokenizer and tokenizer.kind != job.tokenizer.kind
+        why = f"these hold {tokenizer.kind} tokens; leave it out"
+        given = f"tokenizer={job.tokenizer.kind}"
+        refuse(other and self._tokenizer_given, given, why, f"data={job.data.kind}")
+        size = job.model.vocab_size or tokenizer.vocab_size
+        why = f"the tokenizer has {tokenizer.vocab_size} entries; leave it null, or give more"
+        refuse(size < tokenizer.vocab_size, f"model.vocab_size={size}", why)
+        self.model = build_model(dataclasses.replace(job.model, vocab_size=size))
+        init_weights(self.model, job.seed)
         if initial and job.train.init_from is not None:
             source, folder = find_checkpoint(job.train.init_from, "train.init_from")
-            if load_tokenizer(source / "tokenizer").fingerprint != corpus.tokenizer.fingerprint:
-                raise UserError(
-                    f"data={job.data.kind} cannot be used with train.init_from="
-                    f"{job.train.init_from}: its tokens come from another tokenizer"
-                )
-            model.load_state_dict(read_tensors(folder / WEIGHTS, trained_shapes(model)))
-        self._corpus = corpus
-        self.model = model.to(self._world.device)
-        self.blocks = model.layers
-        self.parameters = model.num_parameters()
-        self.flops_per_token = model.flops_per_token(job.train.seq_len)
-        self.probe = partial(attention_statistics, model, model.layers)
+            other = load_tokenizer(source / "tokenizer").fingerprint != tokenizer.fingerprint
+            why, start = "its tokens come from another tokenizer", job.train.init_from
+            refuse(other, f"data={job.data.kind}", why, f"train.init_from={start}")
+            shapes = trained_shapes(self.model)
+            self.model.load_state_dict(read_tensors(folder / WEIGHTS, shapes))
+        self._corpus, self.blocks = corpus, self.model.layers
+        self.model.to(self._world.device)
+        self.parameters = self.model.num_parameters()
+        self.flops_per_token = self.model.flops_per_token(job.train.seq_len)
 
     def write_start(self, folder: Path) -> None:
-        """Write nothing: a run of ``diffx train`` has no files of its own."""
+        """Write nothing."""
 
-    def describe(self) -> None:
+    def describe(self) -> dict[str, float]:
         """Print parameter counts and the n-gram baselines, which the main process measures."""
         self._reporter.table(counts_table(self.model.config))
         self._baselines: dict[str, dict[str, float]] = {}
         if self._world.main:
             with self._reporter.progress("n-gram baselines", None, unit="MB") as bar:
                 self._baselines = baselines(self._corpus, progress=partial(show_read, bar))
+        constants: dict[str, float] = {}
         for name, losses in self._baselines.items():
             values = ", ".join(f"{value:.4f} {unit}" for unit, value in losses.items())
             self._reporter.line(f"{name}: {values}")
+            constants |= {f"baselines/{name}/{unit}": value for unit, value in losses.items()}
+        return constants
 
-    def finish(self, folder: Path, result: Fit, summary: dict[str, Any]) -> dict[str, Any]:
+    def on_step(self, step: int) -> None:
+        """Do nothing."""
+
+    @torch.no_grad()
+    def probe(self, forward: Callable[[], object]) -> dict[str, float]:
+        """Return statistics of each layer's attention.
+
+        ``diff/lambda/<layer>`` is the mean lambda over heads (and tokens), absent for a layer
+        without; ``attention/context_rms/<layer>`` is the root mean square of the weighted values,
+        after the subtraction and before any norm.
+        """
+        values: dict[str, torch.Tensor] = {}
+
+        def read_lambda(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            lam = module.lambda_value(args[0])  # sharded parameters are whole in the forward pass
+            if lam is not None:
+                values[f"diff/lambda/{module.layer:02d}"] = lam.float().mean()
+
+        def read_context(layer: int, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            values[f"attention/context_rms/{layer:02d}"] = args[0].float().pow(2).mean().sqrt()
+
+        with ExitStack() as stack:
+            for attention in attention_modules(self.model):
+                context = attention.get_submodule(attention.context_module)
+                read = partial(read_context, attention.layer)
+                stack.callback(attention.register_forward_pre_hook(read_lambda).remove)
+                stack.callback(context.register_forward_pre_hook(read).remove)
+            stack.enter_context(evaluating(self.model))
+            # Hooks would break compiled blocks.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            forward()
+        names = sorted(values)
+        # Device sync: one for all layers.
+        means = torch.stack([values[name] for name in names]).tolist()
+        return dict(zip(names, means, strict=True))
+
+    def on_validation(self, step: int, track: Tracker) -> None:
+        """Send a sample to the tracker."""
+        if self._job.wandb.mode is not WandbMode.disabled:
+            with torch.compiler.set_stance("force_eager"):
+                sample = self._sample()
+            track.samples(step, [(self._job.train.sample_prompt, sample)] if sample else [])
+
+    def finish(self, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
         """Return the baselines and a sample."""
         return {"baselines": self._baselines, "sample": self._sample()}
-
-    def constants(self) -> dict[str, float]:
-        """Return the baselines as figures of the tracker."""
-        return {
-            f"baselines/{name}/{unit}": value
-            for name, losses in self._baselines.items()
-            for unit, value in losses.items()
-        }
-
-    def show_sample(self, track: Tracker, step: int) -> None:
-        """Show a sample of the model as it is at this step."""
-        with torch.compiler.set_stance("force_eager"):
-            sample = self._sample()
-        track.samples(step, [(self._job.train.sample_prompt, sample)] if sample else [])
 
     def report(self, summary: dict[str, Any]) -> None:
         """Print the sample, and the held-out loss beside the baselines."""

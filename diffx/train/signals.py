@@ -9,11 +9,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Stop:
-    """The signal that was received, if any.
-
-    Attributes:
-        name: such as ``SIGTERM``.
-    """
+    """The ``name`` of the signal that was received, such as ``SIGTERM``."""
 
     name: str | None = None
 
@@ -21,21 +17,21 @@ class Stop:
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
     """Record SIGINT and SIGTERM for the loop to act on; a second one kills."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop, main = Stop(), threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()  # other threads cannot set handlers
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def note(number: int, frame: object) -> None:
         stop.name = signal.Signals(number).name
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        restore()
 
     for number in before:
         signal.signal(number, note)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,18 @@ SIDES = {"cuda": 8192, "mps": 1024, "cpu": 1024}  # rows of the matrices that ar
 
 
 def matmul_ceiling(device: torch.device, precision: Precision) -> float:
-    """Measure the FLOPs a second of a large square matrix product in the training type.
-
-    The utilisation refers to this measurement, on every device, instead of a data sheet.
-    """
-    n, end = SIDES[device.type], time.perf_counter() + 1
+    """Measure the FLOPs a second of a large square matrix product, to which MFU refers."""
+    n, times = SIDES[device.type], list[float]()
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    fastest = float("inf")
     with torch.no_grad(), autocast(device, precision):
-        for _ in range(10):
+        # A CPU without bf16 takes seconds for one product.
+        while len(times) < 10 and sum(times) < 1:
             synchronize(device)
             start = time.perf_counter()
             a @ b
             synchronize(device)
-            fastest = min(fastest, time.perf_counter() - start)
-            if time.perf_counter() > end:  # a CPU without bf16 takes seconds for one product
-                break
-    return 2 * n**3 / fastest
+            times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
 
 
 def synchronize(device: torch.device) -> None:
@@ -49,7 +45,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of the allocator on CUDA, of the process elsewhere."""
+    """Return the peak memory in bytes, of the allocator on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -57,11 +53,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def peak_allocation(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Measure the most bytes of tensors that ``call`` adds at one time.
-
-    The allocator counts them on CUDA, the profiler on a CPU; ``None`` elsewhere. The process holds
-    more.
-    """
+    """Measure the most bytes of tensors that ``call`` adds at one time; on MPS, ``None``."""
     gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -79,8 +71,5 @@ def peak_allocation(call: Callable[[], Any], device: torch.device) -> int | None
         recorded.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     events = [event for event in events if event.get("name") == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak
+    events.sort(key=lambda event: event["ts"])
+    return max(accumulate((event["args"]["Bytes"] for event in events), initial=0))

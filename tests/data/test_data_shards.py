@@ -24,9 +24,10 @@ from diffx.config.data import (
 from diffx.config.train import PrepareJob
 from diffx.data import open_data
 from diffx.data import prepare as preparation
+from diffx.data.corpus import read_texts
 from diffx.data.prepare import encode_documents, prepare
 from diffx.data.shards import TokenArray
-from diffx.data.texts import read_texts
+from diffx.data.sources import Document
 from diffx.data.tokenizers import make_tokenizer
 
 BPE = BpeTokenizer(vocab_size=280)
@@ -204,7 +205,7 @@ def test_wide_vocabularies_take_32_bits(jsonl):
         def encode_batch(self, texts):
             return [[65536 + len(text)] for text in texts]
 
-    ((tokens, mask),) = encode_documents(Wide(), [("", "abc")], masked=False)
+    ((tokens, mask),) = encode_documents(Wide(), [Document("abc", "", b"", 3)], masked=False)
     assert tokens.dtype == np.dtype("<u4") and tokens.tolist() == [69999, 65539] and mask is None
 
 

@@ -12,7 +12,7 @@ from filelock import FileLock
 from diffx.config import UserError
 from diffx.config.data import BpeTokenizer, BytesTokenizer, ShardsData, TextData
 from diffx.config.train import PrepareJob
-from diffx.data import open_data
+from diffx.data import open_data, sources
 from diffx.data import shards as shards_module
 from diffx.data.prepare import build, prepare
 from diffx.data.shards import read_meta
@@ -73,10 +73,8 @@ def test_an_altered_file_of_the_same_size_and_time_is_refused(folder, name, veri
 
 def test_what_was_verified_is_not_hashed_again(folder, monkeypatch):
     hashed = []
-    sha256 = shards_module.sha256
-    monkeypatch.setattr(
-        shards_module, "_hash", lambda path: hashed.append(path.name) or sha256(path)
-    )
+    sha256 = sources.sha256
+    monkeypatch.setattr(sources, "sha256", lambda path: hashed.append(path.name) or sha256(path))
     stages = []
     opened(folder, progress=lambda *stage: stages.append(stage))
     names = {path.name for path in folder.glob("*.bin")}

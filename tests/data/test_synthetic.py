@@ -11,9 +11,9 @@ from diffx.cli import main
 from diffx.config import UserError
 from diffx.config.data import BpeTokenizer, BytesTokenizer, RetrievalData
 from diffx.data import open_data
+from diffx.data.corpus import read_texts
 from diffx.data.needles import CITIES
 from diffx.data.ngram import baselines
-from diffx.data.texts import read_texts
 
 QUESTION = re.compile(
     r"( What (?:is|are) the magic numbers? of [\w, ]+\? The magic numbers? of [\w, ]+? (?:is|are))"

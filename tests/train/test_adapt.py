@@ -497,8 +497,7 @@ def test_not_enough_memory_is_said_before_anything_is_made(words, tmp_path, monk
     monkeypatch.setattr(module, "free_memory", lambda device: 2**10)
     line = error_of(capfd, words(f"run.dir={folder}", "dex.variant=full"))
     assert line.startswith(
-        "error: dex.variant=full cannot be trained here: besides the weights "
-        "it needs 0.0 GiB and more"
+        "error: dex.variant=full cannot be used: besides the weights it needs 0.0 GiB and more"
     )
     assert "train.micro_batch_size" in line
     monkeypatch.setattr("diffx.dex.pretrained.free_memory", lambda device: 2**10)
@@ -518,7 +517,7 @@ def test_what_is_needed_is_counted_right(words, monkeypatch, tmp_path, capfd):
     trained = 2 * (2 * 16 * 32 + 32 * 32) + 2 * (64 + 1)
     needed = 12 * 64 * 257 + 12 * trained
     monkeypatch.setattr(module, "free_memory", lambda device: needed - 1)
-    assert "cannot be trained here" in error_of(capfd, words(f"run.dir={tmp_path / 'x'}"))
+    assert "besides the weights it needs" in error_of(capfd, words(f"run.dir={tmp_path / 'x'}"))
     monkeypatch.setattr(module, "free_memory", lambda device: needed)
     assert main(words(f"run.dir={tmp_path / 'x'}", "train.steps=1")) == 0
 

@@ -128,7 +128,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, file, key, change
 
 
 def test_a_folder_that_was_deleted_is_not_made_again(tmp_path):
-    with pytest.raises(RunError, match="deleted or moved"):
+    with pytest.raises(RunError, match=r"checkpoint of step 1 .*cannot be written: No such file"):
         save_checkpoint(tmp_path / "gone", 1, *trained(0), {})
     assert not (tmp_path / "gone").exists()
 
@@ -140,7 +140,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(RunError, match="no space left on the device for the checkpoint of step 2"):
+    with pytest.raises(RunError, match=r"checkpoint of step 2 .*cannot be written: No space left"):
         save(tmp_path, 2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
     assert newest_intact(tmp_path, pytest.fail) is not None

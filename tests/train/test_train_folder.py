@@ -131,7 +131,8 @@ def test_the_environment_holds_no_secrets(tmp_path, tokenizer, monkeypatch):
 
 def test_given_ignores_keys_the_other_architecture_lacks():
     mine, saved = job(), dataclasses.replace(job(), model=TransformerConfig())
-    assert given(["model=diff_v1", "model.lambda_init=depth"], mine, saved) == ["model.kind"]
+    keys = given(["model=diff_v1", "model.lambda_init=depth"], mine, saved)
+    assert keys == {"model.kind": ("diff_v1", "transformer")}
 
 
 def test_a_held_folder_is_refused_to_others(run, tmp_path):
