@@ -30,6 +30,7 @@ JOB_WORDS = [
     ("train", ["data=retrieval", "tokenizer=bytes"]),
     ("adapt", ["base=x"]),
     ("prepare", ["out=x"]),
+    ("claim", ["name=lm_loss"]),
     ("generate", ["checkpoint=x"]),
     ("export", ["checkpoint=x", "out=x"]),
     ("quantize", ["checkpoint=x", "method=weights", "bits=[8]"]),

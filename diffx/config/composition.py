@@ -106,8 +106,8 @@ def config_groups(app: Any, name: str) -> dict[str, list[str]]:
     names = app.config_loader.repository.get_group_options  # the loader's method copies all configs
 
     def options(group: str) -> list[str]:
-        below = names(group, ObjectType.GROUP)
-        nested = [f"{sub}/{option}" for sub in below for option in options(f"{group}/{sub}")]
+        below = set(names(group, ObjectType.GROUP)) - {"claims", "results"}  # no configs of Hydra
+        nested = [f"{sub}/{option}" for sub in sorted(below) for option in options(f"{group}/{sub}")]
         return [*names(group, ObjectType.CONFIG), *nested]
 
     # The mode for several jobs accepts a group without a default.

@@ -41,6 +41,9 @@ EXPERIMENTS = {  # and the jobs of each
     "diff/scaling_paper": 6,
     "diff/scaling_paper_large": 4,
     "diff/retrieval_tiny": 4,
+    "recipes/laptop": 1,
+    "recipes/gpu": 1,
+    "recipes/recall": 1,
     "diff/stable_3b": 1,
     "diff/long_context_64k": 1,
     "diff/low_bits": 1,
@@ -145,7 +148,7 @@ def test_sizes_suit_every_architecture(size, tmp_path):
 @pytest.mark.parametrize("name", ["train", "prepare"])
 def test_data_and_tokenizers(name, group, kind, tmp_path):
     words = [f"{group}={kind}", *NEEDED.get(kind, []), *(["out=x"] if name == "prepare" else [])]
-    if name == "prepare" and kind in ("shards", "retrieval"):
+    if name == "prepare" and kind in ("shards", "retrieval", "recall"):
         with pytest.raises(UserError, match=f"data={kind} cannot be prepared"):
             job_of(name, *words)
         return
