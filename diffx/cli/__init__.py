@@ -126,7 +126,7 @@ def _train(job: Any, words: list[str]) -> float | None:
       diffx train
       diffx train model=transformer data=text 'data.path=books/*.txt' train.tokens=20M
       diffx train -m model=transformer,diff_v1 seed=0,1
-      diffx train -m model=transformer,diff_v1 hydra.sweep.dir=runs/SWEEP train.resume=auto
+      diffx train -m model=transformer,diff_v1 sweep.resume=runs/SWEEP
       diffx train train.resume=auto run.dir=runs/x
     """
     from diffx.train.run import run_job

@@ -107,7 +107,9 @@ def config_groups(app: Any, name: str) -> dict[str, list[str]]:
 
     def options(group: str) -> list[str]:
         below = set(names(group, ObjectType.GROUP)) - {"claims", "results"}  # no configs of Hydra
-        nested = [f"{sub}/{option}" for sub in sorted(below) for option in options(f"{group}/{sub}")]
+        nested = [
+            f"{sub}/{option}" for sub in sorted(below) for option in options(f"{group}/{sub}")
+        ]
         return [*names(group, ObjectType.CONFIG), *nested]
 
     # The mode for several jobs accepts a group without a default.

@@ -34,6 +34,7 @@ from diffx.errors import UserError, describe_any, one_line
 from diffx.files import append_lines, read_json_lines
 
 _FAILED, _DONE = "failed.jsonl", "jobs.jsonl"
+_RESUME = {"train": ["train.resume=auto"], "adapt": ["train.resume=auto"]}
 _HYDRA_RUN: dict[str, Any] = {  # what only Hydra's runs of a single job would follow
     "run.dir": ".",
     "output_subdir": None,
@@ -153,7 +154,7 @@ def launch(
         work: does a job; importable by name, since launchers pickle it. With ``suite=[a,b]`` it
             gets a list of jobs, and returns the exit code.
         words: in Hydra's grammar: ``key=value``, ``~key``, ``+key=value``.
-        multirun: run every combination of values.
+        multirun: run every combination of values; ``sweep.resume=FOLDER`` goes on with a sweep.
         config_dir: a folder of configs that come before those of diffx.
         after: gets what ``work`` returned for each job that did not fail (JSON objects), and the
             sweep's folder or ``None``.
@@ -164,6 +165,7 @@ def launch(
     Raises:
         UserError: the words do not compose to a valid config.
     """
+    words = _resumed(name, words, multirun)
     lists = [word for word in words if name == "eval" and re.fullmatch(r"suite=\[.*\]", word)]
     if lists:
         suites = [suite.strip() for suite in lists[-1][7:-1].split(",")]
@@ -197,6 +199,18 @@ def launch(
     return 0
 
 
+def _resumed(name: str, words: list[str], multirun: bool) -> list[str]:
+    """Write ``sweep.resume=FOLDER`` as the words by which a sweep's jobs are found and go on."""
+    given = [word for word in words if word.startswith("sweep.resume=")]
+    if not given:
+        return words
+    folder = given[-1].partition("=")[2]
+    refuse(not multirun, given[-1], "it goes on with a sweep; give -m and the sweep's words")
+    refuse(not Path(folder).is_dir(), given[-1], "there is no such folder of a sweep")
+    rest = [word for word in words if not word.startswith("sweep.resume=")]
+    return [*rest, f"hydra.sweep.dir={folder}", *_RESUME.get(name, [])]
+
+
 def _suite_job(name: str, suite: str, words: list[str], config_dir: Path | None) -> Any:
     try:
         return compose(name, [f"suite={suite}", *words], config_dir)
@@ -228,7 +242,7 @@ def _sweep(
             app.multirun(name, sweep_job, words)
     except KeyboardInterrupt:
         if "run" in cfg:
-            resume = f"hydra.sweep.dir={sweep} train.resume=auto"
+            resume = f"sweep.resume={sweep}"
             print(f"go on with the sweep: its words and {resume}", file=sys.stderr)
         raise
     finally:

@@ -298,13 +298,29 @@ def test_a_sweep_that_cannot_be_composed_leaves_nothing(here, word):
     assert list(here.iterdir()) == []
 
 
+def test_a_sweep_goes_on_in_its_folders(here):
+    launch("train", Work(), ["seed=0,1", "hydra.sweep.dir=s"], multirun=True)
+    work = Work()
+    for folder in here.glob("s/*/"):
+        folder.rmdir()  # such as this test's jobs make
+    assert launch("train", work, ["seed=0,1", "sweep.resume=s"], multirun=True) == 0
+    assert [job.run.dir for job in work.jobs] == ["s/0", "s/1"]
+    assert {job.train.resume for job in work.jobs} == {"auto"}
+    evaluate = Work()
+    launch("eval", evaluate, ["checkpoint=a,b", "suite=speed", "sweep.resume=s"], multirun=True)
+    assert [job.checkpoint for job in evaluate.jobs] == ["a", "b"]
+    for words, multirun in ((["sweep.resume=s"], False), (["sweep.resume=none"], True)):
+        with pytest.raises(UserError, match=r"sweep\.resume="):
+            launch("train", work, words, multirun=multirun)
+
+
 def test_an_interrupt_ends_the_sweep(here, capfd):
     work = Work({0: UserError("bad input"), 1: KeyboardInterrupt()})
     with pytest.raises(KeyboardInterrupt):
         launch("train", work, ["seed=0,1,2", "hydra.sweep.dir=s"], multirun=True)
     assert [job.seed for job in work.jobs] == [0, 1]
     told = capfd.readouterr().err
-    assert "hydra.sweep.dir=s train.resume=auto" in told
+    assert "sweep.resume=s" in told
     assert told.count("bad input") == 1 and "error: 1 job of the sweep failed: 0 (seed=0)" in told
 
 
