@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,68 @@ def test_a_command_can_be_used(command, capsys):
         name, [word if "[" in word or not several else word.partition(",")[0] for word in words]
     )
     assert job.kind == name
+
+
+TINY = [
+    "tokenizer=bytes",
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.num_heads=4",
+    "model.num_kv_heads=2",
+    "train.steps=2",
+    "train.seq_len=512",
+    "train.batch_tokens=512",
+    "train.sample_tokens=8",
+    "wandb.mode=disabled",
+    "data.val_tokens=2000",
+]
+SMALL = {  # words that make a command small enough for a test
+    "train": TINY,
+    "adapt-dex": [
+        *("data=text", "data.path=books/", "train.steps=2", "train.seq_len=64"),
+        *("train.batch_tokens=128", "wandb.mode=disabled", "data.val_tokens=2000"),
+    ],
+    "generate": ["max_tokens=4"],
+    "eval": ["limit=1", "wandb.mode=disabled"],
+    "quantize": ["suite.texts=2", "suite.length=64", "wandb.mode=disabled"],
+}
+BIG = ("size=", "device=", "train.tokens=", "train.seq_len=", "train.batch_tokens=", "max_tokens=")
+NETWORK = ("data=hub", "suite=paper_lm")
+
+
+def small(words):
+    """The same command on tiny models."""
+    name, *rest = words
+    if name not in SMALL or {"--cfg", "--doc"} & set(rest):
+        return words
+    if any(word.startswith("train.resume=runs") for word in rest):
+        return [name, *(word.replace("9000", "3") for word in rest)]
+    extra = [word for word in SMALL[name] if word not in rest]
+    rest = [word.replace("Qwen/Qwen2.5-0.5B", "models/smollm2") for word in rest]
+    return [name, *(word for word in rest if not word.startswith(BIG)), *extra]
+
+
+@pytest.mark.slow
+def test_every_command_runs_at_small_size(tmp_path, monkeypatch, hf_folder, capsys):
+    """In the README's order, in one folder; what needs the network is left out."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(hf_folder, "models/smollm2")
+    Path("books").mkdir()
+    for number in range(40):
+        text = f"Chapter {number}. " + "The sea was calm and the ship was slow. " * (number + 30)
+        Path(f"books/{number}.txt").write_text(text)
+    for name in "xyab":
+        assert main(["train", f"run.dir=runs/{name}", f"seed={ord(name)}", *TINY]) == 0
+    for name in "ab":
+        assert main(["eval", f"checkpoint=runs/{name}", "suite=outliers", "limit=1"]) == 0
+    done = 0
+    for command in commands(README):
+        _, *words = shlex.split(command)
+        if any(word in NETWORK for word in words) or words[0] == "experiment":
+            continue
+        if words == ["train", "run.dir=runs/x", "train.resume=auto"]:
+            words = [*words, f"seed={ord('x')}"]
+        assert main(small(words)) == 0, (command, capsys.readouterr().err)
+        done += 1
+    assert done >= 18
+    assert Path("compare.png").exists() and Path("models/x/model.safetensors").exists()

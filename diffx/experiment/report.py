@@ -20,7 +20,7 @@ from diffx.console import Reporter, duration, figure, make_table
 from diffx.errors import storage_errors
 from diffx.experiment.claims import RESULTS, load_experiment, scale_of
 from diffx.experiment.effects import ARM, cells, natural, onsets, smallest_of, values_by_seed
-from diffx.experiment.plan import Trial
+from diffx.experiment.plan import Trial, make_trials
 from diffx.files import json_sha256, read_json, replacing, write_json, write_text
 from diffx.results import plot
 from diffx.results.evaluations import read_evaluation
@@ -40,13 +40,18 @@ def results_folder(job: ExperimentJob) -> Path:
 
 
 def rule_of(name: str, scale: str) -> dict[str, Any]:
-    """Everything that decides a verdict, and its hash."""
+    """Everything that decides a verdict, and its hash.
+
+    A run's name is the hash of its config, so that a changed recipe changes the rule.
+    """
     experiment = load_experiment(name)
     plain = to_plain(experiment)
     decides = {
         key: plain[key] for key in ("command", "bases", "words", "arms", "measure", "effects")
     }
     decides["scale"] = to_plain(scale_of(name, experiment, scale))
+    trials = make_trials(ExperimentJob(name=name, scale=scale, seeds=[0, 1]))
+    decides["runs"] = sorted(trial.folder.name for trial in trials)
     return {"sha256": json_sha256(decides), "rule": decides}
 
 
