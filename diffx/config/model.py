@@ -271,8 +271,8 @@ class DiffGDAConfig(DiffV1Config):
         DiffV1Config._check_heads(self)
         check_fields(self, "model", "ratio", POSITIVE)
         accepted = (
-            f"smaller, or model.num_kv_heads={self.num_kv_heads} must be: a noise map for each pair of "
-            "keys, with its signal maps, would have more than twice the baseline's parameters"
+            f"smaller, or model.num_kv_heads={self.num_kv_heads} must be: with a noise map for "
+            "each pair of keys, attention would have more than twice the baseline's parameters"
         )
         require(self.noise_maps > 0, "model.ratio", self.ratio, accepted)
 
