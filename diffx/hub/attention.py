@@ -62,12 +62,13 @@ def observing(
         for layer, block in enumerate(decoder_blocks(model) if hidden else ()):
             hook = partial(_give_hidden, hidden, layer)
             stack.enter_context(block.register_forward_hook(hook))
-        modules = attention_modules(model) if attention else []
-        for module in modules:
-            hook = partial(_give_view, attention)
-            stack.enter_context(module.register_forward_pre_hook(hook))
-        if attention and not modules:
-            stack.enter_context(attending_with(model, _observing(model, attention)))
+        if attention:
+            modules = attention_modules(model)
+            for module in modules:
+                hook = partial(_give_view, attention)
+                stack.enter_context(module.register_forward_pre_hook(hook))
+            if not modules:
+                stack.enter_context(attending_with(model, _observing(model, attention)))
         yield
 
 

@@ -61,8 +61,8 @@ def _run(
         lam = lam.unflatten(2, (groups, -1, ratio)).permute(0, 2, 3, 4, 1)[..., None]
     pairs = zip(queries, keys, strict=True)
     tensors = [x.contiguous() for q, k in pairs for x in (q, k.to(dtype).transpose(1, 2))]
-    # (B, G, R, Tq, dv)
     v = v.to(dtype).transpose(1, 2).contiguous()  # (B, G, Tk, dv)
+    # (B, G, R, Tq, dv)
     out: Tensor = _BlockAttention.apply(v, lam, heads, causal, *tensors)
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(out_dtype)
 
@@ -89,7 +89,7 @@ class _BlockAttention(torch.autograd.Function):
         v, lam, *tensors = ctx.saved_tensors
         heads, causal = ctx.options
         dv, gradients = torch.zeros_like(v), [torch.zeros_like(x) for x in tensors]
-        dlam = None if lam is None else lam.new_empty(lam.shape)
+        dlam: Any = None if lam is None else lam.new_empty(lam.shape)
         for rows, keys in _blocks(tensors[0], v, heads, causal):
             block = d_out[..., rows, :].contiguous()
             maps = _softmax(tensors, rows, keys, causal)
