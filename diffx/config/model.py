@@ -269,12 +269,13 @@ class DiffGDAConfig(DiffV1Config):
 
     def _check_heads(self) -> None:
         DiffV1Config._check_heads(self)
-        check_fields(self, "model", "ratio", POSITIVE)
+        # beyond it, no noise maps would be nearer to the baseline's parameters than one a pair
+        most = (8 * self.num_heads // self.num_kv_heads - 2) // 3
         accepted = (
-            f"smaller, or model.num_kv_heads={self.num_kv_heads} must be: with a noise map for "
-            "each pair of keys, attention would have more than twice the baseline's parameters"
+            f"from 1 to {most} with model.num_heads={self.num_heads} and "
+            f"model.num_kv_heads={self.num_kv_heads}: each pair of keys needs a noise map"
         )
-        require(self.noise_maps > 0, "model.ratio", self.ratio, accepted)
+        require(1 <= self.ratio <= most, "model.ratio", self.ratio, accepted)
 
     @property
     def noise_maps(self) -> int:
