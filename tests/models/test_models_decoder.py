@@ -419,11 +419,11 @@ def test_a_loss_in_chunks_is_the_loss(tied, monkeypatch):
 
 
 def test_a_loss_holds_no_more_logits_than_a_chunk(monkeypatch):
-    """Of 1,000 tokens and 2,000 entries, in chunks of 50 tokens; forward and backward."""
-    model = build_model(MODEL_CONFIGS["transformer"](**{**SHAPE, "vocab_size": 2000}))
+    """Of 1,000 tokens and 4,000 entries, in chunks of 50 tokens; forward and backward."""
+    model = build_model(MODEL_CONFIGS["transformer"](**{**SHAPE, "vocab_size": 4000}))
     init_weights(model, 0)
     ids = torch.zeros(10, 100, dtype=torch.long)
-    monkeypatch.setattr(decoder, "LOGITS", 2000 * 50)
+    monkeypatch.setattr(decoder, "LOGITS", 4000 * 50)
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -437,4 +437,4 @@ def test_a_loss_holds_no_more_logits_than_a_chunk(monkeypatch):
 
     with Watch():
         model(ids, targets=ids).backward()
-    assert largest < 1000 * 2000 / 8  # what the blocks hold is as large as a few chunks
+    assert largest < 1000 * 4000 / 8  # what the blocks hold is as large as a few chunks
