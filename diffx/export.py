@@ -120,11 +120,10 @@ def _convert(loaded: Loaded, fold_branch: bool) -> Any:
         return to_dex(loaded.adapted, loaded.step) if keep_branch else model
     missing = f"{loaded.folder} is no adapted run and has no branch"
     refuse(not fold_branch, "fold=false", missing)
-    if loaded.model.config.kind == "transformer":
-        return to_llama(loaded.model)
+    convert = to_llama if loaded.model.config.kind == "transformer" else to_diffllama
     try:
-        return to_diffllama(loaded.model)
-    except ValueError:  # not a form of DiffLlama
+        return convert(loaded.model)
+    except ValueError:  # not a form of Llama or DiffLlama
         return to_diffx(loaded.model)
 
 

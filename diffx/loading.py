@@ -18,6 +18,7 @@ from diffx.data.tokenizers import Tokenizer, load_tokenizer
 from diffx.dex.attach import Adapted
 from diffx.dex.pretrained import Pretrained, load_pretrained
 from diffx.files import read_json, write_json
+from diffx.hub.configs import DiffxConfig
 from diffx.models import build_model
 from diffx.train.adapt import restore
 from diffx.train.checkpoint import (
@@ -71,7 +72,7 @@ class Loaded:
     def architecture(self) -> str:
         """``model=`` of a run; else the type in ``transformers``, with the variant if adapted."""
         config = self.model.config
-        if isinstance(config, ModelConfig):
+        if isinstance(config, ModelConfig | DiffxConfig):
             return config.kind
         variant = f"+{self.job.dex.variant.value}" if isinstance(self.job, AdaptJob) else ""
         return f"{config.model_type}{variant}"

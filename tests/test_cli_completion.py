@@ -29,15 +29,15 @@ def test_bash_completes_commands():
 
 
 def test_bash_completes_groups():
-    assert bash("train", "-m", "model", "=", "diff") == ["diff_v1", "diff_v2"]
+    assert bash("train", "-m", "model", "=", "diff_v") == ["diff_v1", "diff_v2"]
     assert "scaling_nano" in " ".join(bash("train", "experiment="))
 
 
 @pytest.mark.parametrize(
     ("before", "incomplete", "expected"),
     [
-        ([], "model=diff", ["model=diff_v1", "model=diff_v2"]),
-        (["model"], "diff", ["diff_v1", "diff_v2"]),  # bash, after "model="
+        ([], "model=diff", ["model=diff_gda", "model=diff_v1", "model=diff_v2"]),
+        (["model"], "diff_v", ["diff_v1", "diff_v2"]),  # bash, after "model="
         (["model", "=", "transformer", "data", "="], "te", ["text"]),
         ([], "model=diff_v1,diff_v", ["model=diff_v1,diff_v1", "model=diff_v1,diff_v2"]),
         ([], "tokeniz", ["tokenizer=", "tokenizer.vocab_size="]),

@@ -5,7 +5,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from diffx.config.checks import check_fields, require
+from diffx.config.checks import POSITIVE, check_fields, require
 
 _MOST = {  # beyond these, parameter counts overflow or a narrow model takes minutes to build
     "hidden_size": 2**24,
@@ -15,6 +15,9 @@ _MOST = {  # beyond these, parameter counts overflow or a narrow model takes min
     "intermediate_size": 2**28,
     "vocab_size": 2**28,
 }
+
+
+DEPTHS = ("depth", "depth-1")  # lambda_init by the layer
 
 
 class LambdaScope(str, Enum):
@@ -29,6 +32,49 @@ class Halve(str, Enum):
 
     head_count = "head_count"
     head_dim = "head_dim"
+
+
+class Sign(str, Enum):
+    """Whether DIFF V1 subtracts the second map or adds it."""
+
+    minus = "minus"
+    plus = "plus"
+
+
+class LambdaForm(str, Enum):
+    """Lambda of DIFF V2, given x W_lambda."""
+
+    sigmoid = "sigmoid"
+    linear = "linear"
+    one = "one"
+
+
+class Pairing(str, Enum):
+    """Which maps make a head of DIFF V2."""
+
+    within = "within"
+    across = "across"
+
+
+class Gate(str, Enum):
+    """What a gate of ``transformer_gated`` multiplies."""
+
+    head = "head"
+    element = "element"
+
+
+class Sink(str, Enum):
+    """The sink logit of ``transformer_sink``."""
+
+    learned = "learned"
+    zero = "zero"
+
+
+class Ffn(str, Enum):
+    """Activation of the feed-forward layer."""
+
+    swiglu = "swiglu"
+    polynorm = "polynorm"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,6 +96,8 @@ class ModelConfig:
         init_std: standard deviation of the normal initialisation of every matrix; ``null`` is
             1/sqrt(hidden_size), about the usual 0.02 at the papers' sizes.
         scale_residual_init: divide the initial ``o_proj`` and ``down_proj`` by sqrt(2·num_layers).
+        ffn: ``swiglu``, or ``polynorm``: a learned sum of normed powers (2411.03884) in place of
+            SiLU, as Motif-2.6B has it.
     """
 
     kind: str = MISSING
@@ -64,6 +112,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     init_std: float | None = None
     scale_residual_init: bool = False
+    ffn: Ffn = Ffn.swiglu
 
     def __post_init__(self) -> None:
         for key, most in _MOST.items():
@@ -142,17 +191,44 @@ class Transformer1p5hConfig(ModelConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class TransformerGatedConfig(ModelConfig):
+    """The baseline with gated attention (2505.06708): Y ⊙ sigmoid(x W_g) enters ``o_proj``.
+
+    Attributes:
+        gate: one gate for each ``head`` of a token, or for each ``element`` of its heads.
+    """
+
+    kind: str = "transformer_gated"
+    gate: Gate = Gate.head
+
+
+@dataclass(kw_only=True, slots=True)
+class TransformerSinkConfig(ModelConfig):
+    """The baseline with a sink: exp(s) is added to the denominator of every softmax.
+
+    Attributes:
+        sink: s is ``learned`` for each head, from 0 (gpt-oss), or ``zero`` (off-by-one softmax).
+    """
+
+    kind: str = "transformer_sink"
+    sink: Sink = Sink.learned
+
+
+@dataclass(kw_only=True, slots=True)
 class DiffV1Config(ModelConfig):
     """Differential Transformer V1 (2410.05258): H/2 heads, each the difference of two maps.
 
     Attributes:
-        lambda_init: ``depth`` is 0.8 - 0.6·exp(-0.3·l) with l 0-based; a number in [0, 1) is that
-            constant in every layer.
+        lambda_init: ``depth`` is 0.8 - 0.6·exp(-0.3·l) with l 0-based; ``depth-1`` takes l - 1 for
+            l, as Motif-2.6B does; a number in [0, 1) is that constant in every layer.
         lambda_scope: one lambda a ``layer`` (the paper) or a ``head``.
         sublayer_norm: RMSNorm over each head's 2d-wide output, before the factor 1 - lambda_init.
         sublayer_norm_gain: give that norm a learned gain of size 2d.
+        sublayer_norm_eps: epsilon of that norm; ``null`` is ``norm_eps``.
         halve: ``head_count`` keeps d (the paper); ``head_dim`` keeps H heads and cuts d, the
             commonest failed reproduction.
+        sign: ``plus`` adds the second map, A1 + lambda A2: a control without a difference, whose
+            lambda is logged as negative.
     """
 
     kind: str = "diff_v1"
@@ -160,31 +236,87 @@ class DiffV1Config(ModelConfig):
     lambda_scope: LambdaScope = LambdaScope.layer
     sublayer_norm: bool = True
     sublayer_norm_gain: bool = True
+    sublayer_norm_eps: float | None = None
     halve: Halve = Halve.head_count
+    sign: Sign = Sign.minus
 
     def _check_heads(self) -> None:
         ModelConfig._check_heads(self)
+        check_fields(self, "model", "sublayer_norm_eps", "positive")
         if self.halve is Halve.head_count:
             self._check_even("num_heads num_kv_heads")
         else:
             accepted = "such that the head dimension is a multiple of 4 with model.halve=head_dim"
             require(self.head_dim % 4 == 0, "model.num_heads", self.num_heads, accepted)
         value = self.lambda_init
-        good = value == "depth" or (not isinstance(value, str) and 0 <= value < 1)
-        require(good, "model.lambda_init", value, "'depth' or a number in [0, 1)")
+        good = value in DEPTHS if isinstance(value, str) else 0 <= value < 1
+        require(good, "model.lambda_init", value, "'depth', 'depth-1' or a number in [0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
+class DiffGDAConfig(DiffV1Config):
+    """Grouped differential attention (2510.06949): ``ratio`` signal maps share a noise map.
+
+    All else is DIFF V1, which is ``ratio=1``. The number of noise maps is the multiple of the pairs
+    of keys that brings the parameters nearest to the baseline's.
+
+    Attributes:
+        ratio: signal maps for each noise map; the paper finds 3 and 4 best.
+    """
+
+    kind: str = "diff_gda"
+    ratio: int = 3
+
+    def _check_heads(self) -> None:
+        DiffV1Config._check_heads(self)
+        # beyond it, no noise maps would be nearer to the baseline's parameters than one a pair
+        most = (8 * self.num_heads // self.num_kv_heads - 2) // 3
+        accepted = (
+            f"from 1 to {most} with model.num_heads={self.num_heads} and "
+            f"model.num_kv_heads={self.num_kv_heads}: each pair of keys needs a noise map"
+        )
+        require(1 <= self.ratio <= most, "model.ratio", self.ratio, accepted)
+
+    @property
+    def noise_maps(self) -> int:
+        """Noise maps: their projections have (3·ratio + 1) / 4 of V1's parameters for each head."""
+        pairs = self.num_kv_heads // (1 if self.halve is Halve.head_dim else 2)
+        return pairs * round(4 * self.num_heads / ((3 * self.ratio + 1) * self.num_kv_heads))
 
 
 @dataclass(kw_only=True, slots=True)
 class DiffV2Config(ModelConfig):
-    """Differential Transformer V2 (January 2026): 2H query heads, lambda per token and head."""
+    """Differential Transformer V2 (January 2026): 2H query heads, lambda per token and head.
+
+    Attributes:
+        ratio: signal maps for each noise map: H + H/ratio query heads (Motif-3); 1 is V2.
+        lambda_form: lambda is the ``sigmoid`` of x W_lambda (V2), ``linear`` in it, or ``one``.
+        pairing: ``within``: maps of a head are neighbours, on one key/value head (V2); ``across``:
+            the noise maps come after all signal maps, on other key/value heads.
+    """
 
     kind: str = "diff_v2"
+    ratio: int = 1
+    lambda_form: LambdaForm = LambdaForm.sigmoid
+    pairing: Pairing = Pairing.within
+
+    def _check_heads(self) -> None:
+        check_fields(self, "model", "ratio", POSITIVE)
+        heads = f"model.num_heads={self.num_heads}"
+        require(
+            self.num_heads % self.ratio == 0, "model.ratio", self.ratio, f"a divisor of {heads}"
+        )
+        noise_maps = self.num_heads // self.ratio
+        self._check_kv_heads(noise_maps, f"{heads} / model.ratio={self.ratio}")
 
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {
     "transformer": TransformerConfig,
     "transformer_wide_head": TransformerWideHeadConfig,
     "transformer_1p5h": Transformer1p5hConfig,
+    "transformer_gated": TransformerGatedConfig,
+    "transformer_sink": TransformerSinkConfig,
     "diff_v1": DiffV1Config,
+    "diff_gda": DiffGDAConfig,
     "diff_v2": DiffV2Config,
 }

@@ -80,8 +80,9 @@ class TrainConfig:
         grad_clip: bound on the global gradient norm; 0 turns clipping off.
         precision: of autocast; weights and optimizer state stay fp32.
         compile: ``torch.compile`` each block.
-        fused_attention: differential attention of diff_v1 by Triton kernels, on a GPU; tested by
-            Triton's interpreter and compiled, but not timed yet: ``diffx bench attention`` does.
+        fused_attention: differential attention of diff_v1 and diff_gda by Triton kernels, on a GPU
+            (that of diff_v2 stays one ordinary call); tested by Triton's interpreter and compiled,
+            but not timed yet: ``diffx bench attention`` does.
         activation_checkpointing: recompute the activations of each block, but for the outputs of
             attention kernels, in the backward pass.
         mask_documents: attention stays within a document.

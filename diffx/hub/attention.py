@@ -62,12 +62,13 @@ def observing(
         for layer, block in enumerate(decoder_blocks(model) if hidden else ()):
             hook = partial(_give_hidden, hidden, layer)
             stack.enter_context(block.register_forward_hook(hook))
-        if attention and isinstance(model, Decoder):
-            for module in attention_modules(model):
+        if attention:
+            modules = attention_modules(model)
+            for module in modules:
                 hook = partial(_give_view, attention)
                 stack.enter_context(module.register_forward_pre_hook(hook))
-        elif attention:
-            stack.enter_context(attending_with(model, _observing(model, attention)))
+            if not modules:
+                stack.enter_context(attending_with(model, _observing(model, attention)))
         yield
 
 
@@ -85,8 +86,9 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     Raises:
         UserError: the model has no such list.
     """
-    if isinstance(model, Decoder):
-        return model.layers
+    decoder = getattr(model, "decoder", model)
+    if isinstance(decoder, Decoder):
+        return decoder.layers
     if isinstance(model, PreTrainedModel):
         layers = model.config.get_text_config().num_hidden_layers
         for module in model.get_decoder().modules():

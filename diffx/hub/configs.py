@@ -36,9 +36,41 @@ class DiffxConfig(PretrainedConfig):
         super().__init__(**options)
         self.use_cache = use_cache
 
+    @property
+    def kind(self) -> str:
+        """The name of the architecture."""
+        return str(self.architecture["kind"])
+
     def decoder_config(self) -> ModelConfig:
         """The configuration of the decoder."""
-        return from_plain(MODEL_CONFIGS[self.architecture["kind"]], self.architecture)
+        return from_plain(MODEL_CONFIGS[self.kind], self.architecture)
+
+
+class MotifConfig(PretrainedConfig):
+    """The published config of Motif-2.6B, whose weights load as a ``DiffxForCausalLM``."""
+
+    model_type = "motif"
+    attention_bias = False
+    attn_rms_norm_eps = 1e-5
+
+    def __init__(
+        self,
+        rope_theta: float = 10000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        **options: Any,
+    ):
+        self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta}
+        self.rope_parameters |= rope_scaling or {}
+        super().__init__(**options)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def decoder_config(self) -> ModelConfig:
+        """The configuration of the decoder."""
+        return import_module("diffx.hub.motif").decoder_config(self)
 
 
 class DexModelConfig(PretrainedConfig):
@@ -89,10 +121,11 @@ class _LazyModel:
         return cls._model()._from_config(*args, **kwargs)
 
 
-for config, package, name in (
-    (DiffxConfig, "hub", "DiffxForCausalLM"),
-    (DexModelConfig, "dex", "DexForCausalLM"),
+for config, module, name in (
+    (DiffxConfig, "hub.registered", "DiffxForCausalLM"),
+    (MotifConfig, "hub.motif", "MotifForCausalLM"),
+    (DexModelConfig, "dex.registered", "DexForCausalLM"),
 ):
-    lazy = {"config_class": config, "module": f"diffx.{package}.registered"}
+    lazy = {"config_class": config, "module": f"diffx.{module}"}
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, type(name, (_LazyModel,), lazy), exist_ok=True)

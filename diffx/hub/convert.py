@@ -19,7 +19,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from diffx.config.model import DiffV1Config, Halve, LambdaScope, ModelConfig, TransformerConfig
+from diffx.config.model import (
+    DiffV1Config,
+    Ffn,
+    Halve,
+    LambdaScope,
+    ModelConfig,
+    Sign,
+    TransformerConfig,
+)
 from diffx.models import Decoder, build_model
 
 # Fields of a ``ModelConfig`` and of a config of ``transformers``.
@@ -53,7 +61,7 @@ def from_llama(llama: LlamaForCausalLM) -> Decoder:
     Raises:
         ValueError: biases, scaled RoPE, another activation, or heads of another width than D/H.
     """
-    return _decoder(llama, TransformerConfig(**_checked_shape(llama.config)), pairs=False)
+    return _decoder(llama, TransformerConfig(**checked_shape(llama.config)), pairs=False)
 
 
 def to_diffllama(model: Decoder) -> DiffLlamaForCausalLM:
@@ -63,10 +71,11 @@ def to_diffllama(model: Decoder) -> DiffLlamaForCausalLM:
         ValueError: the model is not the ``diff_v1`` of the paper; DiffLlama has no options.
     """
     config = model.config
-    if not isinstance(config, DiffV1Config):
+    if not isinstance(config, DiffV1Config) or config.kind != "diff_v1":
         raise ValueError(f"model={config.kind} cannot be written as a DiffLlama: model=diff_v1 can")
     fixed: dict[str, Any] = {"lambda_init": "depth", "lambda_scope": LambdaScope.layer}
     fixed |= {"sublayer_norm": True, "halve": Halve.head_count}
+    fixed |= {"sign": Sign.minus, "sublayer_norm_eps": None}
     for key, needed in fixed.items():
         if (value := getattr(config, key)) != needed:
             raise ValueError(f"model.{key}={value} cannot be in a DiffLlama: it has {needed}")
@@ -84,7 +93,7 @@ def from_diffllama(llama: DiffLlamaForCausalLM) -> Decoder:
     Raises:
         ValueError: as ``from_llama``.
     """
-    config = DiffV1Config(**_checked_shape(llama.config), sublayer_norm_gain=False)
+    config = DiffV1Config(**checked_shape(llama.config), sublayer_norm_gain=False)
     return _decoder(llama, config, pairs=True)
 
 
@@ -96,6 +105,11 @@ def _halves(rows: Tensor, groups: int, unit: int) -> Tensor:
 def _pairs(rows: Tensor, groups: int, unit: int) -> Tensor:
     """Undo ``_halves``."""
     return rows.unflatten(0, (groups, 2, -1, unit)).transpose(1, 2).flatten(0, 3)
+
+
+def reorder_features(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Reorder weights for the rotation of features i and i + d/2 to that of a ``Decoder``."""
+    return _reorder(state, config, _pairs, pairs=False)
 
 
 def _reorder(
@@ -118,6 +132,8 @@ def _reorder(
 
 
 def _shape(config: ModelConfig) -> dict[str, Any]:
+    if config.ffn is not Ffn.swiglu:
+        raise ValueError(f"model.ffn={config.ffn.value} cannot be written for transformers")
     return {name: getattr(config, key) for key, name in NAMES.items()} | {
         "intermediate_size": config.ffn_size,
         "rope_theta": config.rope_theta,
@@ -126,11 +142,12 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _checked_shape(config: PretrainedConfig) -> dict[str, Any]:
+def checked_shape(config: PretrainedConfig, activation: str = "silu") -> dict[str, Any]:
+    """Fields of a ``ModelConfig``; ``ValueError`` for biases, scaled RoPE or another activation."""
     rope = getattr(config, "rope_parameters", None)
     rope = rope or {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
     for key, value, needed in (
-        ("hidden_act", config.hidden_act, "silu"),
+        ("hidden_act", config.hidden_act, activation),
         ("attention_bias", config.attention_bias, False),
         ("mlp_bias", getattr(config, "mlp_bias", False), False),
         ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default"),

@@ -19,7 +19,7 @@ from diffx.models import Decoder, build_model
 class DiffxForCausalLM(PreTrainedModel, GenerationMixin):
     """A ``Decoder`` with ``generate`` and a cache of ``transformers``."""
 
-    config_class = DiffxConfig
+    config_class: Any = DiffxConfig
     base_model_prefix = "decoder"
     _supports_sdpa = True
     accepts_loss_kwargs = True  # Trainer gives num_items_in_batch

@@ -15,7 +15,7 @@ from diffx.models.layers import apply_rope
 from diffx.models.view import AttentionView
 from diffx.ops import Documents, attention
 
-Attend = Callable[[Callable[..., Tensor]], Tensor]  # applies an operation of diffx.ops
+Attend = Callable[..., Tensor]  # applies an operation of diffx.ops, given it and its lambda
 
 
 class Attention(nn.Module, ABC):
@@ -35,6 +35,7 @@ class Attention(nn.Module, ABC):
 
     Attributes:
         layer: index of the layer, from 0.
+        ratio: signal maps for each noise map of differential heads.
         implementation: the ``impl`` of the operations of ``diffx.ops`` that the module calls; None
             picks one by device and length.
         context_module: name of the submodule whose input is the context (the weighted values, after
@@ -42,6 +43,7 @@ class Attention(nn.Module, ABC):
     """
 
     context_module = "o_proj"
+    ratio = 1
     implementation: Any = None
 
     def __init__(
@@ -80,7 +82,7 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def lambda_value(self, x: Tensor) -> Tensor | None:
-        """Lambda of each head: the factor of map 2j + 1, which is subtracted from map 2j.
+        """Lambda of each head: its noise map, times lambda, is subtracted from its signal map.
 
         Returns:
             A tensor broadcastable to (B, T, heads), given the input x (B, T, D) of the module; None
@@ -91,7 +93,7 @@ class Attention(nn.Module, ABC):
         """Queries and keys of an input x (B, T, D), without a cache; see ``project``."""
         q, k, _ = self.project(x, cos, sin)
         scale, lam = q.shape[3] ** -0.5, self.lambda_value(x)
-        return AttentionView(q=q, k=k, key_map=self.key_map, scale=scale, lam=lam)
+        return AttentionView(q=q, k=k, key_map=self.key_map, scale=scale, lam=lam, ratio=self.ratio)
 
     def project(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None
@@ -112,7 +114,7 @@ class Attention(nn.Module, ABC):
         """The input of ``o_proj`` before its heads are joined, (B, T, heads, width).
 
         ``attend`` applies an operation of ``diffx.ops`` to the queries, keys and values of the
-        module's input x (B, T, D).
+        module's input x (B, T, D), and to lambda if it is given.
         """
         return attend(attention)
 
@@ -135,12 +137,13 @@ class Attention(nn.Module, ABC):
         """
         q, k, v = self.project(x, cos, sin, cache)
 
-        def attend(op: Callable[..., Tensor]) -> Tensor:
+        def attend(op: Callable[..., Tensor], *lam: Tensor) -> Tensor:
             if cache is not None and cache.valid is not None:
-                return op(q, k, v, impl=self.implementation, key_mask=cache.valid[:, : k.shape[1]])
+                mask = cache.valid[:, : k.shape[1]]
+                return op(q, k, v, *lam, impl=self.implementation, key_mask=mask)
             if documents is None:
-                return op(q, k, v, impl=self.implementation)
-            flat = (x.flatten(0, 1)[None] for x in (q, k, v))
+                return op(q, k, v, *lam, impl=self.implementation)
+            flat = (x.flatten(0, 1)[None] if x.ndim > 2 else x for x in (q, k, v, *lam))
             out = op(*flat, impl=self.implementation, documents=documents)
             return out.reshape(*q.shape[:2], -1, v.shape[-1])
 

@@ -1,4 +1,4 @@
-"""The decoder of all architectures: pre-norm, RoPE, SwiGLU, no biases.
+"""The decoder of all architectures: pre-norm, RoPE, SwiGLU or PolyNorm, no biases.
 
 Architectures differ in the attention module only.
 
@@ -18,11 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from diffx.config.model import ModelConfig
 from diffx.models.attention import Attention, attention_modules
 from diffx.models.cache import KVCache
+from diffx.models.diff_gda import DiffGDAAttention
 from diffx.models.diff_v1 import DiffV1Attention
 from diffx.models.diff_v2 import DiffV2Attention
 from diffx.models.layers import MLP, rope_tables
 from diffx.models.transformer import TransformerAttention
 from diffx.models.transformer_1p5h import Transformer1p5hAttention
+from diffx.models.transformer_gated import TransformerGatedAttention
+from diffx.models.transformer_sink import TransformerSinkAttention
 from diffx.models.transformer_wide_head import TransformerWideHeadAttention
 from diffx.ops import Documents
 
@@ -30,7 +33,10 @@ ATTENTION: dict[str, Callable[[Any, int], Attention]] = {
     "transformer": TransformerAttention,
     "transformer_wide_head": TransformerWideHeadAttention,
     "transformer_1p5h": Transformer1p5hAttention,
+    "transformer_gated": TransformerGatedAttention,
+    "transformer_sink": TransformerSinkAttention,
     "diff_v1": DiffV1Attention,
+    "diff_gda": DiffGDAAttention,
     "diff_v2": DiffV2Attention,
 }
 
@@ -45,7 +51,7 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = ATTENTION[config.kind](config, layer)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = MLP(config.hidden_size, config.ffn_size)
+        self.mlp = MLP(config)
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """Map (B, T, D) to (B, T, D), given the further arguments of ``Attention.forward``."""

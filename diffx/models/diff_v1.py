@@ -2,7 +2,7 @@
 
 Notation: B batch, T tokens, D model width, H and H_kv the baseline's heads, d = D/H, l the
 layer from 0, h = H/2 differential heads: query maps 2j and 2j+1, of width d, make head j, whose
-value is 2d wide.
+value is 2d wide. With a ratio m of signal maps to a noise map, groups of m + 1 maps make m heads.
 """
 
 import math
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from diffx.config.model import DiffV1Config, Halve, LambdaScope
+from diffx.config.model import DiffV1Config, Halve, LambdaScope, Sign
 from diffx.models.attention import Attend, Attention
 from diffx.models.layers import KeepsFp32, sublayer_norm
 from diffx.ops import differential_attention
@@ -20,8 +20,15 @@ from diffx.ops import differential_attention
 class DiffV1Attention(KeepsFp32, Attention):
     """Each head is the difference of two softmax maps, A1 - lambda A2, followed by a norm.
 
+    Args:
+        config: configuration of the decoder.
+        layer: index of the layer, from 0.
+        noise_maps: number of noise maps; None is h.
+        ratio: signal maps for each noise map.
+
     Attributes:
         lambda_init: the initial lambda: 0.8 - 0.6·exp(-0.3·l), or the constant of the config.
+        sign: -1 where the second map is added.
         lambda_q1: with ``lambda_k1``, ``lambda_q2`` and ``lambda_k2`` the parameters of lambda:
             (d,), or (h, d) with a lambda for each head; always fp32.
         sublayer_norm: RMSNorm over a head's 2d features, its gain shared by the heads;
@@ -30,21 +37,27 @@ class DiffV1Attention(KeepsFp32, Attention):
 
     context_module = "sublayer_norm"
 
-    def __init__(self, config: DiffV1Config, layer: int):
+    def __init__(
+        self, config: DiffV1Config, layer: int, noise_maps: int | None = None, ratio: int = 1
+    ):
         heads, kv_heads, width = config.num_heads // 2, config.num_kv_heads // 2, config.head_dim
         if config.halve is Halve.head_dim:  # H heads with maps of width d/2 and values of width d
             heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim // 2
+        noise_maps = heads if noise_maps is None else noise_maps
+        self.ratio, heads = ratio, ratio * noise_maps
         super().__init__(
             config,
             layer,
-            queries=(2 * heads, width),
+            queries=(heads + noise_maps, width),
             keys=(2 * kv_heads, width),
             values=(kv_heads, 2 * width),
             features=heads * 2 * width,
         )
-        by_depth = 0.8 - 0.6 * math.exp(-0.3 * layer)
         given = config.lambda_init
-        self.lambda_init = by_depth if given == "depth" else float(given)
+        depth = layer - (given == "depth-1")
+        by_depth = 0.8 - 0.6 * math.exp(-0.3 * depth)
+        self.lambda_init = by_depth if isinstance(given, str) else float(given)
+        self.sign = -1 if config.sign is Sign.plus else 1
         shape = (heads, width) if config.lambda_scope is LambdaScope.head else (width,)
         self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
             nn.Parameter(torch.empty(shape)) for _ in range(4)
@@ -53,18 +66,21 @@ class DiffV1Attention(KeepsFp32, Attention):
 
     @property
     def key_map(self) -> list[int]:
-        """Query map 2j + s uses key map 2g + s, where g is the group of head j."""
-        per_group = self.queries[0] // self.keys[0]
-        return [2 * (m // 2 // per_group) + m % 2 for m in range(self.queries[0])]
+        """Signal maps use key map 2g and noise maps 2g + 1, where g is the group of their head."""
+        per_group, noise = 2 * self.queries[0] // self.keys[0], self.ratio
+        return [2 * (m // per_group) + (m % (noise + 1) == noise) for m in range(self.queries[0])]
 
     def lambda_value(self, x: Tensor | None = None) -> Tensor:
-        """Lambda = exp(lq1·lk1) - exp(lq2·lk2) + lambda_init (equation 2) in fp32, () or (h,)."""
+        """Lambda = exp(lq1·lk1) - exp(lq2·lk2) + lambda_init (equation 2) in fp32, () or (h,).
+
+        It is negative where the second map is added.
+        """
         dtype = torch.promote_types(self.lambda_q1.dtype, torch.float32)
         first = (self.lambda_q1 * self.lambda_k1).sum(-1, dtype=dtype).exp()
         second = (self.lambda_q2 * self.lambda_k2).sum(-1, dtype=dtype).exp()
-        return first - second + self.lambda_init
+        return self.sign * (first - second + self.lambda_init)
 
     def context(self, x: Tensor, attend: Attend) -> Tensor:
         """The normed differences (B, T, h, 2d), times 1 - lambda_init."""
-        out = attend(partial(differential_attention, lam=self.lambda_value()))
+        out = attend(partial(differential_attention, ratio=self.ratio), self.lambda_value())
         return (1 - self.lambda_init) * self.sublayer_norm(out)

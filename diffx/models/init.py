@@ -18,7 +18,8 @@ def init_weights(model: Decoder, seed: int) -> None:
 
     - o_proj, down_proj: s, divided by sqrt(2·num_layers) with scale_residual_init
     - lambda_q1, lambda_k1, lambda_q2, lambda_k2 (DIFF V1): 0.1
-    - gains of norms: no draw, all are 1
+    - gains of norms: no draw, all are 1; weights of PolyNorm 1/3, its bias 0
+    - sinks: no draw, all are 0
     - all other parameters: s
 
     Each tensor has a random stream seeded with the seed and the parameter's name, drawn on the CPU
@@ -30,6 +31,9 @@ def init_weights(model: Decoder, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
+            continue
+        if name.endswith(("sinks", "act_fn.weight", "act_fn.bias")):
+            parameter.fill_(1 / 3 if name.endswith("weight") else 0.0)
             continue
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std = config.weight_std / depth**0.5

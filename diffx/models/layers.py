@@ -1,4 +1,4 @@
-"""Layers that architectures share: RoPE, head norm, SwiGLU.
+"""Layers that architectures share: RoPE, head norm, feed-forward layers.
 
 Notation: B batch, T tokens, H heads (or maps), d their width, D model width.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffx.config.model import DiffV1Config, TransformerWideHeadConfig
+from diffx.config.model import DiffV1Config, Ffn, ModelConfig, TransformerWideHeadConfig
 
 
 def rope_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -70,18 +70,35 @@ def sublayer_norm(config: DiffV1Config | TransformerWideHeadConfig, width: int) 
     """The norm of head outputs according to the config; ``nn.Identity`` for none."""
     if not config.sublayer_norm:
         return nn.Identity()
-    return HeadNorm(width, eps=config.norm_eps, elementwise_affine=config.sublayer_norm_gain)
+    eps = getattr(config, "sublayer_norm_eps", None) or config.norm_eps
+    return HeadNorm(width, eps=eps, elementwise_affine=config.sublayer_norm_gain)
+
+
+class PolyNorm(nn.Module):
+    """w0·n(x³) + w1·n(x²) + w2·n(x) + b, n being RMSNorm without a gain (arXiv 2411.03884)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(3)), nn.Parameter(torch.empty(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., width) to the same shape."""
+        powers = (F.rms_norm(x**power, x.shape[-1:], eps=1e-6) for power in (3, 2, 1))
+        terms = (weight * power for weight, power in zip(self.weight, powers, strict=True))
+        return sum(terms, self.bias)
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward layer (arXiv 2002.05202): D to ``width`` and back, no biases."""
+    """Feed-forward layer: down(act(gate(x)) * up(x)), no biases (with SiLU: arXiv 2002.05202)."""
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
+        hidden_size, width = config.hidden_size, config.ffn_size
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.act_fn = PolyNorm() if config.ffn is Ffn.polynorm else nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

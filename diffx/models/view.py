@@ -1,7 +1,7 @@
 """Queries and keys of a layer, and its attention maps a few rows at a time.
 
-Notation: B batch, T tokens, M query maps (heads, or two for each differential head), G key maps, d
-width of a query.
+Notation: B batch, T tokens, M query maps (heads, or the signal and noise maps of differential
+heads), G key maps, d width of a query.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,11 @@ class AttentionView:
     Attributes:
         q: (B, T, M, d), rotated.
         k: (B, T, G, d), rotated.
-        key_map: the key map of each query map; query maps 2j and 2j + 1 make differential head j.
+        key_map: the key map of each query map.
         scale: factor on the logits.
-        lam: None for ordinary maps; lambda of each differential head, broadcastable to (B, T, M/2).
+        lam: lambda of each differential head, broadcastable to (B, T, heads); None: ordinary maps.
+        ratio: m signal maps and then a noise map are a group, and make m differential heads.
+        sinks: logit (M,) of the sink of each map, a further term of its softmax.
         mask: (B or 1, M or 1, T, T), true where a query attends to a key; None: see ``causal``.
         causal: without a mask, whether a query attends to no later key.
         softcap: c where logits become c·tanh(logit/c), as in Gemma 2.
@@ -31,6 +33,8 @@ class AttentionView:
     key_map: list[int]
     scale: float
     lam: Tensor | None = None
+    ratio: int = 1
+    sinks: Tensor | None = None
     mask: Tensor | None = None
     softcap: float | None = None
     causal: bool = True
@@ -42,8 +46,9 @@ class AttentionView:
 
     @property
     def num_heads(self) -> int:
-        """Heads: M/2 differential ones, or M ordinary ones."""
-        return self.num_maps if self.lam is None else self.num_maps // 2
+        """Heads: a differential one for each signal map, or M ordinary ones."""
+        groups = 0 if self.lam is None else self.num_maps // (self.ratio + 1)
+        return self.num_maps - groups
 
     def logits(self, m: int, start: int, stop: int) -> Tensor:
         """Logits (B, rows, T) of map ``m`` in rows ``start`` to ``stop``, fp32, -inf if masked."""
@@ -68,8 +73,16 @@ class AttentionView:
         differential head, which can be negative.
         """
         if self.lam is None:
-            return self.logits(j, start, stop).softmax(-1)
+            return self._softmax(j, start, stop)
         # (B, rows, 1)
         lam = self.lam.float().expand(*self.q.shape[:2], self.num_heads)[:, start:stop, j, None]
-        first, second = (self.logits(m, start, stop).softmax(-1) for m in (2 * j, 2 * j + 1))
-        return first - lam * second
+        group = j // self.ratio
+        signal, noise = j + group, group * (self.ratio + 1) + self.ratio
+        return self._softmax(signal, start, stop) - lam * self._softmax(noise, start, stop)
+
+    def _softmax(self, m: int, start: int, stop: int) -> Tensor:
+        logits = self.logits(m, start, stop)
+        if self.sinks is None:
+            return logits.softmax(-1)
+        sink = self.sinks[m].float().expand(*logits.shape[:2], 1)
+        return torch.cat([sink, logits], -1).softmax(-1)[..., 1:]

@@ -3,7 +3,7 @@
 from diffx.ops.absmax import absmax_quantize
 from diffx.ops.dispatch import Documents, attention, differential_attention
 from diffx.ops.quantized import QuantizedLogits
-from diffx.ops.reference import attention_maps, differential_attention_maps
+from diffx.ops.reference import attention_maps
 
 __all__ = [
     "Documents",
@@ -12,5 +12,4 @@ __all__ = [
     "attention",
     "attention_maps",
     "differential_attention",
-    "differential_attention_maps",
 ]

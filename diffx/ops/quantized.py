@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffx.ops.absmax import absmax_quantize
+from diffx.ops.reference import split_maps
 
 _ENTRIES = {"cpu": 2**18}  # entries of the maps of one block, so that they fit in the cache
 _GPU_ENTRIES = 2**25
@@ -52,24 +53,33 @@ class QuantizedLogits:
         and the second half their A2.
         """
         values = v.repeat_interleave(q.shape[2] // v.shape[2], 2).movedim(1, 2)  # (B, M, Tk, dv)
-        out = v.new_empty(*q.shape[:3], v.shape[3])
-        for start, stop, maps in self._maps(q, k, sets, causal, scale, key_mask, mask):
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        out, sizes = v.new_empty(*q.shape[:3], v.shape[3]), [q.shape[2] // sets] * sets
+        for start, stop, maps in self._maps(q, k, sizes, causal, scale, key_mask, mask):
             out[:, start:stop] = _weigh(maps, values)
         return out
 
     def differential_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, **options: Any
+        self, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, ratio: int, **options: Any
     ) -> Tensor:
         """See ``diffx.ops.differential_attention``."""
-        # (B, M/2, Tk, dv)
-        values = v.repeat_interleave(q.shape[2] // 2 // v.shape[2], 2).movedim(1, 2)
-        out = v.new_empty(*q.shape[:2], q.shape[2] // 2, v.shape[3])
-        lam = lam.view(-1, 1, 1)
-        pairs = q.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)  # A1 of every head, then A2
-        keys = k.unflatten(2, (-1, 2)).transpose(2, 3).flatten(2, 3)
-        for start, stop, maps in self._maps(pairs, keys, 2, **options):
-            first, second = maps.chunk(2, dim=1)  # (B, M/2, R, keys) each
-            maps = torch.addcmul(first, lam, second, value=-1)
+        pair = split_maps(q, k, v.shape[2], ratio)
+        sizes = [queries.shape[2] for queries, _ in pair]  # A1 of every head, then A2
+        maps_of = torch.cat([queries for queries, _ in pair], 2)
+        keys = torch.cat(
+            [
+                key.repeat_interleave(count // key.shape[2], 2)
+                for count, (_, key) in zip(sizes, pair, strict=True)
+            ],
+            2,
+        )
+        values = v.repeat_interleave(sizes[0] // v.shape[2], 2).movedim(1, 2)  # (B, h, Tk, dv)
+        out = v.new_empty(*q.shape[:2], sizes[0], v.shape[3])
+        lam = lam.transpose(1, 2)[..., None]  # (B, h, Tq, 1)
+        for start, stop, maps in self._maps(maps_of, keys, sizes, **options):
+            first, second = maps.split(sizes, 1)  # (B, h or h/m, R, keys)
+            second = second.repeat_interleave(ratio, 1)
+            maps = torch.addcmul(first, lam[:, :, start:stop].to(maps.dtype), second, value=-1)
             out[:, start:stop] = _weigh(maps, values)
         return out
 
@@ -77,19 +87,22 @@ class QuantizedLogits:
         self,
         q: Tensor,
         k: Tensor,
-        sets: int,
+        sizes: list[int],
         causal: bool,
         scale: float | None,
         key_mask: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield ``start``, ``stop`` and the maps (B, M, R, keys) of these rows, at least fp32."""
+        """Yield ``start``, ``stop`` and the maps (B, M, R, keys) of these rows, at least fp32.
+
+        The keys k are those of each map (B, Tk, M, d), and ``sizes`` the maps of each set.
+        """
         dtype = torch.promote_types(q.dtype, torch.float32)
         batch, tq, count, _ = q.shape
         tk = k.shape[1]
         # (B, M, Tq, d)
         q = (q.to(dtype) * (q.shape[3] ** -0.5 if scale is None else scale)).movedim(1, 2)
-        k = k.to(dtype).movedim(1, 2).repeat_interleave(count // k.shape[2], 1).mT  # (B, M, d, Tk)
+        k = k.to(dtype).movedim(1, 2).mT  # (B, M, d, Tk)
         rows = max(1, min(tq, _ENTRIES.get(q.device.type, _GPU_ENTRIES) // (batch * count * tk)))
         spans = [(start, min(start + rows, tq)) for start in range(0, tq, rows)]
 
@@ -111,7 +124,8 @@ class QuantizedLogits:
             if self.scope != "row":
                 peak = peak.amax(2, keepdim=True)
             if self.scope == "map":
-                peak = peak.unflatten(1, (sets, -1)).amax(2).repeat_interleave(count // sets, 1)
+                parts = peak.split(sizes, 1)
+                peak = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in parts], 1)
             return peak
 
         peak = None

@@ -2,8 +2,8 @@
 
 Everything is computed in fp32 or wider, also under autocast. Memory grows with Tq x Tk.
 
-Notation: B batch, Tq queries, Tk keys, H query heads, H_kv key heads, h differential heads, d query
-width, dv value width.
+Notation: B batch, Tq queries, Tk keys, H query heads, H_kv key heads, h differential heads, G value
+heads, m signal maps for each noise map, d query width, dv value width.
 """
 
 from typing import Any
@@ -34,14 +34,16 @@ def attention_maps(
     return logits.softmax(-1)
 
 
-def differential_attention_maps(q: Tensor, k: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """A1 and A2 of every head, (B, h, Tq, Tk) each, of q (B, Tq, 2h, d) and k (B, Tk, H_kv, d).
+def split_maps(
+    q: Tensor, k: Tensor, groups: int, ratio: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Queries and keys of the signal maps, (B, Tq, h, d) and (B, Tk, G, d), and of the noise maps.
 
-    ``options`` are those of ``attention_maps``.
+    The noise maps have h/m queries. The keys are one tensor where both maps share them.
     """
-    first = attention_maps(q[:, :, 0::2], k[:, :, 0::2], **options)
-    second = attention_maps(q[:, :, 1::2], k[:, :, 1::2], **options)
-    return first, second
+    signal, noise = q.unflatten(2, (-1, ratio + 1)).split([ratio, 1], 3)
+    keys = k.unflatten(2, (groups, -1)).unbind(3)
+    return (signal.flatten(2, 3), keys[0]), (noise.flatten(2, 3), keys[-1])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -49,10 +51,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return _weigh(attention_maps(q, k, **options), v)
 
 
-def differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, **options: Any) -> Tensor:
+def differential_attention(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, ratio: int = 1, **options: Any
+) -> Tensor:
     """See ``diffx.ops.differential_attention``."""
-    first, second = differential_attention_maps(q, k, **options)
-    return _weigh(first - lam.view(-1, 1, 1) * second, v)
+    pair = split_maps(q, k, v.shape[2], ratio)
+    first, second = (attention_maps(*queries_and_keys, **options) for queries_and_keys in pair)
+    lam = lam.expand(*q.shape[:2], first.shape[1]).transpose(1, 2)[..., None]  # (B, h, Tq, 1)
+    return _weigh(first - lam * second.repeat_interleave(ratio, 1), v)
 
 
 def _weigh(maps: Tensor, v: Tensor) -> Tensor:

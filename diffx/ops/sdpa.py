@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffx.ops.reference import split_maps
+
 
 def attention(
     q: Tensor,
@@ -46,13 +48,18 @@ def attention(
     return out.transpose(1, 2)[..., : v.shape[3]]  # (B, Tq, H, dv)
 
 
-def differential_attention(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, **options: Any) -> Tensor:
+def differential_attention(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, ratio: int = 1, **options: Any
+) -> Tensor:
     """See ``diffx.ops.differential_attention``."""
-    q1, q2 = q.unflatten(2, (-1, 2)).unbind(3)  # (B, Tq, h, d) each
-    k1, k2 = k.unflatten(2, (-1, 2)).unbind(3)  # (B, Tk, H_kv/2, d) each
-    first = attention(q1, k1, v, **options)  # (B, Tq, h, 2d)
-    second = attention(q2, k2, v, **options)
-    return torch.addcmul(first, lam.to(first.dtype).view(-1, 1), second, value=-1)
+    if k.shape[2] == v.shape[2]:  # all maps of a group use the same keys: one call
+        maps = attention(q, k, v, **options).unflatten(2, (-1, ratio + 1))
+        first, second = maps[:, :, :, :ratio].flatten(2, 3), maps[:, :, :, ratio]
+    else:
+        pair = split_maps(q, k, v.shape[2], ratio)
+        first, second = (attention(*queries_and_keys, v, **options) for queries_and_keys in pair)
+    lam = lam.to(first.dtype)[..., None]
+    return torch.addcmul(first, lam, _repeat(second, ratio), value=-1)  # (B, Tq, h, dv)
 
 
 def _widen(x: Tensor, width: int) -> Tensor:

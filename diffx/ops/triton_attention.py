@@ -14,10 +14,11 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from diffx.ops import triton_kernels as kernels
+from diffx.ops.reference import split_maps
 from diffx.ops.sdpa import attention as attention  # ordinary attention uses PyTorch's kernels
 
 TAKES_DOCUMENTS = True  # computes all documents in one call, given cu_seqlens
-WIDEST = 128  # features of a query or key; a value has twice as many
+WIDEST = 128  # features of a query or key; a value has twice as many at most
 _SPLIT = 256  # least number of keys for a program of the decoding kernel
 # (Kernel, whether fp32): rows and keys of a block, and warps, for d <= 64 and for d > 64. The
 # compiler spills few or no registers for compute capabilities 8.0 and 9.0. Not timed on a GPU.
@@ -45,11 +46,13 @@ def differential_attention(
     scale: float | None,
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    ratio: int = 1,
 ) -> Tensor:
     """See ``diffx.ops.differential_attention``.
 
     With ``cu_seqlens`` (``Documents.bounds``) a query attends within its document. The width d of
-    the maps is at most 128, and ``key_mask`` must be None.
+    the maps is at most 128, that of the values 256, and ``key_mask`` must be None. A noise map is
+    computed again for each of its signal maps.
 
     Raises:
         ValueError: a ``key_mask``, a width or a type that the kernels do not support, or
@@ -57,9 +60,9 @@ def differential_attention(
     """
     if key_mask is not None:
         raise ValueError("impl='triton' takes no key_mask: choose sdpa or reference, or None")
-    if q.shape[3] > WIDEST:
-        limit = f"impl='triton' takes maps of {WIDEST} features at most"
-        raise ValueError(f"{limit}, and these have {q.shape[3]}: choose sdpa, or None")
+    if q.shape[3] > WIDEST or v.shape[3] > 2 * WIDEST:
+        limit = f"impl='triton' takes maps of {WIDEST} features and values of {2 * WIDEST} at most"
+        raise ValueError(f"{limit}, not {q.shape[3]} and {v.shape[3]}: choose sdpa, or None")
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     types = {q.dtype, k.dtype, v.dtype}
@@ -71,7 +74,12 @@ def differential_attention(
     if cu_seqlens is not None and q.shape[1] != k.shape[1]:
         raise ValueError("cu_seqlens cannot be used with a cache: each key must have a query")
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    lam = lam.float().expand(q.shape[2] // 2)
+    if ratio > 1 or k.shape[2] == v.shape[2]:  # the kernels read a query and a key for each map
+        (signal, signal_keys), (noise, noise_keys) = split_maps(q, k, v.shape[2], ratio)
+        noise = noise.repeat_interleave(ratio, 2)
+        q = torch.stack([signal, noise], 3).flatten(2, 3)
+        k = torch.stack([signal_keys, noise_keys], 3).flatten(2, 3)
+    lam = lam.float().expand(*q.shape[:2], q.shape[2] // 2).transpose(1, 2)  # (B, h, Tq)
     if q.shape[1] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
         return _decode(q, k, v, lam, scale)
     out, _, _ = _forward(q, k, v, lam, causal, scale, cu_seqlens)
@@ -105,15 +113,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``OUT``, ``OUT2`` and ``LSE`` of ``forward_kernel``."""
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
-    batch, tq, heads, d = q.shape[0], q.shape[1], q.shape[2] // 2, q.shape[3]
-    out, out2 = q.new_empty(batch, tq, heads, 2 * d), q.new_empty(batch, tq, heads, 2 * d)
+    batch, tq, heads = q.shape[0], q.shape[1], q.shape[2] // 2
+    out = q.new_empty(batch, tq, heads, v.shape[3])
+    out2 = torch.empty_like(out)
     lse = q.new_empty(2, batch, heads, tq, dtype=torch.float32)
     low, high = key_ranges(tq, k.shape[1], causal, cu_seqlens, q.device)
-    block = _launch_options("forward", d, q.dtype)
+    block = _launch_options("forward", q, v)
     kernels.forward_kernel[triton.cdiv(tq, block["M"]), batch * heads](
         q, k, v, lam.contiguous(), low, high, out, out2, lse,
-        scale * _LOG2E, tq, k.shape[1], heads, heads // v.shape[2], *_strides(q, k, v), D=d,
-        **block,
+        scale * _LOG2E, tq, k.shape[1], heads, heads // v.shape[2], *_strides(q, k, v), **block,
     )  # fmt: skip
     return out, out2, lse
 
@@ -122,8 +130,8 @@ def _forward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, causal: Any, scale: Any, cu_seqlens: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tq, maps, d = q.shape
-    out = q.new_empty(batch, tq, maps // 2, 2 * d)
+    batch, tq, maps, _ = q.shape
+    out = q.new_empty(batch, tq, maps // 2, v.shape[3])
     return out, torch.empty_like(out), q.new_empty(2, batch, maps // 2, tq, dtype=torch.float32)
 
 
@@ -141,30 +149,30 @@ def _backward(
     scale: float,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and lambda (h,)."""
+    """Gradients of q, k, v and lambda (B, h, Tq)."""
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     d_out, lam = d_out.contiguous(), lam.contiguous()
-    batch, tq, heads, d = q.shape[0], q.shape[1], q.shape[2] // 2, q.shape[3]
+    batch, tq, heads = q.shape[0], q.shape[1], q.shape[2] // 2
     tk, groups = k.shape[1], v.shape[2]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     sums = torch.empty_like(lse)
     low, high = key_ranges(tq, tk, causal, cu_seqlens, q.device)
     key = torch.arange(tk, device=q.device, dtype=torch.int32)
     first, last = (torch.searchsorted(x, key, right=True, out_int32=True) for x in (high, low))
-    block = _launch_options("row_sums", d, q.dtype)
+    block = _launch_options("row_sums", q, v)
     kernels.row_sums_kernel[triton.cdiv(tq, block["M"]), batch * heads](
-        d_out, out, out2, lam, sums, tq, heads, D=d, **block
+        d_out, out, out2, lam, sums, tq, heads, **block
     )
     shared = (scale * _LOG2E, scale, tq, tk, heads, heads // groups, *_strides(q, k, v))
-    block = _launch_options("keys", d, q.dtype)
+    block = _launch_options("keys", q, v)
     kernels.keys_kernel[triton.cdiv(tk, block["N"]), batch * groups](
-        q, k, v, lam, low, high, first, last, d_out, lse, sums, dk, dv, *shared, D=d, **block
+        q, k, v, lam, low, high, first, last, d_out, lse, sums, dk, dv, *shared, **block
     )
-    block = _launch_options("queries", d, q.dtype)
+    block = _launch_options("queries", q, v)
     kernels.queries_kernel[triton.cdiv(tq, block["M"]), batch * heads](
-        q, k, v, lam, low, high, d_out, lse, sums, dq, *shared, D=d, **block
+        q, k, v, lam, low, high, d_out, lse, sums, dq, *shared, **block
     )
-    return dq, dk, dv, -sums[1].sum((0, 2))
+    return dq, dk, dv, -sums[1]
 
 
 @_backward.register_fake
@@ -192,27 +200,28 @@ _forward.register_autograd(_gradients, setup_context=_save)
 def _decode(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, scale: float) -> Tensor:
     """One query per sequence (B, 1, 2h, d): programs process parts of the keys, then combined."""
     q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
-    batch, tk, groups, d = q.shape[0], k.shape[1], v.shape[2], q.shape[3]
+    batch, tk, groups, width = q.shape[0], k.shape[1], v.shape[2], v.shape[3]
     members = q.shape[2] // 2 // groups
-    block = _launch_options("decode", d, q.dtype)
+    block = _launch_options("decode", q, v)
     split = triton.cdiv(max(_SPLIT, triton.cdiv(tk, 64)), block["N"]) * block["N"]
     splits = triton.cdiv(tk, split)
-    out = q.new_empty(batch, groups, splits, 2, members, 2 * d, dtype=torch.float32)
+    out = q.new_empty(batch, groups, splits, 2, members, width, dtype=torch.float32)
     lse = q.new_empty(batch, groups, splits, 2, members, dtype=torch.float32)
     kernels.decode_kernel[batch * groups, splits](
         q, k, v, out, lse, scale * _LOG2E, tk, split, groups, splits,
         q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
-        R=members, BLOCK_R=max(16, triton.next_power_of_2(members)), D=d, **block,
+        R=members, BLOCK_R=max(16, triton.next_power_of_2(members)), **block,
     )  # fmt: skip
     weight = (lse * (1 / _LOG2E)).softmax(2)[..., None]  # of each part in the softmax
-    first, second = (out * weight).sum(2).unbind(2)  # (B, G, R, 2d) each
-    difference = torch.addcmul(first, lam.view(groups, members, 1), second, value=-1)
-    return difference.view(batch, 1, groups * members, 2 * d).to(v.dtype)
+    first, second = (out * weight).sum(2).unbind(2)  # (B, G, R, dv) each
+    lam = lam.reshape(batch, groups, members, 1)
+    difference = torch.addcmul(first, lam, second, value=-1)
+    return difference.view(batch, 1, groups * members, width).to(v.dtype)
 
 
 @_decode.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, lam: Tensor, scale: float) -> Tensor:
-    return v.new_empty(q.shape[0], 1, q.shape[2] // 2, 2 * q.shape[3])
+    return v.new_empty(q.shape[0], 1, q.shape[2] // 2, v.shape[3])
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -223,16 +232,18 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
-def _launch_options(kernel: str, d: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Block sizes and launch options of a kernel."""
-    exact = dtype is torch.float32
+def _launch_options(kernel: str, q: Tensor, v: Tensor) -> dict[str, Any]:
+    """Widths, block sizes and launch options of a kernel."""
+    exact, d, width = q.dtype is torch.float32, q.shape[3], v.shape[3]
     rows, keys, warps = _SIZES[kernel, exact][d > 64]
     sizes: dict[str, Any] = {"M": rows} if rows else {}
     sizes |= {"N": keys} if keys else {}
     if kernel != "row_sums":
         sizes["EXACT"] = exact or isinstance(kernels.forward_kernel, InterpretedFunction)
+        sizes |= {"D": d, "BLOCK_D": max(16, triton.next_power_of_2(d))}
     return sizes | {
-        "BLOCK_D": max(16, triton.next_power_of_2(d)),
+        "WIDE": width,
+        "BLOCK_WIDE": max(16, triton.next_power_of_2(width)),
         "num_warps": warps,
         "num_stages": 1 if exact else 2,
     }

@@ -8,9 +8,9 @@ computes P = A1 - lambda A2 once for dV and dP. It sums in a fixed order, withou
 kernel for the gradients of keys and values, another for those of queries.
 
 Notation: B batch, Tq queries, Tk keys, h heads, G groups of heads that share keys and a value,
-R = h/G, d width of queries and keys; M rows and N keys of a block. The two maps of a head are
-adjacent: map s of head j is query map 2j + s, and map s of group g is key map 2g + s. Logits are in
-base 2.
+R = h/G, d width of queries and keys, dv (WIDE) of values; M rows and N keys of a block. The two
+maps of a head are adjacent: map s of head j is query map 2j + s, and map s of group g is key map
+2g + s. Logits are in base 2, and lambda is (B, h, Tq).
 """
 
 import triton
@@ -76,14 +76,14 @@ def _fold(logits, v, m, total, out, EXACT: tl.constexpr):
 def _read(
     q1, q2, K, V, low, high, m1, m2, sum1, sum2, out1, out2, start, stop, scale, tk, k_stride,
     map_stride, v_stride,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
-    EXACT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_WIDE: tl.constexpr,
+    N: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Update both online softmaxes of a block of rows with the keys from ``start`` to ``stop``."""
-    width, wide = tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
+    width, wide = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_WIDE)
     for n in range(start, stop, N):
         keys = n + tl.arange(0, N)
-        v = _tile(V, keys, wide, v_stride, tk, 2 * D)  # (N, 2d)
+        v = _tile(V, keys, wide, v_stride, tk, WIDE)  # (N, dv)
         k1, k2 = _tiles(K, map_stride, keys, width, k_stride, tk, D)
         logits1 = _dot(q1, tl.trans(k1), EXACT) * scale
         logits2 = _dot(q2, tl.trans(k2), EXACT) * scale
@@ -100,13 +100,14 @@ def _read(
 def forward_kernel(
     Q, K, V, LAM, LOW, HIGH, OUT, OUT2, LSE, scale, tq, tk, heads, group_size,
     q_batch, q_row, q_map, k_batch, k_row, k_map, v_batch, v_row, v_head,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_WIDE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """OUT = O1 - lambda O2, OUT2 = O2, both (B, Tq, h, 2d), and LSE (2, B, h, Tq) of both maps."""
+    """OUT = O1 - lambda O2, OUT2 = O2, both (B, Tq, h, dv), and LSE (2, B, h, Tq) of both maps."""
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     group = head // group_size
     rows = tl.program_id(0) * M + tl.arange(0, M)
-    width, wide = tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
+    width, wide = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_WIDE)
     Q += batch * q_batch + 2 * head * q_map
     K += batch * k_batch + 2 * group * k_map
     V += batch * v_batch + group * v_head
@@ -115,7 +116,7 @@ def forward_kernel(
     low, high = tl.load(LOW + clipped), tl.load(HIGH + clipped)
     m1, m2 = tl.full([M], float("-inf"), tl.float32), tl.full([M], float("-inf"), tl.float32)
     sum1, sum2 = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-    out1, out2 = tl.zeros([M, 2 * BLOCK_D], tl.float32), tl.zeros([M, 2 * BLOCK_D], tl.float32)
+    out1, out2 = tl.zeros([M, BLOCK_WIDE], tl.float32), tl.zeros([M, BLOCK_WIDE], tl.float32)
     # Keys that all rows attend to need no mask. On both sides are keys that only some rows attend
     # to.
     start, stop = tl.min(low) // N * N, tl.max(high)
@@ -127,14 +128,14 @@ def forward_kernel(
         m1, m2, sum1, sum2, out1, out2 = _read(
             q1, q2, K, V, low, high, m1, m2, sum1, sum2, out1, out2, begin, end, scale, tk, k_row,
             k_map, v_row,
-            D, BLOCK_D, N, part != 1, EXACT,
+            D, BLOCK_D, WIDE, BLOCK_WIDE, N, part != 1, EXACT,
         )  # fmt: skip
     out1 = out1 / tl.where(sum1 == 0, 1.0, sum1)[:, None]
     out2 = out2 / tl.where(sum2 == 0, 1.0, sum2)[:, None]
-    lam = tl.load(LAM + head)
-    inside = (rows < tq)[:, None] & (wide < 2 * D)[None, :]
-    offset = _offsets(batch, rows, tq, heads, head, 2 * D, wide)
-    tl.store(OUT + offset, (out1 - lam * out2).to(OUT.dtype.element_ty), mask=inside)
+    lam = tl.load(LAM + (batch * heads + head) * tq + clipped)
+    inside = (rows < tq)[:, None] & (wide < WIDE)[None, :]
+    offset = _offsets(batch, rows, tq, heads, head, WIDE, wide)
+    tl.store(OUT + offset, (out1 - lam[:, None] * out2).to(OUT.dtype.element_ty), mask=inside)
     tl.store(OUT2 + offset, out2.to(OUT2.dtype.element_ty), mask=inside)
     LSE += (batch * heads + head) * tq + rows
     second_map = tl.num_programs(1).to(tl.int64) * tq  # offset from the first map to the second
@@ -145,18 +146,19 @@ def forward_kernel(
 @triton.jit
 def row_sums_kernel(
     D_OUT, OUT, OUT2, LAM, SUMS, tq, heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_WIDE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """SUMS (2, B, h, Tq): the sums of dO·O1 and of dO·O2 over a row, with O1 = OUT + lambda O2."""
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    rows, wide = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, 2 * BLOCK_D)
-    inside = (rows < tq)[:, None] & (wide < 2 * D)[None, :]
-    offset = _offsets(batch, rows, tq, heads, head, 2 * D, wide)
+    rows, wide = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, BLOCK_WIDE)
+    inside = (rows < tq)[:, None] & (wide < WIDE)[None, :]
+    offset = _offsets(batch, rows, tq, heads, head, WIDE, wide)
     d_out = tl.load(D_OUT + offset, mask=inside, other=0.0).to(tl.float32)
     out_sum = tl.sum(d_out * tl.load(OUT + offset, mask=inside, other=0.0).to(tl.float32), 1)
     second = tl.sum(d_out * tl.load(OUT2 + offset, mask=inside, other=0.0).to(tl.float32), 1)
     SUMS += (batch * heads + head) * tq + rows
-    tl.store(SUMS, out_sum + tl.load(LAM + head) * second, mask=rows < tq)
+    lam = tl.load(LAM + (batch * heads + head) * tq + rows, mask=rows < tq, other=0.0)
+    tl.store(SUMS, out_sum + lam * second, mask=rows < tq)
     tl.store(SUMS + tl.num_programs(1).to(tl.int64) * tq, second, mask=rows < tq)
 
 
@@ -168,7 +170,8 @@ def _d_logits(
     a1 = tl.where(seen, tl.exp2(_dot(q1, tl.trans(k1), EXACT) * scale - lse1[:, None]), 0.0)
     a2 = tl.where(seen, tl.exp2(_dot(q2, tl.trans(k2), EXACT) * scale - lse2[:, None]), 0.0)
     d_map = _dot(d_out, tl.trans(v), EXACT)  # (M, N)
-    return a1 - lam * a2, a1 * (d_map - sum1[:, None]), -lam * a2 * (d_map - sum2[:, None])
+    a2_lam = lam[:, None] * a2
+    return a1 - a2_lam, a1 * (d_map - sum1[:, None]), -a2_lam * (d_map - sum2[:, None])
 
 
 @triton.jit
@@ -176,36 +179,37 @@ def keys_kernel(
     Q, K, V, LAM, LOW, HIGH, FIRST, LAST, D_OUT, LSE, SUMS, DK, DV, scale, factor, tq, tk, heads,
     group_size,
     q_batch, q_row, q_map, k_batch, k_row, k_map, v_batch, v_row, v_head,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_WIDE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """DK (B, Tk, 2G, d) and DV (B, Tk, G, 2d): a block of keys and the rows that attend to it.
+    """DK (B, Tk, 2G, d) and DV (B, Tk, G, dv): a block of keys and the rows that attend to it.
 
     The rows are [FIRST, LAST); the heads of a group are summed in order.
     """
     groups = heads // group_size
     batch, group = (tl.program_id(1) // groups).to(tl.int64), tl.program_id(1) % groups
     keys = tl.program_id(0) * N + tl.arange(0, N)
-    width, wide = tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
+    width, wide = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_WIDE)
     K += batch * k_batch + 2 * group * k_map
     V += batch * v_batch + group * v_head
     k1, k2 = _tiles(K, k_map, keys, width, k_row, tk, D)
-    v = _tile(V, keys, wide, v_row, tk, 2 * D)
+    v = _tile(V, keys, wide, v_row, tk, WIDE)
     dk1, dk2 = tl.zeros([N, BLOCK_D], tl.float32), tl.zeros([N, BLOCK_D], tl.float32)
-    dv = tl.zeros([N, 2 * BLOCK_D], tl.float32)
+    dv = tl.zeros([N, BLOCK_WIDE], tl.float32)
     clipped = tl.minimum(keys, tk - 1)
     start, stop = tl.min(tl.load(FIRST + clipped)) // M * M, tl.max(tl.load(LAST + clipped))
     second_map = tl.num_programs(1).to(tl.int64) * group_size * tq  # offset from the first map
     for member in range(0, group_size):
         head = group * group_size + member
-        lam = tl.load(LAM + head)
         q = Q + batch * q_batch + 2 * head * q_map
         rows_of = (batch * heads + head) * tq
-        d_head = D_OUT + (batch * tq * heads + head) * 2 * D
+        d_head = D_OUT + (batch * tq * heads + head) * WIDE
         for m in range(start, stop, M):
             rows = m + tl.arange(0, M)
             valid = rows < tq
             q1, q2 = _tiles(q, q_map, rows, width, q_row, tq, D)
-            d_out = _tile(d_head, rows, wide, heads * 2 * D, tq, 2 * D)
+            d_out = _tile(d_head, rows, wide, heads * WIDE, tq, WIDE)
+            lam = tl.load(LAM + rows_of + rows, mask=valid, other=0.0)
             low = tl.load(LOW + rows, mask=valid, other=0)
             high = tl.load(HIGH + rows, mask=valid, other=0)
             lse1, lse2 = _vectors(LSE + rows_of, second_map, rows, tq)
@@ -221,8 +225,8 @@ def keys_kernel(
     offset = DK + _offsets(batch, keys, tk, groups, group, 2 * D, width)
     tl.store(offset, (dk1 * factor).to(DK.dtype.element_ty), mask=inside)
     tl.store(offset + D, (dk2 * factor).to(DK.dtype.element_ty), mask=inside)
-    inside = (keys < tk)[:, None] & (wide < 2 * D)[None, :]
-    offset = DV + _offsets(batch, keys, tk, groups, group, 2 * D, wide)
+    inside = (keys < tk)[:, None] & (wide < WIDE)[None, :]
+    offset = DV + _offsets(batch, keys, tk, groups, group, WIDE, wide)
     tl.store(offset, dv.to(DV.dtype.element_ty), mask=inside)
 
 
@@ -230,32 +234,33 @@ def keys_kernel(
 def queries_kernel(
     Q, K, V, LAM, LOW, HIGH, D_OUT, LSE, SUMS, DQ, scale, factor, tq, tk, heads, group_size,
     q_batch, q_row, q_map, k_batch, k_row, k_map, v_batch, v_row, v_head,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, BLOCK_WIDE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """DQ (B, Tq, 2h, d): a block of rows and the keys that any of them attends to."""
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     group = head // group_size
     rows = tl.program_id(0) * M + tl.arange(0, M)
-    width, wide = tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
+    width, wide = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_WIDE)
     valid = rows < tq
     Q += batch * q_batch + 2 * head * q_map
     K += batch * k_batch + 2 * group * k_map
     V += batch * v_batch + group * v_head
     q1, q2 = _tiles(Q, q_map, rows, width, q_row, tq, D)
-    d_head = D_OUT + (batch * tq * heads + head) * 2 * D
-    d_out = _tile(d_head, rows, wide, heads * 2 * D, tq, 2 * D)
+    d_head = D_OUT + (batch * tq * heads + head) * WIDE
+    d_out = _tile(d_head, rows, wide, heads * WIDE, tq, WIDE)
     rows_of = (batch * heads + head) * tq
     second_map = tl.num_programs(1).to(tl.int64) * tq
     lse1, lse2 = _vectors(LSE + rows_of, second_map, rows, tq)
     sum1, sum2 = _vectors(SUMS + rows_of, second_map, rows, tq)
-    lam = tl.load(LAM + head)
     clipped = tl.minimum(rows, tq - 1)
+    lam = tl.load(LAM + rows_of + clipped)
     low, high = tl.load(LOW + clipped), tl.load(HIGH + clipped)
     dq1, dq2 = tl.zeros([M, BLOCK_D], tl.float32), tl.zeros([M, BLOCK_D], tl.float32)
     for n in range(tl.min(low) // N * N, tl.max(high), N):
         keys = n + tl.arange(0, N)
         k1, k2 = _tiles(K, k_map, keys, width, k_row, tk, D)
-        v = _tile(V, keys, wide, v_row, tk, 2 * D)
+        v = _tile(V, keys, wide, v_row, tk, WIDE)
         _, d_logits1, d_logits2 = _d_logits(
             q1, q2, k1, k2, v, d_out, lse1, lse2, sum1, sum2, lam, _seen(keys, low, high), scale,
             EXACT,
@@ -272,17 +277,17 @@ def queries_kernel(
 def decode_kernel(
     Q, K, V, OUT, LSE, scale, tk, split, groups, splits,
     q_batch, q_map, k_batch, k_row, k_map, v_batch, v_row, v_head,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
-    EXACT: tl.constexpr,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_WIDE: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Decode one query per sequence: OUT (B, G, splits, 2, R, 2d) and LSE (B, G, splits, 2, R).
+    """Decode one query per sequence: OUT (B, G, splits, 2, R, dv) and LSE (B, G, splits, 2, R).
 
     Both hold both maps over each part of the keys. The heads of a group share its keys, and are the
     rows of the matrix products.
     """
     batch, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     part = tl.program_id(1)
-    members, width, wide = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
+    members, width, wide = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_WIDE)
     Q += batch * q_batch + 2 * group * R * q_map
     K += batch * k_batch + 2 * group * k_map
     V += batch * v_batch + group * v_head
@@ -290,17 +295,17 @@ def decode_kernel(
     start, stop = part * split, tl.minimum((part + 1) * split, tk)
     low, high = tl.full([BLOCK_R], 0, tl.int32) + start, tl.full([BLOCK_R], 0, tl.int32) + stop
     m, total = tl.full([BLOCK_R], float("-inf"), tl.float32), tl.zeros([BLOCK_R], tl.float32)
-    out = tl.zeros([BLOCK_R, 2 * BLOCK_D], tl.float32)
+    out = tl.zeros([BLOCK_R, BLOCK_WIDE], tl.float32)
     m1, m2, sum1, sum2, out1, out2 = _read(
         q1, q2, K, V, low, high, m, m, total, total, out, out, start, stop, scale, tk, k_row,
         k_map, v_row,
-        D, BLOCK_D, N, True, EXACT,
+        D, BLOCK_D, WIDE, BLOCK_WIDE, N, True, EXACT,
     )  # fmt: skip
     rows = (tl.program_id(0) * splits + part).to(tl.int64) * 2 * R + members
-    offset = rows[:, None] * 2 * D + wide[None, :]
-    inside = (members < R)[:, None] & (wide < 2 * D)[None, :]
+    offset = rows[:, None] * WIDE + wide[None, :]
+    inside = (members < R)[:, None] & (wide < WIDE)[None, :]
     tl.store(OUT + offset, out1 / sum1[:, None], mask=inside)
-    tl.store(OUT + offset + R * 2 * D, out2 / sum2[:, None], mask=inside)
+    tl.store(OUT + offset + R * WIDE, out2 / sum2[:, None], mask=inside)
     LSE += rows
     tl.store(LSE, m1 + tl.log2(sum1), mask=members < R)
     tl.store(LSE + R, m2 + tl.log2(sum2), mask=members < R)

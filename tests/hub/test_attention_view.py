@@ -4,12 +4,12 @@ import transformers
 from torch import nn
 
 from diffx.config import UserError
-from diffx.config.model import MODEL_CONFIGS, LambdaScope
+from diffx.config.model import MODEL_CONFIGS, LambdaForm, LambdaScope, Pairing, Sign, Sink
 from diffx.hub.attention import observing, quantizing_logits
 from diffx.hub.convert import to_diffllama
 from diffx.models import build_model, init_weights
 from diffx.models.attention import Attention
-from diffx.ops import QuantizedLogits, reference
+from diffx.ops import QuantizedLogits, attention, differential_attention
 
 B, T, D = 2, 13, 64
 VOCAB = 50
@@ -54,11 +54,22 @@ def maps(view):
     return torch.stack(blocks, dim=1)
 
 
+OPTIONS = {
+    **{kind: (kind, {}) for kind in MODEL_CONFIGS},
+    "plus": ("diff_v1", {"sign": Sign.plus}),
+    "diff_gda of 2": ("diff_gda", {"ratio": 2}),
+    "diff_v2 of 2": ("diff_v2", {"ratio": 2, "lambda_form": LambdaForm.linear}),
+    "sinks of zero": ("transformer_sink", {"sink": Sink.zero}),
+}
+
+
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
-@pytest.mark.parametrize("kind", MODEL_CONFIGS)
+@pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
-def test_maps_of_our_models_weigh_values_as_the_reference_does(kind, num_kv_heads):
-    model, ids = ours(kind, num_kv_heads), tokens()
+def test_maps_of_our_models_weigh_values_as_the_reference_does(name, num_kv_heads):
+    """What ``o_proj`` or the norm before it reads, and what the views say of it."""
+    kind, options = OPTIONS[name]
+    model, ids = ours(kind, num_kv_heads, **options), tokens()
     inputs = {}
     for module in model.modules():
         if isinstance(module, Attention):
@@ -70,16 +81,13 @@ def test_maps_of_our_models_weigh_values_as_the_reference_does(kind, num_kv_head
     for layer, (module, (x, cos, sin)) in inputs.items():
         q, k, v = module.project(x, cos, sin)
         view = views[layer]
-        if kind == "diff_v1":
-            expected = reference.differential_attention(
-                q, k, v, module.lambda_value(), causal=True, scale=None
+        if kind.startswith("diff"):
+            expected = differential_attention(
+                q, k, v, module.lambda_value(x), ratio=view.ratio, impl="reference"
             )
+            assert (options.get("sign") is Sign.plus) == bool((view.lam < 0).all())
         else:
-            expected = reference.attention(q, k, v, causal=True, scale=None)  # (B, T, M, dv)
-        if kind == "diff_v2":
-            expected = (
-                expected[:, :, 0::2] - module.lambda_value(x)[..., None] * expected[:, :, 1::2]
-            )
+            expected = attention(q, k, v, sinks=view.sinks, impl="reference")  # (B, T, M, dv)
         values = v.repeat_interleave(view.num_heads // v.shape[2], dim=2)
         torch.testing.assert_close(
             torch.einsum("bhqk,bkhd->bqhd", maps(view), values), expected, rtol=1e-4, atol=1e-5
@@ -92,6 +100,23 @@ def test_lambda_for_each_head_reaches_its_head():
     torch.testing.assert_close(
         maps(view).sum(-1), (1 - view.lam)[None, :, None].expand(B, 4, T), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("ratio", [1, 2])
+@torch.no_grad()
+def test_heads_across_key_heads_are_shown_with_the_maps_that_they_subtract(ratio):
+    model = ours("diff_v2", 4, pairing=Pairing.across, ratio=ratio)
+    module, inputs = model.layers[0].self_attn, []
+    module.register_forward_pre_hook(lambda module, args: inputs.extend(args[:3]))
+    view = look(model, tokens())[0][0]
+    q, k, _ = module.project(*inputs)
+    k = k.repeat_interleave(q.shape[2] // 4, 2)
+    future = torch.ones(T, T).triu(1).bool()
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
+    plain = logits.masked_fill(future, -torch.inf).softmax(-1)
+    lam = module.lambda_value(inputs[0]).transpose(1, 2)[..., None]
+    expected = plain[:, :8] - lam * plain[:, 8:].repeat_interleave(ratio, 1)
+    torch.testing.assert_close(maps(view), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_logits_are_scaled_and_causal():

@@ -4,7 +4,16 @@ import pytest
 import torch
 from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from diffx.config.model import DiffV1Config, DiffV2Config, Halve, LambdaScope, TransformerConfig
+from diffx.config.model import (
+    DiffGDAConfig,
+    DiffV1Config,
+    DiffV2Config,
+    Ffn,
+    Halve,
+    LambdaScope,
+    Sign,
+    TransformerConfig,
+)
 from diffx.hub.convert import from_diffllama, from_llama, to_diffllama, to_llama
 from diffx.models import build_model, init_weights
 
@@ -101,6 +110,10 @@ def test_types_are_kept():
         ({"lambda_scope": LambdaScope.head}, "model.lambda_scope="),
         ({"sublayer_norm": False}, "model.sublayer_norm=False"),
         ({"halve": Halve.head_dim}, "model.halve="),
+        ({"sign": Sign.plus}, "model.sign="),
+        ({"lambda_init": "depth-1"}, "model.lambda_init=depth-1"),
+        ({"sublayer_norm_eps": 1e-6}, "model.sublayer_norm_eps="),
+        ({"ffn": Ffn.polynorm}, "model.ffn=polynorm"),
     ],
 )
 def test_what_diffllama_is_not(options, message):
@@ -109,6 +122,10 @@ def test_what_diffllama_is_not(options, message):
 
 
 def test_other_architectures_are_refused():
+    with pytest.raises(ValueError, match="model=diff_gda cannot be written as a DiffLlama"):
+        to_diffllama(build_model(DiffGDAConfig(**SHAPE, num_kv_heads=4)))
+    with pytest.raises(ValueError, match=r"model\.ffn=polynorm cannot be written"):
+        to_llama(build_model(TransformerConfig(**SHAPE, num_kv_heads=4, ffn=Ffn.polynorm)))
     model = build_model(DiffV2Config(**SHAPE, num_kv_heads=4))
     with pytest.raises(ValueError, match="model=diff_v2 cannot be written as a Llama"):
         to_llama(model)

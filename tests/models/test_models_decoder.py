@@ -12,10 +12,20 @@ from torch.utils._pytree import tree_leaves
 
 from diffx.config.model import (
     MODEL_CONFIGS,
+    DiffGDAConfig,
     DiffV1Config,
+    DiffV2Config,
+    Ffn,
+    Gate,
     Halve,
+    LambdaForm,
     LambdaScope,
+    Pairing,
+    Sign,
+    Sink,
     TransformerConfig,
+    TransformerGatedConfig,
+    TransformerSinkConfig,
     TransformerWideHeadConfig,
 )
 from diffx.models import KVCache, build_model, decoder, init_weights
@@ -39,6 +49,16 @@ VARIANTS = {
     ),
     "diff_v1_no_norm": DiffV1Config(**SHAPE, sublayer_norm=False),
     "diff_v1_no_gain": DiffV1Config(**SHAPE, sublayer_norm_gain=False),
+    "diff_v1_plus": DiffV1Config(**SHAPE, sign=Sign.plus, lambda_init="depth-1"),
+    "diff_v1_polynorm": DiffV1Config(**SHAPE, ffn=Ffn.polynorm, sublayer_norm_eps=1e-3),
+    "diff_gda_lambda_per_head": DiffGDAConfig(**SHAPE, ratio=2, lambda_scope=LambdaScope.head),
+    "diff_gda_head_dim": DiffGDAConfig(**SHAPE, ratio=2, halve=Halve.head_dim),
+    "diff_v2_ratio": DiffV2Config(**SHAPE, ratio=2, lambda_form=LambdaForm.linear),
+    "diff_v2_one": DiffV2Config(**SHAPE, lambda_form=LambdaForm.one),
+    "diff_v2_across": DiffV2Config(**SHAPE, pairing=Pairing.across),
+    "diff_v2_across_ratio": DiffV2Config(**SHAPE, pairing=Pairing.across, ratio=2),
+    "gated_element": TransformerGatedConfig(**SHAPE, gate=Gate.element),
+    "sink_zero": TransformerSinkConfig(**SHAPE, sink=Sink.zero),
     "untied": TransformerConfig(**SHAPE, tie_embeddings=False),
 }
 pytestmark = pytest.mark.filterwarnings(
@@ -138,6 +158,36 @@ def test_parameter_counts():
     )
     assert rest("diff_v1", halve=Halve.head_dim) == baseline + layers * (4 * d // 2 + d)
     assert rest("diff_v2") == baseline + layers * (width**2 + width * heads)
+    assert rest("diff_v2", lambda_form=LambdaForm.one) == baseline + layers * width**2
+    assert rest("diff_v2", ratio=2) == baseline + layers * (width**2 // 2 + width * heads)
+    assert rest("transformer_gated") == baseline + layers * width * heads
+    assert rest("transformer_gated", gate=Gate.element) == baseline + layers * width**2
+    assert rest("transformer_sink") == baseline + layers * heads
+    assert rest("transformer_sink", sink=Sink.zero) == baseline
+    assert rest("diff_gda", ratio=1) == rest("diff_v1")
+    assert rest("transformer", ffn=Ffn.polynorm) == baseline + layers * 4
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ratio", "noise_maps"),
+    [(8, 4, 1, 4), (8, 4, 3, 2), (16, 4, 3, 4), (32, 4, 4, 4), (32, 8, 2, 8), (40, 2, 4, 6)],
+)
+def test_parameters_of_gda_are_the_nearest_to_the_baselines(heads, kv_heads, ratio, noise_maps):
+    shape = SHAPE | {"hidden_size": 8 * heads, "num_heads": heads, "num_kv_heads": kv_heads}
+
+    def rest(cls, **options):
+        model = build_model(cls(**shape, **options), device="meta")
+        return model.num_parameters()["rest"]
+
+    config = DiffGDAConfig(**shape, ratio=ratio)
+    assert config.noise_maps == noise_maps
+    attn = build_model(config, device="meta").layers[0].self_attn
+    assert attn.queries == (noise_maps * (ratio + 1), 8)
+    assert attn.o_proj.in_features == noise_maps * ratio * 16
+    baseline, count = rest(TransformerConfig), rest(DiffGDAConfig, ratio=ratio)
+    step = SHAPE["num_layers"] * 8 * heads * 8 * (3 * ratio + 1)  # of a noise map and its signals
+    extra = SHAPE["num_layers"] * 6 * 8
+    assert abs(count - extra - baseline) <= step * (kv_heads // 2) / 2
 
 
 @pytest.mark.parametrize(
@@ -204,7 +254,10 @@ def test_vocabulary_must_be_known():
         ("transformer", 2),
         ("transformer_wide_head", 2),
         ("transformer_1p5h", 3),
+        ("transformer_gated", 2),
+        ("transformer_sink", 2),
         ("diff_v1", 3),
+        ("diff_gda", 3),  # 2 noise and 6 signal maps of d, with values of 2d
         ("diff_v2", 4),
     ],
 )
@@ -366,11 +419,11 @@ def test_a_loss_in_chunks_is_the_loss(tied, monkeypatch):
 
 
 def test_a_loss_holds_no_more_logits_than_a_chunk(monkeypatch):
-    """Of 1,000 tokens and 2,000 entries, in chunks of 50 tokens; forward and backward."""
-    model = build_model(MODEL_CONFIGS["transformer"](**{**SHAPE, "vocab_size": 2000}))
+    """Of 1,000 tokens and 4,000 entries, in chunks of 50 tokens; forward and backward."""
+    model = build_model(MODEL_CONFIGS["transformer"](**{**SHAPE, "vocab_size": 4000}))
     init_weights(model, 0)
     ids = torch.zeros(10, 100, dtype=torch.long)
-    monkeypatch.setattr(decoder, "LOGITS", 2000 * 50)
+    monkeypatch.setattr(decoder, "LOGITS", 4000 * 50)
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -384,4 +437,4 @@ def test_a_loss_holds_no_more_logits_than_a_chunk(monkeypatch):
 
     with Watch():
         model(ids, targets=ids).backward()
-    assert largest < 1000 * 2000 / 8  # what the blocks hold is as large as a few chunks
+    assert largest < 1000 * 4000 / 8  # what the blocks hold is as large as a few chunks

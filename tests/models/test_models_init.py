@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffx.config.model import MODEL_CONFIGS, DiffV1Config
+from diffx.config.model import MODEL_CONFIGS, DiffV1Config, Ffn
 from diffx.models import build_model, init_weights
 
 SHAPE = {
@@ -36,6 +36,9 @@ def test_standard_deviations(kind, scaled):
         if "norm" in layer:
             assert (parameter == 1).all(), name
             continue
+        if layer == "sinks":
+            assert (parameter == 0).all(), name
+            continue
         if layer.startswith("lambda_") and layer != "lambda_proj":
             std = 0.1
         else:
@@ -45,6 +48,11 @@ def test_standard_deviations(kind, scaled):
         bound = 4 / parameter.numel() ** 0.5  # four standard errors
         assert abs(parameter.mean()) < bound * std, name
         assert abs(parameter.std() / std - 1) < bound, name
+
+
+def test_polynorm_begins_as_the_mean_of_the_powers():
+    act_fn = make("diff_v1", ffn=Ffn.polynorm).layers[1].mlp.act_fn
+    assert act_fn.weight.tolist() == pytest.approx([1 / 3] * 3) and act_fn.bias.item() == 0
 
 
 def test_the_default_deviation_follows_the_width():

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffx.ops import attention, attention_maps, differential_attention, differential_attention_maps
+from diffx.ops import Documents, attention, attention_maps, differential_attention, sdpa
 
 FAST = ["sdpa", "blocks"]
 # (B, Tq, Tk, H, H_kv, d): grouped and not, cached, one token, more rows than a block, odd sizes
@@ -79,11 +79,10 @@ def test_reference_is_the_definition(causal):
 
 def test_maps_are_those_of_the_output():
     q, k, v = tensors((2, 5, 5, 4, 2, 4), differential=True)
-    first, second = differential_attention_maps(q, k)
+    first, second = (attention_maps(q[:, :, s::2], k[:, :, s::2]) for s in (0, 1))
     assert first.shape == second.shape == (2, 2, 5, 5)
     expected = torch.einsum("bhqk,bkd->bqhd", first - 0.3 * second, v[:, :, 0])
     torch.testing.assert_close(differential_attention(q, k, v, 0.3), expected)
-    torch.testing.assert_close(first, attention_maps(q[:, :, ::2], k[:, :, ::2]))
     torch.testing.assert_close(first.sum(-1), torch.ones(2, 2, 5, dtype=torch.float64))
     assert not first.triu(1).any()
 
@@ -216,10 +215,10 @@ SHAPE_ERRORS = [
     ((2, 5, 4, 8), (2, 5, 4, 8), (2, 6, 2, 16), "length 5 and v has 6"),
     ((2, 6, 4, 8), (2, 5, 4, 8), (2, 5, 2, 16), "6 queries to 5 keys"),
     ((2, 5, 4, 8), (2, 5, 4, 6), (2, 5, 2, 16), "q is 8 wide and k is 6"),
-    ((2, 5, 6, 8), (2, 5, 4, 8), (2, 5, 2, 16), "q has 6 heads and k has 4"),
-    ((2, 5, 4, 8), (2, 5, 4, 8), (2, 5, 4, 16), "two maps a head"),
-    ((2, 5, 3, 8), (2, 5, 3, 8), (2, 5, 1, 16), "two maps a head"),
-    ((2, 5, 4, 8), (2, 5, 4, 8), (2, 5, 2, 8), "v is 8 wide: it must be twice"),
+    ((2, 5, 6, 8), (2, 5, 4, 8), (2, 5, 2, 16), "q needs groups of 2 maps"),
+    ((2, 5, 4, 8), (2, 5, 4, 8), (2, 5, 1, 16), "k needs one or two maps a head of v"),
+    ((2, 5, 3, 8), (2, 5, 3, 8), (2, 5, 3, 16), "q needs groups of 2 maps"),
+    ((2, 5, 4, 8), (2, 5, 4, 8), (2, 5, 4, 16), "q needs groups of 2 maps"),
 ]
 
 
@@ -231,7 +230,125 @@ def test_shape_errors(q, k, v, message):
 
 def test_other_errors():
     q, k, v = tensors((1, 3, 3, 4, 4, 2), differential=True)
-    with pytest.raises(ValueError, match=r"lam has shape \(4,\): it must be a scalar or \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"lam has shape \(4,\): it must be a scalar, \(2,\) or \("
+    ):
         differential_attention(q, k, v, torch.zeros(4))
+    with pytest.raises(ValueError, match=r"\(1, 3, 2\)"):
+        differential_attention(q, k, v, torch.zeros(3, 1, 2))
+    with pytest.raises(ValueError, match="q needs groups of 4 maps"):
+        differential_attention(q, k, v, 0.1, ratio=3)
     with pytest.raises(ValueError, match="k has 4 heads and v has 2"):
         attention(q, k, v)
+    with pytest.raises(ValueError, match="q has 4 heads and k has 3"):
+        attention(q, k[:, :, :3], k[:, :, :3])
+
+
+def draw_form(ratio, pairs, wide, lengths=(9, 9), groups=2, noise_maps=4, d=4):
+    """q, k and v of ``noise_maps`` groups of maps, with or without a key map for the noise."""
+    generator = torch.Generator().manual_seed(ratio)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+
+    tq, tk = lengths
+    k = draw(2, tk, groups * (1 + pairs), d)
+    return draw(2, tq, noise_maps * (ratio + 1), d), k, draw(2, tk, groups, d * (1 + wide))
+
+
+def by_definition(q, k, v, lam, ratio):
+    """Head by head, by the formulas of 2410.05258 and 2510.06949, causal."""
+    (batch, tq, maps, d), tk, groups = q.shape, k.shape[1], v.shape[2]
+    noise_maps = maps // (ratio + 1)
+    future = torch.ones(tq, tk).triu(tk - tq + 1).bool()
+
+    def softmax_map(query, key):
+        weights = (query @ key.mT / d**0.5).exp().masked_fill(future, 0)
+        return weights / weights.sum(-1, keepdim=True)
+
+    lam, heads = lam.expand(batch, tq, ratio * noise_maps), []
+    for head in range(ratio * noise_maps):
+        group, member = divmod(head, ratio)
+        value = group // (noise_maps // groups)
+        first, second = (value, value) if k.shape[2] == groups else (2 * value, 2 * value + 1)
+        signal = softmax_map(q[:, :, group * (ratio + 1) + member], k[:, :, first])
+        noise = softmax_map(q[:, :, group * (ratio + 1) + ratio], k[:, :, second])
+        heads.append((signal - lam[:, :, head, None] * noise) @ v[:, :, value])
+    return torch.stack(heads, 2)
+
+
+LAMBDAS = {"scalar": (), "head": ("h",), "token": (2, "T", "h")}
+
+
+@pytest.mark.parametrize("impl", ["reference", *FAST])
+@pytest.mark.parametrize("lengths", [(9, 9), (70, 70), (3, 17), (1, 5)], ids=str)
+@pytest.mark.parametrize("ratio", [1, 3])
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs of keys", "shared keys"])
+def test_every_form_is_the_definition(impl, lengths, ratio, pairs):
+    """Ratios, keys of one map or two, values as wide as keys or twice, three forms of lambda."""
+    for wide, form in ((True, "scalar"), (False, "head"), (False, "token"), (True, "token")):
+        q, k, v = draw_form(ratio, pairs, wide, lengths)
+        sizes = {"T": lengths[0], "h": 4 * ratio}
+        shape = [sizes.get(size, size) for size in LAMBDAS[form]]
+        lam = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        inputs = (q, k, v, lam.requires_grad_())
+        op = partial(differential_attention, ratio=ratio)
+        actual = outputs_and_gradients(partial(op, impl=impl), *inputs)
+        expected = outputs_and_gradients(partial(by_definition, ratio=ratio), *inputs)
+        assert_same(actual, expected, 1e-10)
+
+
+def test_documents_split_lambda_too():
+    q, k, v = (x[:1] for x in draw_form(3, False, True, (15, 15)))
+    lam = torch.rand(1, 15, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    documents = Documents([4, 11], torch.tensor([0, 4, 15]))
+    packed = differential_attention(q, k, v, lam, ratio=3, documents=documents)
+    for part in (slice(0, 4), slice(4, 15)):
+        alone = by_definition(q[:, part], k[:, part], v[:, part], lam[:, part], 3)
+        torch.testing.assert_close(packed[:, part], alone)
+
+
+def test_one_call_of_attention_where_keys_are_shared(monkeypatch):
+    """V2 remains one ordinary call of PyTorch's kernels where the blocks are not used."""
+    q, k, v = draw_form(1, False, False)
+    calls, whole = [], sdpa.attention
+    monkeypatch.setattr(
+        sdpa, "attention", lambda *a, **options: (calls.append(a), whole(*a, **options))[1]
+    )
+    differential_attention(q, k, v, 0.5, impl="sdpa")
+    assert len(calls) == 1 and calls[0][0] is q
+
+
+@pytest.mark.parametrize("impl", ["reference", *FAST])
+@pytest.mark.parametrize("lengths", [(9, 9), (70, 70), (3, 17), (1, 5)], ids=str)
+def test_a_sink_is_an_explicit_column(impl, lengths):
+    tq, tk = lengths
+    q, k, v = tensors((2, tq, tk, 4, 2, 6), differential=False)
+    sinks = torch.tensor([0.0, 2.0, -1.5, 30.0], dtype=torch.float64, requires_grad=True)
+    future = torch.ones(tq, tk).triu(tk - tq + 1).bool()
+
+    def column(q, k, v, sinks):
+        keys, values = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
+        logits = (q.transpose(1, 2) @ keys.mT / 6**0.5).masked_fill(future, -torch.inf)
+        weights = torch.cat([sinks[:, None, None].expand(2, 4, tq, 1), logits], -1).softmax(-1)
+        return (weights[..., 1:] @ values).transpose(1, 2), logits.logsumexp(-1).transpose(1, 2)
+
+    actual = outputs_and_gradients(
+        lambda q, k, v, s: attention(q, k, v, sinks=s, impl=impl), q, k, v, sinks
+    )
+    expected = outputs_and_gradients(lambda *inputs: column(*inputs)[0], q, k, v, sinks)
+    assert_same(actual, expected, 1e-10)
+    share = (column(q, k, v, sinks)[1] - sinks).sigmoid()[..., None]  # 1 is all but the sink
+    torch.testing.assert_close(actual[0], attention(q, k, v, impl=impl) * share)
+
+
+def test_a_sink_with_masked_keys_and_documents():
+    q, k, v = tensors((1, 8, 8, 4, 2, 6), differential=False)
+    sinks = torch.tensor([0.5, 1.0, -1.0, 2.0], dtype=torch.float64)
+    alone = attention(q[:, 3:], k[:, 3:], v[:, 3:], sinks=sinks)
+    documents = Documents([3, 5], torch.tensor([0, 3, 8]))
+    packed = attention(q, k, v, sinks=sinks, documents=documents)
+    torch.testing.assert_close(packed[:, 3:], alone)
+    seen = torch.arange(8)[None] >= 3
+    masked = attention(q[:, 3:], k, v, sinks=sinks, key_mask=seen)
+    torch.testing.assert_close(masked, alone)

@@ -48,9 +48,10 @@ def step(config, implementation, checkpointing):
     return loss, [parameter.grad for parameter in model.parameters()], count.calls
 
 
-def test_fused_attention_is_a_property_of_the_model():
+@pytest.mark.parametrize("kind", ["diff_v1", "diff_gda", "diff_v2", "transformer"])
+def test_fused_attention_is_a_property_of_the_model(kind):
     kernels = pytest.importorskip("diffx.ops.triton_attention", exc_type=ImportError)
-    config = MODEL_CONFIGS["diff_v1"](
+    config = MODEL_CONFIGS[kind](
         vocab_size=50, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=48
     )
     fused, plain = build_model(config), build_model(config)
@@ -58,7 +59,8 @@ def test_fused_attention_is_a_property_of_the_model():
         parallelize(
             model, model.layers, TrainConfig(fused_attention=wanted), World(torch.device("cuda"))
         )  # which allocates nothing
-    assert [module.implementation for module in attention_modules(fused)] == [kernels] * 2
+    expected = kernels if kind in ("diff_v1", "diff_gda") else None  # one ordinary call
+    assert [module.implementation for module in attention_modules(fused)] == [expected] * 2
     assert [module.implementation for module in attention_modules(plain)] == [None] * 2
 
 
