@@ -107,5 +107,5 @@ def test_files_stay_short(path):
 
 def test_the_library_stays_small():
     assert (
-        sum(len(path.read_text(encoding="utf-8")) for path in FILES) <= 940_000
+        sum(len(path.read_text(encoding="utf-8")) for path in FILES) <= 965_000
     )  # characters, whatever the line length

@@ -78,13 +78,14 @@ def make_trials(job: ExperimentJob) -> list[Trial]:
     measure = [
         line.split() for line in (experiment.measure if scale.measure is None else scale.measure)
     ]
-    trials = []
-    for seed in job.seeds or range(scale.seeds):
-        for arm, words in arms.items():
-            adapted = [f"base={exported(bases[arm])}"] if arm in bases else []
-            trial = _trial(job, experiment.command, [*shared, *words, *adapted, f"seed={seed}"])
-            trials.append(dataclasses.replace(trial, arm=arm, seed=seed, measure=measure))
-    return trials
+    adapted = {arm: [f"base={exported(base)}"] for arm, base in bases.items()}
+    words = {arm: [*shared, *words, *adapted.get(arm, [])] for arm, words in arms.items()}
+    jobs = {arm: compose(experiment.command, words[arm]) for arm in arms}
+    return [
+        _trial(arm, words[arm], jobs[arm], seed, Path(job.dir), measure)
+        for seed in job.seeds or range(scale.seeds)
+        for arm in arms
+    ]
 
 
 def make_bases(job: ExperimentJob) -> dict[str, Trial]:
@@ -95,14 +96,15 @@ def make_bases(job: ExperimentJob) -> dict[str, Trial]:
     experiment = load_experiment(job.name)
     scale = scale_of(job.name, experiment, job.scale)
     arms = experiment.arms | scale.arms
-    words = [*scale.words, *chain.from_iterable(arms.values())]
+    words = chain(scale.words, *arms.values())
     if job.base is not None or any(word.startswith("base=") for word in words):
         return {}
     shared = [f"device={job.device.value}", f"wandb.mode={job.wandb.mode.value}"]
-    trials = {
-        name: dataclasses.replace(_trial(job, "train", [*base, *shared]), arm=f"base of {name}")
-        for name, base in experiment.bases.items()
-    }
+    trials = {}
+    for name, given in experiment.bases.items():
+        base_words = [*given, *shared]
+        base = compose("train", base_words)
+        trials[name] = _trial(f"base of {name}", base_words, base, base.seed, Path(job.dir), [])
     return {arm: trial for arm in arms for name, trial in trials.items() if arm.startswith(name)}
 
 
@@ -111,16 +113,18 @@ def exported(trial: Trial) -> Path:
     return Path(f"{trial.folder}-exported")
 
 
-def _trial(job: ExperimentJob, command: str, words: list[str]) -> Trial:
+def _trial(
+    arm: str, words: list[str], job: Any, seed: int, place: Path, measure: list[list[str]]
+) -> Trial:
     """One run, in the folder that its config names."""
-    composed = compose(command, words)
-    settings = _changed(composed)
+    job = dataclasses.replace(job, seed=seed)
+    settings = _changed(job)
     for key in ("run", "wandb", "device"):  # they do not change the figures
         settings.pop(key, None)
-    kind = composed.model.kind if isinstance(composed, TrainJob) else composed.dex.variant.value
-    folder = Path(job.dir) / f"{kind}-{json_sha256(settings)[:10]}"
-    words = [*words, f"run.dir={folder}"]
-    return Trial(arm="", seed=composed.seed, words=words, job=composed, folder=folder, measure=[])
+    kind = job.model.kind if isinstance(job, TrainJob) else job.dex.variant.value
+    folder = place / f"{kind}-{json_sha256(settings)[:10]}"
+    words = [*words, f"seed={seed}", f"run.dir={folder}"]
+    return Trial(arm=arm, seed=seed, words=words, job=job, folder=folder, measure=measure)
 
 
 def _changed(config: Any) -> dict[str, Any]:
