@@ -88,13 +88,14 @@ def load_pretrained(
     usable = pretrained.is_fast and pretrained.eos_token is not None
     accepted = "its tokenizer must have a tokenizer.json and an end-of-text token"
     refuse(not usable, setting, accepted)
+    # Before FastTokenizer, which shares its backend: each call has special tokens parsed again.
+    first, bos = pretrained("a")["input_ids"][0], pretrained.bos_token_id
     tokenizer = FastTokenizer("hf", pretrained.backend_tokenizer, pretrained.eos_token, pretrained)
     size, entries = tokenizer.vocab_size, model.get_input_embeddings().weight.shape[0]
     refuse(size > entries, setting, f"its tokenizer has {size} entries and the model {entries}")
     model = model.to(device).eval()
     later = "it is no causal language model: its logits depend on later tokens"
     refuse(not _is_causal(model), setting, later)
-    first, bos = pretrained("a")["input_ids"][0], pretrained.bos_token_id
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [tokenizer.eot_id if ends is None else ends]
     if folder.is_dir():

@@ -228,8 +228,8 @@ def test_a_group_of_ones_own_is_kept():
 def test_an_experiment_with_a_sweep_needs_no_flag(here):
     work = Work()
     assert launch("train", work, ["experiment=diff/architectures", "seed=7"]) == 0
-    assert [job.seed for job in work.jobs] == [7] * 5
-    assert len({job.model.kind for job in work.jobs}) == 5
+    assert [job.seed for job in work.jobs] == [7] * 8
+    assert len({job.model.kind for job in work.jobs}) == 8
 
 
 @pytest.mark.parametrize(

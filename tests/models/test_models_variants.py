@@ -149,6 +149,8 @@ def test_the_variants_differ_from_what_they_vary(name):
     cls, options = CONFIGS[name]
     config = cls(**SHAPE, num_kv_heads=2, **options)
     module = ATTENTION[config.kind](config, LAYER).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
     view = module.view(draw(1, T, D), *tables(8))
     assert view.num_heads == module.o_proj.in_features // module.values[1]
     assert view.num_maps == view.num_heads * (view.ratio + 1) // view.ratio

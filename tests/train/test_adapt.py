@@ -503,8 +503,8 @@ def test_not_enough_memory_is_said_before_anything_is_made(words, tmp_path, monk
     monkeypatch.setattr("diffx.dex.pretrained.free_memory", lambda device: 2**10)
     line = error_of(capfd, words(f"run.dir={folder}"))
     assert (
-        "its weights need 0.0 GiB and 0.0 GiB are free; take train.precision=bf16 (half of it), "
-        "a smaller model" in line
+        "its weights need 0.0 GiB and 0.0 GiB are free; take train.precision=bf16 (half of it) "
+        "or a smaller model" in line
     )
     assert not folder.exists()
 

@@ -64,5 +64,5 @@ def test_weight_decay_spares_vectors_and_lambdas():
 def test_steps_come_from_tokens_or_the_default():
     assert TrainConfig(tokens="1M", batch_tokens=2048, seq_len=256).num_steps == 489
     assert TrainConfig(steps="2K").num_steps == 2000
-    with pytest.raises(UserError, match="one of the two"):
+    with pytest.raises(UserError, match="give one"):
         TrainConfig(steps=5, tokens=5)
