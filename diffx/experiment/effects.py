@@ -34,7 +34,7 @@ def values_by_seed(rows: pd.DataFrame, effect: Effect) -> dict[int, float]:
             f"select={sorted(unknown)} cannot be used: no columns of the table of results"
         )
     arms = [*effect.candidate, *effect.baseline]
-    seeds = set.intersection(*({*rows.loc[rows[ARM] == arm, "seed"]} for arm in arms))
+    seeds = set.intersection(*(_seeds(rows, effect, arm) for arm in arms))
     sign = _sign(effect)
     return {int(seed): sign * _effect(rows[rows["seed"] == seed], effect) for seed in sorted(seeds)}
 
@@ -59,21 +59,29 @@ def cells(rows: pd.DataFrame, effect: Effect) -> dict[str, dict[int, float]]:
 
     That is the cell; for ``tokens`` the last value of the curve, for ``onset`` the tokens.
     """
-    figures: dict[str, dict[int, float]] = {}
-    for arm in (*effect.baseline, *effect.candidate):
-        of_arm = rows[rows[ARM] == arm]
-        figures[arm] = {
-            int(seed): _figure(of_arm[of_arm["seed"] == seed], effect)
-            for seed in sorted({*of_arm["seed"]})
+    return {
+        arm: {
+            seed: _figure(rows[(rows[ARM] == arm) & (rows["seed"] == seed)], effect)
+            for seed in sorted(_seeds(rows, effect, arm))
         }
-    return figures
+        for arm in (*effect.baseline, *effect.candidate)
+    }
 
 
 def onsets(rows: pd.DataFrame, effect: Effect, arm: str) -> tuple[list[float], list[bool]]:
     """Of ``onset``: each seed's tokens, and whether its run ended before the threshold."""
     of_arm = rows[rows[ARM] == arm]
-    found = [_onset(of_arm[of_arm["seed"] == seed], effect) for seed in sorted({*of_arm["seed"]})]
-    return [tokens for tokens, _ in found], [censored for _, censored in found]
+    seeds = sorted(_seeds(rows, effect, arm))
+    pairs = [_onset(of_arm[of_arm["seed"] == seed], effect) for seed in seeds]
+    return [tokens for tokens, _ in pairs], [censored for _, censored in pairs]
+
+
+def _seeds(rows: pd.DataFrame, effect: Effect, arm: str) -> set[int]:
+    """The seeds of an arm whose runs were measured."""
+    chosen = _selected(rows[rows[ARM] == arm], effect.select)
+    if chosen.empty:
+        raise UserError(f"select={effect.select} cannot be used: {arm} has 0 such rows")
+    return {int(seed) for seed in chosen["seed"]}
 
 
 def _effect(rows: pd.DataFrame, effect: Effect) -> float:

@@ -240,7 +240,7 @@ def show(report: Mapping[str, Any]) -> None:
     """Print the claim, the effects and the verdicts."""
     reporter = Reporter()
     reporter.line(f"{report['name']} ({report['source']}): {report['claim']}")
-    columns = ["effect", "ours", "95% interval", "published", "smallest", "seeds", "verdict"]
+    columns = ["effect", "ours", "interval", "published", "smallest", "seeds", "verdict"]
     reporter.table(make_table(f"scale={report['scale']}", columns, map(_cells, report["effects"])))
     for effect in report["effects"]:
         reporter.line(effect["sentence"])
@@ -295,6 +295,11 @@ def markdown(report: Mapping[str, Any]) -> str:
         for arm, facts in report["arms"].items()
     ]
     for effect in report["effects"]:
+        if effect.get("onset", {}).get("logrank_p") is not None:
+            arms = effect["onset"]["arms"]
+            never = ", ".join(f"{sum(a['censored'])} of `{arm}`" for arm, a in arms.items())
+            p = effect["onset"]["logrank_p"]
+            lines += ["", f"Runs that never begin: {never}. Log-rank test: p = {p:.2g}."]
         if effect["cells"]:
             lines += ["", f"`{effect['name']}`, each arm and seed:", ""]
             seeds = sorted({seed for values in effect["cells"].values() for seed in values})
