@@ -39,11 +39,13 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_can_be_used(command, capsys):
+def test_a_command_can_be_used(command, capsys, monkeypatch):
     _, name, *words = shlex.split(command)
     if name == "experiment":
-        words = [f"name={words[1]}", *words[2:]] if words[1:] else ["name=recall"]
-        name = "claim"
+        monkeypatch.chdir(REPOSITORY)
+        harmless = words == ["list"] or "--dry-run" in words or words[0] == "report"
+        assert harmless and (words == ["list"] or main([name, *words]) == 0)
+        return
     if name == "data":
         name, words = f"{name} {words[0]}", words[1:]
     if {"--cfg", "--doc"} & set(words) or name in ("params", "compare"):
