@@ -60,7 +60,7 @@ class QuantizedLogits:
         return out
 
     def differential_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, ratio: int, **options: Any
+        self, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, ratio: int = 1, **options: Any
     ) -> Tensor:
         """See ``diffx.ops.differential_attention``."""
         pair = split_maps(q, k, v.shape[2], ratio)
