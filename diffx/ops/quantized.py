@@ -75,7 +75,7 @@ class QuantizedLogits:
         )
         values = v.repeat_interleave(sizes[0] // v.shape[2], 2).movedim(1, 2)  # (B, h, Tk, dv)
         out = v.new_empty(*q.shape[:2], sizes[0], v.shape[3])
-        lam = lam.transpose(1, 2)[..., None]  # (B, h, Tq, 1)
+        lam = lam.expand(*q.shape[:2], sizes[0]).transpose(1, 2)[..., None]  # (B, h, Tq, 1)
         for start, stop, maps in self._maps(maps_of, keys, sizes, **options):
             first, second = maps.split(sizes, 1)  # (B, h or h/m, R, keys)
             second = second.repeat_interleave(ratio, 1)
