@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from diffx.cli.bench import SETTINGS
-from diffx.errors import UserError
 
 experiment = typer.Typer(help="Test the papers' claims.", **SETTINGS)
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="The experiment.")]
@@ -48,13 +47,16 @@ def run(
       diffx experiment run ablations hydra/launcher=joblib hydra.launcher.n_jobs=2
       diffx experiment run dex_controls base=models/smollm2
     """
+    from diffx.config.checks import refuse
     from diffx.config.launch import compose, launch
     from diffx.experiment.plan import make_trials
     from diffx.experiment.report import keep_rule, results_folder, write_report
     from diffx.experiment.run import prepare, run_trial, show_plan
 
     keys = [f"name={name}", *(words or [])]
-    job = compose("claim", [word for word in keys if not _of_hydra(word)])
+    numbered = [word for word in keys if word.startswith("job=")]
+    refuse(bool(numbered), " ".join(numbered), "the command runs all jobs of the experiment")
+    job = compose("claim", [word for word in keys if not word.startswith("hydra")])
     trials = make_trials(job)
     if dry_run:
         show_plan(job, trials)
@@ -93,9 +95,3 @@ def report(
         write_report(job, make_trials(job))
     else:
         show(analyse(name, job.scale, load_rows(rows)))
-
-
-def _of_hydra(word: str) -> bool:
-    if word.startswith("job="):
-        raise UserError(f"{word} cannot be used: the command runs all jobs of the experiment")
-    return word.startswith("hydra")

@@ -101,9 +101,8 @@ class Experiment:
         published: the published figures, in a sentence.
         note: what a reader must know of the design.
         command: ``train`` or ``adapt``, the command of the runs.
-        bases: words of ``diffx train`` for the models that ``adapt`` starts from, by the beginning
-            of the names of the arms that do (all names begin with ""), unless ``base=`` or the
-            words of the scale name others.
+        bases: words of ``diffx train`` for models that ``adapt`` starts from, by the name that
+            ``base=`` gives in the words of an arm.
         words: words that all arms share.
         arms: of each arm, by name, its words.
         measure: commands for each finished run: ``eval`` or ``quantize`` and words.

@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from diffx.results.runs import read_run
 from diffx.train.parallel import pick_device
 from diffx.train.throughput import matmul_ceiling
 
-# The share of the matrix-product rate that training reaches, for costs that were not measured: what
-# the smallest models reach on two cores (0.05 to 0.15) and large ones on a GPU (0.3 to 0.5).
+# The share of the matrix-product rate that training is taken to reach where no run is finished: 0.1
+# was measured with the laptop recipe on two cores, the others are assumed.
 _UTILISATION = {"cpu": 0.1, "mps": 0.3, "cuda": 0.4}
 
 
@@ -73,13 +72,11 @@ def make_trials(job: ExperimentJob) -> list[Trial]:
     bases = make_bases(job)
     arms = experiment.arms | scale.arms
     shared = [*experiment.words, *scale.words, f"device={job.device.value}"]
-    shared += [] if job.base is None else [f"base={job.base}"]
     shared += [f"wandb.mode={job.wandb.mode.value}", f"wandb.project={job.wandb.project}"]
     measure = [
         line.split() for line in (experiment.measure if scale.measure is None else scale.measure)
     ]
-    adapted = {arm: [f"base={exported(base)}"] for arm, base in bases.items()}
-    words = {arm: [*shared, *words, *adapted.get(arm, [])] for arm, words in arms.items()}
+    words = {arm: _with_base([*shared, *words], job, bases) for arm, words in arms.items()}
     jobs = {arm: compose(experiment.command, words[arm]) for arm in arms}
     return [
         _trial(arm, words[arm], jobs[arm], seed, Path(job.dir), measure)
@@ -89,23 +86,37 @@ def make_trials(job: ExperimentJob) -> list[Trial]:
 
 
 def make_bases(job: ExperimentJob) -> dict[str, Trial]:
-    """Of each arm of an experiment of DEX the run of ``diffx train`` that it starts from.
+    """The runs of ``diffx train`` that the arms of an experiment of DEX start from, by name.
 
-    Empty where nothing is adapted, or a model of the hub: that of ``base=``, or of the scale.
+    Empty where a model of the hub is adapted: that of the job's ``base``, or of the scale's words.
     """
     experiment = load_experiment(job.name)
     scale = scale_of(job.name, experiment, job.scale)
-    arms = experiment.arms | scale.arms
-    words = chain(scale.words, *arms.values())
-    if job.base is not None or any(word.startswith("base=") for word in words):
-        return {}
+    arms = (experiment.arms | scale.arms).values()
+    used = {_base_of([*experiment.words, *scale.words, *words]) for words in arms}
     shared = [f"device={job.device.value}", f"wandb.mode={job.wandb.mode.value}"]
-    trials = {}
+    bases = {}
     for name, given in experiment.bases.items():
-        base_words = [*given, *shared]
-        base = compose("train", base_words)
-        trials[name] = _trial(f"base of {name}", base_words, base, base.seed, Path(job.dir), [])
-    return {arm: trial for arm in arms for name, trial in trials.items() if arm.startswith(name)}
+        if job.base is None and name in used:
+            composed = compose("train", [*given, *shared])
+            place, seed = Path(job.dir), composed.seed
+            bases[name] = _trial(f"base {name}", [*given, *shared], composed, seed, place, [])
+    return bases
+
+
+def _base_of(words: list[str]) -> str | None:
+    """What the last ``base=`` of the words names."""
+    bases = [word.partition("=")[2] for word in words if word.startswith("base=")]
+    return bases[-1] if bases else None
+
+
+def _with_base(words: list[str], job: ExperimentJob, bases: dict[str, Trial]) -> list[str]:
+    """Replace every ``base=`` by one: the job's, the folder of one of ``bases``, or the last."""
+    name = _base_of(words)
+    if name is None:
+        return words
+    base = job.base or (exported(bases[name]) if name in bases else name)
+    return [*(word for word in words if not word.startswith("base=")), f"base={base}"]
 
 
 def exported(trial: Trial) -> Path:
@@ -170,7 +181,8 @@ def cost_of(trials: list[Trial], device: Device) -> Cost:
     cost = Cost(runs=len(unique), done=len(finished), tokens=tokens, flops=None, hours=None)
     if not all(isinstance(trial.job, TrainJob) for trial in unique):
         return cost
-    by_arm = {trial.arm: _flops(trial) for trial in unique}  # seeds are alike
+    arms = {trial.arm: trial for trial in unique}  # seeds are alike
+    by_arm = {arm: _flops(trial) for arm, trial in arms.items()}
     total = sum(by_arm[trial.arm] for trial in unique)
     spent = sum(by_arm[trial.arm] for trial in finished)
     seconds = sum(read_run(trial.folder).summary["seconds"] for trial in finished)

@@ -10,7 +10,7 @@ from diffx.cli import main
 from diffx.config.experiment import ExperimentJob
 from diffx.experiment import claims
 from diffx.experiment.claims import experiment_names, load_experiment
-from diffx.experiment.plan import make_trials
+from diffx.experiment.plan import exported, make_bases, make_trials
 
 TINY = [
     "tokenizer=bytes",
@@ -145,6 +145,23 @@ def test_all_arms_of_a_seed_come_before_the_next_seed(tiny):
         (5, "transformer"),
         (5, "diff_v1"),
     ]
+
+
+def test_an_arm_adapts_the_base_that_its_words_name():
+    job = ExperimentJob(name="dex_families", seeds=[0, 1])
+    bases = make_bases(job)
+    assert {name: base.job.model.num_kv_heads for name, base in bases.items()} == {
+        "first": 8,
+        "second": 2,
+    }
+    for trial in make_trials(job):
+        assert trial.job.base == str(exported(bases[trial.arm.partition(" ")[0]]))
+    hub = ExperimentJob(name="dex_families", seeds=[0, 1], base="me/x")
+    assert not make_bases(hub)
+    assert {trial.job.base for trial in make_trials(hub)} == {"me/x"}
+    gpu = ExperimentJob(name="dex_heads", scale="gpu", seeds=[0, 1])  # whose scale names a base
+    assert not make_bases(gpu)
+    assert {trial.job.base for trial in make_trials(gpu)} == {"HuggingFaceTB/SmolLM2-135M"}
 
 
 @pytest.mark.parametrize("name", experiment_names())
