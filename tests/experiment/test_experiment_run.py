@@ -97,8 +97,13 @@ def test_runs_are_trained_once_measured_and_judged(tiny, tmp_path, capsys):
         assert loss["by_seed"][str(seed)] == pytest.approx(gap)
 
     # Again: nothing is trained or measured, and the report is the same.
+    measured = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "exp").glob("*/measured.json")
+    }
+    assert len(measured) == 4
     capsys.readouterr()
     assert main(RUN) == 0
+    assert measured == {path: path.stat().st_mtime_ns for path in measured}
     assert summaries == {path: path.stat().st_mtime_ns for path in summaries}
     again = json.loads((tmp_path / "exp" / "tiny-laptop" / "report.json").read_text())
     assert again["effects"] == report["effects"]
