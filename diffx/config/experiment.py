@@ -138,7 +138,7 @@ class ExperimentJob:
         scale: ``laptop``, ``gpu`` or ``paper``.
         seeds: how many, or a list of them; ``null`` is the number that the experiment gives.
         dir: the folder of all experiments' runs, which they share.
-        base: the model that the experiments of DEX adapt, in place of the experiment's own small
+        base: the model that the experiments of DEX adapt, in place of the experiment's small
             one: a name or folder of the Hugging Face hub.
         device: where to compute.
         wandb: the tracker of the runs.

@@ -21,7 +21,7 @@ def show_list(dir: str, markdown: bool) -> None:
     """
     reporter = Reporter()
     if markdown:
-        reporter.line("| experiment | claim | source | published | ours | verdict |")
+        reporter.line("| experiment | claim | source | published | measured | verdict |")
         reporter.line("|---|---|---|---|---|---|")
         for name in experiment_names():
             reporter.line(f"| {' | '.join(_markdown(name, dir))} |")
@@ -58,17 +58,17 @@ def _verdict(report: dict[str, Any]) -> str:
 
 def _markdown(name: str, dir: str) -> list[str]:
     experiment, reports = load_experiment(name), known_reports(name, dir)
-    ours, verdicts = [], []
+    figures, verdicts = [], []
     for scale, report in reports.items():
         effect = report["effects"][0]
         interval = f"{effect['low']:.3g} to {effect['high']:.3g}"
-        ours.append(f"{effect['estimate']:.3g} {effect['unit']} ({interval})")
+        figures.append(f"{effect['estimate']:.3g} {effect['unit']} ({interval})")
         verdicts.append(f"[{_verdict(report)}](results/{name}/{scale}/README.md)")
     return [
         f"`{name}`",
         experiment.claim,
         experiment.source,
         experiment.published,
-        "; ".join(ours),
+        "; ".join(figures),
         "; ".join(verdicts) or NEVER,
     ]

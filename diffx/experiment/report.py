@@ -240,7 +240,7 @@ def show(report: Mapping[str, Any]) -> None:
     """Print the claim, the effects and the verdicts."""
     reporter = Reporter()
     reporter.line(f"{report['name']} ({report['source']}): {report['claim']}")
-    columns = ["effect", "ours", "interval", "published", "smallest", "seeds", "verdict"]
+    columns = ["effect", "measured", "interval", "published", "smallest", "seeds", "verdict"]
     reporter.table(make_table(f"scale={report['scale']}", columns, map(_cells, report["effects"])))
     for effect in report["effects"]:
         reporter.line(effect["sentence"])
@@ -277,7 +277,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         "![effects](figure.png)",
         "",
-        "| effect | ours | interval | published | smallest of interest | seeds | verdict |",
+        "| effect | measured | interval | published | smallest of interest | seeds | verdict |",
         "|---|---|---|---|---|---|---|",
         *(f"| {' | '.join(_cells(effect))} |" for effect in report["effects"]),
         "",
@@ -319,16 +319,16 @@ def draw(report: Mapping[str, Any], rows: pd.DataFrame, path: Path) -> None:
     """Draw the effects in units of the smallest effect of interest, and the loss curves."""
     figure_, (forest, curves) = plot.canvas(1, 2)
     places = [effect["name"] for effect in report["effects"]]
-    series: dict[str, dict[str, Any]] = {"ours, with its interval": {}}
+    series: dict[str, dict[str, Any]] = {"measured, with its interval": {}}
     published = {}
     for effect in report["effects"]:
         config = Effect(**{key: effect[key] for key in Effect.__dataclass_fields__})
         unit, ruling = smallest_of(config), effect["ruling"]
-        ours = {
+        scaled = {
             end: ruling[key] / unit
             for end, key in (("value", "estimate"), ("low", "low"), ("high", "high"))
         }
-        series["ours, with its interval"][effect["name"]] = ours
+        series["measured, with its interval"][effect["name"]] = scaled
         if effect["published"] is not None:
             published[effect["name"]] = _in_units(config, effect["published"], unit)
     forest.axvspan(-1, 1, color="#eeeeee", lw=0)

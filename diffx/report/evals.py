@@ -39,10 +39,10 @@ def compare_evaluations(words: Sequence[str], out: Path | None = None) -> None:
     accepted = "give two or more checkpoints, the baseline first, or one to see it again"
     refuse(not specs, f"suite={suite}", accepted)
     reporter = Reporter()
-    found = [find_evaluations(spec, suite) for spec in specs]
+    evaluations = [find_evaluations(spec, suite) for spec in specs]
     if len(specs) == 1:
-        return _show_one(found[0][0], out, reporter)
-    report = analyse_evaluations(share(found, reporter.line))
+        return _show_one(evaluations[0][0], out, reporter)
+    report = analyse_evaluations(share(evaluations, reporter.line))
     base, settings = report["baseline"], f"settings {report['settings_hash']}"
     for rival in report["comparisons"]:
         title = f"{suite}: {_place(rival)} against {_place(base)}, {settings}"
